@@ -1,0 +1,1 @@
+"""The ingress application: tiers, prices and the passage from an OpenAI client to an engine."""

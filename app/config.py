@@ -1,0 +1,171 @@
+"""Every setting of Frontline, typed, validated and documented.
+
+Serve's own settings (replica counts, resources, autoscaling, HTTP options) are set where Serve
+wants them and are neither renamed nor repeated here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from app.pricing import RateCard
+from app.settings import Problem, Settings, SettingsError
+from app.tiers import PriorityMode, Tier, TierOffer
+
+ModelId = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
+]
+PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
+
+
+class IngressSettings(Settings):
+    """``user_config`` of the ``Ingress`` deployment. Changes need no restart."""
+
+    auth: Literal["open"] = Field(
+        default="open", description="Who may call: `open` lets everyone in who reaches the port."
+    )
+    default_tier: Tier = Field(
+        default=Tier.DEFAULT,
+        description="The tier of requests without `service_tier`, or with `auto`.",
+    )
+    max_body_bytes: int = Field(
+        default=64 * 1024 * 1024,
+        gt=0,
+        description="Longest request body; longer ones get 413. The default leaves room for "
+        "several images in one prompt.",
+    )
+    body_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="Longest pause while a client sends its body, so that slow senders do not "
+        "hold connections open.",
+    )
+    engine_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="Longest pause between two reads from an engine. Ten minutes is what the "
+        "OpenAI SDKs wait by default.",
+    )
+    catalog_interval_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="How often the ingress asks Serve which model applications there are.",
+    )
+    status_interval_s: float = Field(
+        default=0.25,
+        gt=0,
+        description="How often the ingress asks a model what its engine replicas can do now.",
+    )
+
+
+class PoolSettings(Settings):
+    """One pool of a model: the replicas of one engine deployment."""
+
+    name: PoolName = Field(description="Name of the pool and of its Serve deployment.")
+    engine: str = Field(description="The engine adapter: `vllm` or `simulated`.")
+    model: str = Field(
+        description="Folder or name of the model that the engine loads. `~`, `${FRONTLINE_HOME}` "
+        "and other environment variables are expanded on the replica's node."
+    )
+    slots: int = Field(
+        default=8, gt=0, le=65536, description="Requests that one engine replica runs at once."
+    )
+    python: str | None = Field(
+        default=None,
+        description="Interpreter of the engine's environment, expanded like `model`; the one "
+        "that Ray's worker runs under if not set.",
+    )
+    engine_args: dict[str, Any] = Field(
+        default={}, description="The engine's own arguments, by name, with underscores."
+    )
+    environment: dict[str, str] = Field(
+        default={}, description="Environment variables for the engine process."
+    )
+    startup_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="Longest time from start to ready; half an hour fits large models on slow "
+        "disks.",
+    )
+    stop_grace_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="Time that an engine gets to end by itself before its processes are killed.",
+    )
+    health_timeout_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="An engine that does not answer its health route in this time counts as "
+        "hung; three times in a row get the replica replaced.",
+    )
+
+
+class ModelArgs(Settings):
+    """``args`` of a model's application. A change restarts this model, and no other."""
+
+    id: ModelId = Field(description="The model's name in requests and in the models list.")
+    aliases: tuple[ModelId, ...] = Field(
+        default=(), description="Other names that requests may use."
+    )
+    owned_by: str = Field(default="frontline", description="`owned_by` in the models list.")
+    pools: tuple[PoolSettings, ...] = Field(
+        min_length=1, description="The engine deployments that serve it; see below."
+    )
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> ModelArgs:
+        names = Counter(pool.name for pool in self.pools)
+        if doubled := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"two pools share the name {doubled[0]!r}")
+        if "Model" in names:
+            raise ValueError("a pool may not be called 'Model': that is the model's own deployment")
+        return self
+
+
+class TierSettings(Settings):
+    """Which tiers a model offers."""
+
+    priority: PriorityMode = Field(
+        default=PriorityMode.AUTO,
+        description="`auto`: on engine replicas that have proved native priority; `line`: going "
+        "to the front of the line counts as delivery; `off`: never.",
+    )
+    flex: bool = Field(default=True, description="Whether `flex` is offered.")
+
+    @property
+    def offer(self) -> TierOffer:
+        """The same as the value that decisions are made from."""
+        return TierOffer(self.priority, self.flex)
+
+
+class ModelSettings(Settings):
+    """``user_config`` of a model's ``Model`` deployment. Changes need no restart."""
+
+    rate_card: RateCard = Field(default=RateCard(), description="Its prices; free if not set.")
+    tiers: TierSettings = Field(default=TierSettings(), description="The tiers that it offers.")
+
+
+def frontline_home() -> Path:
+    """The folder of environments and models: ``FRONTLINE_HOME``, or below the user's cache."""
+    if home := os.environ.get("FRONTLINE_HOME"):
+        return Path(home)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "frontline"
+
+
+def expand_path(value: str) -> str:
+    """Return ``value`` with ``~`` and environment variables replaced, on this machine.
+
+    Raises:
+        SettingsError: it names a variable that is not set here.
+    """
+    value = value.replace("${FRONTLINE_HOME}", str(frontline_home()))
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if "$" in expanded:
+        raise SettingsError(Problem((), f"{value!r} names an environment variable that is not set"))
+    return expanded

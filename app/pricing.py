@@ -1,0 +1,114 @@
+"""Prices and what a request costs. Pure; money is ``Decimal`` throughout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from types import MappingProxyType
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, Field, model_validator
+
+from app.settings import Settings
+from app.tiers import Tier
+
+TOKENS_PER_UNIT: Final = Decimal(1_000_000)
+"""Prices are for this many tokens."""
+
+_MAX_PRICE: Final = 1_000_000
+_MAX_DECIMALS: Final = 12
+
+
+def _short(value: Decimal) -> Decimal:
+    if value.is_finite() and -int(value.normalize().as_tuple().exponent) <= _MAX_DECIMALS:
+        return value
+    raise ValueError(f"at most {_MAX_DECIMALS} decimal places are allowed")
+
+
+Price = Annotated[Decimal, Field(ge=0, le=_MAX_PRICE), AfterValidator(_short)]
+"""USD for a million tokens. The bound on decimals keeps every product exact in ``Decimal``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Tokens that one request used. ``cached_tokens`` are part of ``prompt_tokens``."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cached_tokens <= self.prompt_tokens or self.completion_tokens < 0:
+            raise ValueError(f"impossible token counts: {self}")
+
+
+class Multipliers(Settings):
+    """What each tier costs in relation to ``default``, which is always 1."""
+
+    priority: Price = Decimal("1.5")
+    flex: Price = Decimal("0.8")
+
+    def of(self, tier: Tier) -> Decimal:
+        """Return the factor on every price for requests served at ``tier``."""
+        match tier:
+            case Tier.PRIORITY:
+                return self.priority
+            case Tier.FLEX:
+                return self.flex
+            case Tier.DEFAULT:
+                return Decimal(1)
+
+
+class RateCard(Settings):
+    """The prices of one model, in USD for a million tokens."""
+
+    input: Price = Field(default=Decimal(0), description="Prompt tokens.")
+    cached_input: Price = Field(
+        default=Decimal(0),
+        description="Prompt tokens that the engine had in its prefix cache; as `input` if not set.",
+    )
+    output: Price = Field(default=Decimal(0), description="Generated tokens.")
+    multipliers: Multipliers = Field(default=Multipliers(), description="By tier; see below.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cached_input_costs_as_input(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "cached_input" not in values and "input" in values:
+            return {**values, "cached_input": values["input"]}
+        return values
+
+    @cached_property
+    def version(self) -> str:
+        """A short name of exactly these prices: equal cards have equal versions."""
+        prices = [self.input, self.cached_input, self.output]
+        factors = [self.multipliers.of(tier) for tier in Tier]
+        text = " ".join(format(price.normalize(), "f") for price in prices + factors)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def by_tier(self) -> Mapping[Tier, Mapping[str, Decimal]]:
+        """The price of each kind of token at each tier."""
+        return MappingProxyType(
+            {
+                tier: {
+                    "input": self.input * self.multipliers.of(tier),
+                    "cached_input": self.cached_input * self.multipliers.of(tier),
+                    "output": self.output * self.multipliers.of(tier),
+                }
+                for tier in Tier
+            }
+        )
+
+
+def cost(usage: TokenUsage, card: RateCard, tier: Tier) -> Decimal:
+    """Return what ``usage`` costs at ``tier``, in USD, exactly."""
+    fresh = usage.prompt_tokens - usage.cached_tokens
+    at_default = (
+        fresh * card.input
+        + usage.cached_tokens * card.cached_input
+        + usage.completion_tokens * card.output
+    )
+    return at_default * card.multipliers.of(tier) / TOKENS_PER_UNIT

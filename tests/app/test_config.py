@@ -1,0 +1,63 @@
+import pytest
+
+from app.config import IngressSettings, ModelArgs, ModelSettings, expand_path
+from app.settings import SettingsError
+from app.tiers import PriorityMode
+
+pytestmark = pytest.mark.unit
+
+POOL = {"name": "vllm", "engine": "vllm", "model": "m"}
+
+
+def test_unknown_keys_are_refused_by_name():
+    with pytest.raises(SettingsError, match=r"user_config\.tiers\.prio: there is no such setting"):
+        ModelSettings.load({"tiers": {"prio": "auto"}}, "user_config")
+
+
+def test_every_problem_is_told_with_its_key_and_value():
+    with pytest.raises(SettingsError) as caught:
+        ModelArgs.load({"id": "a b", "pools": [{**POOL, "slots": 0}, {"name": "x"}]}, "args")
+    text = str(caught.value)
+    assert "args.id" in text and "'a b'" in text
+    assert "args.pools.0.slots" in text and "got 0" in text
+    assert "args.pools.1.engine: must be set" in text
+
+
+@pytest.mark.parametrize(
+    ("pools", "message"),
+    [
+        ([POOL, POOL], "two pools share the name 'vllm'"),
+        ([{**POOL, "name": "Model"}], "may not be called 'Model'"),
+        ([], "args.pools"),
+    ],
+)
+def test_pool_names_must_make_distinct_deployments(pools, message):
+    with pytest.raises(SettingsError, match=message):
+        ModelArgs.load({"id": "m", "pools": pools}, "args")
+
+
+def test_tiers_default_to_proved_priority():
+    assert ModelSettings().tiers.offer.priority is PriorityMode.AUTO
+
+
+def test_settings_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        IngressSettings().auth = "keys"
+
+
+def test_yaml_reads_off_as_false_and_the_error_says_what_is_wanted():
+    with pytest.raises(SettingsError, match=r"tiers\.priority.*'auto', 'off' or 'line'"):
+        ModelSettings.load({"tiers": {"priority": False}}, "user_config")
+
+
+def test_paths_expand_home_and_variables(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MODELS", "/models")
+    monkeypatch.delenv("FRONTLINE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert expand_path("~/m") == f"{tmp_path}/m"
+    assert expand_path("${MODELS}/m") == "/models/m"
+    assert expand_path("${FRONTLINE_HOME}/m") == f"{tmp_path}/.cache/frontline/m"
+    assert expand_path("org/model") == "org/model"
+    with pytest.raises(SettingsError, match="not set"):
+        expand_path("${NO_SUCH_VARIABLE_HERE}/m")

@@ -1,0 +1,29 @@
+"""Settings of Ray and Serve that tests need beside those of ``scripts/activate``."""
+
+import os
+import socket
+
+import pytest
+
+if "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
+    pytest.exit("run scripts/test, or `FRONTLINE_ENV=test . scripts/activate` before pytest", 2)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# They are read when Ray is imported.
+os.environ |= {
+    # A test's cluster lives beside others on the machine, such as one from scripts/run.
+    "RAY_SERVE_HAPROXY_METRICS_PORT": _free_port(),
+    "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(),
+    # Nothing is worth waiting half a minute for when a test is over.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # For this process alone (local_serve takes it out again): tests call handles from threads
+    # without an event loop.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+}
+os.environ.pop("RAY_ADDRESS", None)
