@@ -1,0 +1,208 @@
+"""Errors as clients see them: OpenAI's shape, in one tree.
+
+    ApiError
+    ├── InvalidRequest       400  the request itself is wrong
+    │   ├── ModelNotFound    404
+    │   ├── UnknownUrl       404
+    │   ├── MethodNotAllowed 405
+    │   ├── RequestTimeout   408
+    │   └── BodyTooLarge     413
+    ├── EngineRejected       4xx  the engine refused the request; its own words
+    └── ServerError          500
+        └── Unavailable      503  nothing can serve the model now; carries Retry-After
+
+The wording and codes follow OpenAI's API reference (error codes) and what its service answers.
+Nothing about where or how a request was served is ever in a message.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, ClassVar
+
+import orjson
+
+
+class ApiError(Exception):
+    """An answer other than success.
+
+    Attributes:
+        status: the HTTP status.
+        type: OpenAI's ``error.type``.
+        code: OpenAI's ``error.code``, or ``None``.
+        param: the request field that is to blame, or ``None``.
+        headers: further response headers.
+    """
+
+    status: int = 500
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers: dict[str, str] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return OpenAI's ``{"error": {...}}``."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def body(self) -> bytes:
+        """Return ``to_dict`` as JSON."""
+        return orjson.dumps(self.to_dict())
+
+
+class InvalidRequest(ApiError):
+    """The request is wrong; sending it again will not help."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ModelNotFound(InvalidRequest):
+    """No model application has this id or alias."""
+
+    status = 404
+
+    def __init__(self, model: str) -> None:
+        shown = model if len(model) <= 200 else model[:200] + "..."
+        super().__init__(
+            f"The model `{shown}` does not exist or you do not have access to it.",
+            code="model_not_found",
+            param="model",
+        )
+
+
+class UnknownUrl(InvalidRequest):
+    """No such route."""
+
+    status = 404
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"Invalid URL ({method} {path[:200]})", code="unknown_url")
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The route exists, with another method."""
+
+    status = 405
+
+    def __init__(self, method: str, path: str, allowed: str) -> None:
+        super().__init__(
+            f"Not allowed to {method} on {path[:200]}; use {allowed}.", code="method_not_supported"
+        )
+        self.headers["allow"] = allowed
+
+
+class RequestTimeout(InvalidRequest):
+    """The client did not finish sending its request in time."""
+
+    status = 408
+
+    def __init__(self) -> None:
+        super().__init__("Timed out reading the request body.", code="request_timeout")
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body is longer than the operator allows."""
+
+    status = 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The request body is too large: at most {limit} bytes are accepted.",
+            code="request_too_large",
+        )
+
+
+class EngineRejected(ApiError):
+    """The engine refused the request, and says why."""
+
+    type = "invalid_request_error"
+
+    def __init__(self, status: int, message: str, code: str | None, param: str | None) -> None:
+        super().__init__(message, code=code, param=param)
+        self.status = status
+
+
+class ServerError(ApiError):
+    """Something failed that is not the client's fault."""
+
+    def __init__(
+        self, message: str = "The server had an error while processing your request.",
+        code: str | None = "engine_error",
+    ) -> None:  # fmt: skip
+        super().__init__(message, code=code)
+
+
+class Unavailable(ServerError):
+    """Nothing can serve this model right now; trying again later may help."""
+
+    status = 503
+
+    def __init__(self, message: str, code: str, retry_after_s: float) -> None:
+        super().__init__(message, code=code)
+        self.headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
+        self.headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1000)))
+
+
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+# What engines name when a prompt is too long: vLLM its own count, the others nothing.
+_PROMPT_LENGTH_PARAMS = frozenset({None, "input_tokens"})
+_CONTEXT_LENGTH = re.compile(r"context length|context window|maximum (?:input|model) length", re.I)
+# FastAPI's validation errors end with the place in the source that raised them, and an engine may
+# name its own files or address. None of it is the client's business.
+_SOURCE_PLACE = re.compile(r"\n?\s*File \".*?\", line \d+.*", re.DOTALL)
+_PATH = re.compile(r"(?<![\w/.:-])/(?:[\w.+@-]+/)+[\w.+@-]*")
+_ADDRESS = re.compile(r"\b(?:https?://)?(?:localhost|\d{1,3}(?:\.\d{1,3}){3}):\d+\S*")
+
+
+def from_engine(status: int, body: bytes, prompt_field: str) -> ApiError:
+    """Translate an engine's error answer; ``prompt_field`` is the request field of the prompt.
+
+    Understands OpenAI's wrapped shape (vLLM, TensorRT-LLM), the unwrapped one (SGLang) and
+    FastAPI's ``detail``. 401 and 403 speak of the engine's own key, so they are faults of the
+    server; other 4xx are the client's, in the engine's words.
+    """
+    if status >= 500 or status in (401, 403):
+        return ServerError()
+    fields = _error_fields(body)
+    if status == 404 and fields.get("message") in (None, "Not Found"):
+        return InvalidRequest(
+            "This model does not support this endpoint.", code="unsupported_endpoint", param="model"
+        )
+    message = _scrub(str(fields.get("message") or "The engine refused the request."))
+    param, code = fields.get("param"), fields.get("code")
+    param = param.removeprefix("body.") if isinstance(param, str) else None
+    code = code if isinstance(code, str) and not code.isdigit() else None
+    if code is None and param in _PROMPT_LENGTH_PARAMS and _CONTEXT_LENGTH.search(message):
+        return EngineRejected(status, message, CONTEXT_LENGTH_EXCEEDED, prompt_field)
+    return EngineRejected(status, message, code, param)
+
+
+def _error_fields(body: bytes) -> dict[str, Any]:
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    if not isinstance(answer, dict):
+        return {}
+    error = answer.get("error", answer)
+    if isinstance(error, str):
+        return {"message": error}
+    return error if isinstance(error, dict) and "message" in error else {}
+
+
+def _scrub(message: str) -> str:
+    message = _SOURCE_PLACE.sub("", message)
+    message = _ADDRESS.sub("[address]", message)
+    return _PATH.sub("[path]", message).strip()

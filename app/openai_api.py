@@ -1,0 +1,322 @@
+"""OpenAI's API as far as Frontline has to know it: the fields that matter, and stamping.
+
+Everything else in requests and answers passes through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final, Protocol
+
+import orjson
+
+from app import errors
+from app.dialect import Dialect, Route
+from app.pricing import TokenUsage, cost
+from app.sse import DONE, Event
+from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
+
+FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
+"""Request fields that never reach an engine: ours, and the engines' own priority."""
+
+_STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """A client's request, with the fields that Frontline acts on taken out of it.
+
+    Attributes:
+        route: where it came in.
+        fields: the whole JSON object as it came.
+        model: the name of the model, an id or an alias.
+        requested_tier: what ``service_tier`` asks for; ``None`` for nothing or ``auto``.
+        stream: whether the answer is to be streamed.
+        stream_options: the client's own, empty if there are none.
+    """
+
+    route: Route
+    fields: Mapping[str, Any]
+    model: str
+    requested_tier: Tier | None
+    stream: bool
+    stream_options: Mapping[str, Any]
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the client asked for a last chunk with the usage."""
+        return self.stream_options.get("include_usage") is True
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        """Whether the client asked for the usage on every chunk (vLLM's extension)."""
+        return self.wants_usage and self.stream_options.get("continuous_usage_stats") is True
+
+
+def parse_request(route: Route, body: bytes) -> Inbound:
+    """Read a request body.
+
+    Raises:
+        InvalidRequest: it is not a JSON object, or a field that Frontline acts on is wrong.
+    """
+    fields = _parse_object(body)
+    model = fields.get("model")
+    if not isinstance(model, str) or not model:
+        raise errors.InvalidRequest("you must provide a model parameter", param="model")
+    try:
+        requested = parse_requested(fields.get("service_tier"))
+    except UnknownTierError as error:
+        raise errors.InvalidRequest(
+            str(error), param="service_tier", code="invalid_value"
+        ) from None
+    stream = fields.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise errors.InvalidRequest(
+            "Invalid type for 'stream': expected a boolean.", param="stream", code="invalid_type"
+        )
+    return Inbound(route, fields, model, requested, bool(stream), _stream_options(fields))
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise errors.InvalidRequest(
+            "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
+            "payload, but what was sent was not valid JSON."
+        ) from None
+    if not isinstance(fields, dict):
+        raise errors.InvalidRequest("The JSON body of a request must be an object.")
+    return fields
+
+
+def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = fields.get("stream_options")
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise errors.InvalidRequest(
+            "Invalid type for 'stream_options': expected an object.",
+            param="stream_options",
+            code="invalid_type",
+        )
+    return options
+
+
+def rewrite_request(inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier) -> bytes:
+    """Return the body that the engine gets.
+
+    Our own fields and any priority that the client set are taken out, the engine's priority for
+    ``tier`` is put in where the engine has it in force on this route, and a stream is asked for
+    its usage whether or not the client wants to see it.
+    """
+    route = inbound.route
+    fields = {key: value for key, value in inbound.fields.items() if key not in FRONTLINE_FIELDS}
+    fields["model"] = model_id
+    if route in dialect.priority_routes:
+        fields["priority"] = dialect.priority_values[tier]
+    if inbound.stream and route in _STREAM_OPTION_ROUTES:
+        fields["stream_options"] = {**inbound.stream_options, **dialect.stream_options}
+    if (accepted := dialect.accepted_fields.get(route)) is not None:
+        fields = {key: value for key, value in fields.items() if key in accepted}
+    return orjson.dumps(fields)
+
+
+def read_usage(usage: object) -> TokenUsage | None:
+    """Return the tokens that a ``usage`` object of any route tells, or ``None`` if it has none."""
+    if not isinstance(usage, dict):
+        return None
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    if not isinstance(prompt, int):
+        return None
+    completion = usage.get("completion_tokens", usage.get("output_tokens")) or 0
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    cached = details.get("cached_tokens") or 0
+    return TokenUsage(prompt, min(cached, prompt), completion)
+
+
+def json_number(amount: Decimal) -> orjson.Fragment:
+    """Return an amount as a JSON number with every digit of it."""
+    return orjson.Fragment(format(amount.normalize(), "f") if amount else "0.0")
+
+
+def stamp(answer: dict[str, Any], decision: TierDecision) -> TokenUsage | None:
+    """Put the served tier and the cost into an answer, chunk or Responses object, in place.
+
+    Returns the tokens that its ``usage`` tells, if it has one.
+    """
+    answer["service_tier"] = decision.served.value
+    usage = answer.get("usage")
+    tokens = read_usage(usage)
+    if tokens is not None and isinstance(usage, dict):
+        usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
+    return tokens
+
+
+class StreamStamper(Protocol):
+    """Turns an engine's events into those that the client gets."""
+
+    ended: bool
+    """Whether the stream has come to its proper end, or to an error that the engine reported."""
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The tokens of the stream so far, as far as the engine has told."""
+        ...
+
+    def feed(self, event: Event) -> Iterator[bytes]:
+        """Yield what the client gets for one event of the engine."""
+        ...
+
+    def break_off(self) -> Iterator[bytes]:
+        """Yield what the client gets when the engine is lost in the middle of the stream."""
+        ...
+
+
+def stream_stamper(inbound: Inbound, decision: TierDecision) -> StreamStamper:
+    """Return the stamper for a request's stream."""
+    if inbound.route is Route.RESPONSES:
+        return ResponsesStamper(decision)
+    return ChunkStamper(inbound, decision)
+
+
+class ChunkStamper:
+    """Stamps the chunks of chat completions and completions.
+
+    A client that did not ask for usage gets it on the chunk that finishes the answer, as
+    DeepInfra's service does, and no chunk more than it expects. That chunk is held back until
+    the engine's usage chunk, which follows at once, has come.
+    """
+
+    def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
+        self.ended = False
+        self._route = inbound.route
+        self._wants_usage = inbound.wants_usage
+        self._wants_continuous_usage = inbound.wants_continuous_usage
+        self._decision = decision
+        self._held: dict[str, Any] | None = None
+        self._last_usage: dict[str, Any] | None = None
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        return read_usage(self._last_usage)
+
+    def feed(self, event: Event) -> Iterator[bytes]:
+        if event.data == DONE:
+            self.ended = True
+            yield from self._release(self._last_usage)
+            yield event.encode()
+            return
+        chunk = orjson.loads(event.data)
+        if chunk.get("error") is not None:
+            self.ended = True
+            yield from self._release(self._last_usage)
+            yield _error_event(chunk, self._route)
+            return
+        yield from self._chunk(chunk)
+
+    def _chunk(self, chunk: dict[str, Any]) -> Iterator[bytes]:
+        choices, usage = chunk.get("choices"), chunk.pop("usage", None)
+        if usage is not None:
+            self._last_usage = usage
+        if self._wants_usage:
+            shown = not choices or self._wants_continuous_usage
+            yield self._stamped(chunk, {"usage": usage if shown else None})
+        elif choices or usage is None:
+            yield from self._release(None)
+            if any(choice.get("finish_reason") is not None for choice in choices or ()):
+                self._held = chunk
+            else:
+                yield self._stamped(chunk, {})
+
+    def _release(self, usage: dict[str, Any] | None) -> Iterator[bytes]:
+        if self._held is not None:
+            yield self._stamped(self._held, {"usage": usage} if usage is not None else {})
+            self._held = None
+
+    def _stamped(self, chunk: dict[str, Any], usage: dict[str, Any]) -> bytes:
+        chunk |= usage
+        stamp(chunk, self._decision)
+        return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+    def break_off(self) -> Iterator[bytes]:
+        yield from self._release(self._last_usage)
+        yield Event(errors.ServerError(_BROKEN_OFF).body()).encode()
+
+
+class ResponsesStamper:
+    """Stamps the events of the Responses route: each that carries the response object."""
+
+    _LAST: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+    def __init__(self, decision: TierDecision) -> None:
+        self.ended = False
+        self._usage: TokenUsage | None = None
+        self._decision = decision
+        self._sequence_number = -1
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        return self._usage
+
+    def feed(self, event: Event) -> Iterator[bytes]:
+        if event.data == DONE:
+            self.ended = True
+            yield event.encode()
+            return
+        fields = orjson.loads(event.data)
+        self._sequence_number = fields.get("sequence_number", self._sequence_number)
+        kind = fields.get("type")
+        if kind == "error" or "error" in fields:
+            self.ended = True
+            yield self._error(errors.ServerError())
+            return
+        self.ended = self.ended or kind in self._LAST
+        response = fields.get("response")
+        if not isinstance(response, dict):
+            yield event.encode()
+            return
+        self._usage = stamp(response, self._decision) or self._usage
+        yield Event(orjson.dumps(fields), event.name).encode()
+
+    def break_off(self) -> Iterator[bytes]:
+        yield self._error(errors.ServerError(_BROKEN_OFF))
+
+    def _error(self, error: errors.ApiError) -> bytes:
+        fields = {
+            "type": "error",
+            "code": error.code,
+            "message": error.message,
+            "param": error.param,
+            "sequence_number": self._sequence_number + 1,
+        }
+        return Event(orjson.dumps(fields), b"error").encode()
+
+
+_BROKEN_OFF: Final = "The engine was lost before the answer was complete."
+
+
+def _error_event(chunk: dict[str, Any], route: Route) -> bytes:
+    status = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
+    status = status if isinstance(status, int) and 400 <= status < 600 else 500
+    return Event(
+        errors.from_engine(status, orjson.dumps(chunk), route.prompt_field).body()
+    ).encode()
+
+
+def stream_error(event: Event, route: Route) -> errors.ApiError | None:
+    """Return the error that a stream's first event holds, if it does.
+
+    An engine that answers 200 and then an error has not begun to answer: the client gets the
+    error's own status (SGLang 0.5 does this when it is overloaded).
+    """
+    if b'"error"' not in event.data:
+        return None
+    fields = orjson.loads(event.data)
+    if not isinstance(fields, dict) or not fields.get("error") or fields.get("choices"):
+        return None
+    code = fields["error"].get("code") if isinstance(fields["error"], dict) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    return errors.from_engine(status, event.data, route.prompt_field)

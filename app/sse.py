@@ -1,0 +1,62 @@
+"""Server-sent events: the only module that knows their framing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+DONE: Final = b"[DONE]"
+"""The data of the event that ends an OpenAI stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event: its ``data`` (lines joined by a newline) and its name, empty if it has none."""
+
+    data: bytes
+    name: bytes = b""
+
+    def encode(self) -> bytes:
+        """Return the event as it goes over the wire."""
+        head = b"event: " + self.name + b"\n" if self.name else b""
+        return head + b"data: " + self.data.replace(b"\n", b"\ndata: ") + b"\n\n"
+
+
+class EventReader:
+    """Cuts a byte stream, in whatever pieces it arrives, into events."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, piece: bytes) -> Iterator[Event]:
+        """Yield the events that ``piece`` completes. Comments and unknown fields are dropped."""
+        text, held = self._rest + piece, b""
+        if b"\r" in text:
+            # A CR that ends the piece may be the first half of a CR LF: it waits for the next.
+            held = b"\r" if text.endswith(b"\r") else b""
+            text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        blocks = text.split(b"\n\n")
+        self._rest = blocks.pop() + held
+        for block in blocks:
+            if event := _parse(block):
+                yield event
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the stream stands in the middle of an event."""
+        return bool(self._rest.strip())
+
+
+def _parse(block: bytes) -> Event | None:
+    if block.startswith(b"data: ") and b"\n" not in block:
+        return Event(block[6:])
+    name, data = b"", []
+    for line in block.split(b"\n"):
+        field, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        if field == b"data":
+            data.append(value)
+        elif field == b"event":
+            name = value
+    return Event(b"\n".join(data), name) if data else None

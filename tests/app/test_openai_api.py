@@ -1,0 +1,260 @@
+import json
+from decimal import Decimal
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.dialect import Dialect, Route
+from app.errors import InvalidRequest
+from app.openai_api import (
+    FRONTLINE_FIELDS,
+    json_number,
+    parse_request,
+    read_usage,
+    rewrite_request,
+    stamp,
+    stream_error,
+    stream_stamper,
+)
+from app.pricing import RateCard, TokenUsage
+from app.sse import Event, EventReader
+from app.tiers import Tier, TierDecision
+
+pytestmark = pytest.mark.unit
+
+CARD = RateCard(input="0.02", cached_input="0.01", output="0.04")
+PRIORITY = TierDecision(Tier.PRIORITY, Tier.PRIORITY, None, CARD)
+NATIVE = Dialect(
+    engine="vllm",
+    priority_values={Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100},
+    priority_routes=frozenset(Route),
+    stream_options={"include_usage": True, "continuous_usage_stats": True},
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+def inbound(route=Route.CHAT, **fields):
+    return parse_request(route, json.dumps({"model": "m", **fields}).encode())
+
+
+def rewritten(request, dialect=NATIVE, tier=Tier.PRIORITY):
+    return json.loads(rewrite_request(request, "org/m", dialect, tier))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"{", None),
+        (b"", None),
+        (b"[]", None),
+        (b"\xff\xfe", None),
+        (b"{}", "model"),
+        (b'{"model": 3}', "model"),
+        (b'{"model": ""}', "model"),
+        (b'{"model": "m", "service_tier": "gold"}', "service_tier"),
+        (b'{"model": "m", "service_tier": 1}', "service_tier"),
+        (b'{"model": "m", "stream": "yes"}', "stream"),
+        (b'{"model": "m", "stream_options": []}', "stream_options"),
+    ],
+)
+def test_bad_requests_name_the_field(body, param):
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(Route.CHAT, body)
+    assert caught.value.param == param
+    assert caught.value.status == 400
+
+
+@given(
+    st.dictionaries(st.text().filter(lambda k: k not in {"stream", "stream_options"}), json_values)
+)
+def test_everything_else_passes_through_untouched(fields):
+    fields = {**fields, "model": "m", "service_tier": "priority"}
+    sent = rewritten(inbound(**fields), Dialect("plain"))
+    kept = {key: value for key, value in fields.items() if key not in FRONTLINE_FIELDS}
+    assert sent == {**kept, "model": "org/m"}
+
+
+@given(st.sampled_from(Tier), json_values)
+def test_a_clients_own_priority_never_reaches_the_engine(tier, priority):
+    request = inbound(priority=priority, fail_fast=True, service_tier=tier.value)
+    assert rewritten(request, NATIVE, tier)["priority"] == NATIVE.priority_values[tier]
+    assert FRONTLINE_FIELDS.isdisjoint(rewritten(request, Dialect("plain"), tier))
+
+
+def test_no_priority_is_sent_on_a_route_that_does_not_honour_it():
+    chat_only = Dialect(
+        "x", priority_values=NATIVE.priority_values, priority_routes=frozenset({Route.CHAT})
+    )
+    assert "priority" in rewritten(inbound(), chat_only)
+    assert "priority" not in rewritten(inbound(Route.RESPONSES), chat_only)
+
+
+def test_a_strict_engine_gets_only_the_fields_that_it_accepts():
+    strict = Dialect("x", accepted_fields={Route.CHAT: frozenset({"model", "messages"})})
+    request = inbound(messages=[], mystery=1, stream=True)
+    assert rewritten(request, strict) == {"model": "org/m", "messages": []}
+
+
+def test_a_stream_is_always_asked_for_its_usage():
+    options = {"include_usage": False, "other": 1}
+    sent = rewritten(inbound(stream=True, stream_options=options))
+    assert sent["stream_options"] == {**options, **NATIVE.stream_options}
+    assert "stream_options" not in rewritten(inbound())
+    assert "stream_options" not in rewritten(inbound(Route.RESPONSES, stream=True))
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"prompt_tokens": 5, "completion_tokens": 2}, TokenUsage(5, 0, 2)),
+        ({"prompt_tokens": 5, "total_tokens": 5}, TokenUsage(5, 0, 0)),
+        (
+            {
+                "prompt_tokens": 5,
+                "completion_tokens": None,
+                "prompt_tokens_details": {"cached_tokens": 3},
+            },
+            TokenUsage(5, 3, 0),
+        ),
+        (
+            {
+                "input_tokens": 7,
+                "output_tokens": 1,
+                "input_tokens_details": {"cached_tokens": 9},
+            },
+            TokenUsage(7, 7, 1),
+        ),
+        ({"prompt_tokens": 5, "prompt_tokens_details": None}, TokenUsage(5, 0, 0)),
+    ],
+)
+def test_usage_of_every_route_is_read(usage, expected):
+    assert read_usage(usage) == expected
+
+
+@given(st.decimals(0, 1000, places=14))
+def test_an_amount_keeps_every_digit_and_has_no_exponent(amount):
+    text = orjson.dumps(json_number(amount)).decode()
+    assert Decimal(text) == amount
+    assert "E" not in text.upper()
+
+
+def test_an_answer_is_stamped_with_the_decision():
+    answer = {"service_tier": None, "usage": {"prompt_tokens": 1000, "completion_tokens": 250}}
+    assert stamp(answer, PRIORITY) == TokenUsage(1000, 0, 250)
+    assert answer["service_tier"] == "priority"
+    assert orjson.dumps(answer["usage"]["estimated_cost"]) == b"0.000045"
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+def chunk(content=None, finish=None, usage=None, index=0):
+    fields = {"object": "chat.completion.chunk", "choices": []}
+    if content is not None or finish is not None:
+        fields["choices"] = [
+            {"index": index, "delta": {"content": content}, "finish_reason": finish}
+        ]
+    if usage is not None:
+        fields["usage"] = {"prompt_tokens": 3, "completion_tokens": usage}
+    return Event(json.dumps(fields).encode())
+
+
+DONE = Event(b"[DONE]")
+STREAM = [
+    chunk("a", usage=1),
+    chunk("b", usage=2),
+    chunk("", "stop", usage=2),
+    chunk(usage=2),
+    DONE,
+]
+
+
+def played(events, request, *, broken=False):
+    stamper = stream_stamper(request, PRIORITY)
+    wire = b"".join(piece for event in events for piece in stamper.feed(event))
+    if broken:
+        wire += b"".join(stamper.break_off())
+    got = [event.data for event in EventReader().feed(wire)]
+    return stamper, [data if data == b"[DONE]" else json.loads(data) for data in got]
+
+
+def test_who_did_not_ask_for_usage_gets_no_chunk_more_and_usage_on_the_last_one():
+    stamper, got = played(STREAM, inbound(stream=True))
+    assert [c["choices"][0]["delta"]["content"] for c in got[:-1]] == ["a", "b", ""]
+    assert [("usage" in c) for c in got[:-1]] == [False, False, True]
+    assert got[2]["usage"]["estimated_cost"] == pytest.approx(1.5 * (3 * 0.02 + 2 * 0.04) / 1e6)
+    assert got[-1] == b"[DONE]"
+    assert stamper.usage == TokenUsage(3, 0, 2)
+    assert stamper.ended
+
+
+def test_who_asked_for_usage_gets_it_with_its_cost_on_the_last_chunk():
+    request = inbound(stream=True, stream_options={"include_usage": True})
+    _, got = played(STREAM, request)
+    assert [c["usage"] is None for c in got[:-1]] == [True, True, True, False]
+    assert got[3]["choices"] == []
+    assert got[3]["usage"]["estimated_cost"] > 0
+
+
+def test_who_asked_for_continuous_usage_gets_it_on_every_chunk():
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    _, got = played(STREAM, inbound(stream=True, stream_options=options))
+    assert [c["usage"]["completion_tokens"] for c in got[:-1]] == [1, 2, 2, 2]
+    assert all("estimated_cost" in c["usage"] for c in got[:-1])
+
+
+@given(st.booleans(), st.integers(1, 3), st.integers(0, 8))
+def test_every_chunk_carries_the_tier_wherever_the_stream_stops(wants_usage, answers, length):
+    events = [chunk("x", usage=i + 1, index=i % answers) for i in range(length)]
+    events += [chunk("", "stop", usage=length, index=i) for i in range(answers)]
+    options = {"include_usage": True} if wants_usage else None
+    for stop in range(len(events) + 1):
+        _, got = played(events[:stop], inbound(stream=True, stream_options=options), broken=True)
+        assert got[-1]["error"]["type"] == "server_error"
+        assert len(got) == stop + 1, "no chunk is lost, none is added"
+        assert all(c["service_tier"] == "priority" for c in got[:-1])
+
+
+def test_an_engines_error_in_mid_stream_ends_it_in_openais_shape():
+    error = Event(b'{"error": {"message": "at /opt/x/y.py", "code": 500}}')
+    stamper, got = played([chunk("a"), error], inbound(stream=True))
+    assert got[-1]["error"]["message"] == "The server had an error while processing your request."
+    assert stamper.ended
+
+
+def test_responses_events_are_stamped_where_they_carry_the_response():
+    def event(kind, **fields):
+        return Event(json.dumps({"type": kind, **fields}).encode(), kind.encode())
+
+    usage = {"input_tokens": 3, "output_tokens": 2}
+    events = [
+        event("response.created", response={"service_tier": "auto"}, sequence_number=0),
+        event("response.output_text.delta", delta="a", sequence_number=1),
+        event("response.completed", response={"usage": usage}, sequence_number=2),
+    ]
+    request = inbound(Route.RESPONSES, stream=True)
+    stamper, got = played(events, request)
+    assert got[0]["response"]["service_tier"] == "priority"
+    assert got[1] == {"type": "response.output_text.delta", "delta": "a", "sequence_number": 1}
+    assert got[2]["response"]["usage"]["estimated_cost"] > 0
+    assert stamper.ended and stamper.usage == TokenUsage(3, 0, 2)
+
+    _, got = played(events[:2], request, broken=True)
+    assert (got[-1]["type"], got[-1]["sequence_number"]) == ("error", 2)
+
+
+def test_an_error_as_first_event_is_found_and_ordinary_text_is_not():
+    first = Event(b'{"error": {"message": "queue full", "code": 503}}')
+    assert stream_error(first, Route.CHAT).status == 500
+    refused = Event(b'{"error": {"message": "bad", "code": 400}}')
+    assert stream_error(refused, Route.CHAT).status == 400
+    assert stream_error(chunk('say "error"'), Route.CHAT) is None
+    assert stream_error(Event(b'{"error": null, "choices": []}'), Route.CHAT) is None
