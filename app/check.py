@@ -1,0 +1,131 @@
+"""Checking a Serve config file before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from app.catalog import MODEL_DEPLOYMENT
+from app.config import IngressSettings, ModelSettings
+from app.settings import Key, Problem, Settings, SettingsError
+
+INGRESS_DEPLOYMENT = "Ingress"
+_USER_CONFIGS: Mapping[str, type[Settings]] = {
+    INGRESS_DEPLOYMENT: IngressSettings,
+    MODEL_DEPLOYMENT: ModelSettings,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A problem and the line, counted from 1, on which it stands."""
+
+    line: int
+    problem: Problem
+
+
+def check_config(text: str) -> list[Finding]:
+    """Return everything that is wrong with a Serve config file of Frontline, by line."""
+    try:
+        root, config = yaml.compose(text), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        return [Finding(mark.line + 1 if mark else 1, Problem((), f"not valid YAML: {error}"))]
+    if not isinstance(config, dict) or root is None:
+        return [Finding(1, Problem((), "expected a mapping with `applications`"))]
+    found = [Finding(_line(root, problem.key), problem) for problem in _problems(config)]
+    return sorted(found, key=lambda finding: finding.line)
+
+
+def _problems(config: dict[str, Any]) -> Iterator[Problem]:
+    try:
+        ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        for problem in error.errors():
+            yield Problem(problem["loc"], problem["msg"])
+        return
+    for place, application in enumerate(config.get("applications") or ()):
+        yield from _application_problems(("applications", place), application)
+
+
+def _application_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        build = _builder(application["import_path"])
+    except (ImportError, AttributeError, ValueError) as error:
+        yield Problem((*where, "import_path"), f"cannot be imported: {error}")
+        return
+    known: set[str] = set()
+    try:
+        known = _deployment_names(build(application.get("args") or {}))
+    except SettingsError as error:
+        yield from (Problem((*where, *p.key), p.message) for p in error.problems)
+    for place, deployment in enumerate(application.get("deployments") or ()):
+        key = (*where, "deployments", place)
+        if known and deployment["name"] not in known:
+            expected = ", ".join(sorted(known))
+            message = f"expected one of {expected} (got {deployment['name']!r})"
+            yield Problem((*key, "name"), message)
+        yield from _user_config_problems((*key, "user_config"), deployment)
+
+
+def _builder(import_path: str) -> Callable[[dict[str, Any]], Any]:
+    module, separator, attribute = import_path.replace(":", ".").rpartition(".")
+    if not separator:
+        raise ValueError("expected `module:attribute`")
+    builder: Callable[[dict[str, Any]], Any] = getattr(import_module(module), attribute)
+    return builder
+
+
+def _deployment_names(application: Any) -> set[str]:
+    """Return the names of the deployments that an application is made of."""
+    names, rest = set(), [application]
+    while rest:
+        deployment = rest.pop()._bound_deployment
+        names.add(deployment.name)
+        values = [*deployment.init_args, *deployment.init_kwargs.values()]
+        for value in values:
+            inner = value.values() if isinstance(value, dict) else [value]
+            rest += [item for item in inner if isinstance(item, type(application))]
+    return names
+
+
+def _user_config_problems(where: Key, deployment: Mapping[str, Any]) -> Iterator[Problem]:
+    values = deployment.get("user_config")
+    if values is None:
+        return
+    settings = _USER_CONFIGS.get(deployment["name"])
+    if settings is None:
+        yield Problem(where, f"the deployment {deployment['name']!r} has no user_config")
+        return
+    try:
+        settings.load(values, *where)
+    except SettingsError as error:
+        yield from error.problems
+
+
+def _line(node: yaml.Node, key: Key) -> int:
+    """Return the line of the value at ``key``, or of the innermost part of the way that exists."""
+    line = node.start_mark.line + 1
+    for part in key:
+        step = _step(node, part)
+        if step is None:
+            break
+        line, node = step
+    return line
+
+
+def _step(node: yaml.Node, part: str | int) -> tuple[int, yaml.Node] | None:
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        item = node.value[part]
+        return item.start_mark.line + 1, item
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value == str(part):
+                return name.start_mark.line + 1, value
+    return None

@@ -1,0 +1,150 @@
+"""The HTTP passage from the ingress to an engine's own server.
+
+An ``EngineClient`` opens a passage to one replica. It either fails before the first byte of an
+answer, as ``EngineUnreachable``, so that the request can go to another replica, or it has an
+answer: whole, streamed, or an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+
+from app import errors
+from app.dialect import Route
+from app.openai_api import stream_error
+from app.snapshot import ReplicaStatus
+from app.sse import Event, EventReader
+
+_CONNECT_TIMEOUT_S = 5.0
+# Below the five seconds after which uvicorn, which the engines stand on, closes an idle
+# connection: the side that writes next must be the one that gives up first.
+_KEEPALIVE_S = 3.0
+_EVENT_STREAM = "text/event-stream"
+
+
+class EngineUnreachable(Exception):
+    """The engine was lost before it sent any of an answer."""
+
+
+class EngineBroke(Exception):
+    """The engine was lost in the middle of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnaryAnswer:
+    """A whole answer with status 200."""
+
+    body: bytes
+
+
+class StreamedAnswer:
+    """An answer with status 200 whose first events have come.
+
+    Iterating yields them and then the rest, a list for each piece read from the engine, so that
+    what came together leaves together.
+    """
+
+    def __init__(
+        self, first: list[Event], reader: EventReader, response: aiohttp.ClientResponse
+    ) -> None:
+        self._first = first
+        self._reader = reader
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[list[Event]]:
+        """Yield events as they come.
+
+        Raises:
+            EngineBroke: the connection ended before the HTTP message did.
+        """
+        yield self._first
+        try:
+            async for piece in self._response.content.iter_any():
+                if events := list(self._reader.feed(piece)):
+                    yield events
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineBroke from error
+
+
+class EngineClient:
+    """Connections from one ingress to the engines of all its models."""
+
+    def __init__(self) -> None:
+        self._session = aiohttp.ClientSession(
+            # An engine's slots bound its connections, so the connector does not.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+            # Engines compress nothing, and what they send is passed on as it is.
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+            # The engines' addresses are on this machine or in this cluster: proxies set in the
+            # environment are not for them.
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    @asynccontextmanager
+    async def send(
+        self,
+        replica: ReplicaStatus,
+        route: Route,
+        body: bytes,
+        *,
+        request_id: str,
+        read_timeout_s: float,
+    ) -> AsyncIterator[UnaryAnswer | StreamedAnswer]:
+        """Send a request to an engine and yield its answer.
+
+        Only the headers named here reach the engine: none of the client's do. Leaving the block
+        before the answer has ended closes the connection, upon which the engine aborts.
+        ``read_timeout_s`` is the longest pause between two reads.
+
+        Raises:
+            EngineUnreachable: the engine was lost before it sent anything of an answer.
+            ApiError: the engine answered with an error.
+        """
+        headers = {
+            "content-type": "application/json",
+            "authorization": f"Bearer {replica.key}",
+            "x-request-id": request_id,
+        }
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=read_timeout_s
+        )
+        try:
+            response = await self._session.post(
+                replica.base_url + route.path, data=body, headers=headers, timeout=timeout
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineUnreachable from error
+        async with response:
+            yield await _read_answer(response, route)
+
+
+async def _read_answer(
+    response: aiohttp.ClientResponse, route: Route
+) -> UnaryAnswer | StreamedAnswer:
+    try:
+        if response.status != 200:
+            raise errors.from_engine(response.status, await response.read(), route.prompt_field)
+        if response.content_type != _EVENT_STREAM:
+            return UnaryAnswer(await response.read())
+        return await _read_first_events(response, route)
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise EngineUnreachable from error
+
+
+async def _read_first_events(response: aiohttp.ClientResponse, route: Route) -> StreamedAnswer:
+    reader = EventReader()
+    async for piece in response.content.iter_any():
+        if events := list(reader.feed(piece)):
+            if error := stream_error(events[0], route):
+                raise error
+            return StreamedAnswer(events, reader, response)
+    raise EngineUnreachable("the stream ended before its first event")

@@ -1,0 +1,90 @@
+"""What a model and its engine replicas can do at one moment, as plain values.
+
+``EngineReplica`` makes ``ReplicaStatus``, ``Model`` makes ``ModelSnapshot``, ingresses read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app.config import ModelSettings
+from app.dialect import Dialect, Route
+from app.tiers import PriorityMode, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One engine replica that is ready to serve.
+
+    Attributes:
+        replica_id: its name, never used again after a restart.
+        pool: the pool that it belongs to.
+        base_url: where the engine's own server listens, without a trailing slash.
+        key: the secret that the engine wants as a bearer token. Never shown.
+        slots: how many requests it runs at once.
+        engine_version: the engine's version as it told it.
+        context_length: longest prompt and answer together, in tokens; ``None``: not known.
+        dialect: how to speak to it.
+    """
+
+    replica_id: str
+    pool: str
+    base_url: str
+    key: str
+    slots: int
+    engine_version: str
+    context_length: int | None
+    dialect: Dialect
+
+    def honours_priority(self, route: Route) -> bool:
+        """Whether the engine has native priority in force on this route."""
+        return route in self.dialect.priority_routes
+
+    def __repr__(self) -> str:
+        # The key stays out of logs and traces.
+        return f"<ReplicaStatus {self.replica_id} of {self.pool}>"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSnapshot:
+    """A model as it is served now.
+
+    Attributes:
+        id: the model's name.
+        aliases: other names that requests may use.
+        owned_by: for the models list.
+        created: when the model's application was started, in Unix seconds.
+        settings: rate card and tiers in force.
+        replicas: the engine replicas that are ready.
+    """
+
+    id: str
+    aliases: tuple[str, ...]
+    owned_by: str
+    created: int
+    settings: ModelSettings
+    replicas: tuple[ReplicaStatus, ...]
+
+    @property
+    def service_tiers(self) -> tuple[Tier, ...]:
+        """The tiers at which a request could be served now; none while no replica is ready."""
+        if not self.replicas:
+            return ()
+        tiers = self.settings.tiers
+        native = any(replica.dialect.native_priority for replica in self.replicas)
+        delivered = tiers.priority is PriorityMode.LINE or (
+            tiers.priority is PriorityMode.AUTO and native
+        )
+        offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
+        return tuple(tier for tier in Tier if offered[tier])
+
+    @property
+    def context_length(self) -> int | None:
+        """The shortest context of its replicas: what every one of them can take."""
+        lengths = [replica.context_length for replica in self.replicas]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that serve it now, by name."""
+        return tuple(sorted({replica.dialect.engine for replica in self.replicas}))

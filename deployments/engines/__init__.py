@@ -1,0 +1,1 @@
+"""One adapter module for each engine; ``registry`` knows them by name."""

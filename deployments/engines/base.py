@@ -1,0 +1,127 @@
+"""The contract of an engine adapter: the only place that knows an engine's flags and quirks.
+
+Adding an engine is one module with a subclass of ``EngineAdapter`` and one line in
+``deployments.engines.registry``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from app.dialect import Dialect
+
+EngineArg = str | int | float | bool | None | list[str] | dict[str, Any]
+"""A value of ``engine_args`` in a model's configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Everything an adapter needs to know to start one engine server.
+
+    Attributes:
+        model: the folder or name of the model that the engine loads.
+        served_name: the model's id, by which requests name it.
+        host: the address to bind to; always loopback.
+        port: a port reserved for this engine.
+        slots: how many requests the engine runs at once.
+        key: the secret that every request to the engine must carry as a bearer token.
+        python: the interpreter of the engine's environment.
+        engine_args: the operator's own engine arguments, by name, with underscores; they win
+            over an adapter's defaults, except for the address, the key and the served name.
+    """
+
+    model: str
+    served_name: str
+    host: str
+    port: int
+    slots: int
+    key: str
+    python: str
+    engine_args: Mapping[str, EngineArg] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a running engine told about itself.
+
+    Attributes:
+        version: the engine's version.
+        context_length: longest prompt and answer together, in tokens; ``None``: not known.
+        dialect: how to speak to it, with native priority only if it is really in force.
+    """
+
+    version: str
+    context_length: int | None
+    dialect: Dialect
+
+
+class EngineHttp(Protocol):
+    """A connection to a running engine, carrying its key."""
+
+    async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
+        """Return status and parsed body (``None`` where it is not JSON) of a GET."""
+        ...
+
+    async def post_json(
+        self, path: str, body: Mapping[str, Any], *, authorized: bool = True
+    ) -> tuple[int, Any]:
+        """Return status and parsed body (``None`` where it is not JSON) of a POST."""
+        ...
+
+
+class EngineAdapter(ABC):
+    """How to start one kind of engine and how to speak to it. Holds no state."""
+
+    name: ClassVar[str]
+    """The engine's name in configuration files."""
+    ready_path: ClassVar[str]
+    """Answers 200 once requests will be served; cheap enough to ask several times a second."""
+    health_path: ClassVar[str]
+    """Answers 200 while the engine is alive; cheap enough to ask every second."""
+
+    @abstractmethod
+    def command(self, launch: Launch) -> list[str]:
+        """Return the command line that starts the engine's OpenAI server."""
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        """Return environment variables to set for the engine, besides those it inherits."""
+        return {}
+
+    @abstractmethod
+    async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
+        """Ask the engine, once it is ready, what it is and what it has in force.
+
+        Raises:
+            EngineContractError: the engine runs, but not as it must to be served from.
+        """
+
+
+class EngineContractError(RuntimeError):
+    """A running engine does not do what its adapter relies on."""
+
+
+def render_flags(args: Mapping[str, EngineArg]) -> list[str]:
+    """Return command-line flags for named arguments, as Python engines spell them.
+
+    ``max_model_len: 4096`` becomes ``--max-model-len 4096``, ``True`` a bare flag, ``False`` and
+    ``None`` nothing, a list one flag with several values, and a mapping its JSON.
+    """
+    import json
+
+    flags: list[str] = []
+    for name, value in args.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False:
+            continue
+        if value is True:
+            flags.append(flag)
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif isinstance(value, dict):
+            flags += [flag, json.dumps(value)]
+        else:
+            flags += [flag, str(value)]
+    return flags

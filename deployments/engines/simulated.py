@@ -1,0 +1,107 @@
+"""The adapter of the simulated engine, a child process like the real engines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import orjson
+
+from app.dialect import Dialect, Route
+from app.tiers import Tier
+from deployments.engines.base import (
+    EngineAdapter,
+    EngineContractError,
+    EngineFacts,
+    EngineHttp,
+    Launch,
+)
+from deployments.engines.simulated_server import KEY_VARIABLE
+from deployments.engines.simulated_server.settings import DialectName, Policy, SimulatedSettings
+from deployments.engines.simulated_server.wire_tensorrt_llm import ACCEPTED_FIELDS
+
+_SERVER: Final = "deployments.engines.simulated_server"
+_ROOT: Final = Path(__file__).resolve().parents[2]
+
+_LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
+_HIGH_FIRST: Final = {tier: -value for tier, value in _LOW_FIRST.items()}
+_SHARES: Final = {Tier.PRIORITY: 1.0, Tier.DEFAULT: 0.5, Tier.FLEX: 0.0}
+
+_PRIORITY_ROUTES: Final = {
+    DialectName.VLLM: frozenset(Route),
+    DialectName.SGLANG: frozenset(Route) - {Route.RESPONSES},
+    DialectName.TENSORRT_LLM: frozenset({Route.CHAT, Route.COMPLETIONS}),
+}
+
+_INTERNAL_FIELDS: Final = frozenset(
+    {
+        "prompt_token_ids_b64",
+        "injected_chat_template_kwargs",
+        "disaggregated_params",
+        "lora_request",
+    }
+)
+"""Fields that TensorRT-LLM's servers send each other, and one that names files on its host."""
+
+
+class Simulated(EngineAdapter):
+    """The simulated engine; its ``engine_args`` are ``SimulatedSettings``."""
+
+    name: ClassVar[str] = "simulated"
+    ready_path: ClassVar[str] = "/ready"
+    health_path: ClassVar[str] = "/health"
+
+    def command(self, launch: Launch) -> list[str]:
+        """Return the command line.
+
+        Raises:
+            SettingsError: ``engine_args`` has an unknown key or a bad value.
+        """
+        settings = _settings(launch).model_dump(mode="json", exclude_unset=True)
+        # -P: the module is found where ``environment`` says, not in the working directory.
+        return [
+            *(launch.python, "-P", "-m", _SERVER),
+            *("--host", launch.host, "--port", str(launch.port)),
+            *("--model", launch.model, "--served-name", launch.served_name),
+            *("--settings", orjson.dumps(settings).decode()),
+        ]
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        """Return the key, and where the server's module is."""
+        inherited = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join(filter(None, [str(_ROOT), inherited]))
+        return {KEY_VARIABLE: launch.key, "PYTHONPATH": path}
+
+    async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
+        """Ask the running engine for its dialect and for the policy that it has in force."""
+        status, report = await http.get_json("/simulate")
+        if status != 200 or not isinstance(report, dict) or not report.get("simulated"):
+            raise EngineContractError(f"not a simulated engine: /simulate answered {status}")
+        status, _ = await http.get_json("/v1/models", authorized=False)
+        if status != 401:
+            raise EngineContractError(f"the key does not guard: /v1/models answered {status}")
+        return EngineFacts(report["version"], report["context_length"], _dialect(report))
+
+
+def _settings(launch: Launch) -> SimulatedSettings:
+    given = {"slots": launch.slots, **launch.engine_args}
+    return SimulatedSettings.load(given, "engine_args")
+
+
+def _dialect(report: dict[str, Any]) -> Dialect:
+    name = DialectName(report["dialect"])
+    strict = name is DialectName.TENSORRT_LLM
+    values: dict[Tier, int | float] = dict(_SHARES) if strict else dict(_LOW_FIRST)
+    if not strict and not report["lower_goes_first"]:
+        values = dict(_HIGH_FIRST)
+    in_force = report["policy"] == Policy.PRIORITY
+    fields = {route: names - _INTERNAL_FIELDS for route, names in ACCEPTED_FIELDS.items()}
+    return Dialect(
+        engine=f"simulated-{name}",
+        simulated=True,
+        priority_values=values,
+        priority_routes=_PRIORITY_ROUTES[name] if in_force else frozenset(),
+        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        accepted_fields=fields if strict else {},
+    )

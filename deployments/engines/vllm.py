@@ -1,0 +1,97 @@
+"""vLLM: flags, sign of priority and facts of its OpenAI server (read in vLLM 0.32 and 0.33)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from app.dialect import Dialect, Route
+from app.settings import Problem, SettingsError
+from app.tiers import Tier
+from deployments.engines.base import (
+    EngineAdapter,
+    EngineContractError,
+    EngineFacts,
+    EngineHttp,
+    Launch,
+    render_flags,
+)
+
+# vLLM serves lower numbers first. SGLang, told to do the same, preempts only at gaps above 10:
+# gaps of 100 leave one scale for both.
+PRIORITY_VALUES: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
+
+_GUARD: Final = "frontline_vllm_guard"
+_INSIDE: Final = Path(__file__).parent / "inside"
+_FACTS_PATH: Final = "/frontline/facts"
+# Each of them would open a way around the ingress, or break what the ingress relies on.
+_RESERVED: Final = frozenset(
+    {"model", "host", "port", "uds", "api_key", "served_model_name", "root_path", "ssl_keyfile"}
+)
+
+
+class Vllm(EngineAdapter):
+    """vLLM's ``vllm.entrypoints.openai.api_server``."""
+
+    name = "vllm"
+    ready_path = "/health"
+    health_path = "/health"
+
+    def command(self, launch: Launch) -> list[str]:
+        if taken := _RESERVED & launch.engine_args.keys():
+            raise SettingsError(
+                *(Problem(("engine_args", key), "Frontline sets this itself") for key in taken)
+            )
+        args: dict[str, Any] = {
+            "max_num_seqs": launch.slots,
+            "scheduling_policy": "priority",
+            "enable_prompt_tokens_details": True,
+            "disable_uvicorn_access_log": True,
+            **launch.engine_args,
+            "model": launch.model,
+            "host": launch.host,
+            "port": launch.port,
+            "served_model_name": launch.served_name,
+        }
+        own = args.pop("middleware", [])
+        middlewares = [f"{_GUARD}.Guard", *([own] if isinstance(own, str) else own)]
+        # The `vllm` script looks for a distribution of that name, which its CPU build is not.
+        command = [launch.python, "-m", "vllm.entrypoints.openai.api_server", *render_flags(args)]
+        # vLLM puts the middleware that is named last outermost.
+        for middleware in reversed(middlewares):
+            command += ["--middleware", middleware]
+        return command
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        return {
+            "PYTHONPATH": str(_INSIDE),
+            # By environment and not by flag: other users can read a command line.
+            "FRONTLINE_ENGINE_KEY": launch.key,
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+
+    async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
+        await _prove_guarded(http)
+        status, facts = await http.get_json(_FACTS_PATH)
+        if status != 200 or not isinstance(facts, dict):
+            raise EngineContractError(f"vLLM did not tell its facts (status {status})")
+        in_force = facts.get("scheduling_policy") == "priority"
+        dialect = Dialect(
+            engine=self.name,
+            priority_values=PRIORITY_VALUES,
+            priority_routes=frozenset(Route) if in_force else frozenset(),
+            # vLLM heeds the second only together with the first.
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+        )
+        return EngineFacts(str(facts.get("version")), facts.get("max_model_len"), dialect)
+
+
+async def _prove_guarded(http: EngineHttp) -> None:
+    """Check that nothing but the key opens the engine.
+
+    vLLM's own ``--api-key`` leaves ``/invocations``, which answers chats, and others open.
+    """
+    for path in ("/v1/models", "/invocations", "/metrics"):
+        status, _ = await http.get_json(path, authorized=False)
+        if status != 401:
+            raise EngineContractError(f"vLLM answers {path} without the key (status {status})")

@@ -1,0 +1,144 @@
+"""A model: the root of its own Serve application, and the catalogue's entry for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Any
+
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from app.catalog import MODEL_DEPLOYMENT
+from app.config import ModelArgs, ModelSettings, PoolSettings
+from app.settings import Key, Problem, SettingsError
+from app.snapshot import ModelSnapshot, ReplicaStatus
+from deployments import replica
+from deployments.engines.base import Launch
+from deployments.engines.registry import adapter_named
+
+logger = logging.getLogger("ray.serve")
+
+_STATUS_PERIOD_S = 0.5
+_STATUS_TIMEOUT_S = 5.0
+
+
+class Model:
+    """The control plane of one model: collects what its engine replicas can do now."""
+
+    def __init__(self, args: ModelArgs, pools: dict[str, DeploymentHandle[Any]]) -> None:
+        self._args = args
+        self._pools = pools
+        self._settings = ModelSettings()
+        self._created = int(time.time())
+        self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
+        self._life = uuid.uuid4().hex
+        self._changes = 0
+        self._snapshot = self._make_snapshot()
+        self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over changed prices and tiers; requests already decided keep theirs.
+
+        Raises:
+            SettingsError: ``user_config`` has an unknown key or a bad value.
+        """
+        self._settings = ModelSettings.load(user_config, "user_config")
+        self._publish()
+
+    async def snapshot(self, known: str) -> tuple[str, ModelSnapshot] | None:
+        """Return the version of what there is to know, and that; ``None`` if it is ``known``."""
+        version = f"{self._life}.{self._changes}"
+        return None if version == known else (version, self._snapshot)
+
+    def _publish(self) -> None:
+        snapshot = self._make_snapshot()
+        if snapshot != self._snapshot:
+            self._snapshot = snapshot
+            self._changes += 1
+
+    def _make_snapshot(self) -> ModelSnapshot:
+        return ModelSnapshot(
+            id=self._args.id,
+            aliases=self._args.aliases,
+            owned_by=self._args.owned_by,
+            created=self._created,
+            settings=self._settings,
+            replicas=tuple(r for pool in self._pools for r in self._replicas.get(pool, ())),
+        )
+
+    async def _watch(self, pool: str) -> None:
+        while True:
+            self._replicas[pool] = await self._ask(pool)
+            self._publish()
+            await asyncio.sleep(_STATUS_PERIOD_S)
+
+    async def _ask(self, pool: str) -> tuple[ReplicaStatus, ...]:
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                response = self._pools[pool].broadcast("status")
+                answers = await response.results_async(return_exceptions=True)
+        except DeploymentUnavailableError:
+            return ()
+        except TimeoutError:
+            # One replica hangs; Serve will replace it. The others are as they were.
+            return self._replicas.get(pool, ())
+        except Exception:
+            logger.exception("cannot ask pool %s for its status", pool)
+            return ()
+        ready = [answer for answer in answers if isinstance(answer, ReplicaStatus)]
+        return tuple(sorted(ready, key=lambda status: status.replica_id))
+
+    async def __del__(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+
+
+_deployment = serve.deployment(
+    name=MODEL_DEPLOYMENT,
+    # It answers a few small questions a second from each ingress, and computes nothing.
+    ray_actor_options={"num_cpus": 0},
+    max_ongoing_requests=10_000,
+)(Model)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Return a model's application; the ``import_path`` in a Serve config file.
+
+    Args:
+        args: the fields of ``ModelArgs``.
+
+    Raises:
+        SettingsError: ``args`` has an unknown key or a bad value; each is named.
+    """
+    settings = ModelArgs.load(args, "args")
+    for place, pool in enumerate(settings.pools):
+        _check_pool(("args", "pools", place), pool)
+    pools = {
+        pool.name: replica.deployment.options(name=pool.name).bind(settings.id, pool)
+        for pool in settings.pools
+    }
+    return _deployment.bind(settings, pools)
+
+
+def _check_pool(where: Key, pool: PoolSettings) -> None:
+    """Refuse an engine or an engine argument that would only fail once a replica starts."""
+    launch = Launch(
+        model=pool.model,
+        served_name="",
+        host="",
+        port=0,
+        slots=pool.slots,
+        key="",
+        python="",
+        engine_args=pool.engine_args,
+    )
+    try:
+        adapter_named(pool.engine).command(launch)
+    except SettingsError as error:
+        problems = (Problem((*where, *p.key), p.message) for p in error.problems)
+        raise SettingsError(*problems) from None

@@ -1,0 +1,190 @@
+"""One engine replica: starts an engine's own OpenAI server, watches it, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import aiohttp
+from ray import serve
+
+from app.config import PoolSettings, expand_path, frontline_home
+from app.snapshot import ReplicaStatus
+from deployments.engines.base import EngineAdapter, EngineFacts, Launch
+from deployments.engines.registry import adapter_named
+from deployments.process import EngineProcess, ReservedPort, reserve_port, sweep_orphans
+
+logger = logging.getLogger("ray.serve")
+
+_LOOPBACK: Final = "127.0.0.1"
+_READY_POLL_S: Final = 0.2
+_RAY_THREADS: Final = "OMP_NUM_THREADS"
+
+
+class EngineFailedToStart(RuntimeError):
+    """An engine ended, or did not become ready in time. The message has its last log lines."""
+
+
+class EngineUnhealthy(RuntimeError):
+    """A running engine has ended, or does not answer. Serve replaces the replica."""
+
+
+class LocalEngine:
+    """HTTP to the engine's own server on this machine, for starting and watching it."""
+
+    def __init__(self, base_url: str, key: str) -> None:
+        self._base_url = base_url
+        self._authorization = {"authorization": f"Bearer {key}"}
+        self._session = aiohttp.ClientSession(trust_env=False)
+
+    async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
+        """Return status and parsed body of a GET; see ``EngineHttp``."""
+        return await self._request("GET", path, None, authorized)
+
+    async def post_json(
+        self, path: str, body: Mapping[str, Any], *, authorized: bool = True
+    ) -> tuple[int, Any]:
+        """Return status and parsed body of a POST; see ``EngineHttp``."""
+        return await self._request("POST", path, body, authorized)
+
+    async def answers(self, path: str, timeout_s: float) -> bool:
+        """Whether a GET is answered with 200 in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                status, _ = await self.get_json(path)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+        return status == 200
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._session.close()
+
+    async def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, authorized: bool
+    ) -> tuple[int, Any]:
+        headers = self._authorization if authorized else {}
+        async with self._session.request(
+            method, self._base_url + path, json=body, headers=headers
+        ) as response:
+            try:
+                return response.status, await response.json(content_type=None)
+            except ValueError:
+                return response.status, None
+
+
+class EngineReplica:
+    """Owns one engine process. It is ready, for Serve too, only once the engine is."""
+
+    # Serve awaits it; until it returns, the replica is starting.
+    async def __init__(self, model_id: str, pool: PoolSettings) -> None:  # type: ignore[misc]
+        self._pool = pool
+        self._adapter = adapter_named(pool.engine)
+        self._port = reserve_port(_LOOPBACK)
+        self._launch = _make_launch(model_id, pool, self._port)
+        self._http = LocalEngine(f"http://{_LOOPBACK}:{self._port.port}", self._launch.key)
+        await asyncio.to_thread(sweep_orphans)
+        self._process = await _start(self._adapter, self._launch, pool)
+        try:
+            self._facts = await self._until_ready()
+        except BaseException:
+            await self._process.stop(0.0)
+            raise
+        self._status = self._make_status()
+        logger.info("%s is ready: %s", self._status, self._facts)
+
+    async def status(self) -> ReplicaStatus | None:
+        """Return what the engine can do; ``None`` once it has ended."""
+        return self._status if self._process.alive else None
+
+    async def check_health(self) -> None:
+        """Called by Serve.
+
+        Raises:
+            EngineUnhealthy: the engine has ended or hangs.
+        """
+        if not self._process.alive:
+            raise EngineUnhealthy(f"the engine has ended; its last lines:\n{self._process.tail()}")
+        timeout_s = self._pool.health_timeout_s
+        if not await self._http.answers(self._adapter.health_path, timeout_s):
+            raise EngineUnhealthy(f"the engine did not answer within {timeout_s} s")
+
+    async def _until_ready(self) -> EngineFacts:
+        deadline = time.monotonic() + self._pool.startup_timeout_s
+        while not await self._http.answers(self._adapter.ready_path, self._pool.health_timeout_s):
+            self._check_starting(deadline)
+            await asyncio.sleep(_READY_POLL_S)
+        return await self._adapter.inspect(self._launch, self._http)
+
+    def _check_starting(self, deadline: float) -> None:
+        if not self._process.alive:
+            problem = f"ended with status {self._process.returncode} before it was ready"
+        elif time.monotonic() > deadline:
+            problem = f"was not ready after {self._pool.startup_timeout_s} s"
+        else:
+            return
+        raise EngineFailedToStart(
+            f"the engine of pool {self._pool.name!r} {problem}; its log is "
+            f"{self._process.log_path}, which ends:\n{self._process.tail()}"
+        )
+
+    def _make_status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            replica_id=serve.get_replica_context().replica_id.unique_id,
+            pool=self._pool.name,
+            base_url=f"http://{_LOOPBACK}:{self._port.port}",
+            key=self._launch.key,
+            slots=self._pool.slots,
+            engine_version=self._facts.version,
+            context_length=self._facts.context_length,
+            dialect=self._facts.dialect,
+        )
+
+    async def __del__(self) -> None:
+        await self._process.stop()
+        await self._http.close()
+        self._port.close()
+
+
+deployment = serve.deployment(
+    name="EngineReplica",
+    # Requests go to the engine over HTTP; only control calls come here.
+    max_ongoing_requests=1000,
+    # Three failures in a row replace the replica, so a dead engine is noticed in three seconds.
+    health_check_period_s=1.0,
+    graceful_shutdown_timeout_s=60.0,
+)(EngineReplica)
+"""The Serve deployment of a pool, to be given the pool's name."""
+
+
+def _make_launch(model_id: str, pool: PoolSettings, port: ReservedPort) -> Launch:
+    return Launch(
+        model=expand_path(pool.model),
+        served_name=model_id,
+        host=port.host,
+        port=port.port,
+        slots=pool.slots,
+        key=secrets.token_urlsafe(32),
+        python=expand_path(pool.python) if pool.python else sys.executable,
+        engine_args=pool.engine_args,
+    )
+
+
+async def _start(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:
+    inherited = dict(os.environ)
+    # Ray sets it to the actor's share of CPUs, which is not the engine's.
+    inherited.pop(_RAY_THREADS, None)
+    return await EngineProcess.start(
+        adapter.command(launch),
+        inherited | adapter.environment(launch) | pool.environment,
+        frontline_home() / "logs",
+        name=re.sub(r"[^A-Za-z0-9._]+", "-", f"{launch.served_name}.{pool.name}"),
+        stop_grace_s=pool.stop_grace_s,
+    )

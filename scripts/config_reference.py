@@ -1,0 +1,91 @@
+"""Write docs/configuration.md from the types of the settings: python scripts/config_reference.py"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO))
+
+from app.config import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.pricing import Multipliers, RateCard  # noqa: E402
+from app.settings import Settings  # noqa: E402
+
+TARGET = REPO / "docs" / "configuration.md"
+HEAD = """\
+# Configuration
+
+Frontline is configured by Ray Serve's own config files; nothing of Serve's is renamed or hidden.
+Unknown keys are refused. `scripts/frontline check FILE` says what is wrong with a file, with the
+key and the line. This page is made from the types of the settings by
+`python scripts/config_reference.py`.
+"""
+SECTIONS: list[tuple[str, type[Settings], str]] = [
+    ("The ingress: `user_config` of the deployment `Ingress`", IngressSettings, ""),
+    ("A model: `args` of its application", ModelArgs, ""),
+    ("A pool: an entry of `args.pools`", PoolSettings, ""),
+    ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),
+    ("`tiers`", TierSettings, "In the `user_config` of `Model`."),
+    (
+        "`rate_card`",
+        RateCard,
+        "In the `user_config` of `Model`. Prices are in USD for a million tokens. A request is "
+        "priced by the card in force when its tier was decided.",
+    ),
+    ("`rate_card.multipliers`", Multipliers, "On every price; `default` is always 1."),
+]
+
+
+def render() -> str:
+    """Return the whole page."""
+    parts = [HEAD]
+    for title, settings, text in SECTIONS:
+        parts.append(f"## {title}\n")
+        parts.append(f"{text or first_paragraph(settings)}\n")
+        parts.append("| setting | type | default | meaning |\n|---|---|---|---|")
+        fields = settings.model_fields.items()
+        parts.append("\n".join(row(name, field) for name, field in fields) + "\n")
+    return "\n".join(parts)
+
+
+def first_paragraph(settings: type[Settings]) -> str:
+    return (settings.__doc__ or "").strip().split("\n\n")[0].replace("``", "`")
+
+
+def row(name: str, field: FieldInfo) -> str:
+    meaning = (field.description or "").replace("|", "\\|")
+    return f"| `{name}` | {type_name(field.annotation)} | {default(field)} | {meaning} |"
+
+
+def type_name(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_name(inner[0])
+    if origin is tuple:
+        return f"list of {type_name(inner[0])}"
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in inner)
+    if isinstance(annotation, type) and not get_args(annotation):
+        values = getattr(annotation, "__members__", None)
+        if values:
+            return " or ".join(f"`{member.value}`" for member in values.values())
+        return "section" if issubclass(annotation, Settings) else annotation.__name__
+    return str(annotation).replace("typing.", "").replace("|", "or")
+
+
+def default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "must be set"
+    if isinstance(field.default, Settings):
+        return "see below"
+    value = getattr(field.default, "value", field.default)
+    return "none" if value is None else f"`{value}`" if value != () else "none"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render())

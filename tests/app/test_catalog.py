@@ -1,0 +1,129 @@
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from app.catalog import Catalog, model_entry
+from app.config import ModelSettings
+from app.dialect import Dialect, Route
+from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.tiers import Tier
+
+pytestmark = pytest.mark.unit
+
+
+def snapshot(name, *aliases, native=True, ready=True, tiers=None, simulated=False):
+    routes = frozenset(Route) if native else frozenset()
+    dialect = Dialect("vllm", simulated, dict.fromkeys(Tier, 0), routes)
+    replicas = (ReplicaStatus("r", "p", "http://x", "secret", 4, "1", 512, dialect),)
+    settings = ModelSettings.load(
+        {"rate_card": {"input": 1, "output": 2}, "tiers": tiers or {}}, "user_config"
+    )
+    return ModelSnapshot(name, aliases, "me", 7, settings, replicas if ready else ())
+
+
+class FakeSource:
+    """Models as a test sets them."""
+
+    def __init__(self):
+        self.models = {}
+        self.broken = False
+
+    async def applications(self):
+        if self.broken:
+            raise ConnectionError
+        return set(self.models)
+
+    async def snapshot(self, application, known):
+        if self.broken:
+            raise ConnectionError
+        model = self.models[application]
+        version = str(id(model))
+        return None if known == version else (version, model)
+
+
+@asynccontextmanager
+async def following(source):
+    catalog = Catalog(source, discover_s=0.005, follow_s=0.005)
+    catalog.start()
+    try:
+        yield catalog
+    finally:
+        await catalog.stop()
+
+
+async def eventually(condition):
+    async with asyncio.timeout(2):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def test_models_come_change_and_go():
+    source = FakeSource()
+    async with following(source) as catalog:
+        source.models["app"] = snapshot("org/m", "m")
+        await eventually(lambda: catalog.find("m"))
+        placer = catalog.find("org/m")
+        assert placer is catalog.find("m")
+
+        source.models["app"] = snapshot("org/m", "m2")
+        await eventually(lambda: catalog.find("m2"))
+        assert catalog.find("m2") is placer, "what runs in it is still counted"
+        assert catalog.find("m") is None
+
+        del source.models["app"]
+        await eventually(lambda: catalog.find("org/m") is None)
+        assert catalog.models() == []
+
+
+async def test_what_is_known_stands_while_serve_is_away():
+    source = FakeSource()
+    source.models["app"] = snapshot("m")
+    async with following(source) as catalog:
+        await eventually(lambda: catalog.find("m"))
+        source.broken = True
+        await asyncio.sleep(0.05)
+        assert catalog.find("m")
+        source.broken = False
+        source.models["app"] = snapshot("m", "alias")
+        await eventually(lambda: catalog.find("alias"))
+
+
+async def test_a_name_claimed_twice_goes_to_an_id_before_an_alias():
+    source = FakeSource()
+    source.models = {"a": snapshot("first", "second"), "b": snapshot("second")}
+    async with following(source) as catalog:
+        await eventually(lambda: len(catalog.models()) == 2)
+        assert catalog.find("second").snapshot.id == "second"
+
+
+@pytest.mark.parametrize(
+    ("model", "tiers"),
+    [
+        (snapshot("m"), ["priority", "default", "flex"]),
+        (snapshot("m", native=False), ["default", "flex"]),
+        (snapshot("m", native=False, tiers={"priority": "line"}), ["priority", "default", "flex"]),
+        (snapshot("m", tiers={"priority": "off", "flex": False}), ["default"]),
+        (snapshot("m", ready=False), []),
+    ],
+)
+def test_the_list_tells_what_would_be_served_now(model, tiers):
+    entry = model_entry(model)
+    assert entry["service_tiers"] == tiers
+    assert ("priority" in entry["metadata"]["tags"]) == ("priority" in tiers)
+    if tiers:
+        assert list(entry["metadata"]["pricing"]) == tiers
+
+
+def test_an_entry_has_prices_by_tier_context_and_engines():
+    entry = model_entry(snapshot("m", "alias", simulated=True))
+    metadata = entry["metadata"]
+    assert (entry["object"], entry["created"], entry["owned_by"]) == ("model", 7, "me")
+    assert metadata["pricing"]["default"]["input_tokens"] == 1
+    assert metadata["pricing"]["priority"]["output_tokens"] == 3
+    assert metadata["pricing"]["priority"]["cache_read_tokens"] == 1.5
+    assert metadata["context_length"] == 512
+    assert metadata["engines"] == ["vllm"]
+    assert metadata["aliases"] == ["alias"]
+    assert "simulated" in metadata["tags"]
+    assert "secret" not in str(entry)

@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.check import check_config
+from app.cli import main
+
+pytestmark = pytest.mark.unit
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+LOCAL = next(path for path in CONFIGS if path.name == "local.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_configs_that_are_shipped_are_right(path):
+    assert check_config(path.read_text()) == []
+
+
+def findings(old, new):
+    assert old in LOCAL
+    changed = LOCAL.replace(old, new, 1)
+    found = check_config(changed)
+    return [(changed.splitlines()[f.line - 1].strip(), str(f.problem)) for f in found]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("slots: 8", "slots: none", "slots: none", "args.pools.0.slots"),
+        ("slots: 8", "slot: 8", "slot: 8", "no such setting"),
+        ("engine: vllm", "engine: vlm", "engine: vlm", "expected one of vllm, simulated"),
+        ("max_model_len", "port", "port: 4096", "Frontline sets this itself"),
+        ("{auth: open}", "{auth: keys}", "user_config: {auth: keys}", "got 'keys'"),
+        ("priority: auto", "priority: on", None, "user_config.tiers.priority"),
+        ("- name: Model", "- name: Modell", "- name: Modell", "expected one of Model, vllm"),
+        ("app.ingress:build", "app.ingres:build", None, "cannot be imported"),
+        ("input: 0.02", "input: -0.02", None, "rate_card.input"),
+        ("num_replicas: 1", "num_replicas: x", "- name: Ingress", "num_replicas"),
+        ("applications:", "aplications: [", None, "not valid YAML"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_line(old, new, line, message):
+    found = findings(old, new)
+    assert any(message in text and line in (None, at) for at, text in found), found
+
+
+def test_the_command_fails_and_says_where(tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text(LOCAL.replace("slots: 8", "slots: 0"))
+    result = CliRunner().invoke(main, ["check", str(config)])
+    assert result.exit_code == 1
+    assert f"{config}:" in result.output and "slots" in result.output
+
+
+def test_the_command_says_when_all_is_well(tmp_path):
+    config = tmp_path / "good.yaml"
+    config.write_text(LOCAL)
+    result = CliRunner().invoke(main, ["check", str(config)])
+    assert (result.exit_code, "ok" in result.output) == (0, True)

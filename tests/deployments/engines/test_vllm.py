@@ -1,0 +1,96 @@
+import pytest
+
+from app.dialect import Route
+from app.settings import SettingsError
+from app.tiers import Tier
+from deployments.engines.base import EngineContractError, Launch
+from deployments.engines.vllm import Vllm
+
+pytestmark = pytest.mark.unit
+
+
+def launch(**engine_args):
+    return Launch(
+        model="/models/m",
+        served_name="org/m",
+        host="127.0.0.1",
+        port=1234,
+        slots=16,
+        key="secret",
+        python="/env/bin/python",
+        engine_args=engine_args,
+    )
+
+
+def flag(command, name):
+    return command[command.index(name) + 1]
+
+
+def test_the_command_line():
+    command = Vllm().command(launch(max_model_len=4096, enforce_eager=True, seed=None))
+    assert command[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert flag(command, "--host") == "127.0.0.1"
+    assert flag(command, "--port") == "1234"
+    assert flag(command, "--served-model-name") == "org/m"
+    assert flag(command, "--max-num-seqs") == "16"
+    assert flag(command, "--scheduling-policy") == "priority"
+    assert flag(command, "--max-model-len") == "4096"
+    assert "--enforce-eager" in command and "--seed" not in command
+
+
+def test_an_operators_arguments_win_over_defaults():
+    command = Vllm().command(launch(scheduling_policy="fcfs", max_num_seqs=3))
+    assert flag(command, "--scheduling-policy") == "fcfs"
+    assert flag(command, "--max-num-seqs") == "3"
+
+
+@pytest.mark.parametrize("name", ["host", "port", "uds", "api_key", "served_model_name", "model"])
+def test_what_would_open_the_engine_is_refused(name):
+    with pytest.raises(SettingsError, match=f"engine_args.{name}"):
+        Vllm().command(launch(**{name: "x"}))
+
+
+def test_the_key_is_not_on_the_command_line_and_the_guard_is_outermost():
+    command = Vllm().command(launch(middleware=["their.Own"]))
+    assert not any("secret" in word for word in command)
+    assert Vllm().environment(launch())["FRONTLINE_ENGINE_KEY"] == "secret"
+    named = [command[i + 1] for i, word in enumerate(command) if word == "--middleware"]
+    assert named == ["their.Own", "frontline_vllm_guard.Guard"]
+
+
+class Engine:
+    """Answers as a running vLLM with the guard in it."""
+
+    def __init__(self, facts, *, guarded=True):
+        self._facts = facts
+        self._guarded = guarded
+
+    async def get_json(self, path, *, authorized=True):
+        if not authorized and self._guarded:
+            return 401, {}
+        return (200, self._facts) if path == "/frontline/facts" else (200, {})
+
+
+async def inspect(facts, **options):
+    return await Vllm().inspect(launch(), Engine(facts, **options))
+
+
+async def test_priority_is_offered_when_the_engine_says_that_it_is_in_force():
+    facts = await inspect({"version": "9", "scheduling_policy": "priority", "max_model_len": 77})
+    assert (facts.version, facts.context_length) == ("9", 77)
+    assert facts.dialect.priority_routes == frozenset(Route)
+    values = facts.dialect.priority_values
+    assert values[Tier.PRIORITY] < values[Tier.DEFAULT] < values[Tier.FLEX]
+    gaps = [values[Tier.DEFAULT] - values[Tier.PRIORITY], values[Tier.FLEX] - values[Tier.DEFAULT]]
+    assert min(gaps) > 10
+
+
+@pytest.mark.parametrize("policy", ["fcfs", None, True, "PRIORITY"])
+async def test_anything_else_is_never_taken_for_priority(policy):
+    facts = await inspect({"version": "9", "scheduling_policy": policy})
+    assert not facts.dialect.native_priority
+
+
+async def test_an_engine_that_is_not_guarded_does_not_come_up():
+    with pytest.raises(EngineContractError, match="without the key"):
+        await inspect({"scheduling_policy": "priority"}, guarded=False)

@@ -1,0 +1,79 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+FILE = Path(__file__).parents[3] / "deployments/engines/inside/frontline_vllm_guard.py"
+
+
+@pytest.fixture
+def guard(monkeypatch):
+    spec = importlib.util.spec_from_file_location("guard_under_test", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("FRONTLINE_ENGINE_KEY", "secret")
+    vllm = ModuleType("vllm")
+    vllm.__version__ = "9.9"
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+
+    async def engine(scope, receive, send):
+        await send({"type": "engine"})
+
+    return module.Guard(engine)
+
+
+async def ask(guard, path="/invocations", key=None, app=None, kind="http"):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"type": kind, "path": path, "headers": headers, "app": app}
+    await guard(scope, None, send)
+    return sent
+
+
+@pytest.mark.parametrize("key", [None, "wrong", "secret2", ""])
+@pytest.mark.parametrize("path", ["/v1/models", "/invocations", "/health", "/frontline/facts"])
+async def test_every_route_wants_the_key(guard, path, key):
+    sent = await ask(guard, path, key)
+    assert sent[0]["status"] == 401
+
+
+async def test_with_the_key_the_engine_answers(guard):
+    assert await ask(guard, key="secret") == [{"type": "engine"}]
+
+
+async def test_a_websocket_without_the_key_is_closed(guard):
+    assert (await ask(guard, kind="websocket"))[0]["type"] == "websocket.close"
+
+
+async def test_lifespan_events_reach_the_engine(guard):
+    assert await ask(guard, kind="lifespan") == [{"type": "engine"}]
+
+
+async def test_the_facts_are_those_of_the_running_configuration(guard):
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(policy="priority", max_num_seqs=8),
+        model_config=SimpleNamespace(max_model_len=512),
+    )
+    app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
+    sent = await ask(guard, "/frontline/facts", "secret", app)
+    assert json.loads(sent[1]["body"]) == {
+        "version": "9.9",
+        "scheduling_policy": "priority",
+        "max_num_seqs": 8,
+        "max_model_len": 512,
+    }
+
+
+async def test_what_the_engine_does_not_tell_is_null(guard):
+    app = SimpleNamespace(state=SimpleNamespace())
+    sent = await ask(guard, "/frontline/facts", "secret", app)
+    assert json.loads(sent[1]["body"])["scheduling_policy"] is None

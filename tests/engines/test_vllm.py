@@ -1,0 +1,273 @@
+"""Real vLLM on the CPU with real models, through the whole of Frontline."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+
+import httpx
+import openai
+import pytest
+
+from tests.serving import engine_processes, eventually, eventually_async
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+LONG_PREFIX = "Here is a list of facts about the world that you should keep in mind. " * 10
+
+
+def chat(local, model="smollm2", **request):
+    request = {"messages": FRANCE, "max_tokens": 24, "temperature": 0, **request}
+    raw = local.client().chat.completions.with_raw_response.create(model=model, **request)
+    return raw.headers, raw.parse()
+
+
+def test_a_real_model_answers_in_a_sentence(local):
+    headers, answer = chat(local, service_tier="priority")
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.service_tier == headers["x-service-tier"] == "priority"
+    assert headers["x-engine"] == "vllm"
+
+
+def test_costs_are_in_ratio_cached_tokens_included(local):
+    messages = [{"role": "user", "content": LONG_PREFIX + "What is the capital of France?"}]
+    chat(local, messages=messages)  # fills the prefix cache
+    usage = {
+        tier: chat(local, messages=messages, service_tier=tier)[1].usage
+        for tier in ("default", "priority", "flex")
+    }
+    assert usage["default"].prompt_tokens_details.cached_tokens > 0
+    assert (
+        usage["priority"].model_copy(update={"estimated_cost": usage["default"].estimated_cost})
+        == (usage["default"])
+    )
+    cost = {tier: usage[tier].estimated_cost for tier in usage}
+    assert cost["priority"] == pytest.approx(1.5 * cost["default"], rel=1e-12)
+    assert cost["flex"] == pytest.approx(0.8 * cost["default"], rel=1e-12)
+
+
+def test_the_same_engine_without_its_priority_policy_serves_default(local):
+    assert local.entry("smollm2-fcfs")["service_tiers"] == ["default", "flex"]
+    assert "priority" in local.entry("smollm2")["metadata"]["tags"]
+    headers, answer = chat(local, "smollm2-fcfs", service_tier="priority")
+    _, plain = chat(local, "smollm2", service_tier="default")
+    assert "Paris" in answer.choices[0].message.content
+    assert answer.service_tier == headers["x-service-tier"] == "default"
+    assert headers["x-service-tier-reason"] == "no_replica_honours_priority"
+    assert answer.usage.completion_tokens == plain.usage.completion_tokens
+    assert answer.usage.estimated_cost == plain.usage.estimated_cost
+
+
+def test_a_stream_carries_its_tier_on_every_chunk_and_its_cost_on_the_last(local):
+    request = {"model": "smollm2", "messages": FRANCE, "temperature": 0, "max_tokens": 24}
+    client = local.client()
+    plain = list(client.chat.completions.create(**request, stream=True, service_tier="priority"))
+    options = {"include_usage": True}
+    counted = list(
+        client.chat.completions.create(
+            **request, stream=True, stream_options=options, service_tier="priority"
+        )
+    )
+    assert {chunk.service_tier for chunk in plain + counted} == {"priority"}
+    assert all(chunk.choices for chunk in plain) and counted[-1].choices == []
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in plain)
+    assert "Paris" in text
+    assert plain[-1].choices[0].finish_reason
+    assert plain[-1].usage.estimated_cost == counted[-1].usage.estimated_cost > 0
+    assert not any(chunk.usage for chunk in plain[:-1] + counted[:-1])
+
+
+def test_embeddings_are_real(local):
+    raw = local.client().embeddings.with_raw_response.create(
+        model="sentence-transformers/all-MiniLM-L6-v2",
+        input=["a cat sat on the mat", "a kitten rested on a rug", "quarterly tax returns"],
+        extra_body={"service_tier": "priority"},
+    )
+    answer = raw.parse()
+    cat, kitten, tax = (item.embedding for item in answer.data)
+    assert len(cat) == 384
+    assert dot(cat, kitten) > 0.5 > dot(cat, tax) + 0.2
+    assert answer.service_tier == raw.headers["x-service-tier"] == "priority"
+    assert answer.usage.estimated_cost == pytest.approx(
+        answer.usage.prompt_tokens * 0.0075e-6, rel=1e-12
+    )
+
+
+def dot(one, other):
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions(local, stream):
+    answer = local.client().completions.create(
+        model="smollm2",
+        prompt="The capital of France is",
+        max_tokens=5,
+        temperature=0,
+        stream=stream,
+        extra_body={"service_tier": "priority"},
+    )
+    parts = list(answer) if stream else [answer]
+    assert "Paris" in "".join(part.choices[0].text for part in parts)
+    assert {part.service_tier for part in parts} == {"priority"}
+    assert parts[-1].usage.estimated_cost > 0
+
+
+def test_responses(local):
+    client = local.client()
+    request = {"model": "smollm2", "input": "What is the capital of France?", "temperature": 0}
+    answer = client.responses.create(**request, service_tier="priority", max_output_tokens=24)
+    assert "Paris" in answer.output_text
+    assert answer.service_tier == "priority" and answer.usage.estimated_cost > 0
+    events = list(client.responses.create(**request, service_tier="flex", stream=True))
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.service_tier == "flex"
+    assert events[-1].response.usage.estimated_cost > 0
+
+
+def test_structured_output_and_logprobs_and_stop_pass_through(local):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    shape = {"type": "json_schema", "json_schema": {"name": "c", "schema": schema, "strict": True}}
+    _, answer = chat(local, response_format=shape, logprobs=True, top_logprobs=2, max_tokens=60)
+    assert set(json.loads(answer.choices[0].message.content)) == {"city"}
+    assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
+    _, answer = chat(local, stop=["Paris"])
+    assert answer.choices[0].finish_reason == "stop"
+    assert "Paris" not in answer.choices[0].message.content
+
+
+def test_tools_pass_through(local):
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "look_up_city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 12}},
+                "required": ["city"],
+            },
+        },
+    }
+    choice = {"type": "function", "function": {"name": "look_up_city"}}
+    request = {"tools": [tool], "tool_choice": choice, "max_tokens": 40, "seed": 1}
+    _, answer = chat(local, **request)
+    with local.engine("smollm2") as engine:
+        model = {"model": local.snapshot("smollm2").id, "messages": FRANCE, "temperature": 0}
+        direct = engine.post("/v1/chat/completions", json={**request, **model}, timeout=60).json()
+    assert answer.usage.prompt_tokens > chat(local)[1].usage.prompt_tokens, "the tool is told"
+    assert said(answer) == said(openai.types.chat.ChatCompletion.model_validate(direct))
+
+
+def said(answer):
+    message = answer.choices[0].message
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]
+    return message.content, calls
+
+
+async def test_several_choices_under_priority_do_not_harm_the_engine(local):
+    # vLLM issue 29747: n > 1 under the priority policy brought an engine down.
+    async with local.async_client() as client:
+
+        async def ask(tier, stream):
+            answer = await client.chat.completions.create(
+                model="smollm2",
+                messages=FRANCE,
+                n=3,
+                max_tokens=8,
+                service_tier=tier,
+                stream=stream,
+            )
+            if stream:
+                return {chunk.choices[0].index async for chunk in answer if chunk.choices}
+            return {choice.index for choice in answer.choices}
+
+        tiers = ("priority", "default", "flex")
+        answers = await asyncio.gather(*(ask(t, s) for t in tiers for s in (True, False)))
+    assert answers == [{0, 1, 2}] * 6
+    assert chat(local)[1].choices
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "word " * 6000}]}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 10**6}, "max_tokens"),
+        ({"messages": []}, None),
+    ],
+)
+def test_the_engines_refusals_come_in_shape_and_tell_nothing_of_the_inside(
+    local, request_fields, param
+):
+    body = {"model": "smollm2", "messages": FRANCE, **request_fields}
+    answer = httpx.post(f"{local.base_url}/chat/completions", json=body, timeout=60)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+    assert error["param"] == param
+    assert not re.search(r"127\.0\.0\.1|Traceback|\.py|site-packages|/home|/usr", answer.text)
+
+
+def test_a_model_without_a_route_says_so(local):
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(local, "all-minilm-l6-v2")
+    assert caught.value.param == "model"
+
+
+def test_nothing_of_the_engine_opens_without_its_key(local):
+    status = local.snapshot("smollm2").replicas[0]
+    with local.engine("smollm2") as engine:
+        routes = engine.get("/openapi.json").json()["paths"]
+        assert {"/v1/chat/completions", "/invocations", "/tokenize"} <= set(routes)
+    for path, methods in routes.items():
+        for method in methods:
+            answer = httpx.request(method, status.base_url + path, timeout=10)
+            assert answer.status_code == 401, (method, path)
+    sockets = [c for p in engine_processes() for c in p.net_connections("tcp") if not c.raddr]
+    assert {connection.laddr.ip for connection in sockets} == {"127.0.0.1"}
+
+
+async def test_a_disconnected_request_is_aborted_in_the_engine(local):
+    def running():
+        with local.engine("smollm2") as engine:
+            metrics = engine.get("/metrics").text
+        return float(re.search(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M)[1])
+
+    async with local.async_client() as client:
+        task = asyncio.create_task(
+            client.chat.completions.create(
+                model="smollm2",
+                messages=FRANCE,
+                max_tokens=3000,
+                extra_body={"ignore_eos": True},
+            )
+        )
+        await eventually_async(lambda: running() == 1)
+        task.cancel()
+        await asyncio.wait([task])
+        await eventually_async(lambda: running() == 0, 10)
+
+
+def test_a_killed_engine_comes_back(local):
+    before = local.snapshot("smollm2").replicas[0]
+    port = before.base_url.rsplit(":", 1)[1]
+    old = [p for p in engine_processes() if port in p.cmdline() or "VLLM" in p.name()]
+    [main] = [p for p in old if port in p.cmdline()]
+    os.kill(main.pid, signal.SIGKILL)
+    with pytest.raises(openai.APIStatusError) as caught:
+        eventually(lambda: not chat(local), 30)
+    assert caught.value.status_code == 503
+    assert float(caught.value.response.headers["retry-after"]) > 0
+    eventually(lambda: before not in local.snapshot("smollm2").replicas, 60)
+    local.wait_ready("smollm2", timeout_s=240)
+    assert "Paris" in chat(local, service_tier="priority")[1].choices[0].message.content
+    mine = local.snapshot("smollm2").replicas[0].base_url.rsplit(":", 1)[1]
+    assert mine != port
+    assert not main.is_running()

@@ -1,0 +1,213 @@
+"""A local Ray cluster that serves Frontline from config files, as tests use it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import ray
+from ray import serve
+from ray.serve._private.api import serve_start
+from ray.serve._private.client import ServeControllerClient
+from ray.serve.config import ProxyLocation
+from ray.serve.schema import ServeDeploySchema
+
+from app.snapshot import ModelSnapshot
+from deployments.reaper import OWNER_MARK
+
+INGRESS = "ingress"
+_MARK = "FRONTLINE_TEST_RUN"
+
+
+def ingress_app(**user_config: Any) -> dict[str, Any]:
+    """The ingress application of a config file."""
+    return {
+        "name": INGRESS,
+        "route_prefix": "/",
+        "import_path": "app.ingress:build",
+        "deployments": [
+            {
+                "name": "Ingress",
+                "num_replicas": 1,
+                "ray_actor_options": {"num_cpus": 0.1},
+                "user_config": {"catalog_interval_s": 0.5, **user_config},
+            }
+        ],
+    }
+
+
+def simulated_app(
+    name: str, *, settings: dict[str, Any] | None = None, **engine_args: Any
+) -> dict[str, Any]:
+    """A model application on the simulated engine; ``settings`` is the Model's user_config."""
+    slots = engine_args.pop("slots", 8)
+    replicas = engine_args.pop("replicas", 1)
+    pool = {"name": "simulated", "engine": "simulated", "model": "simulated", "slots": slots}
+    engine_args = {"tokens_per_second": 0, "default_completion_tokens": 8, **engine_args}
+    rate_card = {"input": 1, "cached_input": 0.5, "output": 2}
+    return {
+        "name": name,
+        "route_prefix": None,
+        "import_path": "deployments.model:build",
+        "args": {
+            "id": f"test/{name}",
+            "aliases": [name],
+            "pools": [{**pool, "engine_args": engine_args, "stop_grace_s": 1}],
+        },
+        "deployments": [
+            {"name": "Model", "user_config": {"rate_card": rate_card, **(settings or {})}},
+            {
+                "name": "simulated",
+                "num_replicas": replicas,
+                "ray_actor_options": {"num_cpus": 0.1},
+            },
+        ],
+    }
+
+
+class Deployment:
+    """Frontline on a local Ray cluster. Made by ``local_serve``."""
+
+    def __init__(self, controller: ServeControllerClient, port: int) -> None:
+        self.root = f"http://127.0.0.1:{port}"
+        self.base_url = f"{self.root}/v1/openai"
+        self._controller = controller
+        self._port = port
+        self._apps: dict[str, dict[str, Any]] = {}
+        self._clients: list[openai.OpenAI] = []
+
+    def deploy(self, *apps: dict[str, Any]) -> None:
+        """Add or change applications, as ``serve deploy`` of a whole config file does."""
+        self._apps |= {app["name"]: app for app in apps}
+        self._submit()
+
+    def remove(self, name: str) -> None:
+        """Remove an application."""
+        del self._apps[name]
+        self._submit()
+
+    def _submit(self) -> None:
+        options = {"host": "127.0.0.1", "port": self._port}
+        config = {
+            "proxy_location": "HeadOnly",
+            "http_options": options,
+            "applications": list(self._apps.values()),
+        }
+        self._controller.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+
+    def client(self) -> openai.OpenAI:
+        """An unmodified OpenAI SDK client that does not retry."""
+        client = openai.OpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=60)
+        self._clients.append(client)
+        return client
+
+    def close(self) -> None:
+        """Close the clients that were handed out."""
+        for client in self._clients:
+            client.close()
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """The same, asynchronous."""
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=60)
+
+    def http(self) -> httpx.Client:
+        """A plain HTTP client."""
+        return httpx.Client(base_url=self.root, timeout=60)
+
+    def entry(self, model: str) -> dict[str, Any] | None:
+        """The model's entry in the models list, if it has one by now."""
+        try:
+            answer = httpx.get(f"{self.root}/v1/models/{model}", timeout=5)
+        except httpx.TransportError:
+            return None
+        return answer.json() if answer.status_code == 200 else None
+
+    def wait_ready(self, *models: str, timeout_s: float = 60) -> None:
+        """Wait until each model serves some tier."""
+        for model in models:
+            eventually(
+                lambda model=model: (self.entry(model) or {}).get("service_tiers"),
+                timeout_s,
+                f"{model} is not ready; Serve says: {serve.status()}",
+            )
+
+    def snapshot(self, app: str) -> ModelSnapshot:
+        """What a Model actor tells its ingresses, the engines' addresses and keys included."""
+        handle = serve.get_deployment_handle("Model", app_name=app)
+        news = handle.snapshot.remote("").result(timeout_s=10)
+        assert news is not None
+        return news[1]
+
+    @contextmanager
+    def engine(self, app: str, replica: int = 0) -> Iterator[httpx.Client]:
+        """A connection to a replica's engine itself, with its key."""
+        status = self.snapshot(app).replicas[replica]
+        headers = {"authorization": f"Bearer {status.key}"}
+        with httpx.Client(base_url=status.base_url, headers=headers, timeout=10) as client:
+            yield client
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 20, why: str = "") -> Any:
+    """Return the first true value of ``condition``, or fail after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, why or f"not within {timeout_s} s"
+        time.sleep(0.1)
+    return value
+
+
+async def eventually_async(condition: Callable[[], Any], timeout_s: float = 20) -> Any:
+    """The same for code on an event loop; ``condition`` runs in a thread."""
+    return await asyncio.to_thread(eventually, condition, timeout_s)
+
+
+def test_run_processes() -> list[psutil.Process]:
+    """Every process that this test run's cluster has started."""
+    return [p for p, environment in _environments() if environment.get(_MARK) == str(os.getpid())]
+
+
+test_run_processes.__test__ = False  # type: ignore[attr-defined]
+
+
+def engine_processes() -> list[psutil.Process]:
+    """Those of them that belong to engines."""
+    ours = str(os.getpid())
+    return [p for p, env in _environments() if env.get(_MARK) == ours and OWNER_MARK in env]
+
+
+def _environments() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            yield process, process.environ()
+
+
+@contextmanager
+def local_serve() -> Iterator[Deployment]:
+    """Start a cluster with Serve on loopback, and leave no process of it behind."""
+    # Inherited by everything that the cluster starts, so that no other run's is ever touched.
+    os.environ[_MARK] = str(os.getpid())
+    os.environ.pop("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", None)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=16, include_dashboard=False, namespace="serve", log_to_driver=False)
+    try:
+        controller = serve_start(
+            http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 3600},
+            proxy_location=ProxyLocation.HeadOnly,
+        )
+        with closing(Deployment(controller, port)) as deployment:
+            yield deployment
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+        for process in engine_processes():
+            process.kill()
