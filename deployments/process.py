@@ -13,37 +13,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
-from deployments import reaper
+from deployments import engine_log, reaper
 from deployments.reaper import OWNER_MARK, REAPER_MARK, Identity
-
-KEEP_LOGS = 10
-"""Logs kept of one name: enough to see a crash loop begin, little enough never to matter."""
 
 _FIRST_WORD_S = 60.0
 """Longest wait for the reaper's first word: a Python start, on a loaded node, from a slow disk."""
 _AFTER_KILL_S = 10.0
 """How long after SIGKILL a process may take to vanish: freeing a GPU's memory takes seconds."""
 _LOOK_AGAIN_S = 0.02
-_TAIL_BYTES = 64 * 1024
-_TAIL_COLUMNS = 500
-_STYLING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class EngineProcessError(Exception):
@@ -70,58 +59,6 @@ class EngineEnded(EngineProcessError):
     def __str__(self) -> str:
         how = _describe_end(self.returncode)
         return f"engine {self.name!r} has ended: {how}; its last log lines:\n{self.log}"
-
-
-@dataclass(frozen=True)
-class ReservedPort:
-    """A TCP port nobody else is given while this is open, and on which a child can listen."""
-
-    host: str
-    port: int
-    _socket: socket.socket = field(repr=False)
-
-    def close(self) -> None:
-        """Give the port up. A server that listens on it goes on."""
-        self._socket.close()
-
-    def __enter__(self) -> ReservedPort:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def reserve_port(host: str = "127.0.0.1") -> ReservedPort:
-    """Reserve a free TCP port of ``host`` (an IP address) for a child process to listen on.
-
-    Asking for a free port, closing the socket and telling the child the number lets anyone take
-    the port in between. Here the socket stays bound, never listening, for as long as the
-    reservation is open, which on Linux leaves no such moment:
-
-    - while no socket of a port listens, several may be bound to it if all have SO_REUSEADDR; so
-      the child, which sets it as asyncio, uvicorn and the engines do, can bind and then listen;
-    - a port with any socket bound to it is given neither to a bind to port 0, with SO_REUSEADDR or
-      without, nor to an outgoing connection.
-
-    What remains is a program that asks for this very number, which no reservation could prevent.
-    The reservation outlives the child, so that a child started again gets the same port.
-
-    Raises OSError if the address is not this machine's or no port is free.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, 0))
-    except BaseException:
-        bound.close()
-        raise
-    return ReservedPort(host, bound.getsockname()[1], bound)
 
 
 class _Reins(NamedTuple):
@@ -160,7 +97,7 @@ class EngineProcess:
         stop_grace_s: float = 30.0,
         owner_grace_s: float = 2.0,
         linger_s: float = 1.0,
-        keep_logs: int = KEEP_LOGS,
+        keep_logs: int = engine_log.KEEP_LOGS,
     ) -> EngineProcess:
         """Run ``command`` with exactly the environment ``env`` (and marks of our own).
 
@@ -175,7 +112,7 @@ class EngineProcess:
         Raises EngineNotStarted if the command cannot be run, OSError if the log cannot be written.
         Cancelled, it leaves nothing running.
         """
-        log_path, log = _open_log(log_dir, name, keep_logs)
+        log_path, log = engine_log.open_log(log_dir, name, keep_logs)
         graces = ("--owner-grace", str(owner_grace_s), "--linger", str(linger_s))
         try:
             launcher, ours = _launch_reaper(graces, command, log)
@@ -216,7 +153,7 @@ class EngineProcess:
 
     def tail(self, lines: int = 30) -> str:
         """The last lines of the engine's log, long ones cut; empty if there is none."""
-        return _tail(self.log_path, lines)
+        return engine_log.tail(self.log_path, lines)
 
     async def wait(self) -> int:
         """Wait for the end of the main process and return its ``returncode``.
@@ -327,7 +264,9 @@ def _parse_first_word(text: str, name: str, program: str, log_path: Path) -> tup
                 reason = "it does not exist, or the interpreter it names does not"
             raise EngineNotStarted(f"engine {name!r}: cannot run {program!r}: {reason}")
         case _:
-            raise EngineNotStarted(f"engine {name!r}: its reaper failed:\n{_tail(log_path, 30)}")
+            raise EngineNotStarted(
+                f"engine {name!r}: its reaper failed:\n{engine_log.tail(log_path, 30)}"
+            )
 
 
 def _describe_end(returncode: int) -> str:
@@ -337,62 +276,6 @@ def _describe_end(returncode: int) -> str:
         return f"killed by {signal.Signals(-returncode).name}"
     except ValueError:
         return f"killed by signal {-returncode}"
-
-
-# --- logs: one file a start, locked by the engine's own descriptors while anything of it lives ---
-
-
-def _open_log(log_dir: Path, name: str, keep: int) -> tuple[Path, int]:
-    """Make the log of a new start, and remove old ones. Returns its path and file descriptor."""
-    log_dir.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^A-Za-z0-9._]+", "-", name)
-    while True:
-        path = log_dir / f"{stem}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.log"
-        with contextlib.suppress(FileExistsError):  # another start in the same microsecond
-            # Only for this user: prompts may be in it.
-            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-            break
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(log, fcntl.LOCK_SH)
-    _prune_logs(log_dir, stem, keep)
-    return path, log
-
-
-def _prune_logs(log_dir: Path, stem: str, keep: int) -> None:
-    ours = re.compile(re.escape(stem) + r"-\d{8}T\d{6}\.\d{6}Z\.log")
-    logs = sorted(path for path in log_dir.iterdir() if ours.fullmatch(path.name))
-    for path in logs[: max(len(logs) - keep, 0)]:
-        with contextlib.suppress(OSError):  # vanished, or not ours to remove
-            if not _is_written(path):
-                path.unlink()
-
-
-def _is_written(path: Path) -> bool:
-    """Whether a living engine holds this log: it inherited the descriptor that locks the file."""
-    with path.open("rb") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _tail(path: Path, lines: int) -> str:
-    try:
-        with path.open("rb") as log:
-            start = max(log.seek(0, os.SEEK_END) - _TAIL_BYTES, 0)
-            log.seek(start)
-            text = log.read(_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
-    last = text.rstrip().split("\n")[-lines:] if lines > 0 else []
-    return "\n".join(map(_readable, last))
-
-
-def _readable(line: str) -> str:
-    """One log line without colours, progress bars at their last state, and cut if very long."""
-    shown = _STYLING.sub("", line.rstrip().rsplit("\r", 1)[-1])
-    return shown if len(shown) <= _TAIL_COLUMNS else shown[:_TAIL_COLUMNS] + "…"
 
 
 # --- killing by mark: what no reaper can do any more ---

@@ -19,7 +19,8 @@ from app.config import PoolSettings, expand_path, frontline_home
 from app.snapshot import ReplicaStatus
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
-from deployments.process import EngineProcess, ReservedPort, reserve_port, sweep_orphans
+from deployments.ports import ReservedPort, reserve_port
+from deployments.process import EngineProcess, sweep_orphans
 
 logger = logging.getLogger("ray.serve")
 

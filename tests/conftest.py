@@ -4,6 +4,13 @@ import os
 import socket
 
 import pytest
+from hypothesis import settings
+
+# On a loaded machine an example may take any time. Where nobody is there to look into a new
+# counterexample the examples are the same every time; developers' runs go on finding new ones.
+settings.register_profile("developer", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 if "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
     pytest.exit("run scripts/test, or `FRONTLINE_ENV=test . scripts/activate` before pytest", 2)

@@ -683,8 +683,7 @@ def test_a_disconnect_of_a_waiting_request_is_noticed(spawn: Callable[..., Engin
 def test_tensorrt_llm_notices_a_disconnect_a_second_later(tensorrt_llm: Engine) -> None:
     tensorrt_llm.change(tokens_per_second=10)
     with tensorrt_llm.streaming():
-        pass
-    left = time.monotonic()
+        left = time.monotonic()
     tensorrt_llm.wait_until(lambda seen: seen["running"] == 0)
     assert time.monotonic() - left > 0.9
 
