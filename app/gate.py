@@ -1,0 +1,215 @@
+"""The gate between the line and the slots of one model in one ingress. Pure: the time is passed in.
+
+Events go in; out come the tickets that are called by it: waiting ones that are now placed or shed,
+as their ``state`` says. After every event this holds: **no request waits while a slot is free that
+it may use.** So a newcomer that finds room is placed at once, whoever else waits: nobody else can
+use that slot. And new capacity takes the backlog, whether it comes as a slot, a credit or a
+replica.
+
+A ticket's slot comes free on one path only, ``end``, which may be called in any state, and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from app.credits import Credits, Demand, Grant
+from app.line import Line
+from app.line_settings import LineSettings
+from app.places import Offer
+from app.ticket import ShedReason, Ticket, TicketState
+from app.tiers import PriorityMode, Tier
+
+SUSPENSION_S = 2.0
+"""How long nothing is placed on a replica after its engine could not be reached: longer than it
+takes a model to notice that an engine has died, short for one that only hiccuped."""
+
+_PLACED = TicketState.PLACED
+_WAITING = TicketState.WAITING
+
+
+class Gate:
+    """Admits the requests of one model in one ingress."""
+
+    def __init__(self, ingress: str, settings: LineSettings) -> None:
+        self.line = Line(settings)
+        self.credits = Credits(ingress)
+        self._places = self.credits.places
+        self._places.slack = settings.affinity_slack
+
+    def arrive(self, ticket: Ticket, now: float) -> list[Ticket]:
+        """Admit a new request: its ticket is placed, waiting or shed when this returns.
+
+        The returned tickets are other requests that were called.
+        """
+        assert ticket.state is TicketState.NEW, "a ticket arrives once"
+        called = self._advance(now)
+        ticket.arrived = now
+        if ticket.tier is Tier.PRIORITY and not self._places.delivers(ticket.route):
+            ticket.tier = Tier.DEFAULT
+        return self._admit(ticket, now, called)
+
+    def end(self, ticket: Ticket, now: float, tokens: int | None = None) -> list[Ticket]:
+        """Let go of a request that has finished, failed or lost its client, in whatever state.
+
+        Args:
+            ticket: a waiting one leaves the line, a placed one frees its slot; for others
+                nothing happens.
+            now: seconds.
+            tokens: how many tokens it really took, prompt and answer together; ``None`` if
+                nobody knows, and what was expected stands.
+        """
+        called = self._advance(now)
+        if ticket.state is _WAITING:
+            self.line.leave(ticket)
+        elif ticket.state is _PLACED:
+            self.credits.release(ticket.replica_id, ticket.tier)
+            if tokens is not None:
+                self.line.settle(ticket, tokens)
+        else:
+            return called
+        ticket.state = TicketState.ENDED
+        return self._dispatch(now, called)
+
+    def lost(self, ticket: Ticket, now: float) -> list[Ticket]:
+        """Admit a placed request again because its replica could not be reached.
+
+        Nothing more is placed there for ``SUSPENSION_S``. The request goes to another replica at
+        once, or to the front of its tenant's requests in the line; however full that is, as it
+        has been admitted. The returned tickets are other requests that were called.
+        """
+        assert ticket.state is _PLACED, "only a placed request can lose its replica"
+        called = self._advance(now)
+        self._places.suspend(ticket.replica_id, now + SUSPENSION_S)
+        self.credits.release(ticket.replica_id, ticket.tier)
+        ticket.without |= {ticket.replica_id}
+        ticket.replayed = True
+        return self._admit(ticket, now, called)
+
+    def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode, now: float) -> list[Ticket]:
+        """Take over which replicas are ready, and when the model delivers priority."""
+        self.credits.set_replicas(offers, mode)
+        self._configure(self.line.settings)
+        return self._dispatch(now, self._advance(now))
+
+    def configure(self, settings: LineSettings, now: float) -> list[Ticket]:
+        """Take over changed settings."""
+        self._configure(settings)
+        return self._dispatch(now, self._advance(now))
+
+    def tick(self, now: float) -> list[Ticket]:
+        """Let time pass: waits and suspensions end, and requests begin to starve."""
+        return self._dispatch(now, self._advance(now))
+
+    def next_tick(self) -> float:
+        """Return when ``tick`` has something to do; infinity if never. Later events may advance it.
+
+        A request that begins to starve is seen at the next event, and needs no tick.
+        """
+        return min(self.line.next_expiry(), self.credits.next_change())
+
+    def renewal_at(self) -> float:
+        """Return when the next demand is due; an event may advance it."""
+        waits = self.line.waiting(Tier.PRIORITY) > 0
+        return self.credits.renewal_at(priority_waits=waits)
+
+    def demand(self, now: float) -> Demand:
+        """Return the demand to send to the Model now."""
+        line = self.line
+        return self.credits.demand(
+            now,
+            waiting={tier: line.waiting(tier) for tier in Tier},
+            oldest_s={tier: line.oldest_s(tier, now) for tier in Tier},
+            starving=line.starving(now),
+        )
+
+    def receive(self, grant: Grant, now: float) -> list[Ticket]:
+        """Take a grant from the Model."""
+        ingresses = self.credits.ingresses
+        self.credits.receive(grant, now)
+        if self.credits.ingresses != ingresses:
+            self._configure(self.line.settings)
+        return self._dispatch(now, self._advance(now))
+
+    def renewal_failed(self, demand: Demand, now: float) -> list[Ticket]:
+        """Note that a demand could not be delivered; see ``Credits.renewal_failed``."""
+        self.credits.renewal_failed(demand, now)
+        return self._dispatch(now, self._advance(now))
+
+    def _configure(self, settings: LineSettings) -> None:
+        slots = sum(place.slots for place in self._places if place.present)
+        self.line.configure(settings, slots=slots, ingresses=self.credits.ingresses)
+        self._places.slack = settings.affinity_slack
+
+    def _advance(self, now: float) -> list[Ticket]:
+        """Bring everything up to date, so that the event finds what a tick would have left."""
+        called: list[Ticket] = []
+        if self.line.count:
+            for ticket in self.line.expire(now):
+                self._shed(ticket, ShedReason.WAITED_TOO_LONG, now)
+                called.append(ticket)
+        if self.credits.advance(now):
+            self._dispatch(now, called)
+        return called
+
+    def _admit(self, ticket: Ticket, now: float, called: list[Ticket]) -> list[Ticket]:
+        """Place a request where there is room for it, or let it wait, or shed it."""
+        if self._place(ticket, now):
+            self.line.granted(ticket, now)
+            # It may have been the last one before a starving request's turn.
+            return self._dispatch(now, called)
+        if ticket.fail_fast:
+            self._shed(ticket, ShedReason.FAIL_FAST, now)
+            return called
+        ticket.needs = (ticket.route if ticket.tier is Tier.PRIORITY else None, ticket.without)
+        ticket.state = _WAITING
+        loser = self.line.join(ticket, now)
+        if loser is ticket:
+            self._shed(ticket, ShedReason.LINE_FULL, now)
+        elif loser is not None:
+            self._shed(loser, ShedReason.DISPLACED, now)
+            called.append(loser)
+        return called
+
+    def _dispatch(self, now: float, called: list[Ticket]) -> list[Ticket]:
+        """Place waiting requests while there is room for any of them, and add them to called."""
+        line = self.line
+        while line.count and self._places.free:
+            ticket = line.take(self._has_room, self._has_room_out_of_turn, now)
+            if ticket is None:
+                break
+            placed = self._place(ticket, now) or self._place(ticket, now, out_of_turn=True)
+            assert placed, "a request is taken out of the line only if there is room for it"
+            called.append(ticket)
+        return called
+
+    def _place(self, ticket: Ticket, now: float, *, out_of_turn: bool = False) -> bool:
+        place = self._places.find(
+            ticket.tier,
+            ticket.route,
+            prefix=ticket.prefix,
+            without=ticket.without,
+            out_of_turn=out_of_turn,
+        )
+        if place is None:
+            return False
+        self.credits.occupy(place, ticket.tier)
+        ticket.replica_id = place.replica_id
+        ticket.placed = now
+        ticket.state = _PLACED
+        return True
+
+    def _has_room(self, ticket: Ticket) -> bool:
+        places = self._places
+        return places.find(ticket.tier, ticket.route, without=ticket.without) is not None
+
+    def _has_room_out_of_turn(self, ticket: Ticket) -> bool:
+        place = self._places.find(
+            ticket.tier, ticket.route, without=ticket.without, out_of_turn=True
+        )
+        return place is not None
+
+    def _shed(self, ticket: Ticket, reason: ShedReason, now: float) -> None:
+        ticket.state = TicketState.SHED
+        ticket.shed = reason
+        ticket.retry_after_s = self.line.retry_after(ticket.tier, now)
