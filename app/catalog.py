@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Iterable
 from typing import Any, Protocol
 
 from ray import serve
 
-from app.placement import Placer
-from app.snapshot import ModelSnapshot
+from app.admission import Admission
+from app.credits import Demand
+from app.report import LineReport
+from app.snapshot import ModelSnapshot, Renewal
 from app.tiers import PriorityMode, Tier
 
 logger = logging.getLogger("ray.serve")
@@ -18,6 +21,8 @@ logger = logging.getLogger("ray.serve")
 MODEL_DEPLOYMENT = "Model"
 """The deployment that makes a Serve application a model application."""
 _CALL_TIMEOUT_S = 5.0
+# Well below the silence after which credits are lost: a Model that is away must be noticed before.
+_RENEWAL_TIMEOUT_S = 1.0
 
 
 class ModelSource(Protocol):
@@ -27,8 +32,17 @@ class ModelSource(Protocol):
         """Return the names of the model applications that exist now."""
         ...
 
-    async def snapshot(self, application: str, known: str) -> tuple[str, ModelSnapshot] | None:
-        """Return a model as it is now, with its version; ``None`` if that is still ``known``."""
+    async def renew(
+        self, application: str, demand: Demand, report: LineReport | None, known: str
+    ) -> Renewal:
+        """Renew the credits of this ingress.
+
+        Args:
+            application: the model's.
+            demand: what the ingress holds and wants.
+            report: what it has to tell people, where that is due.
+            known: the version of the last snapshot.
+        """
         ...
 
 
@@ -46,24 +60,26 @@ class ServeSource:
             if MODEL_DEPLOYMENT in application.deployments
         }
 
-    async def snapshot(self, application: str, known: str) -> tuple[str, ModelSnapshot] | None:
+    async def renew(
+        self, application: str, demand: Demand, report: LineReport | None, known: str
+    ) -> Renewal:
         handle = self._handles.get(application)
         if handle is None:
             handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=application)
             self._handles[application] = handle
-        answer: tuple[str, ModelSnapshot] | None = await handle.snapshot.remote(known)
-        return answer
+        renewal: Renewal = await handle.renew.remote(demand, report, known)
+        return renewal
 
 
 class Catalog:
     """The models that requests can name, kept up to date in the background."""
 
-    def __init__(self, source: ModelSource, *, discover_s: float, follow_s: float) -> None:
+    def __init__(self, source: ModelSource, *, discover_s: float) -> None:
         self._source = source
         self._discover_s = discover_s
-        self._follow_s = follow_s
-        self._placers: dict[str, Placer] = {}
-        self._by_name: dict[str, Placer] = {}
+        self._ingress = uuid.uuid4().hex
+        self._admissions: dict[str, Admission] = {}
+        self._by_name: dict[str, Admission] = {}
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._discoverer: asyncio.Task[None] | None = None
 
@@ -78,18 +94,18 @@ class Catalog:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def set_intervals(self, *, discover_s: float, follow_s: float) -> None:
-        """Change how often models are looked for and asked, from the next time on."""
-        self._discover_s, self._follow_s = discover_s, follow_s
+    def set_interval(self, discover_s: float) -> None:
+        """Change how often models are looked for, from the next time on."""
+        self._discover_s = discover_s
 
-    def find(self, name: str) -> Placer | None:
+    def find(self, name: str) -> Admission | None:
         """Return the model with this id or alias."""
         return self._by_name.get(name)
 
     def models(self) -> list[ModelSnapshot]:
         """Return every model, by id."""
         return sorted(
-            {placer.snapshot.id: placer.snapshot for placer in self._by_name.values()}.values(),
+            {one.snapshot.id: one.snapshot for one in self._by_name.values()}.values(),
             key=lambda snapshot: snapshot.id,
         )
 
@@ -106,48 +122,46 @@ class Catalog:
     def _follow_only(self, applications: set[str]) -> None:
         for gone in self._followers.keys() - applications:
             self._followers.pop(gone).cancel()
-            self._placers.pop(gone, None)
+            self._admissions.pop(gone).close()
             self._reindex()
         for new in applications - self._followers.keys():
             self._followers[new] = asyncio.create_task(self._follow(new))
 
     async def _follow(self, application: str) -> None:
+        admission = self._admissions[application] = Admission(self._ingress)
         known, away = "", False
         while True:
+            demand, report = admission.demand(), admission.report()
             try:
-                async with asyncio.timeout(_CALL_TIMEOUT_S):
-                    news = await self._source.snapshot(application, known)
-                if news is not None:
-                    known, snapshot = news
-                    self._take(application, snapshot)
-                away = False
+                async with asyncio.timeout(_RENEWAL_TIMEOUT_S):
+                    renewal = await self._source.renew(application, demand, report, known)
+                known, away = renewal.version, False
+                self._take(admission, renewal)
             except Exception as error:
                 # The Model actor is away or starting: its last word stands until it is back.
+                admission.renewal_failed(demand)
                 if not away:
                     logger.info("no news of %s: %s", application, type(error).__name__)
                 away = True
-            await asyncio.sleep(self._follow_s)
+            await admission.wait_for_renewal()
 
-    def _take(self, application: str, snapshot: ModelSnapshot) -> None:
-        placer = self._placers.get(application)
-        if placer is None:
-            self._placers[application] = Placer(snapshot)
-            self._reindex()
-            return
-        renamed = _names(placer.snapshot) != _names(snapshot)
-        placer.update(snapshot)
-        if renamed:
-            self._reindex()
+    def _take(self, admission: Admission, renewal: Renewal) -> None:
+        if renewal.snapshot is not None:
+            names = _names(admission.snapshot) if admission.known else ()
+            admission.update(renewal.snapshot)
+            if names != _names(renewal.snapshot):
+                self._reindex()
+        admission.receive(renewal.grant)
 
     def _reindex(self) -> None:
-        by_name: dict[str, Placer] = {}
+        by_name: dict[str, Admission] = {}
         # Ids come before aliases, and applications in the order of their names, so that every
         # ingress gives a name that is claimed twice to the same model.
-        placers = [self._placers[name] for name in sorted(self._placers)]
-        for placer in placers:
-            _claim(by_name, [placer.snapshot.id], placer)
-        for placer in placers:
-            _claim(by_name, placer.snapshot.aliases, placer)
+        admissions = [one for _, one in sorted(self._admissions.items()) if one.known]
+        for admission in admissions:
+            _claim(by_name, [admission.snapshot.id], admission)
+        for admission in admissions:
+            _claim(by_name, admission.snapshot.aliases, admission)
         self._by_name = by_name
 
 
@@ -155,10 +169,10 @@ def _names(snapshot: ModelSnapshot) -> tuple[str, ...]:
     return (snapshot.id, *snapshot.aliases)
 
 
-def _claim(by_name: dict[str, Placer], names: Iterable[str], placer: Placer) -> None:
+def _claim(by_name: dict[str, Admission], names: Iterable[str], admission: Admission) -> None:
     for name in names:
-        owner = by_name.setdefault(name, placer)
-        if owner is not placer:
+        owner = by_name.setdefault(name, admission)
+        if owner is not admission:
             logger.error("model name %r is claimed twice; %s keeps it", name, owner.snapshot.id)
 
 

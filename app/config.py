@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from app.line_settings import LineSettings
 from app.pricing import RateCard
 from app.settings import Problem, Settings, SettingsError
 from app.tiers import PriorityMode, Tier, TierOffer
@@ -55,11 +56,6 @@ class IngressSettings(Settings):
         default=2.0,
         gt=0,
         description="How often the ingress asks Serve which model applications there are.",
-    )
-    status_interval_s: float = Field(
-        default=0.25,
-        gt=0,
-        description="How often the ingress asks a model what its engine replicas can do now.",
     )
 
 
@@ -148,6 +144,9 @@ class ModelSettings(Settings):
 
     rate_card: RateCard = Field(default=RateCard(), description="Its prices; free if not set.")
     tiers: TierSettings = Field(default=TierSettings(), description="The tiers that it offers.")
+    line: LineSettings = Field(
+        default=LineSettings(), description="Who waits, how long, and who is turned away."
+    )
 
 
 def frontline_home() -> Path:

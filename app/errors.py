@@ -6,7 +6,8 @@
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
     │   ├── RequestTimeout   408
-    │   └── BodyTooLarge     413
+    │   ├── BodyTooLarge     413
+    │   └── Overloaded       429  turned away from the line; carries Retry-After
     ├── EngineRejected       4xx  the engine refused the request; its own words
     └── ServerError          500
         └── Unavailable      503  nothing can serve the model now; carries Retry-After
@@ -124,6 +125,16 @@ class BodyTooLarge(InvalidRequest):
         )
 
 
+class Overloaded(InvalidRequest):
+    """The line has no place for the request; the words and the type are DeepInfra's."""
+
+    status = 429
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("Model busy, retry later", code="engine_overloaded")
+        self.headers |= _retry_headers(retry_after_s)
+
+
 class EngineRejected(ApiError):
     """The engine refused the request, and says why."""
 
@@ -151,8 +162,14 @@ class Unavailable(ServerError):
 
     def __init__(self, message: str, code: str, retry_after_s: float) -> None:
         super().__init__(message, code=code)
-        self.headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-        self.headers["retry-after-ms"] = str(max(1, math.ceil(retry_after_s * 1000)))
+        self.headers |= _retry_headers(retry_after_s)
+
+
+def _retry_headers(seconds: float) -> dict[str, str]:
+    return {
+        "retry-after": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(max(1, math.ceil(seconds * 1000))),
+    }
 
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"

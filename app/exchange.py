@@ -12,21 +12,22 @@ from typing import Any, Final
 import orjson
 
 from app import errors
+from app.admission import Admission, ModelGone, Shed
 from app.catalog import Catalog
 from app.config import IngressSettings
 from app.dialect import Route
 from app.openai_api import Inbound, parse_request, rewrite_request, stamp, stream_stamper
-from app.placement import Placer
+from app.pricing import TokenUsage
 from app.relay import EngineBroke, EngineClient, EngineUnreachable, StreamedAnswer, UnaryAnswer
 from app.snapshot import ReplicaStatus
 from app.sse import Event
+from app.ticket import Ticket
 from app.tiers import PriorityMode, Tier, TierDecision, admit, decide
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_ATTEMPTS: Final = 2
 # While an engine starts nobody knows how long it will take: this is how often asking is useful.
 _NOT_READY_RETRY_S: Final = 5.0
 _JSON: Final = (b"content-type", b"application/json")
@@ -63,14 +64,34 @@ class Exchange:
         try:
             body = await _read_body(scope, receive, services.settings)
             inbound = parse_request(self._route, body)
-            placer = services.catalog.find(inbound.model)
-            if placer is None:
+            admission = services.catalog.find(inbound.model)
+            if admission is None:
                 raise errors.ModelNotFound(inbound.model)
-            await _serve(services, placer, inbound, Reply(send))
+            await _serve(services, admission, inbound, Reply(send))
         except errors.ApiError as error:
             await _send_error(send, error)
         except ClientGone:
             return
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a request is answered, and at which tier."""
+
+    replica: ReplicaStatus
+    decision: TierDecision
+    queue_s: float
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return what every answer says about itself."""
+        stamps = [
+            (b"x-service-tier", self.decision.served.value.encode()),
+            (b"x-engine", self.replica.dialect.engine.encode()),
+            (b"x-queue-time-ms", _milliseconds(self.queue_s).encode()),
+        ]
+        if self.decision.reason is not None:
+            stamps.append((b"x-service-tier-reason", self.decision.reason.value.encode()))
+        return stamps
 
 
 class Reply:
@@ -82,71 +103,90 @@ class Reply:
 
     def __init__(self, send: Send) -> None:
         self.request_id = f"req_{uuid.uuid4().hex}"
+        self.usage: TokenUsage | None = None
         self._send = send
 
-    async def start(
-        self,
-        headers: tuple[tuple[bytes, bytes], ...],
-        decision: TierDecision,
-        replica: ReplicaStatus,
-    ) -> None:
-        stamps = [
-            (b"x-service-tier", decision.served.value.encode()),
-            (b"x-engine", replica.dialect.engine.encode()),
-        ]
-        if decision.reason is not None:
-            stamps.append((b"x-service-tier-reason", decision.reason.value.encode()))
-        await self._send(
-            {"type": "http.response.start", "status": 200, "headers": [*headers, *stamps]}
-        )
+    async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Place) -> None:
+        headers = (*headers, *place.headers())
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, piece: bytes, *, more: bool = True) -> None:
         await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
-async def _serve(services: Services, placer: Placer, inbound: Inbound, reply: Reply) -> None:
-    """Place the request, and once more elsewhere if the engine is lost before it answers."""
-    settings = services.settings
-    tier, _ = admit(
-        inbound.requested_tier or settings.default_tier, placer.snapshot.settings.tiers.offer
+async def _serve(services: Services, admission: Admission, inbound: Inbound, reply: Reply) -> None:
+    """Wait for a place, and for one more if the engine is lost before it answers."""
+    snapshot, settings = admission.snapshot, services.settings
+    if not snapshot.replicas:
+        raise _unavailable(inbound.model)
+    wanted = inbound.requested_tier or settings.default_tier
+    ticket = Ticket(
+        tier=admit(wanted, snapshot.settings.tiers.offer)[0],
+        # Without keys all clients are one.
+        tenant="",
+        tokens=inbound.expected_tokens,
+        route=inbound.route,
+        prefix=inbound.prefix,
+        fail_fast=inbound.fail_fast,
     )
-    decision: TierDecision | None = None
-    tried: frozenset[str] = frozenset()
-    for _attempt in range(_ATTEMPTS):
-        now = time.monotonic()
-        replica = placer.choose(inbound.route, tier, now, without=tried)
-        if replica is None:
-            break
-        if decision is None or not _still_holds(decision, placer, inbound.route, replica):
-            decision = _decide(placer, inbound, settings.default_tier, replica)
-        try:
-            await _pass(services, placer, replica, inbound, decision, reply)
-            return
-        except EngineUnreachable:
-            placer.report_lost(replica, time.monotonic())
-            tried |= {replica.replica_id}
-    raise _unavailable(inbound.model)
+    try:
+        await _pass_or_replay(services, admission, inbound, ticket, reply)
+    except ModelGone:
+        raise errors.ModelNotFound(inbound.model) from None
+    except Shed as shed:
+        raise _overloaded(shed.ticket) from None
+    except EngineUnreachable:
+        raise _unavailable(inbound.model) from None
+    except errors.ApiError as error:
+        error.headers["x-queue-time-ms"] = _milliseconds(ticket.placed - ticket.arrived)
+        raise
+    finally:
+        usage = reply.usage
+        admission.end(ticket, usage.prompt_tokens + usage.completion_tokens if usage else None)
+
+
+async def _pass_or_replay(
+    services: Services, admission: Admission, inbound: Inbound, ticket: Ticket, reply: Reply
+) -> None:
+    replica = await admission.admit(ticket)
+    decision = _decide(services, admission, inbound, ticket, replica)
+    try:
+        await _pass(services, admission, inbound, _place(ticket, replica, decision), reply)
+    except EngineUnreachable:
+        replica = await admission.admit_again(ticket)
+        if not _still_holds(decision, admission, inbound.route, replica):
+            decision = _decide(services, admission, inbound, ticket, replica)
+        await _pass(services, admission, inbound, _place(ticket, replica, decision), reply)
+
+
+def _place(ticket: Ticket, replica: ReplicaStatus, decision: TierDecision) -> Place:
+    return Place(replica, decision, ticket.placed - ticket.arrived)
 
 
 def _decide(
-    placer: Placer, inbound: Inbound, default_tier: Tier, replica: ReplicaStatus
+    services: Services,
+    admission: Admission,
+    inbound: Inbound,
+    ticket: Ticket,
+    replica: ReplicaStatus,
 ) -> TierDecision:
-    settings = placer.snapshot.settings
+    model = admission.snapshot.settings
     return decide(
         requested=inbound.requested_tier,
-        default_tier=default_tier,
-        offer=settings.tiers.offer,
+        default_tier=services.settings.default_tier,
+        stood_as=ticket.tier,
+        offer=model.tiers.offer,
         native_priority=replica.dialect.native_priority,
         route_honoured=replica.honours_priority(inbound.route),
-        rate_card=settings.rate_card,
+        rate_card=model.rate_card,
     )
 
 
 def _still_holds(
-    decision: TierDecision, placer: Placer, route: Route, replica: ReplicaStatus
+    decision: TierDecision, admission: Admission, route: Route, replica: ReplicaStatus
 ) -> bool:
     """Whether a decision can stand on another replica than the one it was made for."""
-    in_line = placer.snapshot.settings.tiers.priority is PriorityMode.LINE
+    in_line = admission.snapshot.settings.tiers.priority is PriorityMode.LINE
     return decision.served is not Tier.PRIORITY or in_line or replica.honours_priority(route)
 
 
@@ -158,58 +198,60 @@ def _unavailable(model: str) -> errors.Unavailable:
     )
 
 
+def _overloaded(ticket: Ticket) -> errors.Overloaded:
+    error = errors.Overloaded(ticket.retry_after_s)
+    error.headers["x-queue-time-ms"] = _milliseconds(time.monotonic() - ticket.arrived)
+    if ticket.shed is not None:
+        error.headers["x-shed-reason"] = ticket.shed.value
+    return error
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{max(seconds, 0.0) * 1000:.1f}"
+
+
 async def _pass(
-    services: Services,
-    placer: Placer,
-    replica: ReplicaStatus,
-    inbound: Inbound,
-    decision: TierDecision,
-    reply: Reply,
+    services: Services, admission: Admission, inbound: Inbound, place: Place, reply: Reply
 ) -> None:
-    body = rewrite_request(inbound, placer.snapshot.id, replica.dialect, decision.served)
-    with placer.place(replica):
-        async with services.engines.send(
-            replica,
-            inbound.route,
-            body,
-            request_id=reply.request_id,
-            read_timeout_s=services.settings.engine_timeout_s,
-        ) as answer:
-            if isinstance(answer, UnaryAnswer):
-                await _forward_unary(answer, replica, decision, reply)
-            else:
-                await _forward_stream(answer, replica, inbound, decision, reply)
+    dialect, served = place.replica.dialect, place.decision.served
+    async with services.engines.send(
+        place.replica,
+        inbound.route,
+        rewrite_request(inbound, admission.snapshot.id, dialect, served),
+        request_id=reply.request_id,
+        read_timeout_s=services.settings.engine_timeout_s,
+    ) as answer:
+        if isinstance(answer, UnaryAnswer):
+            await _forward_unary(answer, place, reply)
+        else:
+            await _forward_stream(answer, inbound, place, reply)
 
 
-async def _forward_unary(
-    answer: UnaryAnswer, replica: ReplicaStatus, decision: TierDecision, reply: Reply
-) -> None:
+async def _forward_unary(answer: UnaryAnswer, place: Place, reply: Reply) -> None:
     try:
         fields = orjson.loads(answer.body)
     except orjson.JSONDecodeError:
         raise errors.ServerError from None
-    stamp(fields, decision)
+    reply.usage = stamp(fields, place.decision)
     body = orjson.dumps(fields)
     length = (b"content-length", str(len(body)).encode())
-    await reply.start((_JSON, length), decision, replica)
+    await reply.start((_JSON, length), place)
     await reply.write(body, more=False)
 
 
 async def _forward_stream(
-    answer: StreamedAnswer,
-    replica: ReplicaStatus,
-    inbound: Inbound,
-    decision: TierDecision,
-    reply: Reply,
+    answer: StreamedAnswer, inbound: Inbound, place: Place, reply: Reply
 ) -> None:
-    stamper = stream_stamper(inbound, decision)
-    await reply.start(_SSE, decision, replica)
+    stamper = stream_stamper(inbound, place.decision)
+    await reply.start(_SSE, place)
     try:
         async for events in answer:
             await reply.write(_stamped(stamper.feed, events))
         broken = not stamper.ended
     except (EngineBroke, orjson.JSONDecodeError):
         broken = not stamper.ended
+    finally:
+        reply.usage = stamper.usage
     last = b"".join(stamper.break_off()) if broken else b""
     await reply.write(last, more=False)
 
@@ -242,10 +284,12 @@ async def _read_body(scope: Scope, receive: Receive, settings: IngressSettings) 
 
 async def _send_error(send: Send, error: errors.ApiError) -> None:
     body = error.body()
-    headers = [
+    # Until it stands in line a request has not waited.
+    headers = {"x-queue-time-ms": _milliseconds(0)} | error.headers
+    fields = [
         _JSON,
         (b"content-length", str(len(body)).encode()),
-        *((name.encode(), value.encode()) for name, value in error.headers.items()),
+        *((name.encode(), value.encode()) for name, value in headers.items()),
     ]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status, "headers": fields})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -27,11 +27,7 @@ class Ingress:
 
     def __init__(self) -> None:
         settings = IngressSettings()
-        catalog = Catalog(
-            ServeSource(),
-            discover_s=settings.catalog_interval_s,
-            follow_s=settings.status_interval_s,
-        )
+        catalog = Catalog(ServeSource(), discover_s=settings.catalog_interval_s)
         self._services = Services(catalog, EngineClient(), settings)
         catalog.start()
 
@@ -43,9 +39,7 @@ class Ingress:
         """
         settings = IngressSettings.load(user_config, "user_config")
         self._services.settings = settings
-        self._services.catalog.set_intervals(
-            discover_s=settings.catalog_interval_s, follow_s=settings.status_interval_s
-        )
+        self._services.catalog.set_interval(settings.catalog_interval_s)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._services)
@@ -100,10 +94,10 @@ def _add_catalog_routes(api: FastAPI, prefix: str, catalog: Catalog) -> None:
 
     @api.get(f"{prefix}/models/{{name:path}}")
     async def show_model(name: str) -> Response:
-        placer = catalog.find(name)
-        if placer is None:
+        admission = catalog.find(name)
+        if admission is None:
             raise errors.ModelNotFound(name)
-        return _json(model_entry(placer.snapshot))
+        return _json(model_entry(admission.snapshot))
 
     @api.get(f"{prefix}/health" if prefix != PREFIXES[0] else "/health")
     async def health() -> Response:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final, Protocol
+from zlib import crc32
 
 import orjson
 
@@ -20,6 +21,12 @@ from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
 """Request fields that never reach an engine: ours, and the engines' own priority."""
+
+_ANSWER_LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+# Rough is enough: tenants are charged what was expected only until the answer has ended.
+_BYTES_PER_TOKEN: Final = 4
+_USUAL_ANSWER: Final = 256
+_PREFIX_CHARACTERS: Final = 256
 
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
 
@@ -35,6 +42,8 @@ class Inbound:
         requested_tier: what ``service_tier`` asks for; ``None`` for nothing or ``auto``.
         stream: whether the answer is to be streamed.
         stream_options: the client's own, empty if there are none.
+        fail_fast: whether it would rather be turned away than wait.
+        length: of the body, in bytes.
     """
 
     route: Route
@@ -43,6 +52,31 @@ class Inbound:
     requested_tier: Tier | None
     stream: bool
     stream_options: Mapping[str, Any]
+    fail_fast: bool = False
+    length: int = 0
+
+    @property
+    def expected_tokens(self) -> int:
+        """Roughly how many tokens the request will take, prompt and answer together."""
+        fields = self.fields
+        limit = next((n for name in _ANSWER_LIMITS if _is_count(n := fields.get(name))), None)
+        answer = 0 if self.route is Route.EMBEDDINGS else limit or _USUAL_ANSWER
+        return self.length // _BYTES_PER_TOKEN + answer + 1
+
+    @property
+    def prefix(self) -> int | None:
+        """A hash of the prompt's beginning, which stays as a conversation grows.
+
+        For messages that is everything up to the first of the user's.
+        """
+        match self.fields.get(self.route.prompt_field):
+            case str(prompt):
+                start: Any = prompt[:_PREFIX_CHARACTERS]
+            case [*items] if self.route is not Route.EMBEDDINGS:
+                start = _leading(items)
+            case _:
+                return None
+        return crc32(orjson.dumps([self.fields.get("instructions"), start]))
 
     @property
     def wants_usage(self) -> bool:
@@ -71,12 +105,36 @@ def parse_request(route: Route, body: bytes) -> Inbound:
         raise errors.InvalidRequest(
             str(error), param="service_tier", code="invalid_value"
         ) from None
-    stream = fields.get("stream")
-    if stream is not None and not isinstance(stream, bool):
+    return Inbound(
+        route,
+        fields,
+        model,
+        requested,
+        _flag(fields, "stream"),
+        _stream_options(fields),
+        _flag(fields, "fail_fast"),
+        len(body),
+    )
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
         raise errors.InvalidRequest(
-            "Invalid type for 'stream': expected a boolean.", param="stream", code="invalid_type"
+            f"Invalid type for '{name}': expected a boolean.", param=name, code="invalid_type"
         )
-    return Inbound(route, fields, model, requested, bool(stream), _stream_options(fields))
+    return bool(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _leading(items: list[Any]) -> list[Any]:
+    for place, item in enumerate(items):
+        if isinstance(item, dict) and item.get("role") == "user":
+            return items[: place + 1]
+    return items[:1]
 
 
 def _parse_object(body: bytes) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.config import ModelSettings
+from app.credits import Grant
 from app.dialect import Dialect, Route
 from app.tiers import PriorityMode, Tier
 
@@ -88,3 +89,18 @@ class ModelSnapshot:
     def engines(self) -> tuple[str, ...]:
         """The engines that serve it now, by name."""
         return tuple(sorted({replica.dialect.engine for replica in self.replicas}))
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A Model's answer to an ingress that renews its credits.
+
+    Attributes:
+        version: of what there is to know about the model.
+        snapshot: the model as it is now; ``None`` if the ingress knows that version.
+        grant: the credits that the ingress gets.
+    """
+
+    version: str
+    snapshot: ModelSnapshot | None
+    grant: Grant

@@ -133,6 +133,7 @@ def decide(
     *,
     requested: Tier | None,
     default_tier: Tier,
+    stood_as: Tier,
     offer: TierOffer,
     native_priority: bool,
     route_honoured: bool,
@@ -143,13 +144,18 @@ def decide(
     Args:
         requested: what ``parse_requested`` returned.
         default_tier: the tier of a request that asks for none.
+        stood_as: the tier at which it stood in line: ``default`` where priority could not be
+            delivered when it arrived, and then it is not, whatever came up since.
         offer: the model's tiers.
         native_priority: whether the chosen replica has native priority in force at all.
         route_honoured: whether it honours priority on this request's route.
         rate_card: the prices in force now.
     """
     served, reason = admit(requested or default_tier, offer)
-    if served is Tier.PRIORITY and offer.priority is PriorityMode.AUTO and not route_honoured:
+    delivered = stood_as is Tier.PRIORITY and (
+        offer.priority is PriorityMode.LINE or route_honoured
+    )
+    if served is Tier.PRIORITY and not delivered:
         served = Tier.DEFAULT
         reason = (
             Reason.ROUTE_DOES_NOT_HONOUR_PRIORITY

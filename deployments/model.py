@@ -12,10 +12,14 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from app.book import Capacity, CreditBook
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import ModelArgs, ModelSettings, PoolSettings
+from app.credits import Demand
+from app.report import LineReport, ModelBoard, ReportBook
 from app.settings import Key, Problem, SettingsError
-from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus
+from app.tiers import PriorityMode
 from deployments import replica
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
@@ -38,6 +42,8 @@ class Model:
         self._life = uuid.uuid4().hex
         self._changes = 0
         self._snapshot = self._make_snapshot()
+        self._book = CreditBook(self._life, self._settings.line, time.monotonic())
+        self._reports = ReportBook()
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -47,18 +53,31 @@ class Model:
             SettingsError: ``user_config`` has an unknown key or a bad value.
         """
         self._settings = ModelSettings.load(user_config, "user_config")
+        self._book.configure(self._settings.line)
         self._publish()
 
-    async def snapshot(self, known: str) -> tuple[str, ModelSnapshot] | None:
-        """Return the version of what there is to know, and that; ``None`` if it is ``known``."""
+    async def renew(self, demand: Demand, report: LineReport | None, known: str) -> Renewal:
+        """Renew an ingress's credits, and tell it what has changed since version ``known``."""
         version = f"{self._life}.{self._changes}"
-        return None if version == known else (version, self._snapshot)
+        now = time.monotonic()
+        self._reports.take(demand, report, now)
+        grant = self._book.renew(demand, now)
+        return Renewal(version, None if version == known else self._snapshot, grant)
+
+    async def snapshot(self) -> ModelSnapshot:
+        """Return the model as it is now."""
+        return self._snapshot
+
+    async def board(self) -> ModelBoard:
+        """Return the model and its line at every ingress, for people to look at."""
+        return ModelBoard(self._snapshot, self._reports.ingresses(time.monotonic()))
 
     def _publish(self) -> None:
         snapshot = self._make_snapshot()
         if snapshot != self._snapshot:
             self._snapshot = snapshot
             self._changes += 1
+            self._book.set_replicas(_capacity(snapshot, status) for status in snapshot.replicas)
 
     def _make_snapshot(self) -> ModelSnapshot:
         return ModelSnapshot(
@@ -123,6 +142,14 @@ def build(args: dict[str, Any]) -> serve.Application:
         for pool in settings.pools
     }
     return _deployment.bind(settings, pools)
+
+
+def _capacity(snapshot: ModelSnapshot, status: ReplicaStatus) -> Capacity:
+    mode = snapshot.settings.tiers.priority
+    kept = mode is PriorityMode.LINE or (
+        mode is PriorityMode.AUTO and status.dialect.native_priority
+    )
+    return Capacity(status.replica_id, status.pool, status.slots, kept)
 
 
 def _check_pool(where: Key, pool: PoolSettings) -> None:

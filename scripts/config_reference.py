@@ -13,6 +13,7 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
 from app.config import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.line_settings import LineSettings, TierLine  # noqa: E402
 from app.pricing import Multipliers, RateCard  # noqa: E402
 from app.settings import Settings  # noqa: E402
 
@@ -30,6 +31,17 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
     ("A model: `args` of its application", ModelArgs, ""),
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
     ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),
+    (
+        "`line`",
+        LineSettings,
+        "In the `user_config` of `Model`. Changes hold for requests that wait already.",
+    ),
+    (
+        "`line.priority`, `line.default`, `line.flex`",
+        TierLine,
+        "The defaults are those of `priority` and `default`; `flex` waits up to 600 s and starves "
+        "after 150 s.",
+    ),
     ("`tiers`", TierSettings, "In the `user_config` of `Model`."),
     (
         "`rate_card`",

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
@@ -27,7 +28,7 @@ INGRESS = "ingress"
 _MARK = "FRONTLINE_TEST_RUN"
 
 
-def ingress_app(**user_config: Any) -> dict[str, Any]:
+def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
     """The ingress application of a config file."""
     return {
         "name": INGRESS,
@@ -36,7 +37,7 @@ def ingress_app(**user_config: Any) -> dict[str, Any]:
         "deployments": [
             {
                 "name": "Ingress",
-                "num_replicas": 1,
+                "num_replicas": replicas,
                 "ray_actor_options": {"num_cpus": 0.1},
                 "user_config": {"catalog_interval_s": 0.5, **user_config},
             }
@@ -90,9 +91,10 @@ class Deployment:
         self._submit()
 
     def remove(self, name: str) -> None:
-        """Remove an application."""
+        """Remove an application, and wait until the ingress knows."""
         del self._apps[name]
         self._submit()
+        eventually(lambda: self.entry(name) is None, why=f"{name} was not removed")
 
     def _submit(self) -> None:
         options = {"host": "127.0.0.1", "port": self._port}
@@ -142,9 +144,9 @@ class Deployment:
     def snapshot(self, app: str) -> ModelSnapshot:
         """What a Model actor tells its ingresses, the engines' addresses and keys included."""
         handle = serve.get_deployment_handle("Model", app_name=app)
-        news = handle.snapshot.remote("").result(timeout_s=10)
-        assert news is not None
-        return news[1]
+        # Serve refuses to wait for an answer on an event loop; tests have one now and then.
+        with ThreadPoolExecutor(1) as aside:
+            return aside.submit(lambda: handle.snapshot.remote().result(timeout_s=10)).result()
 
     @contextmanager
     def engine(self, app: str, replica: int = 0) -> Iterator[httpx.Client]:

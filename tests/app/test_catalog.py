@@ -5,8 +5,9 @@ import pytest
 
 from app.catalog import Catalog, model_entry
 from app.config import ModelSettings
+from app.credits import Grant
 from app.dialect import Dialect, Route
-from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus
 from app.tiers import Tier
 
 pytestmark = pytest.mark.unit
@@ -28,23 +29,26 @@ class FakeSource:
     def __init__(self):
         self.models = {}
         self.broken = False
+        self.reports = []
 
     async def applications(self):
         if self.broken:
             raise ConnectionError
         return set(self.models)
 
-    async def snapshot(self, application, known):
+    async def renew(self, application, demand, report, known):
         if self.broken:
             raise ConnectionError
+        self.reports.append(report)
         model = self.models[application]
         version = str(id(model))
-        return None if known == version else (version, model)
+        grant = Grant("life", demand.number, demand.number, demand.sent_at, added={"r": 1})
+        return Renewal(version, None if known == version else model, grant)
 
 
 @asynccontextmanager
 async def following(source):
-    catalog = Catalog(source, discover_s=0.005, follow_s=0.005)
+    catalog = Catalog(source, discover_s=0.005)
     catalog.start()
     try:
         yield catalog
@@ -63,12 +67,12 @@ async def test_models_come_change_and_go():
     async with following(source) as catalog:
         source.models["app"] = snapshot("org/m", "m")
         await eventually(lambda: catalog.find("m"))
-        placer = catalog.find("org/m")
-        assert placer is catalog.find("m")
+        admission = catalog.find("org/m")
+        assert admission is catalog.find("m")
 
         source.models["app"] = snapshot("org/m", "m2")
         await eventually(lambda: catalog.find("m2"))
-        assert catalog.find("m2") is placer, "what runs in it is still counted"
+        assert catalog.find("m2") is admission, "what runs in it is still counted"
         assert catalog.find("m") is None
 
         del source.models["app"]
@@ -87,6 +91,15 @@ async def test_what_is_known_stands_while_serve_is_away():
         source.broken = False
         source.models["app"] = snapshot("m", "alias")
         await eventually(lambda: catalog.find("alias"))
+
+
+async def test_not_every_renewal_carries_a_report():
+    source = FakeSource()
+    source.models["app"] = snapshot("m")
+    async with following(source):
+        await eventually(lambda: len(source.reports) >= 3)
+    assert source.reports[0] is not None
+    assert source.reports[1:3] == [None, None], "they are a quarter of a second apart"
 
 
 async def test_a_name_claimed_twice_goes_to_an_id_before_an_alias():

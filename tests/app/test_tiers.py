@@ -67,12 +67,19 @@ def test_a_tier_that_is_not_offered_is_admitted_as_default(wanted, offer):
     offers,
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_priority_is_decided_only_when_it_is_delivered(requested, default, offer, native, honoured):
+def test_priority_is_decided_only_when_it_is_delivered(
+    requested, default, offer, native, honoured, lowered
+):
     honoured = honoured and native
+    stood_as, _ = admit(requested or default, offer)
+    if stood_as is Tier.PRIORITY and lowered:
+        stood_as = Tier.DEFAULT
     decision = decide(
         requested=requested,
         default_tier=default,
+        stood_as=stood_as,
         offer=offer,
         native_priority=native,
         route_honoured=honoured,
@@ -81,7 +88,7 @@ def test_priority_is_decided_only_when_it_is_delivered(requested, default, offer
     wanted = requested or default
     assert decision.requested is requested
     if decision.served is Tier.PRIORITY:
-        assert wanted is Tier.PRIORITY
+        assert wanted is Tier.PRIORITY and not lowered
         assert offer.priority is PriorityMode.LINE or (
             offer.priority is PriorityMode.AUTO and honoured
         )
@@ -94,6 +101,7 @@ def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
         return decide(
             requested=Tier.PRIORITY,
             default_tier=Tier.DEFAULT,
+            stood_as=Tier.PRIORITY,
             offer=TierOffer(),
             native_priority=native,
             route_honoured=False,

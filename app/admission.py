@@ -1,0 +1,181 @@
+"""Admission of requests to one model in this ingress: the gate on an event loop.
+
+``Gate`` is a function of events and time; this gives it both: a future for each waiting request,
+a timer for its next tick, and a wake-up for renewals of credits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from app.credits import Demand, Grant
+from app.gate import Gate
+from app.line_settings import LineSettings
+from app.places import Offer
+from app.report import REPORT_S, LineReport, Tally
+from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.ticket import Ticket, TicketState
+from app.tiers import Tier
+
+
+class Shed(Exception):
+    """A request was turned away; its ticket says why."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        super().__init__(ticket.shed)
+        self.ticket = ticket
+
+
+class ModelGone(Exception):
+    """The model was removed while requests for it waited."""
+
+
+class Admission:
+    """One model's gate. Belongs to the event loop on which it was made."""
+
+    def __init__(self, ingress: str) -> None:
+        self._gate = Gate(ingress, LineSettings())
+        self._snapshot: ModelSnapshot | None = None
+        self._replicas: dict[str, ReplicaStatus] = {}
+        self._waiting: dict[Ticket, asyncio.Future[ReplicaStatus]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tick_at = math.inf
+        self._renewal_planned = -math.inf
+        self._renewal_sooner = asyncio.Event()
+        self._tally = Tally()
+        self._report_due = -math.inf
+
+    @property
+    def snapshot(self) -> ModelSnapshot:
+        """The model as it was told last."""
+        assert self._snapshot is not None, "nothing is admitted before the model is known"
+        return self._snapshot
+
+    @property
+    def known(self) -> bool:
+        """Whether the model has been told."""
+        return self._snapshot is not None
+
+    def update(self, snapshot: ModelSnapshot) -> None:
+        """Take over what the model reports now."""
+        now = time.monotonic()
+        self._snapshot = snapshot
+        self._replicas = {status.replica_id: status for status in snapshot.replicas}
+        self._call(self._gate.configure(snapshot.settings.line, now))
+        offers = [_offer(status) for status in snapshot.replicas]
+        self._call(self._gate.set_replicas(offers, snapshot.settings.tiers.priority, now))
+
+    async def admit(self, ticket: Ticket) -> ReplicaStatus:
+        """Wait for a place, and return the replica on which it is.
+
+        However this ends, ``end`` must be called for the ticket.
+
+        Raises:
+            Shed: the request is turned away.
+        """
+        self._call(self._gate.arrive(ticket, time.monotonic()))
+        return await self._place_of(ticket)
+
+    async def admit_again(self, ticket: Ticket) -> ReplicaStatus:
+        """The same for a request whose replica could not be reached."""
+        self._call(self._gate.lost(ticket, time.monotonic()))
+        return await self._place_of(ticket)
+
+    def end(self, ticket: Ticket, tokens: int | None) -> None:
+        """Let go of a request; ``tokens`` is what it took in all, if anybody knows."""
+        self._waiting.pop(ticket, None)
+        self._call(self._gate.end(ticket, time.monotonic(), tokens))
+
+    def close(self) -> None:
+        """Turn away whoever waits, because the model was removed; what runs goes on."""
+        for called in self._waiting.values():
+            if not called.done():
+                called.set_exception(ModelGone())
+        self._waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def demand(self) -> Demand:
+        """Return the demand to send to the Model now."""
+        return self._gate.demand(time.monotonic())
+
+    def report(self) -> LineReport | None:
+        """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago."""
+        now = time.monotonic()
+        if now < self._report_due:
+            return None
+        self._report_due = now + REPORT_S
+        gate = self._gate
+        return self._tally.report(
+            now,
+            headroom=gate.credits.places.headroom,
+            grants_per_s={tier: gate.line.grant_rate(tier, now) for tier in Tier},
+        )
+
+    def receive(self, grant: Grant) -> None:
+        """Take a grant from the Model."""
+        self._call(self._gate.receive(grant, time.monotonic()))
+
+    def renewal_failed(self, demand: Demand) -> None:
+        """Note that the Model could not be reached."""
+        self._call(self._gate.renewal_failed(demand, time.monotonic()))
+
+    async def wait_for_renewal(self) -> None:
+        """Return when the next demand is due."""
+        while (wait_s := self._gate.renewal_at() - time.monotonic()) > 0:
+            self._renewal_planned = self._gate.renewal_at()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._renewal_sooner.wait()
+            self._renewal_sooner.clear()
+
+    async def _place_of(self, ticket: Ticket) -> ReplicaStatus:
+        if ticket.state is TicketState.WAITING:
+            called: asyncio.Future[ReplicaStatus] = self._loop.create_future()
+            self._waiting[ticket] = called
+            return await called
+        self._tally.count(ticket)
+        if ticket.state is TicketState.SHED:
+            raise Shed(ticket)
+        return self._replicas[ticket.replica_id]
+
+    def _call(self, tickets: Iterable[Ticket]) -> None:
+        """Tell waiting requests what has become of them."""
+        for ticket in tickets:
+            called = self._waiting.pop(ticket, None)
+            if called is None or called.done():
+                # Its client has gone: `end` is about to give back what it was given.
+                continue
+            self._tally.count(ticket)
+            if ticket.state is TicketState.SHED:
+                called.set_exception(Shed(ticket))
+            else:
+                called.set_result(self._replicas[ticket.replica_id])
+        self._arm()
+
+    def _arm(self) -> None:
+        """Set the timer to the gate's next tick, and hasten the renewal if it has become urgent."""
+        at = self._gate.next_tick()
+        if at != self._tick_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._tick_at = at
+            delay_s = max(0.0, at - time.monotonic())
+            self._timer = self._loop.call_later(delay_s, self._tick) if at < math.inf else None
+        if self._gate.renewal_at() < self._renewal_planned:
+            self._renewal_sooner.set()
+
+    def _tick(self) -> None:
+        self._timer, self._tick_at = None, math.inf
+        self._call(self._gate.tick(time.monotonic()))
+
+
+def _offer(status: ReplicaStatus) -> Offer:
+    return Offer(
+        status.replica_id, status.pool, status.slots, frozenset(status.dialect.priority_routes)
+    )

@@ -1,0 +1,165 @@
+import asyncio
+import time
+
+import pytest
+
+from app.admission import Admission, ModelGone, Shed
+from app.config import ModelSettings
+from app.credits import Grant
+from app.dialect import Dialect, Route
+from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.ticket import ShedReason, Ticket, TicketState
+from app.tiers import Tier
+
+pytestmark = pytest.mark.unit
+
+
+def model(*names, slots=2, **line):
+    dialect = Dialect("vllm", False, dict.fromkeys(Tier, 0), frozenset(Route))
+    replicas = tuple(
+        ReplicaStatus(name, "pool", f"http://{name}", "key", slots, "1", None, dialect)
+        for name in names
+    )
+    settings = ModelSettings.load({"line": {"headroom": 0, **line}}, "user_config")
+    return ModelSnapshot("m", (), "me", 0, settings, replicas)
+
+
+def admission(snapshot):
+    made = Admission("ingress")
+    made.update(snapshot)
+    grant(made, **{replica.replica_id: replica.slots for replica in snapshot.replicas})
+    return made
+
+
+def grant(made, **added):
+    demand = made.demand()
+    made.receive(Grant("life", demand.number, demand.number, demand.sent_at, added=added))
+
+
+def ticket(tier=Tier.DEFAULT, **more):
+    return Ticket(tier, "tenant", 10, Route.CHAT, **more)
+
+
+async def standing(made, *tickets):
+    """Let requests stand in line and return their tasks."""
+    tasks = [asyncio.create_task(made.admit(one)) for one in tickets]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_with_room_nobody_waits():
+    made = admission(model("one"))
+    request = ticket()
+    replica = await made.admit(request)
+    assert replica.replica_id == "one"
+    assert request.placed == request.arrived
+
+
+async def test_a_freed_slot_goes_to_priority_first():
+    made = admission(model("one", slots=1))
+    running, first, second = ticket(), ticket(), ticket(Tier.PRIORITY)
+    await made.admit(running)
+    waiting, jumping = await standing(made, first, second)
+    made.end(running, 10)
+    assert (await jumping).replica_id == "one"
+    assert not waiting.done()
+    made.end(second, None)
+    assert (await waiting).replica_id == "one"
+
+
+async def test_a_client_that_leaves_leaves_the_line_at_once():
+    made = admission(model("one", slots=1))
+    running, leaving, patient = ticket(), ticket(), ticket()
+    await made.admit(running)
+    gone, waiting = await standing(made, leaving, patient)
+    gone.cancel()
+    await asyncio.wait([gone])
+    made.end(leaving, None)
+    made.end(running, 10)
+    assert (await waiting).replica_id == "one"
+    assert leaving.state is TicketState.ENDED
+
+
+async def test_a_slot_given_to_a_client_that_has_just_left_is_not_lost():
+    made = admission(model("one", slots=1))
+    running, leaving, patient = ticket(), ticket(), ticket()
+    await made.admit(running)
+    gone, waiting = await standing(made, leaving, patient)
+    made.end(running, 10)  # the slot is given to `leaving`, which does not hear of it
+    gone.cancel()
+    await asyncio.wait([gone])
+    made.end(leaving, None)
+    assert (await waiting).replica_id == "one"
+
+
+async def test_who_has_waited_too_long_is_shed_without_any_other_event():
+    made = admission(model("one", slots=1, default={"max_wait_s": 0.05}))
+    await made.admit(ticket())
+    late = ticket()
+    start = time.monotonic()
+    with pytest.raises(Shed) as caught:
+        await made.admit(late)
+    assert caught.value.ticket.shed is ShedReason.WAITED_TOO_LONG
+    assert 0.04 < time.monotonic() - start < 1
+    assert late.retry_after_s > 0
+
+
+async def test_who_does_not_want_to_wait_is_shed_at_once():
+    made = admission(model("one", slots=1))
+    await made.admit(ticket())
+    with pytest.raises(Shed) as caught:
+        await made.admit(ticket(fail_fast=True))
+    assert caught.value.ticket.shed is ShedReason.FAIL_FAST
+
+
+async def test_who_is_displaced_is_told():
+    one = {"max_waiting": 1}
+    made = admission(model("one", slots=1, flex=one, default=one, priority=one))
+    await made.admit(ticket())
+    [waiting] = await standing(made, ticket())
+    [jumping] = await standing(made, ticket(Tier.PRIORITY))
+    with pytest.raises(Shed) as caught:
+        await waiting
+    assert caught.value.ticket.shed is ShedReason.DISPLACED
+    jumping.cancel()
+
+
+async def test_a_new_replica_takes_the_backlog():
+    made = admission(model("one", slots=1))
+    await made.admit(ticket())
+    waiting = await standing(made, ticket(), ticket())
+    made.update(model("one", "two", slots=1))
+    grant(made, two=1)
+    done, _ = await asyncio.wait(waiting, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+    assert [task.result().replica_id for task in done] == ["two"]
+    for task in waiting:
+        task.cancel()
+
+
+async def test_a_request_whose_replica_is_lost_is_placed_on_another():
+    made = admission(model("one", "two", slots=1))
+    request = ticket()
+    first = await made.admit(request)
+    second = await made.admit_again(request)
+    assert {first.replica_id, second.replica_id} == {"one", "two"}
+
+
+async def test_priority_that_waits_hastens_the_renewal():
+    made = admission(model("one", slots=1))
+    await made.admit(ticket())
+    renewal = asyncio.create_task(made.wait_for_renewal())
+    await asyncio.sleep(0.03)
+    assert not renewal.done()
+    start = time.monotonic()
+    await standing(made, ticket(Tier.PRIORITY))
+    await renewal
+    assert time.monotonic() - start < 0.1
+
+
+async def test_who_waits_for_a_model_that_is_removed_is_told():
+    made = admission(model("one", slots=1))
+    await made.admit(ticket())
+    [waiting] = await standing(made, ticket())
+    made.close()
+    with pytest.raises(ModelGone):
+        await waiting
