@@ -1,0 +1,125 @@
+"""What the benchmark measures: a server that runs already, or one started for it.
+
+What is started here is Frontline itself, as the tests start it, and its engine is measured once
+more without Frontline. Both endpoints stand on the same engine process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from scripts.bench.effort import Processes
+from scripts.bench.load import Endpoint
+
+FRONTLINE_TIERS: dict[str, dict[str, Any]] = {
+    "priority": {"service_tier": "priority"},
+    "default": {"service_tier": "default"},
+}
+ENGINE_TIERS: dict[str, dict[str, Any]] = {
+    "priority": {"priority": -100},
+    "default": {"priority": 0},
+}
+"""vLLM's own field, and the numbers that Frontline gives it; lower goes first."""
+
+_SIMULATED = "bench"
+_SIMULATION = {
+    "slots": 32,
+    "tokens_per_second": 50,
+    "first_token_seconds": 0.05,
+    "prefill_seconds_per_token": 0.0002,
+}
+"""A small chat model on one GPU: 5,000 tokens of prefill and 50 of each answer a second."""
+
+_CATALOG_S = 2.0
+"""The ingress's own default; tests look for models more often, which is work."""
+
+_LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
+_CHAT = "smollm2"
+_START_S = 420.0
+_ROLES = {
+    "simulated_server": "engine",
+    "vllm.entrypoints": "engine",
+    "VLLM::": "engine",
+    "haproxy": "HAProxy",
+    "ServeReplica:ingress": "ingress",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is measured, in this order.
+
+    Attributes:
+        endpoints: the same load goes to each of them.
+        processes: tells what they use, where it is known.
+        simulated: whether the engine computes nothing.
+        engine: what stands behind, in words.
+    """
+
+    endpoints: tuple[Endpoint, ...]
+    processes: Processes = dict
+    simulated: bool = False
+    engine: str = "unknown"
+
+
+@contextmanager
+def simulated() -> Iterator[Target]:
+    """Frontline over the simulated engine."""
+    with _frontline() as (deployment, serving):
+        app = serving.simulated_app(_SIMULATED, default_completion_tokens=64, **_SIMULATION)
+        deployment.deploy(serving.ingress_app(catalog_interval_s=_CATALOG_S), app)
+        deployment.wait_ready(_SIMULATED)
+        yield _both(deployment, _SIMULATED, {}, simulated=True)
+
+
+@contextmanager
+def vllm() -> Iterator[Target]:
+    """Frontline over vLLM on the CPU, as configs/local.yaml has it."""
+    with _frontline() as (deployment, _):
+        apps = yaml.safe_load(_LOCAL.read_text())["applications"]
+        deployment.deploy(*(app for app in apps if app["name"] in ("ingress", _CHAT)))
+        deployment.wait_ready(_CHAT, timeout_s=_START_S)
+        # A model ends its answer where it likes: this makes lengths what was asked for.
+        yield _both(deployment, _CHAT, {"ignore_eos": True}, simulated=False)
+
+
+@contextmanager
+def _frontline() -> Iterator[tuple[Any, Any]]:
+    # It sets what Ray reads when it is imported, so it comes first.
+    import tests.conftest  # noqa: F401
+    from tests import serving
+
+    with serving.local_serve() as deployment:
+        yield deployment, serving
+
+
+def _both(deployment: Any, app: str, body: dict[str, Any], *, simulated: bool) -> Target:
+    snapshot = deployment.snapshot(app)
+    [replica] = snapshot.replicas
+    through = Endpoint("Frontline", deployment.base_url, app, "none", FRONTLINE_TIERS, body)
+    alone = Endpoint(
+        "engine alone", f"{replica.base_url}/v1", snapshot.id, replica.key, ENGINE_TIERS, body
+    )
+    engine = f"{replica.dialect.engine} {replica.engine_version}, {replica.slots} slots"
+    return Target((through, alone), _cluster_processes, simulated, engine)
+
+
+def _cluster_processes() -> dict[str, float]:
+    from tests.serving import test_run_processes
+
+    used: Counter[str] = Counter()
+    for process in test_run_processes():
+        with suppress(psutil.Error, OSError):
+            line = " ".join(process.cmdline())
+            role = next((role for mark, role in _ROLES.items() if mark in line), "Ray and others")
+            times = process.cpu_times()
+            used[role] += times.user + times.system
+    return dict(used)
