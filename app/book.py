@@ -1,7 +1,7 @@
 """The Model's book of credits: who may hold which slots. Pure: the time is passed in.
 
-``app.split`` decides how many credits each ingress ought to have; ``CreditBook`` moves credits
-towards that without ever giving one slot to two ingresses:
+``app.split`` and ``app.balance`` decide how many credits each ingress ought to have;
+``CreditBook`` moves credits towards that without ever giving one slot to two ingresses:
 
 - What an ingress may hold is what it reported last, plus what was granted to it since and not
   yet reported back. A credit is added only on a replica where the sum of that over all ingresses
@@ -32,9 +32,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from app.balance import Standing, Terms, balance
 from app.credits import SILENCE_S, Demand, Grant
 from app.line_settings import LineSettings
-from app.split import Standing, Terms, Want, balance
+from app.split import Want
 from app.tiers import Tier
 
 _TIERS = tuple(Tier)
@@ -60,6 +61,9 @@ class _Pool:
     headroom: int = 0
     # Credits that may be given on each replica beyond its slots.
     floor: int = 0
+    # The parts of an ingress's requests, and of its priority requests, that fall to this pool.
+    part: float = 1.0
+    priority_part: float = 1.0
     # Where credits can be added, and how many.
     room: dict[str, int] = field(default_factory=dict)
 
@@ -75,6 +79,9 @@ class _Account:
     held: dict[str, int] = field(default_factory=dict)
     by_pool: Counter[str] = field(default_factory=Counter)
     running: Counter[str] = field(default_factory=Counter)
+    wants: dict[str, Want] = field(default_factory=dict)
+    # As its last grant found: whether it lacks slots for priority.
+    urgent: bool = False
     nudged: bool = False
 
 
@@ -107,6 +114,11 @@ class CreditBook:
             self._pool_of[capacity.replica_id] = capacity.pool
         for pool in self._pools.values():
             self._size(pool)
+        slots = sum(pool.slots for pool in self._pools.values())
+        kept = sum(pool.kept_slots for pool in self._pools.values())
+        for pool in self._pools.values():
+            pool.part = pool.slots / slots
+            pool.priority_part = pool.kept_slots / kept if kept else pool.part
         for account in self._accounts.values():
             self._sum_up(account)
 
@@ -137,11 +149,9 @@ class CreditBook:
         name them again before they have.
         """
         names: set[str] = set()
-        if not self._listening:
+        if any(account.urgent for account in self._accounts.values()):
             for name, pool in self._pools.items():
-                terms = self._terms(name, pool)
-                if any(one.urgent for one in terms.values()):
-                    names |= self._to_nudge(name, terms, bool(pool.room))
+                names |= self._to_nudge(name, self._terms(name, pool), bool(pool.room))
         for one in names:
             self._accounts[one].nudged = True
         return sorted(names)
@@ -158,13 +168,10 @@ class CreditBook:
     def _open(self, demand: Demand, now: float) -> _Account:
         account = self._accounts[demand.ingress] = _Account(demand, now)
         self._resize()
-        if self._listening:
-            self._take_stock(account)
-        else:
-            # Its credits have been given away if it ever had any. An empty grant that says so
-            # makes sure that they are not counted, and is then filled.
-            account.pending = self._next_grant(anew=True)
-            self._take_stock(account)
+        # Where this Model does not listen any more the credits that it holds, if any, have been
+        # given away: its first grant says so, and only what runs counts.
+        self._take_stock(account, forget=not self._listening)
+        if not self._listening:
             self._grant(account, anew=True)
         return account
 
@@ -199,20 +206,23 @@ class CreditBook:
             added: dict[str, int] = {}
             at_most: dict[str, int] = {}
             headroom = keep = 0
+            account.urgent = False
             for name, pool in self._pools.items():
                 terms = self._terms(name, pool)[account.demand.ingress]
                 added |= self._pick(account, pool, terms.up_to - account.by_pool[name])
                 at_most[name] = terms.at_most
                 headroom += terms.headroom
                 keep += terms.keep
+                account.urgent |= terms.urgent
             grant = replace(grant, added=added, at_most=at_most, headroom=headroom, keep=keep)
         account.pending = grant
-        self._take_stock(account)
+        if grant.added:
+            self._take_stock(account)
 
-    def _take_stock(self, account: _Account) -> None:
+    def _take_stock(self, account: _Account, *, forget: bool = False) -> None:
         """Count what an ingress may hold, by what it reported and what is under way to it."""
         pending = account.pending
-        forget = pending is not None and pending.anew
+        forget |= pending is not None and pending.anew
         held = {
             replica_id: running if forget else max(credit, running)
             for replica_id, (credit, running) in account.demand.held.items()
@@ -238,6 +248,7 @@ class CreditBook:
                 account.by_pool[pool] += count
                 running = account.demand.held.get(replica_id, (0, 0))[1]
                 account.running[pool] += running
+        account.wants = {name: _part(account.demand, pool) for name, pool in self._pools.items()}
 
     def _resize(self) -> None:
         """Fit the floor to the number of ingresses."""
@@ -272,7 +283,7 @@ class CreditBook:
     def _terms(self, name: str, pool: _Pool) -> dict[str, Terms]:
         """Return the terms of every ingress in a pool."""
         standings = [
-            Standing(self._want(account.demand, pool), account.by_pool[name], account.running[name])
+            Standing(account.wants[name], account.by_pool[name], account.running[name])
             for account in self._accounts.values()
         ]
         terms = balance(
@@ -283,20 +294,6 @@ class CreditBook:
             room=sum(pool.room.values()),
         )
         return dict(zip(self._accounts, terms, strict=True))
-
-    def _want(self, demand: Demand, pool: _Pool) -> Want:
-        """Return the part of an ingress's requests that falls to a pool, by its slots."""
-        slots = sum(one.slots for one in self._pools.values())
-        kept = sum(one.kept_slots for one in self._pools.values())
-        part, priority_part = pool.slots / slots, pool.kept_slots / kept if kept else 0.0
-        parts = [priority_part if kept else part, part, part]
-
-        def scaled(counts: Mapping[Tier, int]) -> tuple[int, ...]:
-            return tuple(math.ceil(counts[t] * p) for t, p in zip(_TIERS, parts, strict=True))
-
-        ages = tuple(demand.oldest_s[tier] for tier in _TIERS)
-        starving = math.ceil(demand.starving * part)
-        return Want(scaled(demand.running), scaled(demand.waiting), ages, starving)
 
     def _pick(self, account: _Account, pool: _Pool, wanted: int) -> dict[str, int]:
         """Choose where to add credits: where the ingress has fewest, then where most is free."""
@@ -309,3 +306,15 @@ class CreditBook:
                 wanted -= 1
             order = [r for r in order if added[r] < pool.room[r]]
         return dict(added)
+
+
+def _part(demand: Demand, pool: _Pool) -> Want:
+    """Return what an ingress wants of a pool."""
+    parts = (pool.priority_part, pool.part, pool.part)
+
+    def scaled(counts: Mapping[Tier, int]) -> tuple[int, ...]:
+        return tuple(math.ceil(counts[t] * p) for t, p in zip(_TIERS, parts, strict=True))
+
+    ages = tuple(demand.oldest_s[tier] for tier in _TIERS)
+    starving = math.ceil(demand.starving * pool.part)
+    return Want(scaled(demand.running), scaled(demand.waiting), ages, starving)

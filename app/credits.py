@@ -127,7 +127,9 @@ class Credits:
         self._running[tier] -= 1
         place = self.places[replica_id]
         self.places.change(place, running=-1, others=-int(tier is not Tier.PRIORITY))
-        self._give_up(place.kind.pool)
+        pool = place.kind.pool
+        if self._surplus(pool) > 0 and self.places.give_up_at(place, self._keep):
+            self._gave_up = True
 
     def advance(self, now: float) -> bool:
         """Let time pass, and return whether that may have opened slots.
@@ -202,20 +204,26 @@ class Credits:
     def renewal_failed(self, demand: Demand, now: float) -> None:
         """Go on with the credits held, as the Model could not be reached.
 
-        A Model that is down gives nothing away, and a new one first listens for ``SILENCE_S``.
-        Only an ingress that is cut off from a Model that lives uses credits that may have been
-        given to others; there can be as many too many requests as it holds credits, and the
-        engine's own order absorbs them. A failure that is noticed late, because this process
-        stood still, tells nothing and does not count.
+        A Model that is down gives nothing away, and a new one first listens for ``SILENCE_S``. But
+        a renewal that was sent only after this ingress had been without word for ``SILENCE_S``
+        does not count: the Model may have given its credits away before it went down.
+
+        Only an ingress that is cut off from a Model that lives goes on with credits that may have
+        been given to others. There can be as many too many requests as it holds credits, and the
+        engine's own order absorbs them.
         """
-        self._fresh_until = max(self._fresh_until, demand.sent_at + SILENCE_S)
-        self.advance(now)
+        if demand.sent_at < self._fresh_until:
+            self._fresh_until = max(self._fresh_until, demand.sent_at + SILENCE_S)
+            self.advance(now)
 
     def _urgency_now(self, priority_waits: bool) -> int:
         return 2 if priority_waits else int(self.places.headroom_is_low)
 
-    def _give_up(self, pool: str) -> None:
+    def _surplus(self, pool: str) -> int:
         held = self.places.credits_in(pool)
-        surplus = held - self._at_most.get(pool, held)
+        return held - self._at_most.get(pool, held)
+
+    def _give_up(self, pool: str) -> None:
+        surplus = self._surplus(pool)
         if surplus > 0 and self.places.give_up(pool, surplus, self._keep):
             self._gave_up = True

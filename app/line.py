@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from operator import itemgetter
 
 from sortedcontainers import SortedList
 
@@ -41,6 +40,7 @@ class Line:
     def __init__(self, settings: LineSettings) -> None:
         self.settings = settings
         self._bounds = settings.bounds(slots=0, ingresses=1)
+        self._reserved = settings.reserved(slots=0, ingresses=1)
         self._lanes = {tier: _Lane() for tier in _TIERS}
         self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
         self.count = 0
@@ -56,6 +56,7 @@ class Line:
             self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
         self.settings = settings
         self._bounds = settings.bounds(slots=slots, ingresses=ingresses)
+        self._reserved = settings.reserved(slots=slots, ingresses=ingresses)
 
     def waiting(self, tier: Tier) -> int:
         """Return how many requests wait at a tier."""
@@ -75,18 +76,18 @@ class Line:
         """Let a request wait, and return who is to be shed because of that.
 
         In a full line that is the newest waiting request of the lowest tier below the
-        newcomer's, which is displaced, or else the newcomer itself. A replay always gets in, at
-        the front of its tenant's requests: it has been admitted once.
+        newcomer's, which is displaced, or else the newcomer itself. But as many as are reserved
+        for a tier get in and stay however full the line is; and a replay always gets in, at the
+        front of its tenant's requests: it has been admitted once.
         """
         displaced: Ticket | None = None
         if self.count >= self._bounds[ticket.tier] and not ticket.replayed:
             displaced = self._newest_below(ticket.tier)
-            if displaced is None:
+            if displaced is not None:
+                self.leave(displaced)
+            elif self.waiting(ticket.tier) >= self._reserved[ticket.tier]:
                 return ticket
-            self.leave(displaced)
-        if not ticket.replayed:
-            self._numbers += 1
-            ticket.number = self._numbers
+        self._number(ticket)
         ticket.since = now
         self._lanes[ticket.tier].add(ticket)
         self.count += 1
@@ -122,6 +123,7 @@ class Line:
 
     def granted(self, ticket: Ticket, now: float) -> None:
         """Count a request that has been given a slot, from the line or without waiting."""
+        self._number(ticket)
         self._lanes[ticket.tier].charge(ticket.tenant, 0 if ticket.replayed else ticket.tokens)
         self._rates[ticket.tier].count(now)
         if not self.count:
@@ -175,8 +177,15 @@ class Line:
         seconds = ahead / rate if rate * longest > ahead else longest
         return max(self.settings.min_retry_after_s, seconds)
 
+    def _number(self, ticket: Ticket) -> None:
+        if not ticket.number:
+            self._numbers += 1
+            ticket.number = self._numbers
+
     def _newest_below(self, tier: Tier) -> Ticket | None:
         for lower in reversed(_TIERS[tier.rank + 1 :]):
+            if self.waiting(lower) <= self._reserved[lower]:
+                continue
             # Replays stay: they were admitted. There are at most a lost replica's slots of them.
             for ticket in reversed(self._lanes[lower].waiting):
                 if not ticket.replayed:
@@ -245,9 +254,8 @@ class _Lane:
         """Return the next in turn among those for whom a slot is free."""
         heads = (queue.head for queue in self._queues.values())
         usable = [(key, ticket) for key, ticket in heads if room(ticket)]
-        # By key alone: requests that were placed without waiting, and then replayed, are not
-        # numbered and may tie.
-        return min(usable, key=itemgetter(0))[1] if usable else None
+        # Keys end in the ticket's number, which no other has.
+        return min(usable)[1] if usable else None
 
     def charge(self, tenant: str, tokens: int, *, served: bool = True) -> None:
         """Add to a tenant's counter; ``served`` if it was given a slot just now."""

@@ -25,6 +25,13 @@ class TierLine(Settings):
         "priority (64 at least at each ingress), so that a line that fills up refuses flex "
         "first and keeps room for priority.",
     )
+    reserved: int | None = Field(
+        default=None,
+        ge=0,
+        description="So many requests of this tier, at all ingresses together, may wait however "
+        "full the line is, and are not displaced, so that the starvation guard finds somebody to "
+        "serve. Not set: a sixteenth of `max_waiting`.",
+    )
     max_wait_s: float = Field(
         default=120.0,
         gt=0,
@@ -110,14 +117,22 @@ class LineSettings(Settings):
         bounds: dict[Tier, int] = {}
         least = 0
         for tier in reversed(Tier):
-            wanted = self.of(tier).max_waiting
-            if wanted is None:
-                derived = math.ceil(_WAITING_PER_SLOT[tier] * slots / ingresses)
-                bound = max(derived, _LEAST_WAITING)
-            else:
-                bound = math.ceil(wanted / ingresses)
+            derived = max(_WAITING_PER_SLOT[tier] * slots, _LEAST_WAITING * ingresses)
+            bound = _each(self.of(tier).max_waiting, derived, ingresses)
             least = bounds[tier] = max(bound, least)
         return bounds
 
+    def reserved(self, *, slots: int, ingresses: int) -> dict[Tier, int]:
+        """Return how many requests may wait on one ingress's full line, by tier."""
+        bounds = self.bounds(slots=slots, ingresses=ingresses)
+        return {
+            tier: _each(self.of(tier).reserved, bounds[tier] * ingresses // 16, ingresses)
+            for tier in Tier
+        }
+
 
 _WAITING_PER_SLOT = {Tier.PRIORITY: 32, Tier.DEFAULT: 24, Tier.FLEX: 16}
+
+
+def _each(wanted: int | None, derived: int, ingresses: int) -> int:
+    return math.ceil((derived if wanted is None else wanted) / ingresses)

@@ -255,11 +255,16 @@ class Places:
         free = [place for place in self if place.free and place.kind.pool == pool]
         # From the busiest on, so that what is left free is well spread.
         for place in sorted(free, key=lambda place: (-place.load, place.replica_id)):
-            spare = self._free - keep if place.kind.kept else place.free
-            dropped = max(0, min(left, place.free, spare))
-            self.change(place, credit=-dropped)
-            left -= dropped
+            while left and self.give_up_at(place, keep):
+                left -= 1
         return most - left
+
+    def give_up_at(self, place: Place, keep: int) -> bool:
+        """Drop a credit on a replica if ``give_up`` could, and return whether it was dropped."""
+        if not place.free or (place.kind.kept and self._free <= keep):
+            return False
+        self.change(place, credit=-1)
+        return True
 
     def suspend(self, replica_id: str, until: float) -> None:
         """Place nothing on a replica before a time."""

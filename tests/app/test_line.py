@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ def line(**values):
 
 def bounded(priority, default, flex):
     wanted = {"priority": priority, "default": default, "flex": flex}
-    return line(**{tier: {"max_waiting": most} for tier, most in wanted.items()})
+    return line(**{tier: {"max_waiting": most, "reserved": 0} for tier, most in wanted.items()})
 
 
 def join(to, tier=D, tenant="a", tokens=1, now=0.0, **more):
@@ -117,6 +118,21 @@ def test_a_line_that_fills_up_refuses_flex_first_and_keeps_room_for_priority():
     assert join(it, P)[1].tier is D
 
 
+def test_a_few_of_each_tier_stay_however_full_the_line_is():
+    places = {"max_waiting": 3, "reserved": 2}
+    it = line(priority=places, default=places, flex=places)
+    flex = [join(it, F) for _ in range(4)]
+    assert [out is ticket for ticket, out in flex] == [False, False, False, True]
+    assert join(it, P)[1] is flex[2][0]
+    assert [join(it, D)[1] for _ in range(2)] == [None, None]
+    late, out = join(it, D)
+    assert out is late
+    assert join(it, P)[1] is None
+    late, out = join(it, P)
+    assert out is late
+    assert (it.waiting(P), it.waiting(D), it.waiting(F)) == (2, 2, 2)
+
+
 def test_an_admitted_request_that_is_replayed_gets_into_a_full_line_and_is_not_displaced():
     it = bounded(1, 1, 1)
     join(it, F)
@@ -186,12 +202,32 @@ def test_needs_that_cannot_be_met_do_not_hold_up_others():
     assert take(it) is stuck
 
 
+def test_tenants_are_fair_to_each_other_whatever_their_requests_need():
+    it = line()
+    for _ in range(3):
+        join(it, P, "greedy", tokens=100, needs="chat")
+        join(it, P, "modest", tokens=10, needs="embeddings")
+    assert [ticket.tenant for ticket in drain(it)][1:4] == ["modest"] * 3
+
+
+def test_replays_that_never_waited_before_can_wait_side_by_side():
+    it = line()
+    for needs in ("chat", "embeddings"):
+        join(it, P, "a", replayed=True, needs=needs)
+    assert len(drain(it)) == 2
+
+
 def test_bounds_are_derived_from_the_slots_and_shared_by_the_ingresses():
     settings = LineSettings()
     assert settings.bounds(slots=100, ingresses=2) == {P: 1600, D: 1200, F: 800}
     assert set(settings.bounds(slots=0, ingresses=1).values()) == {64}
     wider = LineSettings.load({"flex": {"max_waiting": 7000}}, "line")
     assert wider.bounds(slots=8, ingresses=1) == {P: 7000, D: 7000, F: 7000}
+    assert settings.reserved(slots=100, ingresses=2) == {P: 100, D: 75, F: 50}
+    assert set(settings.reserved(slots=0, ingresses=1).values()) == {4}
+    assert set(wider.reserved(slots=8, ingresses=2).values()) == {219}
+    few = {tier.value: {"max_waiting": 1} for tier in Tier}
+    assert set(LineSettings.load(few, "line").reserved(slots=8, ingresses=2).values()) == {0}
 
 
 @pytest.mark.parametrize(("slots", "kept"), [(1, 0), (2, 1), (8, 1), (10, 1), (11, 2), (256, 26)])
@@ -279,6 +315,29 @@ def test_tenants_that_would_be_lifted_anyway_are_forgotten():
     assert len(it._lanes[D]._counters) < 3_000
 
 
+def test_a_hundred_thousand_wait_without_a_stall():
+    it = line(**{tier.value: {"max_waiting": 10**6} for tier in Tier})
+    tickets = [
+        Ticket(tier, str(i % 5_000), 1 + i % 90) for i, tier in enumerate([P, D, F] * 33_334)
+    ]
+    longest = 0.0
+    began = time.process_time()
+    for now, ticket in enumerate(tickets):
+        it.join(ticket, now * 1e-4)
+    for ticket in tickets[::20]:
+        one = time.process_time()
+        it.leave(ticket)
+        longest = max(longest, time.process_time() - one)
+    for _ in range(5_000):
+        one = time.process_time()
+        take(it, 10.0)
+        longest = max(longest, time.process_time() - one)
+    assert it.count == 100_002 - len(tickets[::20]) - 5_000
+    assert list(it.expire(1e6)) and it.count == 0
+    assert longest < 0.05
+    assert (time.process_time() - began) / 100_002 < 200e-6
+
+
 class LineMachine(RuleBasedStateMachine):
     """The line against a plain list of who waits."""
 
@@ -286,9 +345,9 @@ class LineMachine(RuleBasedStateMachine):
     def begin(self, every):
         self.line = line(
             starvation_every=every,
-            priority={"max_waiting": 9, "max_wait_s": 40},
-            default={"max_waiting": 6, "max_wait_s": 40, "starvation_age_s": 10},
-            flex={"max_waiting": 4, "max_wait_s": 60, "starvation_age_s": 20},
+            priority={"max_waiting": 9, "max_wait_s": 40, "reserved": 0},
+            default={"max_waiting": 6, "max_wait_s": 40, "starvation_age_s": 10, "reserved": 1},
+            flex={"max_waiting": 4, "max_wait_s": 60, "starvation_age_s": 20, "reserved": 2},
         )
         self.now = 0.0
         self.waiting = []
@@ -312,15 +371,20 @@ class LineMachine(RuleBasedStateMachine):
     )
     def joins(self, tier, tenant, tokens, needs, replayed):
         ticket = Ticket(tier, tenant, tokens, needs=needs, replayed=replayed)
-        full = len(self.waiting) >= {P: 9, D: 6, F: 4}[tier] and not replayed
-        lower = [t for t in self.waiting if t.tier.rank > tier.rank and not t.replayed]
+        reserved = {P: 0, D: 1, F: 2}
+        counts = {one: sum(t.tier is one for t in self.waiting) for one in Tier}
+        full = len(self.waiting) >= {P: 9, D: 6, F: 4}[tier]
+        full &= not replayed
+        over = [one for one in Tier if one.rank > tier.rank and counts[one] > reserved[one]]
+        lower = [t for t in self.waiting if t.tier in over and not t.replayed]
         out = self.line.join(ticket, self.now)
         self.waiting.append(ticket)
         if not full:
             assert out is None
         elif not lower:
-            assert out is ticket
-            self.leave(ticket)
+            assert (out is ticket) is (counts[tier] >= reserved[tier])
+            if out is not None:
+                self.leave(ticket)
         else:
             lowest = max(t.tier.rank for t in lower)
             assert out is [t for t in lower if t.tier.rank == lowest][-1]
@@ -400,7 +464,7 @@ class LineMachine(RuleBasedStateMachine):
                 len(q) for k in it._lanes[tier]._queues.values() for q in k.tickets.values()
             )
             assert counted == len(mine)
-        for tier, bound in ((P, 9), (D, 6), (F, 4)):
+        for tier, bound in ((P, 9 + 1 + 2), (D, 6 + 1 + 2), (F, 4)):
             below = [t for t in self.waiting if t.tier.rank >= tier.rank and not t.replayed]
             assert len(below) <= bound
 

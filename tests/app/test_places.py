@@ -105,6 +105,14 @@ def test_idle_credits_are_given_up_from_the_busiest_on():
     assert on.held() == {"b": (3, 3)}
 
 
+def test_no_more_is_given_up_than_leaves_so_many_slots_free():
+    on = places({"a": 4, "b": 4})
+    assert on.give_up("pool", 8, keep=3) == 5
+    assert on.free == 3
+    elsewhere = places({"a": 4}, routes=frozenset())
+    assert elsewhere.give_up("pool", 8, keep=3) == 4
+
+
 def test_a_replica_that_learns_priority_begins_to_keep_headroom():
     on = places({"a": 1}, routes=frozenset())
     on.headroom = 1

@@ -7,16 +7,13 @@ from app.split import Share, Want, split
 pytestmark = pytest.mark.unit
 
 counts = st.integers(0, 200)
+tiers = st.tuples(counts, counts, counts)
 ages = st.tuples(*[st.floats(0, 600)] * 3)
-wants = st.lists(
-    st.builds(Want, st.tuples(*[counts] * 3), st.tuples(*[counts] * 3), ages, counts),
-    min_size=1,
-    max_size=12,
-)
+wants = st.lists(st.builds(Want, tiers, tiers, ages, counts), min_size=1, max_size=12)
 
 
-def credits(slots, headroom, *by_tier, every=10, **more):
-    return [s.credits for s in split(slots, headroom, every, [Want(t, **more) for t in by_tier])]
+def credits(slots, headroom, *running):
+    return [share.credits for share in split(slots, headroom, 10, [Want(t) for t in running])]
 
 
 @given(st.integers(1, 500), st.integers(0, 100), st.integers(2, 20), wants)
@@ -62,11 +59,11 @@ def test_more_ingresses_than_headroom_have_one_slot_for_priority_each():
 
 
 def test_of_equals_the_one_that_has_waited_longest_gets_the_odd_slot():
-    wants = [Want((0, 9, 0), oldest_s=(0.0, age, 0.0)) for age in (1.0, 3.0, 2.0)]
+    wants = [Want((0, 0, 0), (0, 9, 0), (0.0, age, 0.0)) for age in (1.0, 3.0, 2.0)]
     assert [share.credits for share in split(2, 0, 10, wants)] == [0, 1, 1]
 
 
 def test_the_starving_get_one_slot_in_every_few():
-    wants = [Want((500, 0, 0)), Want((0, 300, 0), starving=300)]
+    wants = [Want((500, 0, 0)), Want(waiting=(0, 300, 0), starving=300)]
     assert [share.credits for share in split(100, 0, 10, wants)] == [90, 10]
     assert [share.credits for share in split(4, 0, 10, wants)] == [3, 1]
