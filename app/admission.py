@@ -47,6 +47,8 @@ class Admission:
         self._tick_at = math.inf
         self._renewal_planned = -math.inf
         self._renewal_sooner = asyncio.Event()
+        self._nudged = False
+        self._closed = False
         self._tally = Tally()
         self._report_due = -math.inf
 
@@ -77,6 +79,7 @@ class Admission:
 
         Raises:
             Shed: the request is turned away.
+            ModelGone: the model was removed.
         """
         self._call(self._gate.arrive(ticket, time.monotonic()))
         return await self._place_of(ticket)
@@ -92,7 +95,11 @@ class Admission:
         self._call(self._gate.end(ticket, time.monotonic(), tokens))
 
     def close(self) -> None:
-        """Turn away whoever waits, because the model was removed; what runs goes on."""
+        """Turn away whoever waits, or is to wait again, because the model was removed.
+
+        What runs goes on.
+        """
+        self._closed = True
         for called in self._waiting.values():
             if not called.done():
                 called.set_exception(ModelGone())
@@ -125,17 +132,25 @@ class Admission:
         """Note that the Model could not be reached."""
         self._call(self._gate.renewal_failed(demand, time.monotonic()))
 
+    def nudge(self) -> None:
+        """Renew now: the Model says that another ingress needs credits, or that this one does."""
+        self._nudged = True
+        self._renewal_sooner.set()
+
     async def wait_for_renewal(self) -> None:
         """Return when the next demand is due."""
-        while (wait_s := self._gate.renewal_at() - time.monotonic()) > 0:
+        while not self._nudged and (wait_s := self._gate.renewal_at() - time.monotonic()) > 0:
             self._renewal_planned = self._gate.renewal_at()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._renewal_sooner.wait()
             self._renewal_sooner.clear()
+        self._nudged = False
 
     async def _place_of(self, ticket: Ticket) -> ReplicaStatus:
         if ticket.state is TicketState.WAITING:
+            if self._closed:
+                raise ModelGone
             called: asyncio.Future[ReplicaStatus] = self._loop.create_future()
             self._waiting[ticket] = called
             return await called

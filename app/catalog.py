@@ -25,6 +25,7 @@ MODEL_DEPLOYMENT = "Model"
 _CALL_TIMEOUT_S = 5.0
 # Well below the silence after which credits are lost: a Model that is away must be noticed before.
 _RENEWAL_TIMEOUT_S = 1.0
+_LISTEN_AGAIN_S = 1.0
 
 
 class ModelSource(Protocol):
@@ -47,6 +48,13 @@ class ModelSource(Protocol):
         """
         ...
 
+    async def nudged(self, application: str, ingress: str) -> bool:
+        """Wait until this ingress ought to renew at once; ``False`` if nothing came up.
+
+        It returns after a few seconds at the latest, so that a Model can end.
+        """
+        ...
+
 
 class ServeSource:
     """Learns about models from Ray Serve."""
@@ -66,12 +74,19 @@ class ServeSource:
     async def renew(
         self, application: str, demand: Demand, report: LineReport | None, known: str
     ) -> Renewal:
+        renewal: Renewal = await self._model(application).renew.remote(demand, report, known)
+        return renewal
+
+    async def nudged(self, application: str, ingress: str) -> bool:
+        nudged: bool = await self._model(application).nudged.remote(ingress)
+        return nudged
+
+    def _model(self, application: str) -> Any:
         handle = self._handles.get(application)
         if handle is None:
             handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=application)
             self._handles[application] = handle
-        renewal: Renewal = await handle.renew.remote(demand, report, known)
-        return renewal
+        return handle
 
 
 def _serve_controller() -> Any:
@@ -137,6 +152,23 @@ class Catalog:
 
     async def _follow(self, application: str) -> None:
         admission = self._admissions[application] = Admission(self._ingress)
+        listener = asyncio.create_task(self._listen(application, admission))
+        try:
+            await self._renew(application, admission)
+        finally:
+            listener.cancel()
+
+    async def _listen(self, application: str, admission: Admission) -> None:
+        """Renew when the Model asks for it. Should that fail, renewals go on as they are due."""
+        while True:
+            try:
+                async with asyncio.timeout(_CALL_TIMEOUT_S):
+                    if await self._source.nudged(application, self._ingress):
+                        admission.nudge()
+            except Exception:
+                await asyncio.sleep(_LISTEN_AGAIN_S)
+
+    async def _renew(self, application: str, admission: Admission) -> None:
         known, away = "", False
         while True:
             demand, report = admission.demand(), admission.report()

@@ -28,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 _STATUS_PERIOD_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
+# How long an ingress listens for a nudge in one call. A Model that stops waits for calls to end.
+_LISTEN_S = 2.0
 
 
 class Model:
@@ -44,6 +46,7 @@ class Model:
         self._snapshot = self._make_snapshot()
         self._book = CreditBook(self._life, self._settings.line, time.monotonic())
         self._reports = ReportBook()
+        self._listeners: dict[str, asyncio.Future[None]] = {}
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -62,7 +65,28 @@ class Model:
         now = time.monotonic()
         self._reports.take(demand, report, now)
         grant = self._book.renew(demand, now)
+        for ingress in self._book.nudges():
+            listener = self._listeners.pop(ingress, None)
+            if listener is not None and not listener.done():
+                listener.set_result(None)
         return Renewal(version, None if version == known else self._snapshot, grant)
+
+    async def nudged(self, ingress: str) -> bool:
+        """Return ``True`` as soon as an ingress ought to renew, ``False`` after a while.
+
+        Where priority waits at one ingress, others hold slots that it could have: what they give
+        up a quarter of a second later is what it waits for.
+        """
+        listener = self._listeners[ingress] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(_LISTEN_S):
+                await listener
+        except TimeoutError:
+            return False
+        finally:
+            if self._listeners.get(ingress) is listener:
+                del self._listeners[ingress]
+        return True
 
     async def snapshot(self) -> ModelSnapshot:
         """Return the model as it is now."""

@@ -163,3 +163,25 @@ async def test_who_waits_for_a_model_that_is_removed_is_told():
     made.close()
     with pytest.raises(ModelGone):
         await waiting
+
+
+async def test_who_loses_its_engine_to_the_removal_of_its_model_is_told():
+    made = admission(model("one", slots=1))
+    running = ticket()
+    await made.admit(running)
+    made.close()
+    with pytest.raises(ModelGone):
+        await made.admit_again(running)
+
+
+async def test_a_nudge_makes_the_renewal_due():
+    made = admission(model("one", slots=1))
+    renewal = asyncio.create_task(made.wait_for_renewal())
+    await asyncio.sleep(0)
+    made.nudge()
+    async with asyncio.timeout(0.1):
+        await renewal
+    renewal = asyncio.create_task(made.wait_for_renewal())
+    await asyncio.sleep(0.03)
+    assert not renewal.done()
+    renewal.cancel()

@@ -5,7 +5,7 @@ import pytest
 
 from app.catalog import Catalog, model_entry
 from app.config import ModelSettings
-from app.credits import Grant
+from app.credits import RENEWAL_S, Grant
 from app.dialect import Dialect, Route
 from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus
 from app.tiers import Tier
@@ -30,6 +30,7 @@ class FakeSource:
         self.models = {}
         self.broken = False
         self.reports = []
+        self.nudge = asyncio.Event()
 
     async def applications(self):
         if self.broken:
@@ -44,6 +45,11 @@ class FakeSource:
         version = str(id(model))
         grant = Grant("life", demand.number, demand.number, demand.sent_at, added={"r": 1})
         return Renewal(version, None if known == version else model, grant)
+
+    async def nudged(self, application, ingress):
+        await self.nudge.wait()
+        self.nudge.clear()
+        return True
 
 
 @asynccontextmanager
@@ -100,6 +106,22 @@ async def test_not_every_renewal_carries_a_report():
         await eventually(lambda: len(source.reports) >= 3)
     assert source.reports[0] is not None
     assert source.reports[1:3] == [None, None], "they are a quarter of a second apart"
+
+
+async def test_an_ingress_renews_at_once_when_the_model_asks_for_it():
+    source = FakeSource()
+    source.models["app"] = snapshot("m")
+    async with following(source) as catalog:
+        await eventually(lambda: catalog.find("m"))
+        for _ in range(3):
+            # Between two renewals, or the next one might be taken for the answer.
+            renewals = len(source.reports)
+            await eventually(lambda renewals=renewals: len(source.reports) > renewals)
+            renewals = len(source.reports)
+            source.nudge.set()
+            async with asyncio.timeout(RENEWAL_S / 2):
+                while len(source.reports) == renewals:
+                    await asyncio.sleep(0.002)
 
 
 async def test_a_name_claimed_twice_goes_to_an_id_before_an_alias():

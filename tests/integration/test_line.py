@@ -140,9 +140,10 @@ async def test_who_waits_for_a_model_that_is_removed_is_told(frontline):
     async with frontline.async_client() as client:
         waiting = await ask_many(client, 4, tokens=400)
         await asyncio.to_thread(frontline.remove, "narrow")
-        answers = await asyncio.gather(*waiting, return_exceptions=True)
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
     gone = [answer for answer in answers if isinstance(answer, openai.NotFoundError)]
-    assert len(gone) == 3
+    assert len(gone) >= 3, "the one that runs may be finished, or lose its engine"
 
 
 async def test_no_slot_leaks(model):
