@@ -84,10 +84,14 @@ class Admission:
         self._call(self._gate.arrive(ticket, time.monotonic()))
         return await self._place_of(ticket)
 
-    async def admit_again(self, ticket: Ticket) -> ReplicaStatus:
-        """The same for a request whose replica could not be reached."""
-        self._call(self._gate.lost(ticket, time.monotonic()))
+    async def admit_again(self, ticket: Ticket, *, suspend: bool = True) -> ReplicaStatus:
+        """The same for a placed request whose replica failed; see ``Gate.lost``."""
+        self._call(self._gate.lost(ticket, time.monotonic(), suspend=suspend))
         return await self._place_of(ticket)
+
+    def has_another(self, ticket: Ticket) -> bool:
+        """Whether a placed request could go to another replica, now or later."""
+        return self._replicas.keys() - ticket.without - {ticket.replica_id} != set()
 
     def end(self, ticket: Ticket, tokens: int | None) -> None:
         """Let go of a request; ``tokens`` is what it took in all, if anybody knows."""
@@ -191,6 +195,5 @@ class Admission:
 
 
 def _offer(status: ReplicaStatus) -> Offer:
-    return Offer(
-        status.replica_id, status.pool, status.slots, frozenset(status.dialect.priority_routes)
-    )
+    routes = frozenset(status.dialect.priority_routes)
+    return Offer(status.replica_id, status.pool, status.slots, routes, status.weight)

@@ -71,6 +71,12 @@ class PoolSettings(Settings):
     slots: int = Field(
         default=8, gt=0, le=65536, description="Requests that one engine replica runs at once."
     )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="How much of the load the pool takes beside the model's other pools: with 2 "
+        "its replicas count as half as busy as they are.",
+    )
     python: str | None = Field(
         default=None,
         description="Interpreter of the engine's environment, expanded like `model`; the one "

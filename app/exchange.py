@@ -18,7 +18,14 @@ from app.config import IngressSettings
 from app.dialect import Route
 from app.openai_api import Inbound, parse_request, rewrite_request, stamp, stream_stamper
 from app.pricing import TokenUsage
-from app.relay import EngineBroke, EngineClient, EngineUnreachable, StreamedAnswer, UnaryAnswer
+from app.relay import (
+    EngineBroke,
+    EngineClient,
+    EngineFailed,
+    EngineUnreachable,
+    StreamedAnswer,
+    UnaryAnswer,
+)
 from app.snapshot import ReplicaStatus
 from app.sse import Event
 from app.ticket import Ticket
@@ -115,7 +122,7 @@ class Reply:
 
 
 async def _serve(services: Services, admission: Admission, inbound: Inbound, reply: Reply) -> None:
-    """Wait for a place, and for one more if the engine is lost before it answers."""
+    """Wait for a place, and for one more if the engine is lost or fails before it answers."""
     snapshot, settings = admission.snapshot, services.settings
     if not snapshot.replicas:
         raise _unavailable(inbound.model)
@@ -137,9 +144,10 @@ async def _serve(services: Services, admission: Admission, inbound: Inbound, rep
         raise _overloaded(shed.ticket) from None
     except EngineUnreachable:
         raise _unavailable(inbound.model) from None
+    except EngineFailed as failed:
+        raise _after_waiting(failed.error, ticket) from None
     except errors.ApiError as error:
-        error.headers["x-queue-time-ms"] = _milliseconds(ticket.placed - ticket.arrived)
-        raise
+        raise _after_waiting(error, ticket) from None
     finally:
         usage = reply.usage
         admission.end(ticket, usage.prompt_tokens + usage.completion_tokens if usage else None)
@@ -152,11 +160,18 @@ async def _pass_or_replay(
     decision = _decide(services, admission, inbound, ticket, replica)
     try:
         await _pass(services, admission, inbound, _place(ticket, replica, decision), reply)
+        return
     except EngineUnreachable:
         replica = await admission.admit_again(ticket)
-        if not _still_holds(decision, admission, inbound.route, replica):
-            decision = _decide(services, admission, inbound, ticket, replica)
-        await _pass(services, admission, inbound, _place(ticket, replica, decision), reply)
+    except EngineFailed:
+        # It may be the request that it cannot bear. So the replica goes on getting others, and
+        # where there is no other replica the failure is the answer.
+        if not admission.has_another(ticket):
+            raise
+        replica = await admission.admit_again(ticket, suspend=False)
+    if not _still_holds(decision, admission, inbound.route, replica):
+        decision = _decide(services, admission, inbound, ticket, replica)
+    await _pass(services, admission, inbound, _place(ticket, replica, decision), reply)
 
 
 def _place(ticket: Ticket, replica: ReplicaStatus, decision: TierDecision) -> Place:
@@ -196,6 +211,11 @@ def _unavailable(model: str) -> errors.Unavailable:
         "engine_not_ready",
         _NOT_READY_RETRY_S,
     )
+
+
+def _after_waiting(error: errors.ApiError, ticket: Ticket) -> errors.ApiError:
+    error.headers["x-queue-time-ms"] = _milliseconds(ticket.placed - ticket.arrived)
+    return error
 
 
 def _overloaded(ticket: Ticket) -> errors.Overloaded:

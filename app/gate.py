@@ -71,16 +71,18 @@ class Gate:
         ticket.state = TicketState.ENDED
         return self._dispatch(now, called)
 
-    def lost(self, ticket: Ticket, now: float) -> list[Ticket]:
-        """Admit a placed request again because its replica could not be reached.
+    def lost(self, ticket: Ticket, now: float, *, suspend: bool = True) -> list[Ticket]:
+        """Admit a placed request again because its replica failed it.
 
-        Nothing more is placed there for ``SUSPENSION_S``. The request goes to another replica at
-        once, or to the front of its tenant's requests in the line; however full that is, as it
-        has been admitted. The returned tickets are other requests that were called.
+        The request goes to another replica at once, or to the front of its tenant's requests in
+        the line; however full that is, as it has been admitted. With ``suspend``, where the
+        replica could not be reached, nothing more is placed there for ``SUSPENSION_S``. The
+        returned tickets are other requests that were called.
         """
         assert ticket.state is _PLACED, "only a placed request can lose its replica"
         called = self._advance(now)
-        self._places.suspend(ticket.replica_id, now + SUSPENSION_S)
+        if suspend:
+            self._places.suspend(ticket.replica_id, now + SUSPENSION_S)
         self.credits.release(ticket.replica_id, ticket.tier)
         ticket.without |= {ticket.replica_id}
         ticket.replayed = True

@@ -24,12 +24,15 @@ class Offer:
         pool: the pool that it belongs to.
         slots: how many requests it runs at once.
         routes: the routes on which it honours priority.
+        weight: how much of the load its pool takes; of two replicas with weights 2 and 1 the
+            first counts as half as busy as it is.
     """
 
     replica_id: str
     pool: str
     slots: int
     routes: frozenset[Hashable]
+    weight: float = 1.0
 
 
 class Place:
@@ -45,7 +48,7 @@ class Place:
         present: whether the model reports it as ready.
         suspended_until: nothing is placed on it before; minus infinity if it is not suspended.
         free: how many more requests may be placed on it now.
-        load: which share of the credits is in use.
+        load: which share of the credits is in use, divided by the weight.
     """
 
     __slots__ = (
@@ -79,9 +82,10 @@ class Place:
 class _Kind:
     """The replicas of one pool that honour priority on the same routes."""
 
-    def __init__(self, pool: str, routes: frozenset[Hashable]) -> None:
+    def __init__(self, pool: str, routes: frozenset[Hashable], weight: float) -> None:
         self.pool = pool
         self.routes = routes
+        self.weight = weight
         self.ready = 0
         self.kept = False
         # By load. An entry holds as long as its place has that load and a free slot.
@@ -136,7 +140,7 @@ class Places:
         self.slack = 0.0
         self._mode = PriorityMode.AUTO
         self._places: dict[str, Place] = {}
-        self._kinds: dict[tuple[str, frozenset[Hashable]], _Kind] = {}
+        self._kinds: dict[tuple[str, frozenset[Hashable], float], _Kind] = {}
         self._honouring: dict[Hashable, list[_Kind]] = {}
         self._all: list[_Kind] = []
         self._not_kept: list[_Kind] = []
@@ -188,17 +192,17 @@ class Places:
     ) -> Place | None:
         """Return where a request may be placed now; ``None`` if there is no room for it.
 
-        Priority goes to replicas that honour it on its route, if any is ready; where none is, it
-        is placed like any other request. Others leave the headroom free; one that is served
-        ``out_of_turn``, because it starves, may go below it as long as no more than the slots
-        that are not headroom run requests like it.
+        Priority goes to replicas that honour it on its route, if any but those ``without`` is
+        ready; where none is, it is placed like any other request. Others leave the headroom
+        free; one that is served ``out_of_turn``, because it starves, may go below it as long as
+        no more than the slots that are not headroom run requests like it.
 
         Among the replicas with room the one that the prefix belongs to is taken if it is no more
         than ``slack`` busier than the least loaded, else the least loaded.
         """
         if self.closed:
             return None
-        kinds = self._kinds_for_priority(route) if tier is Tier.PRIORITY else None
+        kinds = self._kinds_for_priority(route, without) if tier is Tier.PRIORITY else None
         if not kinds:
             kinds = self._kinds_for_others(out_of_turn)
         least: Place | None = None
@@ -298,7 +302,7 @@ class Places:
             self._alter(place, place.kind, present=False)
             self.change(place, credit=-place.credit)
         for replica_id, offer in offered.items():
-            kind = self._kind(offer.pool, offer.routes)
+            kind = self._kind(offer.pool, offer.routes, offer.weight)
             place = self._places.setdefault(replica_id, Place(replica_id, kind))
             place.slots = offer.slots
             if not place.present or place.kind is not kind:
@@ -306,20 +310,27 @@ class Places:
         self._mode = mode
         self._recount()
 
-    def _kind(self, pool: str, routes: frozenset[Hashable]) -> _Kind:
-        kind = self._kinds.get((pool, routes))
+    def _kind(self, pool: str, routes: frozenset[Hashable], weight: float = 1.0) -> _Kind:
+        kind = self._kinds.get((pool, routes, weight))
         if kind is None:
-            kind = self._kinds[pool, routes] = _Kind(pool, routes)
+            kind = self._kinds[pool, routes, weight] = _Kind(pool, routes, weight)
             self._recount()
         return kind
 
-    def _kinds_for_priority(self, route: Hashable) -> list[_Kind]:
+    def _kinds_for_priority(
+        self, route: Hashable, without: frozenset[str] = frozenset()
+    ) -> list[_Kind]:
         kinds = self._honouring.get(route)
         if kinds is None:
             line = self._mode is PriorityMode.LINE
             kinds = [k for k in self._all if k.kept and k.ready and (line or route in k.routes)]
             self._honouring[route] = kinds
-        return kinds
+        if not without:
+            return kinds
+        excluded = Counter(
+            place.kind for place in map(self._places.get, without) if place and place.ready
+        )
+        return [kind for kind in kinds if kind.ready > excluded[kind]]
 
     def _kinds_for_others(self, out_of_turn: bool) -> list[_Kind]:
         if self._free > self.headroom:
@@ -335,7 +346,7 @@ class Places:
             (self._ring.add if place.on_ring else self._ring.remove)(place.replica_id)
         free = place.credit - place.running if place.ready else 0
         free = max(free, 0)
-        load = place.running / place.credit if free else 1.0
+        load = place.running / place.credit / place.kind.weight if free else math.inf
         if place.kind.kept:
             self._free += free - place.free
         else:

@@ -30,6 +30,17 @@ class EngineUnreachable(Exception):
     """The engine was lost before it sent any of an answer."""
 
 
+class EngineFailed(Exception):
+    """The engine answered, but with a fault of its own, before it sent any of an answer.
+
+    Another replica may do better. ``error`` is what the client gets if there is none.
+    """
+
+    def __init__(self, error: errors.ServerError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
 class EngineBroke(Exception):
     """The engine was lost in the middle of an answer."""
 
@@ -107,7 +118,8 @@ class EngineClient:
 
         Raises:
             EngineUnreachable: the engine was lost before it sent anything of an answer.
-            ApiError: the engine answered with an error.
+            EngineFailed: it answered with a fault of its own.
+            ApiError: it refused the request.
         """
         headers = {
             "content-type": "application/json",
@@ -132,7 +144,8 @@ async def _read_answer(
 ) -> UnaryAnswer | StreamedAnswer:
     try:
         if response.status != 200:
-            raise errors.from_engine(response.status, await response.read(), route.prompt_field)
+            body = await response.read()
+            raise _fault(errors.from_engine(response.status, body, route.prompt_field))
         if response.content_type != _EVENT_STREAM:
             return UnaryAnswer(await response.read())
         return await _read_first_events(response, route)
@@ -145,6 +158,10 @@ async def _read_first_events(response: aiohttp.ClientResponse, route: Route) -> 
     async for piece in response.content.iter_any():
         if events := list(reader.feed(piece)):
             if error := stream_error(events[0], route):
-                raise error
+                raise _fault(error)
             return StreamedAnswer(events, reader, response)
     raise EngineUnreachable("the stream ended before its first event")
+
+
+def _fault(error: errors.ApiError) -> Exception:
+    return EngineFailed(error) if isinstance(error, errors.ServerError) else error

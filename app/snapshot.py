@@ -26,6 +26,7 @@ class ReplicaStatus:
         engine_version: the engine's version as it told it.
         context_length: longest prompt and answer together, in tokens; ``None``: not known.
         dialect: how to speak to it.
+        weight: its pool's, which says how much of the load it takes.
     """
 
     replica_id: str
@@ -36,6 +37,7 @@ class ReplicaStatus:
     engine_version: str
     context_length: int | None
     dialect: Dialect
+    weight: float = 1.0
 
     def honours_priority(self, route: Route) -> bool:
         """Whether the engine has native priority in force on this route."""

@@ -146,6 +146,7 @@ class EngineReplica:
             engine_version=self._facts.version,
             context_length=self._facts.context_length,
             dialect=self._facts.dialect,
+            weight=self._pool.weight,
         )
 
     async def __del__(self) -> None:

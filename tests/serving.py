@@ -49,11 +49,26 @@ def simulated_app(
     name: str, *, settings: dict[str, Any] | None = None, **engine_args: Any
 ) -> dict[str, Any]:
     """A model application on the simulated engine; ``settings`` is the Model's user_config."""
-    slots = engine_args.pop("slots", 8)
-    replicas = engine_args.pop("replicas", 1)
-    pool = {"name": "simulated", "engine": "simulated", "model": "simulated", "slots": slots}
-    engine_args = {"tokens_per_second": 0, "default_completion_tokens": 8, **engine_args}
+    return pooled_app(name, {"simulated": engine_args}, settings)
+
+
+def pooled_app(
+    name: str, pools: dict[str, dict[str, Any]], settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A model application on several pools of simulated engines.
+
+    A pool's value holds the engine's own arguments, and beside them the pool's ``slots`` and
+    ``weight``, and how many ``replicas`` it has.
+    """
     rate_card = {"input": 1, "cached_input": 0.5, "output": 2}
+    deployments = [
+        {
+            "name": pool,
+            "num_replicas": engine_args.get("replicas", 1),
+            "ray_actor_options": {"num_cpus": 0.1},
+        }
+        for pool, engine_args in pools.items()
+    ]
     return {
         "name": name,
         "route_prefix": None,
@@ -61,16 +76,27 @@ def simulated_app(
         "args": {
             "id": f"test/{name}",
             "aliases": [name],
-            "pools": [{**pool, "engine_args": engine_args, "stop_grace_s": 1}],
+            "pools": [_simulated_pool(*pool) for pool in pools.items()],
         },
         "deployments": [
             {"name": "Model", "user_config": {"rate_card": rate_card, **(settings or {})}},
-            {
-                "name": "simulated",
-                "num_replicas": replicas,
-                "ray_actor_options": {"num_cpus": 0.1},
-            },
+            *deployments,
         ],
+    }
+
+
+def _simulated_pool(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    own = {key: args[key] for key in ("slots", "weight") if key in args}
+    engine_args = {"tokens_per_second": 0, "default_completion_tokens": 8}
+    engine_args |= {key: value for key, value in args.items() if key not in ("replicas", *own)}
+    return {
+        "name": name,
+        "engine": "simulated",
+        "model": "simulated",
+        "slots": 8,
+        **own,
+        "engine_args": engine_args,
+        "stop_grace_s": 1,
     }
 
 

@@ -144,6 +144,15 @@ async def test_a_request_whose_replica_is_lost_is_placed_on_another():
     assert {first.replica_id, second.replica_id} == {"one", "two"}
 
 
+async def test_whether_a_request_could_go_elsewhere():
+    made = admission(model("one", "two", slots=1))
+    request = ticket()
+    await made.admit(request)
+    assert made.has_another(request)
+    await made.admit_again(request, suspend=False)
+    assert not made.has_another(request), "it has failed on one of them, and runs on the other"
+
+
 async def test_priority_that_waits_hastens_the_renewal():
     made = admission(model("one", slots=1))
     await made.admit(ticket())

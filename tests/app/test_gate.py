@@ -240,6 +240,28 @@ def test_a_lost_replica_is_left_alone_for_a_while():
     assert waiting.replica_id == lost
 
 
+def test_a_replica_that_only_failed_one_request_goes_on_getting_others():
+    floor = Floor()
+    floor.add("one", 2)
+    floor.add("two", 1)
+    ticket = floor.place()
+    failed = ticket.replica_id
+    floor.gate.lost(ticket, 0.0, suspend=False)
+    assert ticket.state is PLACED and ticket.replica_id != failed
+    assert floor.place().replica_id == floor.place().replica_id == failed
+
+
+def test_priority_that_failed_on_the_only_replica_that_honours_it_goes_elsewhere():
+    floor = Floor()
+    floor.add("one", 2)
+    floor.add("plain", 1, routes=(), pool="plain")
+    ticket = floor.place(P)
+    assert ticket.replica_id == "one"
+    floor.gate.lost(ticket, 0.0, suspend=False)
+    assert ticket.state is PLACED and ticket.replica_id == "plain"
+    assert floor.place(P).replica_id == "one", "others it may honour"
+
+
 def test_when_a_suspension_ends_those_who_wait_come_before_newcomers():
     floor = Floor()
     floor.add("one", 1)

@@ -35,6 +35,18 @@ def test_load_is_spread_by_share_of_credits(credits, requests):
     assert max(shares, default=0) - min(shares, default=0) <= 1 / min(credits) + 1e-9
 
 
+@given(st.sampled_from([0.5, 1.0, 2.0, 3.0]), st.integers(1, 30))
+def test_pools_share_the_load_by_their_weights(weight, requests):
+    on = Places()
+    offers = [Offer("a", "heavy", 64, frozenset(), weight), Offer("b", "light", 64, frozenset())]
+    on.set_replicas(offers, PriorityMode.AUTO)
+    for name in ("a", "b"):
+        on.add_credits(name, 64)
+    for _ in range(requests):
+        on.change(on.find(D, "chat"), running=1, others=1)
+    assert abs(on["a"].running / weight - on["b"].running) <= max(1, 1 / weight)
+
+
 @given(prefixes)
 def test_a_prefix_goes_to_the_same_replica_in_every_ingress(prefix):
     names = [f"r{i}" for i in range(20)]
