@@ -19,30 +19,23 @@ from deployments.engines.base import (
 )
 from deployments.engines.simulated_server import KEY_VARIABLE
 from deployments.engines.simulated_server.settings import DialectName, Policy, SimulatedSettings
-from deployments.engines.simulated_server.wire_tensorrt_llm import ACCEPTED_FIELDS
+from deployments.engines.tensorrt_llm_requests import (
+    CLIENT_FIELDS,
+    PRIORITY_ROUTES,
+    PRIORITY_VALUES,
+)
 
 _SERVER: Final = "deployments.engines.simulated_server"
 _ROOT: Final = Path(__file__).resolve().parents[2]
 
 _LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
 _HIGH_FIRST: Final = {tier: -value for tier, value in _LOW_FIRST.items()}
-_SHARES: Final = {Tier.PRIORITY: 1.0, Tier.DEFAULT: 0.5, Tier.FLEX: 0.0}
 
 _PRIORITY_ROUTES: Final = {
     DialectName.VLLM: frozenset(Route),
     DialectName.SGLANG: frozenset(Route) - {Route.RESPONSES},
-    DialectName.TENSORRT_LLM: frozenset({Route.CHAT, Route.COMPLETIONS}),
+    DialectName.TENSORRT_LLM: PRIORITY_ROUTES,
 }
-
-_INTERNAL_FIELDS: Final = frozenset(
-    {
-        "prompt_token_ids_b64",
-        "injected_chat_template_kwargs",
-        "disaggregated_params",
-        "lora_request",
-    }
-)
-"""Fields that TensorRT-LLM's servers send each other, and one that names files on its host."""
 
 
 class Simulated(EngineAdapter):
@@ -92,13 +85,14 @@ def _settings(launch: Launch) -> SimulatedSettings:
 def _dialect(report: dict[str, Any]) -> Dialect:
     name = DialectName(report["dialect"])
     strict = name is DialectName.TENSORRT_LLM
-    values: dict[Tier, int | float] = dict(_SHARES) if strict else dict(_LOW_FIRST)
+    values: dict[Tier, int | float] = dict(PRIORITY_VALUES) if strict else dict(_LOW_FIRST)
     if not strict and not report["lower_goes_first"]:
         values = dict(_HIGH_FIRST)
-    in_force = report["policy"] == Policy.PRIORITY
-    fields = {route: names - _INTERNAL_FIELDS for route, names in ACCEPTED_FIELDS.items()}
+    lacking = frozenset(report["settings"]["lacking_fields"])
+    in_force = report["policy"] == Policy.PRIORITY and "priority" not in lacking
+    fields = {route: names - lacking for route, names in CLIENT_FIELDS.items()}
     return Dialect(
-        engine=f"simulated-{name}",
+        engine=f"simulated-{name.replace('_', '-')}",
         simulated=True,
         priority_values=values,
         priority_routes=_PRIORITY_ROUTES[name] if in_force else frozenset(),

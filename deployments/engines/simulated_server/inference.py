@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 import orjson
 
 from app.dialect import Route
-from deployments.engines.simulated_server.chunks import DONE, StreamWriter
+from deployments.engines.simulated_server.chunks import StreamWriter
 from deployments.engines.simulated_server.engine import Engine, GivenUpError, Run
 from deployments.engines.simulated_server.exchange import Exchange
 from deployments.engines.simulated_server.generation import Reply
@@ -111,7 +111,7 @@ class Inference:
     async def _generate(self, call: Call) -> None:
         reply, responses = self._reply(call)
         if reply.wish.stream and self.wire.refuses_in_band and self.engine.full:
-            await self._end_with_error(call.exchange, self.wire.busy())
+            await self._end_with_error(call, self.wire.busy())
             return
         run = self._admit(call, reply.steps, reply.prompt_tokens - reply.cached_tokens)
         try:
@@ -151,7 +151,7 @@ class Inference:
         failure = call.failure
         if failure is not None and failure.request not in _STREAM_FAILURES:
             await run.advance(min(failure.after_tokens, reply.steps))
-            await self._fail(call.exchange, run, failure, streams=False)
+            await self._fail(call, run, failure, streams=False)
         await run.advance(reply.steps)
         run.finish()
         if responses is not None:
@@ -181,12 +181,10 @@ class Inference:
             else:
                 await exchange.write(data)
         if failure is not None:
-            await self._fail(exchange, run, failure, streams=True)
+            await self._fail(call, run, failure, streams=True)
 
-    async def _fail(
-        self, exchange: Exchange, run: Run, failure: Failures, *, streams: bool
-    ) -> NoReturn:
-        kind = failure.request
+    async def _fail(self, call: Call, run: Run, failure: Failures, *, streams: bool) -> NoReturn:
+        kind, exchange = failure.request, call.exchange
         if kind is RequestFailure.CRASH:
             _crash()
         elif kind is RequestFailure.HANG:
@@ -194,19 +192,16 @@ class Inference:
         elif kind in (RequestFailure.ERROR, RequestFailure.ERROR_EVENT):
             if not streams:
                 raise _asked_for(failure)
-            await self._end_with_error(exchange, _asked_for(failure))
+            await self._end_with_error(call, _asked_for(failure))
         elif kind is RequestFailure.TRUNCATE_CLEANLY:
             await exchange.write(b"", more=False)
         else:
             await exchange.start_stream()
         raise GivenUpError  # an answer that is left incomplete breaks its connection
 
-    async def _end_with_error(self, exchange: Exchange, error: RefusedError) -> None:
-        event = self.wire.refused_event(error)
-        if self.wire.broken_stream_ends:
-            await exchange.write(event + DONE, more=False)
-        else:
-            await exchange.write(event)
+    async def _end_with_error(self, call: Call, error: RefusedError) -> None:
+        last, well_formed = self.wire.stream_error(call.route, error)
+        await call.exchange.write(last, more=not well_formed)
 
 
 async def _fail_at_once(exchange: Exchange, failure: Failures) -> None:

@@ -121,6 +121,12 @@ class SimulatedSettings(Settings):
     shutdown_seconds: int = Field(default=60, ge=0)
     """How long running requests may go on after SIGTERM. 60 is the ``--shutdown-timeout`` that
     Frontline starts vLLM with."""
+    guarded: bool = True
+    """Whether every route demands the engine's key, as Frontline's replicas of it must. False:
+    none does, as with TensorRT-LLM's own server; for tests of that adapter."""
+    lacking_fields: frozenset[str] = frozenset()
+    """Request fields that this build does not know yet; TensorRT-LLM only, the others tolerate
+    any. ``[priority]`` makes one older than its HTTP priority (pull request 15329)."""
     failures: Failures = Failures()
 
     @model_validator(mode="after")
@@ -129,6 +135,8 @@ class SimulatedSettings(Settings):
             raise ValueError("an engine that does not generate needs 'embedding_dimensions'")
         if self.preemption and self.dialect is not DialectName.SGLANG:
             raise ValueError("'preemption' is SGLang's; set 'dialect' to 'sglang'")
+        if self.lacking_fields and self.dialect is not DialectName.TENSORRT_LLM:
+            raise ValueError("only 'dialect: tensorrt_llm' refuses fields: 'lacking_fields'")
         return self
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from app.dialect import Route
 from deployments.engines.simulated_server import OWNER
-from deployments.engines.simulated_server.chunks import StreamWriter, event
+from deployments.engines.simulated_server.chunks import DONE, StreamWriter, event
 from deployments.engines.simulated_server.generation import Reply
 from deployments.engines.simulated_server.language import embed
 from deployments.engines.simulated_server.requests import (
@@ -19,6 +19,7 @@ from deployments.engines.simulated_server.requests import (
     EmbeddingBody,
     GenerationBody,
     InvalidBodyError,
+    Problem,
     Prompt,
     RefusedError,
     ResponsesBody,
@@ -44,8 +45,6 @@ class Wire(ABC):
     """Whether a stream's status line goes out before its first token is there."""
     refuses_in_band: ClassVar[bool] = False
     """Whether a stream that finds the engine full gets HTTP 200 and an error as first event."""
-    broken_stream_ends: ClassVar[bool]
-    """Whether a stream with an error in it still ends with ``[DONE]``, in well-formed HTTP."""
     accepted_fields: ClassVar[Mapping[Route, frozenset[str]]] = {}
     """By route, the only fields that are accepted; a route not named here tolerates others."""
     keeps_request_id: ClassVar[bool] = False
@@ -72,13 +71,17 @@ class Wire(ABC):
 
     def check_fields(self, route: Route, values: Mapping[str, Any]) -> None:
         """Refuse fields that the engine does not know, where it does not tolerate them."""
+        if unknown := self.unknown_fields(route, values):
+            raise InvalidBodyError(unknown)
+
+    def unknown_fields(self, route: Route, values: Mapping[str, Any]) -> list[Problem]:
+        """Return a problem for each field that the engine does not know and does not tolerate."""
         known = self.accepted_fields.get(route)
-        unknown = [name for name in values if name not in known] if known is not None else []
-        if unknown:
-            words = "Extra inputs are not permitted"
-            raise InvalidBodyError(
-                [problem("extra_forbidden", (name,), words, values[name]) for name in unknown]
-            )
+        if known is None:
+            return []
+        lacking, words = self.settings.lacking_fields, "Extra inputs are not permitted"
+        unknown = [name for name in values if name not in known or name in lacking]
+        return [problem("extra_forbidden", (name,), words, values[name]) for name in unknown]
 
     @abstractmethod
     def check_model(self, route: Route, model: str | None) -> None:
@@ -224,6 +227,11 @@ class Wire(ABC):
     def refused_event(self, error: RefusedError) -> bytes:
         """Return an error as an event of a stream."""
         return event({"error": self.refused(error, None)})
+
+    def stream_error(self, route: Route, error: RefusedError) -> tuple[bytes, bool]:
+        """Return the last bytes of a stream that an error ends, and whether its HTTP message ends
+        as it should; else its connection breaks."""
+        return self.refused_event(error) + DONE, True
 
     def reply_usage(self, reply: Reply) -> dict[str, Any]:
         """Return the usage of a whole reply."""

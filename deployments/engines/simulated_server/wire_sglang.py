@@ -37,7 +37,6 @@ class SglangWire(Wire):
 
     headers_before_first_token: ClassVar[bool] = False
     refuses_in_band: ClassVar[bool] = True
-    broken_stream_ends: ClassVar[bool] = True
     listens_before_ready: ClassVar[bool] = True
 
     def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:

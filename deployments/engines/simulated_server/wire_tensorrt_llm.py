@@ -25,56 +25,45 @@ from deployments.engines.simulated_server.generation import Choice, Reply
 from deployments.engines.simulated_server.requests import (
     GenerationBody,
     InvalidBodyError,
+    Problem,
     RefusedError,
     problem,
 )
 from deployments.engines.simulated_server.wire import Headers, Wire, base_card, prometheus
+from deployments.engines.tensorrt_llm_requests import PRIORITY_ROUTES, REQUEST_FIELDS
 
 _PRIORITY = TypeAdapter[float | None](Annotated[float, Field(ge=0.0, le=1.0)] | None)
 
 
-def _fields(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-_SAMPLING: Final = _fields(
-    """best_of frequency_penalty logit_bias logprobs max_tokens n presence_penalty
-    prompt_ignore_length seed stop stream stream_options temperature top_p user lora_request
-    use_beam_search top_k top_p_min min_p repetition_penalty length_penalty early_stopping
-    stop_token_ids include_stop_str_in_output ignore_eos min_tokens skip_special_tokens
-    spaces_between_special_tokens truncate_prompt_tokens thinking_token_budget add_special_tokens
-    response_format disaggregated_params priority conversation_params model echo"""
-)
-ACCEPTED_FIELDS: Final[Mapping[Route, frozenset[str]]] = {
-    Route.CHAT: _SAMPLING
-    | _fields(
-        """messages prompt_token_ids prompt_token_ids_b64 top_logprobs max_completion_tokens tools
-        tool_choice parallel_tool_calls reasoning_effort thinking add_generation_prompt documents
-        chat_template chat_template_kwargs injected_chat_template_kwargs media_io_kwargs cache_salt
-        agent_hierarchy mm_processor_kwargs"""
-    ),
-    Route.COMPLETIONS: _SAMPLING | _fields("prompt suffix return_context_logits detokenize"),
-    Route.EMBEDDINGS: _fields("model input encoding_format dimensions user add_special_tokens"),
-}
-"""The fields of the request classes that forbid others; the class of ``/v1/responses`` does not."""
+_STREAM_OPTIONS: Final = frozenset({"include_usage", "continuous_usage_stats"})
+# Of the optional fields those that may be left out, but not be null.
+_NEVER_NULL: Final = frozenset({"n", "ignore_eos", "min_tokens", "include_stop_str_in_output"})
 
 
 class TensorrtLlmWire(Wire):
     """Unknown fields are an error but on ``/v1/responses``, errors are not wrapped, a higher
-    priority, between 0 and 1, goes first, and a stream with an error in it breaks off."""
+    priority, between 0 and 1, goes first, and a stream of chat that an error ends breaks off."""
 
     headers_before_first_token: ClassVar[bool] = True
-    broken_stream_ends: ClassVar[bool] = False
-    accepted_fields = ACCEPTED_FIELDS
+    accepted_fields = REQUEST_FIELDS
     default_limit: ClassVar[int | None] = None
 
     def check_fields(self, route: Route, values: Mapping[str, Any]) -> None:
-        super().check_fields(route, values)
+        problems = [*self.unknown_fields(route, values), *_unknown_stream_options(values)]
+        if {"max_tokens", "max_completion_tokens"} <= values.keys() and route is Route.CHAT:
+            # They are one field with two names: of two values one is too many.
+            problems.append(_extra(("max_completion_tokens",), values["max_completion_tokens"]))
         if "model" not in values:
-            raise InvalidBodyError([problem("missing", ("model",), "Field required", dict(values))])
+            problems.append(problem("missing", ("model",), "Field required", dict(values)))
+        if route in PRIORITY_ROUTES:
+            nulls = [name for name in _NEVER_NULL & values.keys() if values[name] is None]
+            words = "Input should be a valid integer"
+            problems += [problem("int_type", (name,), words) for name in sorted(nulls)]
+        if problems:
+            raise InvalidBodyError(problems)
 
     def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:
-        if route not in (Route.CHAT, Route.COMPLETIONS):
+        if route not in PRIORITY_ROUTES:
             return self.settings.unset_priority
         try:
             priority = _PRIORITY.validate_python(values.get("priority"))
@@ -119,6 +108,12 @@ class TensorrtLlmWire(Wire):
             "param": None,
             "code": error.status,
         }
+
+    def stream_error(self, route: Route, error: RefusedError) -> tuple[bytes, bool]:
+        if route is not Route.COMPLETIONS:
+            return b"", False
+        shown = {"message": error.message, "type": "server_error", "code": None, "param": None}
+        return event({"error": shown}) + DONE, True
 
     def usage(self, prompt: int, completion: int, total: int, cached: int) -> dict[str, Any]:
         return {
@@ -222,6 +217,18 @@ class TensorrtLlmWire(Wire):
             "/metrics": orjson.dumps([iteration]),
             "/prometheus/metrics": prometheus(samples, labels),
         }
+
+
+def _extra(place: tuple[str, ...], value: object) -> Problem:
+    return problem("extra_forbidden", place, "Extra inputs are not permitted", value)
+
+
+def _unknown_stream_options(values: Mapping[str, Any]) -> list[Problem]:
+    options = values.get("stream_options")
+    if not isinstance(options, Mapping):
+        return []
+    unknown = [name for name in options if name not in _STREAM_OPTIONS]
+    return [_extra(("stream_options", name), options[name]) for name in unknown]
 
 
 def _finish_reason(choice: Choice) -> str:

@@ -37,7 +37,6 @@ class VllmWire(Wire):
     ``X-Vllm-Priority`` overrides the body, and a client's leaving is noticed at once."""
 
     headers_before_first_token: ClassVar[bool] = True
-    broken_stream_ends: ClassVar[bool] = True
     keeps_request_id: ClassVar[bool] = True
     echoes_service_tier: ClassVar[bool] = True
 

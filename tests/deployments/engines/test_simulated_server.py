@@ -738,6 +738,37 @@ def test_errors_that_are_asked_for(vllm: Engine, sglang: Engine) -> None:
     assert sglang.post(Route.CHAT, {}).status_code == 503
 
 
+def test_an_error_ends_tensorrt_llms_streams_by_route(tensorrt_llm: Engine) -> None:
+    tensorrt_llm.change(failures={"request": "error_event", "after_tokens": 2})
+    with pytest.raises(httpx.RemoteProtocolError):
+        tensorrt_llm.post(Route.CHAT, {"stream": True, "max_tokens": 5})
+    *_, error, done = events(tensorrt_llm.post(Route.COMPLETIONS, {"stream": True}).text)
+    assert error["error"]["type"] == "server_error" and done == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    ("body", "blamed"),
+    [
+        ({"stream": True, "stream_options": {"include_obfuscation": False}}, "include_obfuscation"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens"),
+        ({"n": None}, "n"),
+    ],
+)
+def test_tensorrt_llm_is_strict_within_its_fields(
+    tensorrt_llm: Engine, body: dict[str, Any], blamed: str
+) -> None:
+    answer = tensorrt_llm.post(Route.CHAT, body)
+    assert answer.status_code == 400 and f"'{blamed}')" in answer.json()["error"]
+
+
+def test_a_build_can_lack_a_field_and_a_server_its_key(spawn: Callable[..., Engine]) -> None:
+    engine = spawn(dialect="tensorrt_llm", lacking_fields=["priority"], guarded=False)
+    answer = httpx.post(engine.url + Route.CHAT.path, json={**CHAT, "priority": 1}, verify=TLS)
+    assert answer.status_code == 400 and "('body', 'priority')" in answer.json()["error"]
+    with pytest.raises(SettingsError, match="lacking_fields"):
+        Simulated().command(launched(lacking_fields=["priority"]))
+
+
 def test_truncated_streams(tensorrt_llm: Engine) -> None:
     body = {"stream": True, "max_tokens": 5}
     tensorrt_llm.change(failures={"request": "truncate", "after_tokens": 2})
@@ -888,6 +919,7 @@ async def test_the_dialect_is_that_of_the_running_engine(
     assert dialect.priority_values[Tier.PRIORITY] == -100
     assert Route.RESPONSES not in dialect.priority_routes
     dialect = (await facts_of(tensorrt_llm)).dialect
+    assert dialect.engine == "simulated-tensorrt-llm"
     assert dialect.priority_values == {Tier.PRIORITY: 1.0, Tier.DEFAULT: 0.5, Tier.FLEX: 0.0}
     assert dialect.priority_routes == {Route.CHAT, Route.COMPLETIONS}
     assert "service_tier" not in dialect.accepted_fields[Route.CHAT]
