@@ -92,6 +92,8 @@ class EngineReplica:
         self._launch = _make_launch(model_id, pool, self._port)
         self._http = LocalEngine(f"http://{_LOOPBACK}:{self._port.port}", self._launch.key)
         await asyncio.to_thread(sweep_orphans)
+        if not self._adapter.port_stays_reserved:
+            self._port.close()
         self._process = await _start(self._adapter, self._launch, pool)
         try:
             self._facts = await self._until_ready()

@@ -27,7 +27,7 @@ class Launch:
         host: the address to bind to; always loopback.
         port: a port reserved for this engine.
         slots: how many requests the engine runs at once.
-        key: the secret that every request to the engine must carry as a bearer token.
+        key: the secret that every request to the engine carries as a bearer token.
         python: the interpreter of the engine's environment.
         engine_args: the operator's own engine arguments, by name, with underscores; they win
             over an adapter's defaults, except for the address, the key and the served name.
@@ -81,6 +81,9 @@ class EngineAdapter(ABC):
     """Answers 200 once requests will be served; cheap enough to ask several times a second."""
     health_path: ClassVar[str]
     """Answers 200 while the engine is alive; cheap enough to ask every second."""
+    port_stays_reserved: ClassVar[bool] = True
+    """Whether the engine's port can stay reserved for it while it starts, which takes a server
+    that binds with SO_REUSEADDR. If not, the port is free for a moment, for anyone to take."""
 
     @abstractmethod
     def command(self, launch: Launch) -> list[str]:

@@ -9,6 +9,7 @@ from deployments.engines.base import EngineAdapter
 
 ADAPTERS = {
     "vllm": "deployments.engines.vllm:Vllm",
+    "tensorrt_llm": "deployments.engines.tensorrt_llm:TensorrtLlm",
     "simulated": "deployments.engines.simulated:Simulated",
 }
 """Each adapter's module and class. A module is imported only when its engine is asked for."""

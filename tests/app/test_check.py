@@ -29,7 +29,12 @@ def findings(old, new):
     [
         ("slots: 8", "slots: none", "slots: none", "args.pools.0.slots"),
         ("slots: 8", "slot: 8", "slot: 8", "no such setting"),
-        ("engine: vllm", "engine: vlm", "engine: vlm", "expected one of vllm, simulated"),
+        (
+            "engine: vllm",
+            "engine: vlm",
+            "engine: vlm",
+            "expected one of vllm, tensorrt_llm, simulated",
+        ),
         ("max_model_len", "port", "port: 4096", "Frontline sets this itself"),
         ("{auth: open}", "{auth: keys}", "user_config: {auth: keys}", "got 'keys'"),
         ("priority: auto", "priority: on", None, "user_config.tiers.priority"),

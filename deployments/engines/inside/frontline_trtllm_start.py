@@ -1,0 +1,85 @@
+"""Starts TensorRT-LLM's server: ``frontline_trtllm_start.py [options] -- MODEL [OPTION...]``.
+
+Runs under the engine's interpreter, where Frontline is not installed: standard library only.
+
+What follows ``--`` is trtllm-serve's own command line. Before it becomes that server (in the same
+process, so that signals and the exit status are the server's), it adds what not every build takes:
+
+- ``--policy`` is the waiting queue's policy. A build whose chat request has no ``priority`` is
+  started without it: the policy would mean nothing there, and some such builds refuse it.
+- ``--served-name`` is the model's id. Builds without the option answer to any name.
+
+The environment variable FRONTLINE_ENGINE_CONFIG holds the server's configuration file as JSON,
+which is YAML too. The file lives in memory and goes when the process does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+SERVER = "tensorrt_llm.commands.serve"
+CONFIG_VARIABLE = "FRONTLINE_ENGINE_CONFIG"
+
+
+def main(arguments: list[str]) -> NoReturn:
+    options = _parse(arguments)
+    package = _find_package()
+    words = list(options.server)
+    if options.served_name and _has_option(package, "served_model_name"):
+        words += ["--served_model_name", options.served_name]
+    config = json.loads(os.environ.pop(CONFIG_VARIABLE, "{}"))
+    if options.policy and takes_priority(package):
+        config.setdefault("scheduler_config", {})["waiting_queue_policy"] = options.policy
+    if config:
+        # The older of the option's two names, which every build has.
+        words += ["--extra_llm_api_options", _in_memory(config)]
+    os.execv(sys.executable, [sys.executable, "-m", SERVER, *words])
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policy")
+    parser.add_argument("--served-name")
+    parser.add_argument("server", nargs="+")
+    return parser.parse_args(arguments)
+
+
+def _find_package() -> Path:
+    """Return the package's folder. It is not imported: that takes long and claims the GPU."""
+    spec = importlib.util.find_spec("tensorrt_llm")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"TensorRT-LLM is not installed for {sys.executable}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def takes_priority(package: Path) -> bool:
+    """Whether the build's chat request has a ``priority``; true where it cannot be told, so that
+    a policy is left out only where it certainly means nothing."""
+    requests = package / "serve" / "openai_protocol.py"
+    source = requests.read_text() if requests.is_file() else ""
+    if "class ChatCompletionRequest" not in source:
+        return True
+    return re.search(r"^\s+priority\s*:", source, re.MULTILINE) is not None
+
+
+def _has_option(package: Path, name: str) -> bool:
+    sources = (package / "commands").glob("*.py")
+    return any(f"--{name}" in source.read_text() for source in sources)
+
+
+def _in_memory(config: dict[str, Any]) -> str:
+    descriptor = os.memfd_create("config.yaml", 0)  # without CLOEXEC: the server inherits it
+    os.write(descriptor, json.dumps(config).encode())
+    # By process and not by /proc/self: what the server starts can open it as well.
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

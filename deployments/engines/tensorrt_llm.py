@@ -1,0 +1,186 @@
+"""TensorRT-LLM: options, sign of priority and facts of its OpenAI server.
+
+Read in its main branch of 2026 (``tensorrt_llm/commands/serve.py``, ``serve/openai_server.py``)
+and run against the simulated engine in its dialect; never against TensorRT-LLM itself, which
+needs a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from app.dialect import Dialect, Route
+from app.settings import Problem, SettingsError
+from deployments.engines.base import (
+    EngineAdapter,
+    EngineArg,
+    EngineContractError,
+    EngineFacts,
+    EngineHttp,
+    Launch,
+)
+from deployments.engines.tensorrt_llm_requests import (
+    CLIENT_FIELDS,
+    PRIORITY_ROUTES,
+    PRIORITY_VALUES,
+    refused_fields,
+)
+
+_STARTER: Final = Path(__file__).parent / "inside" / "frontline_trtllm_start.py"
+_POLICY: Final = "priority"
+# What Frontline sets itself, and what would make it another server than the ingress speaks to.
+_RESERVED: Final = frozenset({"model", "host", "port", "served_model_name", "grpc"})
+# Two more ways to set what `config` sets: the policy in force must be read off one place.
+_SET_BY_CONFIG: Final = frozenset({"extra_llm_api_options", "set"})
+
+_PROMPTS: Final[Mapping[Route, Mapping[str, Any]]] = {
+    Route.CHAT: {"messages": [{"role": "user", "content": "Hi"}], "tool_choice": "none"},
+    Route.COMPLETIONS: {"prompt": "Hi"},
+}
+_STRANGER: Final = "frontline_no_such_field"
+# They are as old as the server, and null among others would hide what the answer is to tell:
+# max_completion_tokens is max_tokens by another name, logprobs are looked at before the rest.
+_NOT_ASKED_FOR: Final = frozenset({"max_completion_tokens", "logprobs", "top_logprobs"})
+
+
+class TensorrtLlm(EngineAdapter):
+    """TensorRT-LLM's ``trtllm-serve``."""
+
+    name = "tensorrt_llm"
+    ready_path = "/health"
+    health_path = "/health"
+    port_stays_reserved = False
+
+    def command(self, launch: Launch) -> list[str]:
+        _check(launch.engine_args)
+        options: dict[str, EngineArg] = {"max_batch_size": launch.slots, **launch.engine_args}
+        options.pop("config", None)
+        options |= {"host": launch.host, "port": launch.port}
+        start = [launch.python, str(_STARTER)]
+        if _sets_policy(launch):
+            start += ["--policy", _POLICY]
+        return [
+            *(*start, "--served-name", launch.served_name),
+            *("--", launch.model, *_render_options(options)),
+        ]
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        return {
+            # By environment and not by flag: other users can read a command line.
+            "FRONTLINE_ENGINE_CONFIG": json.dumps(_config(launch)),
+            "TRTLLM_NO_USAGE_STATS": "1",
+        }
+
+    async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
+        """Ask the engine for its version and, with requests of a token, what it takes.
+
+        The running server does not tell its waiting queue's policy: that is what it was started
+        with, and where that is not known, priority is not offered.
+        """
+        status, answer = await http.get_json("/version")
+        if status != 200 or not isinstance(answer, dict) or "version" not in answer:
+            raise EngineContractError(f"TensorRT-LLM did not tell its version (status {status})")
+        in_force = _policy(launch) == _POLICY
+        honoured = {
+            route
+            for route in PRIORITY_ROUTES
+            if in_force and await _takes_priority(http, route, launch.served_name)
+        }
+        dialect = Dialect(
+            engine="tensorrt-llm",
+            priority_values=PRIORITY_VALUES,
+            priority_routes=frozenset(honoured),
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+            accepted_fields={
+                route: await _known_fields(http, route, launch.served_name)
+                for route in CLIENT_FIELDS
+            },
+        )
+        return EngineFacts(str(answer["version"]), _context_length(launch), dialect)
+
+
+def _check(args: Mapping[str, EngineArg]) -> None:
+    problems = [
+        Problem(("engine_args", name), "Frontline sets this itself")
+        for name in _RESERVED & set(args)
+    ]
+    problems += [
+        Problem(("engine_args", name), "give the settings themselves, under 'config'")
+        for name in _SET_BY_CONFIG & set(args)
+    ]
+    if not isinstance(args.get("config", {}), dict):
+        words = "expected the contents of a configuration file, not its name"
+        problems.append(Problem(("engine_args", "config"), words))
+    problems += [
+        Problem(("engine_args", name), "nested settings go under 'config'")
+        for name, value in args.items()
+        if isinstance(value, dict) and name != "config"
+    ]
+    if problems:
+        raise SettingsError(*problems)
+
+
+def _config(launch: Launch) -> dict[str, Any]:
+    config = launch.engine_args.get("config", {})
+    return config if isinstance(config, dict) else {}
+
+
+def _sets_policy(launch: Launch) -> bool:
+    """Whether Frontline adds its policy, the operator having said nothing about it."""
+    scheduler = _config(launch).get("scheduler_config", {})
+    return isinstance(scheduler, dict) and "waiting_queue_policy" not in scheduler
+
+
+def _policy(launch: Launch) -> object:
+    """The waiting queue's policy that the engine was started with, as far as it is known."""
+    if _sets_policy(launch):
+        return _POLICY
+    scheduler = _config(launch).get("scheduler_config")
+    return scheduler.get("waiting_queue_policy") if isinstance(scheduler, dict) else None
+
+
+def _context_length(launch: Launch) -> int | None:
+    """Only what the operator has set: the server does not tell what it has made of the model."""
+    length = _config(launch).get("max_seq_len", launch.engine_args.get("max_seq_len"))
+    return length if isinstance(length, int) else None
+
+
+def _render_options(options: Mapping[str, EngineArg]) -> list[str]:
+    """Return options as trtllm-serve spells them: with underscores, and repeated for a list."""
+    words: list[str] = []
+    for name, value in options.items():
+        for single in value if isinstance(value, list) else [value]:
+            if single is True:
+                words.append(f"--{name}")
+            elif single is not None and single is not False:
+                words += [f"--{name}", str(single)]
+    return words
+
+
+async def _takes_priority(http: EngineHttp, route: Route, model: str) -> bool:
+    """Whether this build takes a priority on this route: it does if it answers."""
+    asked = {"model": model, **_PROMPTS[route], "max_tokens": 1}
+    status, _ = await http.post_json(
+        route.path, {**asked, "priority": max(PRIORITY_VALUES.values())}
+    )
+    return status == 200
+
+
+async def _known_fields(http: EngineHttp, route: Route, model: str) -> frozenset[str]:
+    """Return the fields that this build knows among those that clients may use.
+
+    One request that no build can take, because it has a field that none knows, names them all:
+    the refusal says which the build does not know. An answer that does not even blame that field
+    tells nothing, and all are taken for known.
+    """
+    names = CLIENT_FIELDS[route]
+    if route not in _PROMPTS:
+        return names
+    given = {"model": model, **_PROMPTS[route], "max_tokens": 1}
+    asked = dict.fromkeys(names - _NOT_ASKED_FOR - {"stream"}) | given | {_STRANGER: None}
+    _, answer = await http.post_json(route.path, asked)
+    refused = refused_fields(answer)
+    return names - refused if _STRANGER in refused else names

@@ -1,0 +1,82 @@
+"""``python -m tensorrt_llm.commands.serve MODEL [OPTION...]``: trtllm-serve's options, strictly."""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+
+import uvicorn
+import yaml
+
+from deployments.engines.simulated_server.application import Application
+from deployments.engines.simulated_server.engine import Engine
+from deployments.engines.simulated_server.settings import SimulatedSettings
+
+SETTINGS_VARIABLE = "STAND_IN_SETTINGS"
+"""Further settings of the simulated engine, as JSON."""
+CONFIG_KEYS = {"scheduler_config", "max_seq_len", "enable_chunked_prefill", "kv_cache_config"}
+SCHEDULER_KEYS = {"waiting_queue_policy", "capacity_scheduler_policy"}
+
+
+def parse():
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("model")
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--served_model_name")
+    parser.add_argument("--max_batch_size", type=int, default=2048)
+    parser.add_argument("--max_seq_len", type=int)
+    parser.add_argument("--tensor_parallel_size", "--tp_size", type=int, default=1)
+    parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--config", "--extra_llm_api_options", dest="config")
+    return parser.parse_args()
+
+
+def read_config(path):
+    if path is None:
+        return {}
+    with open(path) as file:
+        config = yaml.safe_load(file)
+    assert config.keys() <= CONFIG_KEYS, config
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def read_policy(config):
+    scheduler = config.get("scheduler_config", {})
+    assert scheduler.keys() <= SCHEDULER_KEYS, config
+    return scheduler.get("waiting_queue_policy", "fcfs")
+
+
+def settings_for(options, config):
+    length = config.get("max_seq_len") or options.max_seq_len
+    return SimulatedSettings.load(
+        {
+            "dialect": "tensorrt_llm",
+            "guarded": False,
+            "slots": options.max_batch_size,
+            "policy": read_policy(config),
+            **({"context_length": length} if length else {}),
+            **json.loads(os.environ.get(SETTINGS_VARIABLE, "{}")),
+        },
+        "settings",
+    )
+
+
+async def serve(listener, options, config):
+    engine = Engine(settings_for(options, config), asyncio.get_running_loop())
+    application = Application(engine, options.served_model_name or options.model, "", "")
+    application.ready = True
+    server = uvicorn.Server(uvicorn.Config(application, lifespan="off", timeout_keep_alive=5))
+    await server.serve(sockets=[listener])
+
+
+def main():
+    options = parse()
+    with socket.socket() as listener:
+        listener.bind((options.host, options.port))  # as plainly as trtllm-serve does
+        asyncio.run(serve(listener, options, read_config(options.config)))
+
+
+if __name__ == "__main__":
+    main()
