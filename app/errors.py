@@ -175,7 +175,16 @@ def _retry_headers(seconds: float) -> dict[str, str]:
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 # What engines name when a prompt is too long: vLLM its own count, the others nothing.
 _PROMPT_LENGTH_PARAMS = frozenset({None, "input_tokens"})
-_CONTEXT_LENGTH = re.compile(r"context length|context window|maximum (?:input|model) length", re.I)
+_CONTEXT_LENGTH = re.compile(
+    r"context length|context window|maximum (?:input|model) length|max_num_tokens|max_seq_len", re.I
+)
+# What is wrong with one field, as pydantic says it and FastAPI servers quote it in their messages:
+# Python's notation, with its place as a tuple or joined by dots.
+_PROBLEM = re.compile(
+    r"\{'type': '\w+', 'loc': (?P<place>\([^)]*\)|'[^']*'), "
+    r"'msg': (?P<quote>['\"])(?P<words>.*?)(?P=quote)(?:, '|\})"
+)
+_PLACE_NAME = re.compile(r"[^\s'.,()]+")
 # FastAPI's validation errors end with the place in the source that raised them, and an engine may
 # name its own files or address. None of it is the client's business.
 _SOURCE_PLACE = re.compile(r"\n?\s*File \".*?\", line \d+.*", re.DOTALL)
@@ -197,9 +206,11 @@ def from_engine(status: int, body: bytes, prompt_field: str) -> ApiError:
         return InvalidRequest(
             "This model does not support this endpoint.", code="unsupported_endpoint", param="model"
         )
-    message = _scrub(str(fields.get("message") or "The engine refused the request."))
+    quoted = str(fields.get("message") or "The engine refused the request.")
+    place, message = _read_problems(quoted) or (None, quoted)
+    message = _scrub(message)
     param, code = fields.get("param"), fields.get("code")
-    param = param.removeprefix("body.") if isinstance(param, str) else None
+    param = place or (param.removeprefix("body.") if isinstance(param, str) else None)
     code = code if isinstance(code, str) and not code.isdigit() else None
     if code is None and param in _PROMPT_LENGTH_PARAMS and _CONTEXT_LENGTH.search(message):
         return EngineRejected(status, message, CONTEXT_LENGTH_EXCEEDED, prompt_field)
@@ -217,6 +228,27 @@ def _error_fields(body: bytes) -> dict[str, Any]:
     if isinstance(error, str):
         return {"message": error}
     return error if isinstance(error, dict) and "message" in error else {}
+
+
+def _read_problems(message: str) -> tuple[str | None, str] | None:
+    """Return the first field that a quoted validation error blames, and what is wrong with it.
+
+    A field that may have one of several types has a problem for each.
+    """
+    found = [
+        (_field_of(problem["place"]), problem["words"].removeprefix("Value error, "))
+        for problem in _PROBLEM.finditer(message)
+    ]
+    if not found:
+        return None
+    first = found[0][0]
+    words = "; ".join(dict.fromkeys(words for field, words in found if field == first))
+    return first, f"Invalid '{first}': {words}." if first else words
+
+
+def _field_of(place: str) -> str | None:
+    names = [name for name in _PLACE_NAME.findall(place) if name != "body"]
+    return names[0] if names else None
 
 
 def _scrub(message: str) -> str:

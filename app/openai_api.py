@@ -1,6 +1,6 @@
 """OpenAI's API as far as Frontline has to know it: the fields that matter, and stamping.
 
-Everything else in requests and answers passes through untouched.
+Everything else in requests and answers passes through untouched, but for nulls in requests.
 """
 
 from __future__ import annotations
@@ -168,16 +168,23 @@ def rewrite_request(inbound: Inbound, model_id: str, dialect: Dialect, tier: Tie
 
     Our own fields and any priority that the client set are taken out, the engine's priority for
     ``tier`` is put in where the engine has it in force on this route, and a stream is asked for
-    its usage whether or not the client wants to see it.
+    its usage whether or not the client wants to see it. Nulls are left out: in OpenAI's API null
+    stands for absent, and engines refuse some. An engine that refuses fields that it does not
+    know gets those it knows.
     """
-    route = inbound.route
-    fields = {key: value for key, value in inbound.fields.items() if key not in FRONTLINE_FIELDS}
+    route, accepted = inbound.route, dialect.accepted_fields.get(inbound.route)
+    fields = {
+        key: value
+        for key, value in inbound.fields.items()
+        if key not in FRONTLINE_FIELDS and value is not None
+    }
     fields["model"] = model_id
     if route in dialect.priority_routes:
         fields["priority"] = dialect.priority_values[tier]
     if inbound.stream and route in _STREAM_OPTION_ROUTES:
-        fields["stream_options"] = {**inbound.stream_options, **dialect.stream_options}
-    if (accepted := dialect.accepted_fields.get(route)) is not None:
+        own = inbound.stream_options if accepted is None else {}
+        fields["stream_options"] = {**own, **dialect.stream_options}
+    if accepted is not None:
         fields = {key: value for key, value in fields.items() if key in accepted}
     return orjson.dumps(fields)
 

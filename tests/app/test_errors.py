@@ -47,6 +47,50 @@ def test_a_validation_error_names_the_request_field_without_fastapis_prefix():
     assert from_engine(400, body).param == "messages"
 
 
+PROBLEM = "{'type': 'string_type', 'loc': ('body', 'stop', 'str'), 'msg': 'Should be a string', "
+OTHER = "{'type': 'list_type', 'loc': ('body', 'stop', 'list[str]'), 'msg': 'Should be a list', "
+DOTTED = "{'type': 'string_type', 'loc': 'body.stop.str', 'msg': 'Should be a string', "
+AS_LIST = f"[{PROBLEM}'input': 7}}, {OTHER}'input': 7}}]"
+AS_LINES = (
+    f"2 validation errors:\n  {DOTTED}'input': 7}}\n  {OTHER}'input': 7}}\n\n  File \"/a.py\""
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": {"message": AS_LINES, "param": "body.stop"}},
+        {"object": "error", "message": AS_LIST, "param": None},
+        {"error": AS_LIST},
+    ],
+)
+def test_quoted_validation_errors_become_a_sentence_and_a_field(body):
+    error = from_engine(400, body)
+    assert error.param == "stop"
+    assert error.message == "Invalid 'stop': Should be a string; Should be a list."
+
+
+def test_a_validation_error_of_the_whole_body_has_no_field():
+    quoted = (
+        "[{'type': 'value_error', 'loc': ('body',), 'msg': \"Value error, it's no good\", 'i': 1}]"
+    )
+    error = from_engine(400, {"error": quoted})
+    assert (error.param, error.message) == (None, "it's no good")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "The sum of prompt length (9.0), query length (0) should not exceed max_num_tokens (8)",
+        "`default_max_tokens` (-1) must be greater than 0, `default_max_tokens` (-1) = "
+        "max_seq_len (8) - `splited_prompt_len` (9) - `query_token_len` (0)",
+    ],
+)
+def test_tensorrt_llms_words_for_too_long_a_prompt(words):
+    error = from_engine(400, {"object": "error", "message": words, "param": None, "code": 400})
+    assert (error.code, error.param) == ("context_length_exceeded", "messages")
+
+
 @pytest.mark.parametrize("status", [401, 403, 500, 502, 503])
 def test_an_engines_own_trouble_is_told_without_its_words(status):
     error = from_engine(status, {"error": {"message": "CUDA at /opt/x.py line 3"}})

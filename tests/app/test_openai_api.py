@@ -73,10 +73,10 @@ def test_bad_requests_name_the_field(body, param):
 @given(
     st.dictionaries(st.text().filter(lambda k: k not in {"stream", "stream_options"}), json_values)
 )
-def test_everything_else_passes_through_untouched(fields):
+def test_everything_else_but_null_passes_through_untouched(fields):
     fields = {**fields, "model": "m", "service_tier": "priority"}
     sent = rewritten(inbound(**fields), Dialect("plain"))
-    kept = {key: value for key, value in fields.items() if key not in FRONTLINE_FIELDS}
+    kept = {k: v for k, v in fields.items() if k not in FRONTLINE_FIELDS and v is not None}
     assert sent == {**kept, "model": "org/m"}
 
 
@@ -99,6 +99,23 @@ def test_a_strict_engine_gets_only_the_fields_that_it_accepts():
     strict = Dialect("x", accepted_fields={Route.CHAT: frozenset({"model", "messages"})})
     request = inbound(messages=[], mystery=1, stream=True)
     assert rewritten(request, strict) == {"model": "org/m", "messages": []}
+
+
+def test_a_strict_engine_gets_only_our_stream_options():
+    names = frozenset({"model", "stream", "stream_options"})
+    strict = Dialect(
+        "x", stream_options={"include_usage": True}, accepted_fields={Route.CHAT: names}
+    )
+    request = inbound(stream=True, stream_options={"include_obfuscation": False})
+    assert rewritten(request, strict) == {
+        "model": "org/m",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+def test_null_stands_for_absent():
+    assert rewritten(inbound(n=None, stop=None, user="x")) == rewritten(inbound(user="x"))
 
 
 def test_a_stream_is_always_asked_for_its_usage():
