@@ -127,7 +127,12 @@ def chat_logprobs(choice: Choice, first: int, last: int, top: int) -> dict[str, 
     content = []
     for token in choice.tokens[first:last]:
         entry = {"token": token, "logprob": TOKEN_LOGPROB, "bytes": list(token.encode())}
-        content.append({**entry, "top_logprobs": [entry] if top else []})
+        others = [
+            {"token": other, "logprob": TOKEN_LOGPROB - rank, "bytes": list(other.encode())}
+            for rank in range(1, top)
+            for other in [f"{token}{rank}"]
+        ]
+        content.append({**entry, "top_logprobs": [entry, *others] if top else []})
     return {"content": content}
 
 
@@ -148,7 +153,7 @@ def completion_logprobs(choice: Choice, first: int, last: int) -> dict[str, Any]
 
 
 def tool_call(choice: Choice) -> dict[str, Any]:
-    """Return a call of the function that the choice must call, with empty arguments."""
+    """Return a call of the function that the choice must call."""
     return {
         "id": f"chatcmpl-tool-{uuid.uuid4().hex}",
         "type": "function",

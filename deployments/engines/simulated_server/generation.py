@@ -79,7 +79,9 @@ def _choice(
 ) -> Choice:
     limit = room if wish.limit is None else min(wish.limit, room)
     if wish.tool is not None:
-        return Choice(0, ["{}"], "stop", tool=wish.tool, tool_required=wish.tool_required)
+        return Choice(
+            0, [wish.tool_arguments], "stop", tool=wish.tool, tool_required=wish.tool_required
+        )
     if wish.fixed_text is not None:
         tokens = re.findall(r"\s*\S+|\s+$", wish.fixed_text)
         return _cut(tokens[:limit], "stop" if len(tokens) <= limit else "length", wish)

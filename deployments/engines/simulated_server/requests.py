@@ -64,16 +64,22 @@ class StreamOptions(BaseModel):
 
 
 class FunctionName(BaseModel):
-    """The function of a tool or of a tool choice."""
+    """The function of a tool choice."""
 
     name: str
+
+
+class Function(FunctionName):
+    """The function of a tool."""
+
+    parameters: dict[str, Any] | None = None
 
 
 class Tool(BaseModel):
     """A tool of a chat request."""
 
     type: str = "function"
-    function: FunctionName
+    function: Function
 
 
 class NamedToolChoice(BaseModel):
@@ -234,6 +240,8 @@ class Wish:
     """An answer whose text the request determines, such as minimal JSON."""
     tool: str | None = None
     """The function that the answer must call."""
+    tool_arguments: str = "{}"
+    """What it must be called with: the smallest JSON that its parameters allow."""
     tool_required: bool = False
     """Whether the call was demanded as ``required`` rather than by name."""
     stream: bool = False
@@ -259,7 +267,7 @@ def fixed_text(format_: ResponseFormat | None) -> str | None:
         raise RefusedError(400, "Invalid JSON schema.", param="response_format") from None
 
 
-def forced_tool(body: ChatBody) -> tuple[str | None, bool]:
+def forced_tool(body: ChatBody) -> tuple[Function | None, bool]:
     """Return the function that a chat request forces, and whether by ``required``.
 
     Raises:
@@ -271,8 +279,9 @@ def forced_tool(body: ChatBody) -> tuple[str | None, bool]:
     if not body.tools:
         raise RefusedError(400, "When using `tool_choice`, `tools` must be set.", param="tools")
     if isinstance(choice, NamedToolChoice):
-        if choice.function.name not in {tool.function.name for tool in body.tools}:
+        named = [tool.function for tool in body.tools if tool.function.name == choice.function.name]
+        if not named:
             message = "The tool specified in `tool_choice` does not match any of the specified"
             raise RefusedError(400, f"{message} `tools`", param="tool_choice")
-        return choice.function.name, False
-    return body.tools[0].function.name, True
+        return named[0], False
+    return body.tools[0].function, True

@@ -7,11 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import orjson
+
 from app.dialect import Route
 from deployments.engines.simulated_server import OWNER
 from deployments.engines.simulated_server.chunks import DONE, StreamWriter, event
 from deployments.engines.simulated_server.generation import Reply
-from deployments.engines.simulated_server.language import embed
+from deployments.engines.simulated_server.language import embed, minimal_json
 from deployments.engines.simulated_server.requests import (
     COMPLETION_LIMIT,
     ChatBody,
@@ -120,7 +122,10 @@ class Wire(ABC):
         if limit is None:
             limit = body.max_tokens
         wish = self._wish(body, [chat_prompt(body.messages)], limit)
-        wish.tool, wish.tool_required = forced_tool(body)
+        function, wish.tool_required = forced_tool(body)
+        if function is not None:
+            wish.tool = function.name
+            wish.tool_arguments = orjson.dumps(minimal_json(function.parameters)).decode()
         wish.logprobs, wish.top_logprobs = bool(body.logprobs), body.top_logprobs or 0
         return body, wish
 
