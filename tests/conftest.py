@@ -34,3 +34,21 @@ os.environ |= {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
 }
 os.environ.pop("RAY_ADDRESS", None)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--contract-pool",
+        metavar="FILE",
+        help="run the engines' contract over this pool alone; given by scripts/gpu_check",
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """One local Ray cluster with Serve for all tests of a run that need one."""
+    # Imports Ray, which the settings above must precede and most tests do without.
+    from tests.serving import local_serve
+
+    with local_serve() as deployment:
+        yield deployment

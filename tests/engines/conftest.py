@@ -4,19 +4,57 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.serving import local_serve
+from tests.engines.subjects import REAL, SIMULATED, checked_subject
+from tests.serving import ingress_app
 
 LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 
 
+def pytest_generate_tests(metafunc):
+    """Run the tests that take a ``subject`` over all of them."""
+    if "subject" in metafunc.fixturenames:
+        file = metafunc.config.getoption("--contract-pool")
+        subjects = (
+            [pytest.param(checked_subject(Path(file)), id="checked")]
+            if file
+            else [
+                *(
+                    pytest.param(one, id=one.name, marks=pytest.mark.integration)
+                    for one in SIMULATED
+                ),
+                *(pytest.param(one, id=one.name, marks=pytest.mark.engine) for one in REAL),
+            ]
+        )
+        metafunc.parametrize("subject", subjects, scope="module")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Tell scripts/gpu_check's user what held and what did not."""
+    if not config.getoption("--contract-pool"):
+        return
+    outcomes = {
+        "passed": "held",
+        "failed": "DID NOT HOLD",
+        "error": "ERROR",
+        "skipped": "not checked",
+    }
+    terminalreporter.section("contract")
+    for outcome, words in outcomes.items():
+        for report in terminalreporter.stats.get(outcome, []):
+            name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
+            why = report.longrepr[2].replace("Skipped", "") if outcome == "skipped" else ""
+            terminalreporter.line(f"{words:13} {name.replace('[checked]', '')}{why}")
+    counts = (f"{len(terminalreporter.stats.get(o, []))} {words}" for o, words in outcomes.items())
+    terminalreporter.line(", ".join(counts))
+
+
 @pytest.fixture(scope="session")
-def local():
+def local(cluster):
     """configs/local.yaml as it is, and its chat model once more without native priority."""
-    with local_serve() as deployment:
-        apps = yaml.safe_load(LOCAL.read_text())["applications"]
-        deployment.deploy(*apps, _first_come_first_served(apps))
-        deployment.wait_ready("smollm2", "all-minilm-l6-v2", "smollm2-fcfs", timeout_s=420)
-        yield deployment
+    apps = yaml.safe_load(LOCAL.read_text())["applications"]
+    cluster.deploy(*apps, _first_come_first_served(apps))
+    cluster.wait_ready("smollm2", "all-minilm-l6-v2", "smollm2-fcfs", timeout_s=420)
+    return cluster
 
 
 def _first_come_first_served(apps):
@@ -25,3 +63,22 @@ def _first_come_first_served(apps):
     chat["args"] |= {"id": "smollm2-fcfs", "aliases": []}
     chat["args"]["pools"][0]["engine_args"]["scheduling_policy"] = "fcfs"
     return chat
+
+
+@pytest.fixture(scope="module")
+def simulations(cluster):
+    """Every simulated subject, each a model of its own."""
+    cluster.deploy(ingress_app(), *(subject.app() for subject in SIMULATED))
+    cluster.wait_ready(*(subject.model for subject in SIMULATED))
+    yield cluster
+    for subject in SIMULATED:
+        cluster.remove(subject.model)
+
+
+@pytest.fixture(scope="session")
+def checked(cluster, request):
+    """The one pool that scripts/gpu_check is about."""
+    subject = checked_subject(Path(request.config.getoption("--contract-pool")))
+    cluster.deploy(ingress_app(), subject.app())
+    cluster.wait_ready(subject.model, timeout_s=1800)
+    return cluster

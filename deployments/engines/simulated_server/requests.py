@@ -101,6 +101,8 @@ class GenerationBody(_Body):
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     max_tokens: int | None = None
     stop: str | list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False

@@ -1,0 +1,174 @@
+"""Whom the contract suite is run over: what each engine can do, and how to look into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+STAND_INS = Path(__file__).parents[1] / "stand_ins"
+
+
+class Can(StrEnum):
+    """What not every subject can do, or lets a test see."""
+
+    EMBED = "make embeddings"
+    RESPOND = "answer /v1/responses"
+    CALL_TOOLS = "call the function that a request demands"
+    FOLLOW_SCHEMAS = "answer in the JSON that a schema demands"
+    REFUSE_LONG_ANSWERS = "refuse a max_tokens beyond its context instead of cutting it"
+    NAME_LIMITS = "name max_tokens where it refuses its value"
+    COUNT = "tell how many requests are running"
+    TELL = "tell what it was sent, and fail on demand"
+    PRIORITIZE = "serve priority natively"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is the same for all subjects on one engine."""
+
+    shown: str
+    """The engine's name in ``x-engine``."""
+    can: frozenset[Can]
+    running: Callable[[httpx.Client], float] | None = None
+    """Ask the engine itself how many requests it is running."""
+    abort_s: float = 3.0
+    """How soon after its client has gone a request must be gone too: less than it would take to
+    end by itself, and more than the second or so between two looks of the engine."""
+
+
+def _metric(name: str) -> Callable[[httpx.Client], float]:
+    pattern = re.compile(rf"^{name}\{{.*\}} (\S+)", re.MULTILINE)
+    return lambda engine: sum(map(float, pattern.findall(engine.get("/metrics").text)))
+
+
+def _simulated(engine: httpx.Client) -> float:
+    return engine.get("/simulate").json()["running"]
+
+
+# Whether it makes embeddings is the model's matter.
+_REAL = frozenset(Can) - {Can.TELL, Can.EMBED}
+_SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED}
+
+ENGINES: Mapping[str, Engine] = {
+    "vllm": Engine("vllm", _REAL, _metric("vllm:num_requests_running")),
+    # SGLang goes here, with its adapter: its name in x-engine, what it can do, where it counts, and
+    # 6 seconds to abort in, for it looks every 2 to 4.
+    # Its count of running requests has no route of its own: /metrics is emptied by reading.
+    "tensorrt_llm": Engine(
+        "tensorrt-llm", _REAL - {Can.COUNT, Can.REFUSE_LONG_ANSWERS, Can.NAME_LIMITS}
+    ),
+    "simulated": Engine("simulated-vllm", _SIMULATED | {Can.REFUSE_LONG_ANSWERS}, _simulated),
+    "simulated-sglang": Engine("simulated-sglang", _SIMULATED, _simulated),
+    "simulated-tensorrt-llm": Engine(
+        "simulated-tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS}, _simulated
+    ),
+    "stand-in": Engine("tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS}, _simulated),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on one engine, behind Frontline.
+
+    ``fixture`` gives the deployment that serves it. ``pool`` is the pool to deploy for it; none
+    where the fixture deploys it anyway.
+    """
+
+    name: str
+    engine: Engine
+    fixture: str
+    model: str
+    embedding_model: str | None = None
+    pool: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=lambda: {"num_cpus": 0.1})
+
+    @property
+    def can(self) -> frozenset[Can]:
+        return self.engine.can | ({Can.EMBED} if self.embedding_model else set())
+
+    def app(self) -> dict[str, Any]:
+        """The model's application in a Serve config file."""
+        return {
+            "name": self.model,
+            "route_prefix": None,
+            "import_path": "deployments.model:build",
+            "args": {
+                "id": f"contract/{self.model}",
+                "aliases": [self.model],
+                "pools": [dict(self.pool)],
+            },
+            "deployments": [
+                {
+                    "name": "Model",
+                    "user_config": {
+                        "rate_card": {"input": 1, "cached_input": 0.5, "output": 2},
+                    },
+                },
+                {
+                    "name": self.pool["name"],
+                    "num_replicas": 1,
+                    "ray_actor_options": dict(self.resources),
+                },
+            ],
+        }
+
+
+# Slow enough that a long answer can be caught in the act, fast enough for everything else.
+_SIMULATION = {"tokens_per_second": 250, "default_completion_tokens": 8, "embedding_dimensions": 16}
+_POOL = {"name": "pool", "model": "simulated", "slots": 4, "stop_grace_s": 1}
+
+
+def _simulation(name: str, engine: str, **engine_args: Any) -> Subject:
+    pool = {**_POOL, "engine": "simulated", "engine_args": {**_SIMULATION, **engine_args}}
+    return Subject(name, ENGINES[engine], "simulations", name, name, pool)
+
+
+def _stand_in() -> Subject:
+    path = os.pathsep.join([str(STAND_INS), str(STAND_INS.parents[1])])
+    environment = {"PYTHONPATH": path, "STAND_IN_SETTINGS": json.dumps(_SIMULATION)}
+    pool = {
+        **_POOL,
+        "engine": "tensorrt_llm",
+        "engine_args": {"max_seq_len": 4096},
+        "environment": environment,
+        "python": sys.executable,
+    }
+    name = "tensorrt-llm-stand-in"
+    return Subject(name, ENGINES["stand-in"], "simulations", name, name, pool)
+
+
+SIMULATED = (
+    _simulation("simulated-vllm", "simulated"),
+    _simulation("simulated-sglang", "simulated-sglang", dialect="sglang"),
+    _simulation("simulated-tensorrt-llm", "simulated-tensorrt-llm", dialect="tensorrt_llm"),
+    _stand_in(),
+)
+"""They run wherever the integration tests do."""
+
+
+def checked_subject(file: Path) -> Subject:
+    """The subject of scripts/gpu_check, which wrote its pool into ``file``."""
+    given = json.loads(file.read_text())
+    pool, gpus = given["pool"], given["gpus"]
+    dialect = pool["engine_args"].get("dialect", "vllm") if pool["engine"] == "simulated" else ""
+    name = f"simulated-{dialect}".replace("_", "-") if dialect else pool["engine"]
+    engine = ENGINES["simulated" if name == "simulated-vllm" else name]
+    resources = {"num_gpus": gpus} if gpus else {"num_cpus": 0.1}
+    makes_embeddings = "checked" if pool["engine_args"].get("embedding_dimensions") else None
+    return Subject("checked", engine, "checked", "checked", makes_embeddings, pool, resources)
+
+
+REAL = (
+    Subject("vllm", ENGINES["vllm"], "local", "smollm2", "all-minilm-l6-v2"),
+    # Real SGLang on the CPU goes here, once configs/ has a model on it.
+)
+"""They need the engines' environments and the models (``scripts/setup``)."""
