@@ -1,0 +1,57 @@
+"""scripts/gpu_check says plainly and early what is missing; the rest is the contract suite."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+CHECK = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
+
+
+def check(*arguments, path="/nonexistent"):
+    ended = subprocess.run(
+        [sys.executable, CHECK, *arguments],
+        env={**os.environ, "PATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.fixture
+def one_gpu(tmp_path):
+    """A folder with an nvidia-smi that lists one GPU."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "GPU 0: NVIDIA H100 (UUID: GPU-0)"\n')
+    tool.chmod(0o755)
+    return tmp_path
+
+
+def test_without_a_gpu_it_ends_at_once():
+    status, words = check("vllm", "--model", "m")
+    assert status == 2
+    assert words == "gpu_check: 1 GPU(s) wanted, 0 found on this machine; --cpu runs without\n"
+
+
+def test_with_fewer_gpus_than_wanted_it_ends_at_once(one_gpu):
+    status, words = check("vllm", "--model", "m", "--gpus", "2", path=one_gpu)
+    assert status == 2 and "2 GPU(s) wanted, 1 found" in words
+
+
+def test_an_engine_that_is_not_installed_is_named(one_gpu):
+    status, words = check("tensorrt_llm", "--model", "m", path=one_gpu)
+    assert status == 2 and "tensorrt_llm is not installed for" in words
+    status, words = check("vllm", "--model", "m", "--cpu", "--python", "/nowhere/python")
+    assert status == 2 and "/nowhere/python cannot be run" in words
+
+
+def test_a_bad_engine_argument_is_named():
+    status, words = check("simulated", "--model", "m", "--cpu", "--engine-arg", "pace=1")
+    assert status == 2 and "engine_args.pace" in words
+    status, words = check("simulated", "--model", "m", "--cpu", "--engine-arg", "pace")
+    assert status == 1 and "expected K=V, got 'pace'" in words
