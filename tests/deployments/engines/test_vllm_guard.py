@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -8,14 +8,13 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-FILE = Path(__file__).parents[3] / "deployments/engines/inside/frontline_vllm_guard.py"
+INSIDE = Path(__file__).parents[3] / "deployments/engines/inside"
 
 
 @pytest.fixture
 def guard(monkeypatch):
-    spec = importlib.util.spec_from_file_location("guard_under_test", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(INSIDE))
+    module = importlib.import_module("frontline_vllm_guard")
     monkeypatch.setenv("FRONTLINE_ENGINE_KEY", "secret")
     vllm = ModuleType("vllm")
     vllm.__version__ = "9.9"
