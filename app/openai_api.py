@@ -261,6 +261,7 @@ class ChunkStamper:
         self._wants_usage = inbound.wants_usage
         self._wants_continuous_usage = inbound.wants_continuous_usage
         self._decision = decision
+        self._id: str | None = None
         self._held: dict[str, Any] | None = None
         self._last_usage: dict[str, Any] | None = None
 
@@ -303,6 +304,10 @@ class ChunkStamper:
 
     def _stamped(self, chunk: dict[str, Any], usage: dict[str, Any]) -> bytes:
         chunk |= usage
+        # SGLang gives every choice an id of its own; in OpenAI's API a stream has one.
+        self._id = self._id or chunk.get("id")
+        if self._id is not None:
+            chunk["id"] = self._id
         stamp(chunk, self._decision)
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 

@@ -221,6 +221,14 @@ def test_who_asked_for_usage_gets_it_with_its_cost_on_the_last_chunk():
     assert got[3]["usage"]["estimated_cost"] > 0
 
 
+def test_a_stream_has_one_id_whatever_the_engine_gives_each_choice():
+    def of(name, index):
+        return Event(json.dumps({**json.loads(chunk("a", index=index).data), "id": name}).encode())
+
+    _, got = played([of("x", 0), of("y", 1), of("x", 0), DONE], inbound(stream=True))
+    assert [c["id"] for c in got[:-1]] == ["x", "x", "x"]
+
+
 def test_who_asked_for_continuous_usage_gets_it_on_every_chunk():
     options = {"include_usage": True, "continuous_usage_stats": True}
     _, got = played(STREAM, inbound(stream=True, stream_options=options))
