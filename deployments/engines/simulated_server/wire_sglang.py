@@ -27,6 +27,8 @@ from deployments.engines.simulated_server.requests import (
 )
 from deployments.engines.simulated_server.wire import Headers, Wire, base_card, prometheus
 
+# FastAPI adds the place in the source that refused, and SGLang passes it on.
+_PLACE = 'File "/opt/sglang/srt/entrypoints/http_server.py", line 1870, in openai_v1'
 _PRIORITY = TypeAdapter[int | None](int | None)
 
 
@@ -72,7 +74,7 @@ class SglangWire(Wire):
                 400,
                 f"The input ({prompt_tokens} tokens) is longer than the model's context length "
                 f"({context} tokens).",
-                "BadRequest",
+                "BadRequestError",
             )
         if limit is not None and limit + prompt_tokens > context:
             raise RefusedError(
@@ -82,11 +84,14 @@ class SglangWire(Wire):
                 f"{prompt_tokens} tokens from the input messages and {limit} tokens for the "
                 "completion. Please reduce the number of tokens in the input messages or the "
                 "completion to fit within the limit.",
-                "BadRequest",
+                "BadRequestError",
             )
 
     def invalid(self, error: InvalidBodyError, route: Route) -> dict[str, Any]:
-        message = str([dict(found) for found in error.problems])
+        found = [dict(problem) for problem in error.problems]
+        counted = f"{len(found)} validation error{'s' if len(found) > 1 else ''}:"
+        listed = "".join(f"\n  {problem}" for problem in found)
+        message = f"{counted}{listed}\n\n  {_PLACE}\n    POST {route.path} {found}"
         return self.refused(RefusedError(400, message, HTTPStatus.BAD_REQUEST.phrase), route)
 
     def refused(self, error: RefusedError, route: Route | None) -> dict[str, Any]:
@@ -131,6 +136,8 @@ class SglangWire(Wire):
         return self._answer(reply, "text_completion", choices)
 
     def _answer(self, reply: Reply, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        length = len(reply.choices[0].tokens)
+        weights = {"version": "default", "start": 0, "end": length}
         return {
             "id": reply.id,
             "object": kind,
@@ -138,7 +145,7 @@ class SglangWire(Wire):
             "model": reply.model,
             "choices": choices,
             "usage": self.reply_usage(reply),
-            "metadata": {"weight_version": "default"},
+            "metadata": {"weight_version": "default", "weight_versions": [weights]},
         }
 
     def _chat_choice(self, choice: Choice, reply: Reply) -> dict[str, Any]:
@@ -215,10 +222,11 @@ class _SglangWriter(ChunkWriter):
     def usage(self, prompt: int, completion: int, total: int) -> dict[str, Any]:
         return self.wire.usage(prompt, completion, total, self.reply.cached_tokens)
 
-    def head(self) -> dict[str, Any]:
-        """Return the fields that a chunk begins with."""
+    def head(self, choice: Choice | None = None) -> dict[str, Any]:
+        """Return the fields that a chunk begins with. Each choice has an id of its own."""
         reply = self.reply
-        head = {"id": reply.id, "object": self.kind, "created": reply.created}
+        id_ = f"{reply.id[:-1]}{choice.index}" if choice and choice.index else reply.id
+        head = {"id": id_, "object": self.kind, "created": reply.created}
         return {**head, "model": reply.model}
 
     def closing(self) -> bytes:
@@ -247,7 +255,7 @@ class _ChatWriter(_SglangWriter):
     def _bare(self, choice: Choice, delta: object, reason: str | None = None) -> bytes:
         part = self._part(choice, delta, None, reason)
         part["matched_stop"] = choice.stop if reason else None
-        return event({**self.head(), "choices": [part]})
+        return event({**self.head(choice), "choices": [part]})
 
     def _part(
         self, choice: Choice, delta: object, logprobs: object, reason: str | None
@@ -268,7 +276,7 @@ class _ChatWriter(_SglangWriter):
             delta["tool_calls"] = [sglang_tool_call(choice, text)]
         else:
             delta["content"] = text
-        chunk = {**self.head(), "choices": [self._part(choice, delta, logprobs, None)]}
+        chunk = {**self.head(choice), "choices": [self._part(choice, delta, logprobs, None)]}
         return chunk if usage is None else {**chunk, "usage": usage}
 
     def logprobs(self, choice: Choice, token: int) -> object:
@@ -291,7 +299,7 @@ class _CompletionWriter(_SglangWriter):
             "finish_reason": choice.finish_reason if final else None,
             "matched_stop": choice.stop if final else None,
         }
-        return {**self.head(), "choices": [part], "usage": usage}
+        return {**self.head(choice), "choices": [part], "usage": usage}
 
     def logprobs(self, choice: Choice, token: int) -> object:
         return completion_logprobs(choice, token, token + 1)

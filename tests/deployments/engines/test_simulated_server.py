@@ -390,6 +390,19 @@ def test_only_vllm_echoes_the_tier_of_a_response(engine: Engine) -> None:
         assert engine.post(Route.RESPONSES, {"service_tier": "fast"}).status_code == 400
 
 
+def test_sglang_gives_each_choice_of_a_stream_an_id_of_its_own(sglang: Engine) -> None:
+    *chunks, _ = events(sglang.post(Route.CHAT, {"n": 2, "max_tokens": 2, "stream": True}).text)
+    ids = {(chunk["choices"][0]["index"], chunk["id"]) for chunk in chunks}
+    assert sorted(index for index, _ in ids) == [0, 1]
+    assert len({id_ for _, id_ in ids}) == 2
+
+
+def test_sglang_quotes_what_was_wrong_and_where_in_its_source(sglang: Engine) -> None:
+    message = sglang.post(Route.CHAT, {"max_tokens": "many"}).json()["message"]
+    assert message.startswith("1 validation error:\n  {'type': 'int_parsing', 'loc': ('body', ")
+    assert "http_server.py" in message
+
+
 def test_sglang_ends_a_choice_in_a_chunk_of_its_own(sglang: Engine) -> None:
     chunks = events(sglang.post(Route.CHAT, {"max_tokens": 2, "stream": True}).text)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
