@@ -63,7 +63,9 @@ class PoolSettings(Settings):
     """One pool of a model: the replicas of one engine deployment."""
 
     name: PoolName = Field(description="Name of the pool and of its Serve deployment.")
-    engine: str = Field(description="The engine adapter: `vllm`, `tensorrt_llm` or `simulated`.")
+    engine: str = Field(
+        description="The engine adapter: `vllm`, `sglang`, `tensorrt_llm` or `simulated`."
+    )
     model: str = Field(
         description="Folder or name of the model that the engine loads. `~`, `${FRONTLINE_HOME}` "
         "and other environment variables are expanded on the replica's node."

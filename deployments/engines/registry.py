@@ -9,6 +9,7 @@ from deployments.engines.base import EngineAdapter
 
 ADAPTERS = {
     "vllm": "deployments.engines.vllm:Vllm",
+    "sglang": "deployments.engines.sglang:Sglang",
     "tensorrt_llm": "deployments.engines.tensorrt_llm:TensorrtLlm",
     "simulated": "deployments.engines.simulated:Simulated",
 }

@@ -33,7 +33,7 @@ def findings(old, new):
             "engine: vllm",
             "engine: vlm",
             "engine: vlm",
-            "expected one of vllm, tensorrt_llm, simulated",
+            "expected one of vllm, sglang, tensorrt_llm, simulated",
         ),
         ("max_model_len", "port", "port: 4096", "Frontline sets this itself"),
         ("{auth: open}", "{auth: keys}", "user_config: {auth: keys}", "got 'keys'"),

@@ -1,0 +1,164 @@
+"""SGLang: flags, sign of priority and facts of its OpenAI server (read in SGLang 0.5.23)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from app.dialect import Dialect, Route
+from app.settings import Problem, SettingsError
+from app.tiers import Tier
+from deployments.engines.base import (
+    EngineAdapter,
+    EngineContractError,
+    EngineFacts,
+    EngineHttp,
+    Launch,
+    render_flags,
+)
+
+# SGLang serves higher numbers first unless told otherwise, as it is here, and preempts a running
+# request for one that is better by more than 10: gaps of 100 leave one scale for it and vLLM.
+LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
+
+PRIORITY_ROUTES: Final = frozenset(Route) - {Route.RESPONSES}
+"""Its Responses route accepts a priority and drops it."""
+
+_PRIORITY_FLAGS: Final = {
+    "enable_priority_scheduling": True,
+    "schedule_low_priority_values_first": True,
+    # Otherwise a request without priority, as from its Responses route, comes last.
+    "default_priority_value": 0,
+    # Otherwise whoever has generated least makes room when the KV cache is full.
+    "retraction_policy": "priority",
+}
+
+_INSIDE: Final = Path(__file__).parent / "inside"
+_LAUNCHER: Final = "frontline_sglang"
+# Each of them would open a way around the ingress, or break what the ingress relies on.
+_RESERVED: Final = frozenset(
+    {
+        "admin_api_key",
+        "api_key",
+        "config",
+        "fastapi_root_path",
+        "grpc_mode",
+        "grpc_port",
+        "host",
+        "model",
+        "model_path",
+        "port",
+        "served_model_name",
+        "smg_grpc_mode",
+        "ssl_certfile",
+        "ssl_keyfile",
+    }
+)
+
+
+class Sglang(EngineAdapter):
+    """SGLang's ``sglang.launch_server``."""
+
+    name = "sglang"
+    ready_path = "/ready"
+    # Its own /health takes a second, and has a token generated. This one asks the scheduler.
+    health_path = "/server_info"
+
+    def command(self, launch: Launch) -> list[str]:
+        if taken := _RESERVED & launch.engine_args.keys():
+            raise SettingsError(
+                *(Problem(("engine_args", key), "Frontline sets this itself") for key in taken)
+            )
+        prioritized = launch.engine_args.get("enable_priority_scheduling", True)
+        args: dict[str, Any] = {
+            "max_running_requests": launch.slots,
+            # Without priority scheduling SGLang refuses the other flags.
+            **(_PRIORITY_FLAGS if prioritized else {}),
+            "enable_metrics": True,
+            "enable_cache_report": True,
+            # Otherwise every request, our own to its health route included, is a line in its log.
+            "log_level_http": "warning",
+            **launch.engine_args,
+            "model_path": launch.model,
+            "host": launch.host,
+            "port": launch.port,
+            "served_model_name": launch.served_name,
+            # It comes over HTTP without a key; `inspect` does it with the key.
+            "skip_server_warmup": True,
+        }
+        return [launch.python, "-m", _LAUNCHER, *render_flags(args)]
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        return {
+            "PYTHONPATH": str(_INSIDE),
+            # By environment and not by --api-key: other users can read a command line, and SGLang
+            # writes its arguments to its log.
+            "FRONTLINE_ENGINE_KEY": launch.key,
+            "SGLANG_HTTP_SERVER_APP_PATH": f"{_LAUNCHER}:app",
+        }
+
+    async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
+        await _prove_guarded(http)
+        status, info = await http.get_json("/server_info")
+        if status != 200 or not isinstance(info, dict):
+            raise EngineContractError(f"SGLang did not tell its facts (status {status})")
+        low_first = _low_goes_first(info.get("internal_states"))
+        sign = 1 if low_first else -1
+        dialect = Dialect(
+            engine=self.name,
+            priority_values={tier: sign * value for tier, value in LOW_FIRST.items()},
+            priority_routes=frozenset() if low_first is None else PRIORITY_ROUTES,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
+        )
+        await _warm_up(launch, http)
+        return EngineFacts(str(info.get("version")), await _context_length(http), dialect)
+
+
+async def _prove_guarded(http: EngineHttp) -> None:
+    """Check that nothing but the key opens the engine.
+
+    SGLang's own ``--api-key`` leaves health, readiness, metrics and its websocket route open.
+    """
+    for path in ("/v1/models", "/health_generate", "/metrics"):
+        status, _ = await http.get_json(path, authorized=False)
+        if status != 401:
+            raise EngineContractError(f"SGLang answers {path} without the key (status {status})")
+
+
+def _low_goes_first(schedulers: object) -> bool | None:
+    """Whether low numbers go first; ``None`` where not every scheduler has priority in force.
+
+    ``schedulers`` is what the running schedulers told of their configuration.
+    """
+    told = [_order(state) for state in schedulers] if isinstance(schedulers, list) else []
+    return told[0] if told and all(order is told[0] for order in told) else None
+
+
+def _order(scheduler: object) -> bool | None:
+    match scheduler:
+        case {
+            "enable_priority_scheduling": True,
+            "schedule_low_priority_values_first": bool(low_first),
+        }:
+            return low_first
+    return None
+
+
+async def _warm_up(launch: Launch, http: EngineHttp) -> None:
+    """Do with the key what SGLang does without it: one token, then leave the heap as it is now."""
+    _, model = await http.get_json("/model_info")
+    route, request = Route.COMPLETIONS, dict[str, Any](prompt="Hello", max_tokens=1)
+    if isinstance(model, dict) and model.get("is_generation") is False:
+        route, request = Route.EMBEDDINGS, {"input": "Hello"}
+    status, _ = await http.post_json(route.path, {"model": launch.served_name, **request})
+    if status != 200:
+        raise EngineContractError(f"SGLang does not answer on {route.path} (status {status})")
+    await http.post_json("/freeze_gc", {})
+
+
+async def _context_length(http: EngineHttp) -> int | None:
+    _, models = await http.get_json("/v1/models")
+    match models:
+        case {"data": [{"max_model_len": int(length)}, *_]}:
+            return length
+    return None

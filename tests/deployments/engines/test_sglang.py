@@ -1,0 +1,155 @@
+import pytest
+
+from app.dialect import Route
+from app.settings import SettingsError
+from app.tiers import Tier
+from deployments.engines.base import EngineContractError, Launch
+from deployments.engines.sglang import Sglang
+
+pytestmark = pytest.mark.unit
+
+
+def launch(**engine_args):
+    return Launch(
+        model="/models/m",
+        served_name="org/m",
+        host="127.0.0.1",
+        port=1234,
+        slots=16,
+        key="secret",
+        python="/env/bin/python",
+        engine_args=engine_args,
+    )
+
+
+def flag(command, name):
+    return command[command.index(name) + 1]
+
+
+def test_the_command_line():
+    command = Sglang().command(launch(context_length=4096, device="cpu"))
+    assert command[:3] == ["/env/bin/python", "-m", "frontline_sglang"]
+    assert flag(command, "--host") == "127.0.0.1"
+    assert flag(command, "--port") == "1234"
+    assert flag(command, "--model-path") == "/models/m"
+    assert flag(command, "--served-model-name") == "org/m"
+    assert flag(command, "--max-running-requests") == "16"
+    assert flag(command, "--context-length") == "4096"
+    assert flag(command, "--default-priority-value") == "0"
+    assert flag(command, "--retraction-policy") == "priority"
+    bare = {"--enable-priority-scheduling", "--schedule-low-priority-values-first"}
+    assert {*bare, "--enable-metrics", "--enable-cache-report"} <= set(command)
+    assert "--max-queued-requests" not in command, "the ingress sheds, not the engine"
+
+
+def test_an_operators_arguments_win_over_defaults():
+    command = Sglang().command(launch(max_running_requests=3, retraction_policy="length"))
+    assert flag(command, "--max-running-requests") == "3"
+    assert flag(command, "--retraction-policy") == "length"
+
+
+def test_without_priority_scheduling_nothing_is_asked_that_needs_it():
+    command = Sglang().command(launch(enable_priority_scheduling=False))
+    assert not [word for word in command if "priority" in word]
+
+
+@pytest.mark.parametrize(
+    "name", ["host", "port", "api_key", "served_model_name", "model", "model_path", "grpc_port"]
+)
+def test_what_would_open_the_engine_is_refused(name):
+    with pytest.raises(SettingsError, match=f"engine_args.{name}"):
+        Sglang().command(launch(**{name: "x"}))
+
+
+def test_the_key_is_not_on_the_command_line():
+    assert not any("secret" in word for word in Sglang().command(launch()))
+    assert Sglang().environment(launch())["FRONTLINE_ENGINE_KEY"] == "secret"
+
+
+class Engine:
+    """Answers as a running SGLang does."""
+
+    def __init__(self, *schedulers, guarded=True, generates=True, embeds=False):
+        self._info = {
+            # What it was asked to be proves nothing: only what its schedulers say.
+            "enable_priority_scheduling": True,
+            "schedule_low_priority_values_first": True,
+            "internal_states": list(schedulers),
+            "version": "9",
+        }
+        self._guarded = guarded
+        self._generates = generates
+        self._embeds = embeds
+        self.posted = []
+
+    async def get_json(self, path, *, authorized=True):
+        if not authorized and self._guarded:
+            return 401, {}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "org/m", "max_model_len": 77}]}
+        if path == "/model_info":
+            return 200, {"is_generation": not self._embeds}
+        return 200, self._info if path == "/server_info" else {}
+
+    async def post_json(self, path, body, *, authorized=True):
+        self.posted.append(path)
+        return (200 if self._generates else 500), {}
+
+
+def scheduler(enabled=True, low_first=True):
+    return {
+        "enable_priority_scheduling": enabled,
+        "schedule_low_priority_values_first": low_first,
+    }
+
+
+async def inspect(*schedulers, **options):
+    return await Sglang().inspect(launch(), Engine(*schedulers, **options))
+
+
+async def test_priority_is_offered_when_the_scheduler_says_that_it_is_in_force():
+    facts = await inspect(scheduler())
+    assert (facts.version, facts.context_length) == ("9", 77)
+    assert facts.dialect.priority_routes == {Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS}
+    assert facts.dialect.priority_values == {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
+
+
+async def test_the_sign_is_the_running_engines():
+    facts = await inspect(scheduler(low_first=False))
+    assert facts.dialect.priority_values[Tier.PRIORITY] == 100
+
+
+@pytest.mark.parametrize(
+    "schedulers",
+    [
+        [],
+        [{}],
+        ["priority"],
+        [scheduler(enabled=False)],
+        [scheduler(enabled=None)],
+        [scheduler(enabled="true")],
+        [scheduler(low_first=None)],
+        [scheduler(), scheduler(enabled=False)],
+        [scheduler(), scheduler(low_first=False)],
+    ],
+)
+async def test_anything_else_is_never_taken_for_priority(schedulers):
+    facts = await inspect(*schedulers)
+    assert not facts.dialect.native_priority
+
+
+async def test_an_engine_that_is_not_guarded_does_not_come_up():
+    with pytest.raises(EngineContractError, match="without the key"):
+        await inspect(scheduler(), guarded=False)
+
+
+@pytest.mark.parametrize(("embeds", "path"), [(False, "/v1/completions"), (True, "/v1/embeddings")])
+async def test_it_is_warmed_up_before_it_serves(embeds, path):
+    engine = Engine(scheduler(), embeds=embeds)
+    await Sglang().inspect(launch(), engine)
+    assert engine.posted == [path, "/freeze_gc"]
+
+
+async def test_an_engine_that_does_not_generate_does_not_come_up():
+    with pytest.raises(EngineContractError, match="does not answer"):
+        await inspect(scheduler(), generates=False)
