@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.engines.pools import SGLANG
 from tests.engines.subjects import REAL, SIMULATED, checked_subject
 from tests.serving import ingress_app
 
@@ -63,6 +64,29 @@ def _first_come_first_served(apps):
     chat["args"] |= {"id": "smollm2-fcfs", "aliases": []}
     chat["args"]["pools"][0]["engine_args"]["scheduling_policy"] = "fcfs"
     return chat
+
+
+@pytest.fixture
+def sglang(_sglang):
+    """The small chat model on SGLang, ready even if the test before has killed its engine."""
+    _sglang.wait_ready("sglang", timeout_s=300)
+    return _sglang
+
+
+@pytest.fixture(scope="session")
+def _sglang(cluster):
+    app = {
+        "name": "sglang",
+        "route_prefix": None,
+        "import_path": "deployments.model:build",
+        "args": {"id": "test/sglang", "aliases": ["sglang"], "pools": [SGLANG]},
+        "deployments": [
+            {"name": "Model", "user_config": {"rate_card": {"input": 1, "output": 2}}},
+            {"name": "sglang", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}},
+        ],
+    }
+    cluster.deploy(ingress_app(), app)
+    return cluster
 
 
 @pytest.fixture(scope="module")
