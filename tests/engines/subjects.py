@@ -25,6 +25,8 @@ class Can(StrEnum):
     CALL_TOOLS = "call the function that a request demands"
     FOLLOW_SCHEMAS = "answer in the JSON that a schema demands"
     REFUSE_LONG_ANSWERS = "refuse a max_tokens beyond its context instead of cutting it"
+    REFUSE_EMPTY_ANSWERS = "refuse a max_tokens of 0"
+    REPRODUCE = "give the same sampled answer again for the same seed"
     NAME_LIMITS = "name max_tokens where it refuses its value"
     COUNT = "tell how many requests are running"
     TELL = "tell what it was sent, and fail on demand"
@@ -54,14 +56,23 @@ def _simulated(engine: httpx.Client) -> float:
     return engine.get("/simulate").json()["running"]
 
 
+def _loads(engine: httpx.Client) -> float:
+    return sum(load["num_running_reqs"] for load in engine.get("/v1/loads").json()["loads"])
+
+
 # Whether it makes embeddings is the model's matter.
 _REAL = frozenset(Can) - {Can.TELL, Can.EMBED}
 _SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED}
 
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine("vllm", _REAL, _metric("vllm:num_requests_running")),
-    # SGLang goes here, with its adapter: its name in x-engine, what it can do, where it counts, and
-    # 6 seconds to abort in, for it looks every 2 to 4.
+    # It looks for clients that have gone every 2 to 4 seconds.
+    "sglang": Engine(
+        "sglang",
+        _REAL - {Can.NAME_LIMITS, Can.REFUSE_EMPTY_ANSWERS, Can.REPRODUCE},
+        _loads,
+        abort_s=6.0,
+    ),
     # Its count of running requests has no route of its own: /metrics is emptied by reading.
     "tensorrt_llm": Engine(
         "tensorrt-llm", _REAL - {Can.COUNT, Can.REFUSE_LONG_ANSWERS, Can.NAME_LIMITS}
@@ -169,6 +180,6 @@ def checked_subject(file: Path) -> Subject:
 
 REAL = (
     Subject("vllm", ENGINES["vllm"], "local", "smollm2", "all-minilm-l6-v2"),
-    # Real SGLang on the CPU goes here, once configs/ has a model on it.
+    Subject("sglang", ENGINES["sglang"], "sglang", "sglang"),
 )
 """They need the engines' environments and the models (``scripts/setup``)."""

@@ -16,7 +16,7 @@ POOLS = {
     "first": {"dialect": "vllm", "tokens_per_second": 100},
     "second": {"dialect": "tensorrt_llm", "policy": "fcfs", "tokens_per_second": 100},
 }
-NAMES = {"first": "simulated-vllm", "second": "simulated-tensorrt_llm"}
+NAMES = {"first": "simulated-vllm", "second": "simulated-tensorrt-llm"}
 
 
 @pytest.fixture(scope="module")
