@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
 from functools import cached_property
 from types import MappingProxyType
 from typing import Annotated, Any, Final
@@ -15,8 +15,15 @@ from pydantic import AfterValidator, Field, model_validator
 from app.settings import Settings
 from app.tiers import Tier
 
-TOKENS_PER_UNIT: Final = Decimal(1_000_000)
-"""Prices are for this many tokens."""
+# Prices are for 10^6 tokens.
+_TOKENS_EXPONENT: Final = Decimal(-6)
+
+EXACT: Final = Context(prec=100, traps=[Inexact, InvalidOperation, Overflow])
+"""Arithmetic on money: raises ``decimal.Inexact`` rather than round.
+
+A product of a count of tokens, a price and a multiplier has at most 60 digits; the rest is room
+for sums. Python's default of 28 digits would silently round the costs of long prices.
+"""
 
 _MAX_PRICE: Final = 1_000_000
 _MAX_DECIMALS: Final = 12
@@ -43,6 +50,30 @@ class TokenUsage:
     def __post_init__(self) -> None:
         if not 0 <= self.cached_tokens <= self.prompt_tokens or self.completion_tokens < 0:
             raise ValueError(f"impossible token counts: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What one request pays: a rate card's prices, in USD for a million tokens, and the factor of
+    the tier at which it is served on all of them.
+    """
+
+    input: Decimal
+    cached_input: Decimal
+    output: Decimal
+    multiplier: Decimal
+
+    def cost(self, usage: TokenUsage) -> Decimal:
+        """Return what ``usage`` costs, in USD, exactly."""
+        times, fresh = EXACT.multiply, usage.prompt_tokens - usage.cached_tokens
+        at_default = EXACT.add(
+            EXACT.add(
+                times(Decimal(fresh), self.input),
+                times(Decimal(usage.cached_tokens), self.cached_input),
+            ),
+            times(Decimal(usage.completion_tokens), self.output),
+        )
+        return EXACT.scaleb(times(at_default, self.multiplier), _TOKENS_EXPONENT)
 
 
 class Multipliers(Settings):
@@ -89,26 +120,31 @@ class RateCard(Settings):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
+    def _prices(self) -> Mapping[Tier, Prices]:
+        return {
+            tier: Prices(self.input, self.cached_input, self.output, self.multipliers.of(tier))
+            for tier in Tier
+        }
+
+    def at(self, tier: Tier) -> Prices:
+        """Return what a request pays that is served at ``tier``."""
+        return self._prices[tier]
+
+    @cached_property
     def by_tier(self) -> Mapping[Tier, Mapping[str, Decimal]]:
         """The price of each kind of token at each tier."""
         return MappingProxyType(
             {
                 tier: {
-                    "input": self.input * self.multipliers.of(tier),
-                    "cached_input": self.cached_input * self.multipliers.of(tier),
-                    "output": self.output * self.multipliers.of(tier),
+                    "input": EXACT.multiply(prices.input, prices.multiplier),
+                    "cached_input": EXACT.multiply(prices.cached_input, prices.multiplier),
+                    "output": EXACT.multiply(prices.output, prices.multiplier),
                 }
-                for tier in Tier
+                for tier, prices in self._prices.items()
             }
         )
 
 
 def cost(usage: TokenUsage, card: RateCard, tier: Tier) -> Decimal:
     """Return what ``usage`` costs at ``tier``, in USD, exactly."""
-    fresh = usage.prompt_tokens - usage.cached_tokens
-    at_default = (
-        fresh * card.input
-        + usage.cached_tokens * card.cached_input
-        + usage.completion_tokens * card.output
-    )
-    return at_default * card.multipliers.of(tier) / TOKENS_PER_UNIT
+    return card.at(tier).cost(usage)

@@ -1,0 +1,289 @@
+"""The usage record: what one request was, got and costs. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, Final, Self
+
+import orjson
+
+from app.pricing import Prices, TokenUsage
+from app.tiers import Tier, TierDecision
+
+NOTHING_USED: Final = TokenUsage(0, 0, 0)
+MAX_TEXT: Final = 300
+"""Longest text in a record, in characters."""
+
+
+class State(StrEnum):
+    """What has become of a request."""
+
+    OPEN = "open"
+    """It is being answered. The only state that changes, and it does so once."""
+    COMPLETED = "completed"
+    """The answer came to its end."""
+    INTERRUPTED = "interrupted"
+    """The answer broke off: the client left, or the engine or the ingress was lost."""
+    FAILED = "failed"
+    """It reached an engine, which answered with an error."""
+    SHED = "shed"
+    """It was turned away from the line."""
+    REFUSED = "refused"
+    """It was turned away before the line, for instance over a limit of its key."""
+
+    @property
+    def served(self) -> bool:
+        """Whether the request reached an engine."""
+        return self not in _NOT_SERVED
+
+
+_NOT_SERVED: Final = frozenset({State.SHED, State.REFUSED})
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request came from and where it went; what is known of it from the beginning.
+
+    Attributes:
+        request_id: names the request, and its record, for ever.
+        tenant: who pays; empty where the ingress is open to all.
+        key_id: the public part of the API key, or empty.
+        model: the model's id.
+        route: the path below ``/v1/``.
+        stream: whether the answer is streamed.
+        requested: the tier that was asked for; ``None`` for none, or ``auto``.
+        arrived: when the request arrived, in UTC. Its day is the day on the bill.
+    """
+
+    request_id: str
+    tenant: str
+    key_id: str
+    model: str
+    route: str
+    stream: bool
+    requested: Tier | None
+    arrived: datetime
+
+    def __post_init__(self) -> None:
+        if not self.request_id:
+            raise ValueError("a record has a request id")
+        for text in (self.request_id, self.tenant, self.key_id, self.model, self.route):
+            _check_text(text)
+        if self.arrived.utcoffset() != timedelta(0):
+            raise ValueError("times are in UTC")
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One request on the bill.
+
+    Attributes:
+        origin: what the request was.
+        state: what has become of it.
+        served: the tier that was echoed and is billed; ``None`` where it reached no engine.
+        reason: why the served tier is not the requested one, or why there is no answer.
+        engine: the name of the engine that answered, or empty.
+        replica: the engine replica, or empty.
+        usage: the tokens that it used.
+        prices: what it pays, from the rate card at its decision; ``None`` where it was not served.
+        rate_card: that card's version, or empty.
+        cost: in USD, exactly.
+        queue_s: how long it waited in the line, in seconds.
+        ttft_s: from arrival to the first byte of the answer, in seconds; ``None`` without one.
+        ended: when it ended, in UTC; ``None`` while it is open.
+    """
+
+    origin: Origin
+    state: State
+    served: Tier | None
+    reason: str | None
+    engine: str
+    replica: str
+    usage: TokenUsage
+    prices: Prices | None
+    rate_card: str
+    cost: Decimal
+    queue_s: float
+    ttft_s: float | None
+    ended: datetime | None
+
+    def __post_init__(self) -> None:
+        for text in (self.reason or "", self.engine, self.replica, self.rate_card):
+            _check_text(text)
+        if self.state.served:
+            if self.served is None or self.prices is None:
+                raise ValueError("a served request has a tier and prices")
+            if self.cost != self.prices.cost(self.usage):
+                raise ValueError("the cost is that of the tokens at the prices")
+        elif self.served or self.prices or self.usage != NOTHING_USED or self.cost:
+            raise ValueError("a request that was not served has no tier, tokens or cost")
+        if (self.state is State.OPEN) is not (self.ended is None):
+            raise ValueError("a record is open until it has ended")
+        if self.ended is not None and self.ended.utcoffset() != timedelta(0):
+            raise ValueError("times are in UTC")
+        for seconds in (self.queue_s, self.ttft_s or 0.0):
+            if not 0 <= seconds < math.inf:
+                raise ValueError("times are not negative")
+
+    @classmethod
+    def open(
+        cls,
+        origin: Origin,
+        decision: TierDecision,
+        *,
+        engine: str,
+        replica: str,
+        queue_s: float,
+        usage: TokenUsage = NOTHING_USED,
+    ) -> Self:
+        """Return the record of a request that has its place on an engine replica."""
+        if decision.requested is not origin.requested:
+            raise ValueError("the decision is about another request")
+        prices = decision.rate_card.at(decision.served)
+        reason = None if decision.reason is None else decision.reason.value
+        return cls(
+            origin, State.OPEN, decision.served, reason, engine, replica, usage, prices,
+            decision.rate_card.version, prices.cost(usage), max(queue_s, 0.0), None, None,
+        )  # fmt: skip
+
+    @classmethod
+    def not_served(
+        cls, origin: Origin, state: State, reason: str, *, queue_s: float, ended: datetime
+    ) -> Self:
+        """Return the record of a request that was shed or refused, which costs nothing."""
+        return cls(
+            origin, state, None, reason, "", "", NOTHING_USED, None, "", Decimal(0),
+            max(queue_s, 0.0), None, ended,
+        )  # fmt: skip
+
+    def settle(
+        self,
+        state: State,
+        usage: TokenUsage,
+        *,
+        ended: datetime,
+        ttft_s: float | None = None,
+        reason: str | None = None,
+    ) -> Self:
+        """Return the settled form of an open record.
+
+        ``reason`` is why the answer broke off or failed; the tier's own reason stays without it.
+        """
+        if self.state is not State.OPEN or not state.served or state is State.OPEN:
+            raise ValueError(f"a record that is {self.state} cannot become {state}")
+        assert self.prices is not None
+        return replace(
+            self,
+            state=state,
+            usage=usage,
+            cost=self.prices.cost(usage),
+            ended=max(ended, self.origin.arrived),
+            ttft_s=ttft_s,
+            reason=reason or self.reason,
+        )
+
+    @property
+    def duration_s(self) -> float | None:
+        """From arrival to the end, in seconds; ``None`` while it is open."""
+        return None if self.ended is None else (self.ended - self.origin.arrived).total_seconds()
+
+    def to_fields(self) -> dict[str, Any]:
+        """Return the record as one flat mapping, by the names of the store's columns.
+
+        Amounts are ``Decimal`` and times ``datetime``; tiers and states are strings.
+        """
+        origin, usage, prices = self.origin, self.usage, self.prices
+        return {
+            "request_id": origin.request_id,
+            "tenant": origin.tenant,
+            "key_id": origin.key_id,
+            "model": origin.model,
+            "route": origin.route,
+            "stream": origin.stream,
+            "requested_tier": origin.requested and origin.requested.value,
+            "served_tier": self.served and self.served.value,
+            "state": self.state.value,
+            "reason": self.reason,
+            "engine": self.engine,
+            "replica": self.replica,
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "input_price": prices and prices.input,
+            "cached_input_price": prices and prices.cached_input,
+            "output_price": prices and prices.output,
+            "multiplier": prices and prices.multiplier,
+            "rate_card": self.rate_card,
+            "cost": self.cost,
+            "queue_s": self.queue_s,
+            "ttft_s": self.ttft_s,
+            "duration_s": self.duration_s,
+            "arrived": origin.arrived,
+            "ended": self.ended,
+        }
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """Return the record that ``to_fields`` was called on."""
+        requested, served = fields["requested_tier"], fields["served_tier"]
+        origin = Origin(
+            fields["request_id"], fields["tenant"], fields["key_id"], fields["model"],
+            fields["route"], fields["stream"], requested and Tier(requested), fields["arrived"],
+        )  # fmt: skip
+        usage = TokenUsage(
+            fields["prompt_tokens"], fields["cached_tokens"], fields["completion_tokens"]
+        )
+        names = ("input_price", "cached_input_price", "output_price", "multiplier")
+        prices = None if served is None else Prices(*(fields[name] for name in names))
+        return cls(
+            origin, State(fields["state"]), served and Tier(served), fields["reason"],
+            fields["engine"], fields["replica"], usage, prices, fields["rate_card"],
+            fields["cost"], fields["queue_s"], fields["ttft_s"], fields["ended"],
+        )  # fmt: skip
+
+    def to_json(self) -> bytes:
+        """Return ``to_fields`` as JSON; amounts are strings with every digit."""
+        return orjson.dumps(self.to_fields(), default=_text_of_amount)
+
+
+def fields_from_json(line: bytes) -> dict[str, Any]:
+    """Return the fields that ``UsageRecord.to_json`` wrote, with their types."""
+    fields: dict[str, Any] = orjson.loads(line)
+    for name in _AMOUNTS:
+        if (text := fields[name]) is not None:
+            fields[name] = _amount(text)
+    fields["arrived"] = datetime.fromisoformat(fields["arrived"])
+    if fields["ended"] is not None:
+        fields["ended"] = datetime.fromisoformat(fields["ended"])
+    return fields
+
+
+def now_utc() -> datetime:
+    """Return the time, as records tell it."""
+    return datetime.now(UTC)
+
+
+_AMOUNTS: Final = ("input_price", "cached_input_price", "output_price", "multiplier", "cost")
+
+
+@lru_cache(4096)
+def _amount(text: str) -> Decimal:
+    # Prices repeat from record to record.
+    return Decimal(text)
+
+
+def _text_of_amount(value: object) -> str:
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    raise TypeError(type(value).__name__)
+
+
+def _check_text(text: str) -> None:
+    # PostgreSQL takes no NUL in text, and a record that no store takes would stop the others.
+    if len(text) > MAX_TEXT or "\0" in text:
+        raise ValueError(f"text in a record is at most {MAX_TEXT} characters, without NUL")

@@ -1,0 +1,112 @@
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.ledger.record import NOTHING_USED, State, UsageRecord, fields_from_json
+from app.pricing import TokenUsage
+from app.tiers import Tier
+from tests.app.ledger.records import CARD, NOON, cards, completed, opened, origin, records, usages
+
+pytestmark = pytest.mark.unit
+
+
+@given(records())
+def test_a_record_comes_back_from_json_with_every_digit(record):
+    assert UsageRecord.from_fields(fields_from_json(record.to_json())) == record
+
+
+@given(usages, cards, st.sampled_from(Tier))
+def test_the_cost_is_exact_however_long_the_prices(usage, card, tier):
+    record = opened(card=card, served=tier).settle(State.COMPLETED, usage, ended=NOON)
+    fresh = usage.prompt_tokens - usage.cached_tokens
+    expected = (
+        (
+            fresh * Fraction(card.input)
+            + usage.cached_tokens * Fraction(card.cached_input)
+            + usage.completion_tokens * Fraction(card.output)
+        )
+        * Fraction(card.multipliers.of(tier))
+        / 10**6
+    )
+    assert Fraction(record.cost) == expected
+
+
+def test_a_worked_example():
+    record = completed(usage=TokenUsage(1000, 400, 250))
+    assert (record.served, record.cost) == (Tier.PRIORITY, Decimal("0.000039"))
+    assert record.duration_s == 2.0
+    assert record.rate_card == CARD.version
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False).filter(lambda c: c != completed().cost))
+def test_a_record_with_another_cost_cannot_be_made(cost):
+    with pytest.raises(ValueError, match="cost"):
+        replace(completed(), cost=cost)
+
+
+@pytest.mark.parametrize("state", [State.SHED, State.REFUSED])
+def test_what_was_not_served_has_no_tier_and_costs_nothing(state):
+    record = UsageRecord.not_served(origin(), state, "line_full", queue_s=0, ended=NOON)
+    assert (record.served, record.cost, record.usage) == (None, 0, NOTHING_USED)
+    with pytest.raises(ValueError, match="not served"):
+        replace(record, served=Tier.DEFAULT)
+    with pytest.raises(ValueError, match="not served"):
+        replace(record, usage=TokenUsage(1, 0, 0))
+    with pytest.raises(ValueError, match="tier and prices"):
+        replace(record, state=State.COMPLETED)
+
+
+def test_a_record_settles_once():
+    record = completed()
+    with pytest.raises(ValueError, match="cannot become"):
+        record.settle(State.INTERRUPTED, NOTHING_USED, ended=NOON)
+    for state in (State.OPEN, State.SHED):
+        with pytest.raises(ValueError, match="cannot become"):
+            opened().settle(state, NOTHING_USED, ended=NOON)
+
+
+def test_an_open_record_has_not_ended_and_a_settled_one_has():
+    with pytest.raises(ValueError, match="open until"):
+        replace(completed(), ended=None)
+    with pytest.raises(ValueError, match="open until"):
+        replace(opened(), ended=NOON)
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_times():
+    early = NOON - timedelta(hours=1)
+    assert opened().settle(State.COMPLETED, NOTHING_USED, ended=early).duration_s == 0
+    with pytest.raises(ValueError, match="negative"):
+        replace(completed(), queue_s=-1.0)
+
+
+@pytest.mark.parametrize(
+    "arrived", [datetime(2026, 1, 1), datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=1)))]
+)
+def test_times_are_in_utc(arrived):
+    with pytest.raises(ValueError, match="UTC"):
+        origin(arrived=arrived)
+    with pytest.raises(ValueError, match="UTC"):
+        replace(completed(), ended=arrived)
+    assert origin(arrived=arrived.replace(tzinfo=UTC))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "x" * 301])
+def test_text_that_no_store_takes_is_refused(text):
+    for field in ("request_id", "tenant", "model", "key_id"):
+        with pytest.raises(ValueError, match="NUL"):
+            origin(**{field: text})
+    with pytest.raises(ValueError, match="NUL"):
+        replace(completed(), reason=text)
+
+
+def test_the_tier_reason_stays_unless_there_is_a_nearer_one():
+    record = opened(served=Tier.DEFAULT)
+    ended = {"usage": NOTHING_USED, "ended": NOON}
+    assert record.settle(State.COMPLETED, **ended).reason == "no_replica_honours_priority"
+    broken = record.settle(State.FAILED, **ended, reason="engine_error")
+    assert broken.reason == "engine_error"
