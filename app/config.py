@@ -6,16 +6,16 @@ wants them and are neither renamed nor repeated here.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints, model_validator
 
+from app.ledger.settings import JournalSettings
 from app.line_settings import LineSettings
 from app.pricing import RateCard
-from app.settings import Problem, Settings, SettingsError
+from app.settings import Settings
+from app.store.url import DEFAULT_URL, StoreUrl
 from app.tiers import PriorityMode, Tier, TierOffer
 
 ModelId = Annotated[
@@ -56,6 +56,17 @@ class IngressSettings(Settings):
         default=2.0,
         gt=0,
         description="How often the ingress asks Serve which model applications there are.",
+    )
+    ledger: StoreUrl = Field(
+        default=SecretStr(DEFAULT_URL),
+        description="The database of usage records and keys: `sqlite:///PATH`, which all "
+        "ingresses of one node share, or `postgresql://USER:PASSWORD@HOST/DATABASE` for a "
+        "cluster. Environment variables are replaced on the ingress's node, so that a password "
+        "need not stand here: `postgresql://frontline:${LEDGER_PASSWORD}@db/frontline`.",
+    )
+    journal: JournalSettings = Field(
+        default=JournalSettings(),
+        description="Where records are kept until the database has them; see below.",
     )
 
 
@@ -155,24 +166,3 @@ class ModelSettings(Settings):
     line: LineSettings = Field(
         default=LineSettings(), description="Who waits, how long, and who is turned away."
     )
-
-
-def frontline_home() -> Path:
-    """The folder of environments and models: ``FRONTLINE_HOME``, or below the user's cache."""
-    if home := os.environ.get("FRONTLINE_HOME"):
-        return Path(home)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "frontline"
-
-
-def expand_path(value: str) -> str:
-    """Return ``value`` with ``~`` and environment variables replaced, on this machine.
-
-    Raises:
-        SettingsError: it names a variable that is not set here.
-    """
-    value = value.replace("${FRONTLINE_HOME}", str(frontline_home()))
-    expanded = os.path.expanduser(os.path.expandvars(value))
-    if "$" in expanded:
-        raise SettingsError(Problem((), f"{value!r} names an environment variable that is not set"))
-    return expanded

@@ -68,4 +68,6 @@ def _describe(problem: Any, where: Key) -> Problem:
     if problem["type"] == "missing":
         return Problem(key, "must be set")
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "secret":
+        return Problem(key, message)
     return Problem(key, f"{message} (got {problem['input']!r})")

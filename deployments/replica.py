@@ -15,7 +15,8 @@ from typing import Any, Final
 import aiohttp
 from ray import serve
 
-from app.config import PoolSettings, expand_path, frontline_home
+from app.config import PoolSettings
+from app.paths import expand_path, frontline_home
 from app.snapshot import ReplicaStatus
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -13,6 +14,7 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
 from app.config import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.ledger.settings import JournalSettings  # noqa: E402
 from app.line_settings import LineSettings, TierLine  # noqa: E402
 from app.pricing import Multipliers, RateCard  # noqa: E402
 from app.settings import Settings  # noqa: E402
@@ -28,6 +30,7 @@ key and the line. This page is made from the types of the settings by
 """
 SECTIONS: list[tuple[str, type[Settings], str]] = [
     ("The ingress: `user_config` of the deployment `Ingress`", IngressSettings, ""),
+    ("`journal`", JournalSettings, "In the `user_config` of `Ingress`; read when it starts."),
     ("A model: `args` of its application", ModelArgs, ""),
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
     ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),
@@ -86,6 +89,8 @@ def type_name(annotation: Any) -> str:
         values = getattr(annotation, "__members__", None)
         if values:
             return " or ".join(f"`{member.value}`" for member in values.values())
+        if issubclass(annotation, SecretStr):
+            return "str, never shown"
         return "section" if issubclass(annotation, Settings) else annotation.__name__
     return str(annotation).replace("typing.", "").replace("|", "or")
 
@@ -96,6 +101,9 @@ def default(field: FieldInfo) -> str:
     if isinstance(field.default, Settings):
         return "see below"
     value = getattr(field.default, "value", field.default)
+    if isinstance(value, SecretStr):
+        # A default is no secret.
+        value = value.get_secret_value()
     return "none" if value is None else f"`{value}`" if value != () else "none"
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from app.config import IngressSettings, ModelArgs, ModelSettings, expand_path
+from app.config import IngressSettings, ModelArgs, ModelSettings
+from app.paths import expand_path
 from app.settings import SettingsError
 from app.tiers import PriorityMode
 
@@ -61,3 +62,34 @@ def test_paths_expand_home_and_variables(monkeypatch, tmp_path):
     assert expand_path("org/model") == "org/model"
     with pytest.raises(SettingsError, match="not set"):
         expand_path("${NO_SUCH_VARIABLE_HERE}/m")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://frontline:hunter2@db/frontline",
+        "postgresql://frontline:${LEDGER_PASSWORD}@db/frontline",
+        "sqlite:///${FRONTLINE_HOME}/ledger/usage.db",
+    ],
+)
+def test_the_ledgers_url_is_never_shown(url):
+    settings = IngressSettings.load({"ledger": url}, "user_config")
+    assert settings.ledger.get_secret_value() == url
+    assert url not in f"{settings!r} {settings} {settings.model_dump_json()}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://frontline:hunter2@db/frontline",
+        "frontline:hunter2",
+        ["postgresql://frontline:hunter2@db/frontline"],
+        {"postgresql://frontline:hunter2@db/frontline": 1},
+        "",
+        None,
+    ],
+)
+def test_a_wrong_url_is_told_by_its_key_and_not_shown(url):
+    with pytest.raises(SettingsError, match=r"^user_config\.ledger: expected") as caught:
+        IngressSettings.load({"ledger": url}, "user_config")
+    assert "hunter2" not in str(caught.value)

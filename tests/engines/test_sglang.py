@@ -12,7 +12,7 @@ import openai
 import psutil
 import pytest
 
-from app.config import frontline_home
+from app.paths import frontline_home
 from tests.serving import engine_processes, eventually, eventually_async
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

@@ -1,0 +1,1 @@
+"""The store: usage records and keys in a database, SQLite or PostgreSQL."""

@@ -1,0 +1,125 @@
+"""The database behind the store: connecting to it, and bringing its tables up to date."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, text
+
+CONNECT_TIMEOUT_S: Final = 5
+"""How long a database may take to answer. Nobody waits for it but the flusher and the CLI."""
+_MIGRATIONS: Final = Path(__file__).with_name("migrations")
+# Any number will do that nobody else uses: PostgreSQL's advisory locks have no names.
+_MIGRATION_LOCK: Final = 0x46_52_4F_4E_54
+_BEGIN: Final = "sqlite_begin"
+
+
+class StoreAway(Exception):
+    """The database cannot be used now. The message says of what kind the trouble is."""
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Translate whatever SQLAlchemy raises; nothing of a record or a password is in the message.
+
+    Raises:
+        StoreAway: instead.
+    """
+    try:
+        yield
+    except exc.DBAPIError as error:
+        raise StoreAway(_first_line(error.orig)) from None
+    except exc.SQLAlchemyError as error:
+        raise StoreAway(type(error).__name__) from None
+
+
+def connect(url: URL) -> Engine:
+    """Return an engine for the database; no connection is made yet.
+
+    SQLite's file and its folder are made when they are missing.
+    """
+    if url.get_backend_name() == "sqlite":
+        return _connect_sqlite(url)
+    return create_engine(
+        url,
+        hide_parameters=True,
+        # A connection that a database's restart has cut is noticed before it is used.
+        pool_pre_ping=True,
+        pool_size=2,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            # A database host that vanishes without a word must not block for the two hours of
+            # TCP's own patience.
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 15_000,
+            "options": "-c timezone=UTC -c statement_timeout=60000",
+        },
+    )
+
+
+def _connect_sqlite(url: URL) -> Engine:
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": CONNECT_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, record: object) -> None:
+        # Transactions begin where SQLAlchemy begins them, so that changes of tables are in them.
+        connection.isolation_level = None
+        # Readers do not block the writer; and what was committed survives a loss of power, since
+        # the journal forgets it then.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, "BEGIN"))
+
+    return engine
+
+
+def migrate(engine: Engine) -> bool:
+    """Bring the tables up to date, and return whether there was anything to do.
+
+    Several processes may call it at once: one does it, the others wait for it.
+
+    Raises:
+        StoreAway: the database cannot be used, or was made by a newer version of Frontline.
+    """
+    with translated(), engine.connect() as plain:
+        connection = plain.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
+        with connection.begin():
+            if engine.dialect.name == "postgresql":
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+            return _upgrade(connection)
+
+
+def _upgrade(connection: Connection) -> bool:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    steps = ScriptDirectory.from_config(config)
+    current, newest = (
+        MigrationContext.configure(connection).get_current_revision(),
+        steps.get_current_head(),
+    )
+    if current == newest:
+        return False
+    if current is not None and current not in {step.revision for step in steps.walk_revisions()}:
+        raise StoreAway(f"its tables are of a newer version ({current})")
+    command.upgrade(config, "head")
+    return True
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,106 @@
+"""Usage records in the store: written once each, read for bills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Final
+
+from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, select, text
+
+from app.ledger.record import UsageRecord
+from app.store.database import translated
+from app.store.schema import Amount, Moment, usage_records
+
+READ_AT_ONCE: Final = 1000
+
+
+class RecordStore:
+    """The usage records in a database.
+
+    Every method may block, and raises ``StoreAway`` where the database cannot be used.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._insert = _insert_statement(engine.dialect.name)
+
+    def add(self, bodies: Sequence[bytes]) -> None:
+        """Write settled records, given as JSON (``UsageRecord.to_json``), in one transaction.
+
+        A request that has its record already keeps it, so that writing twice changes nothing.
+        The database itself reads the JSON: this thread shares its interpreter with requests.
+        """
+        batch = b"[" + b",".join(bodies) + b"]"
+        with translated(), self._engine.begin() as connection:
+            connection.execute(self._insert, {"batch": batch.decode()})
+
+    def each(self, wanted: Wanted) -> Iterator[UsageRecord]:
+        """Yield records by the time of their arrival, all of one moment's view."""
+        query = select(usage_records).where(wanted.condition())
+        order = (usage_records.c.arrived, usage_records.c.request_id)
+        with translated(), self._engine.connect() as connection:
+            streamed = connection.execution_options(yield_per=READ_AT_ONCE)
+            for row in streamed.execute(query.order_by(*order)).mappings():
+                yield UsageRecord.from_fields(dict(row))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which records are asked for; ``None`` restricts nothing.
+
+    Attributes:
+        tenant: of this tenant.
+        since: the first day.
+        until: the day after the last.
+        model: of this model.
+    """
+
+    tenant: str | None = None
+    since: date | None = None
+    until: date | None = None
+    model: str | None = None
+
+    def condition(self) -> ColumnElement[bool]:
+        """Return what selects these records alone."""
+        columns = usage_records.c
+        conditions = [
+            None if self.tenant is None else columns.tenant == self.tenant,
+            None if self.since is None else columns.day >= self.since,
+            None if self.until is None else columns.day < self.until,
+            None if self.model is None else columns.model == self.model,
+        ]
+        return and_(True, *(each for each in conditions if each is not None))
+
+
+def _insert_statement(dialect: str) -> TextClause:
+    names = [column.name for column in usage_records.c if column.name != "day"]
+    if dialect == "sqlite":
+        values = ", ".join(f"json_extract(value, '$.{name}')" for name in names)
+        source = f"{values}, substr(json_extract(value, '$.arrived'), 1, 10) FROM json_each(:batch)"
+        # SQLite cannot tell ON CONFLICT from a join's ON without a WHERE.
+        source += " WHERE true"
+    else:
+        typed = ", ".join(f"{name} {_postgresql_type(name)}" for name in names)
+        source = (
+            f"{', '.join(names)}, (arrived AT TIME ZONE 'UTC')::date "
+            f"FROM json_to_recordset(CAST(:batch AS json)) AS entry({typed})"
+        )
+    return text(
+        f"INSERT INTO usage_records ({', '.join(names)}, day) SELECT {source} "
+        "ON CONFLICT (request_id) DO NOTHING"
+    )
+
+
+def _postgresql_type(name: str) -> str:
+    kind = usage_records.c[name].type
+    if isinstance(kind, Amount):
+        return "numeric"
+    if isinstance(kind, Moment):
+        return "timestamptz"
+    if isinstance(kind, Boolean):
+        return "boolean"
+    if isinstance(kind, Float):
+        return "double precision"
+    return "bigint" if name.endswith("_tokens") else "text"

@@ -1,0 +1,86 @@
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import inspect, make_url, text
+
+from app.store.database import StoreAway, connect, migrate
+from app.store.schema import metadata
+
+pytestmark = pytest.mark.unit
+
+
+def test_migrations_make_the_tables_that_the_code_uses(engine):
+    assert migrate(engine)
+    assert not migrate(engine)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+MIGRATE = """
+import sys
+from sqlalchemy import make_url
+from app.store.database import connect, migrate
+sys.stdin.readline()
+print(migrate(connect(make_url(sys.argv[1]))))
+"""
+
+
+def test_of_several_processes_that_start_at_once_one_migrates(engine, url):
+    text_of_url = url.render_as_string(hide_password=False)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MIGRATE, text_of_url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda process: process.communicate("\n", timeout=60)[0], processes))
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sorted(line.strip() for line in said) == ["False", "False", "False", "True"]
+    assert {"usage_records", "api_keys"} <= set(inspect(engine).get_table_names())
+
+
+def test_tables_of_a_newer_version_are_left_alone(engine):
+    migrate(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(StoreAway, match="newer version"):
+        migrate(engine)
+
+
+def test_a_failed_step_leaves_nothing_behind(engine, monkeypatch):
+    monkeypatch.setattr("app.store.database.command.upgrade", _upgrade_then_fail)
+    with pytest.raises(RuntimeError):
+        migrate(engine)
+    assert inspect(engine).get_table_names() == []
+    monkeypatch.undo()
+    assert migrate(engine)
+
+
+def _upgrade_then_fail(config, revision):
+    from alembic.command import upgrade
+
+    upgrade(config, revision)
+    raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////proc/no/such/place.db",
+        "postgresql+psycopg://frontline:hunter2@127.0.0.1:1/frontline",
+    ],
+)
+def test_a_database_that_is_away_is_told_without_its_password(url):
+    with pytest.raises((StoreAway, OSError)) as caught:
+        migrate(connect(make_url(url)))
+    assert "hunter2" not in repr(caught.value)
+    assert caught.value.__suppress_context__ or isinstance(caught.value, OSError)
