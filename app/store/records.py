@@ -10,7 +10,7 @@ from typing import Final
 from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, select, text
 
 from app.ledger.record import UsageRecord
-from app.store.database import translated
+from app.store.database import migrate, translated
 from app.store.schema import Amount, Moment, usage_records
 
 READ_AT_ONCE: Final = 1000
@@ -25,6 +25,10 @@ class RecordStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._insert = _insert_statement(engine.dialect.name)
+
+    def prepare(self) -> None:
+        """Bring the tables up to date."""
+        migrate(self._engine)
 
     def add(self, bodies: Sequence[bytes]) -> None:
         """Write settled records, given as JSON (``UsageRecord.to_json``), in one transaction.

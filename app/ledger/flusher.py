@@ -1,0 +1,203 @@
+"""The flusher: moves records from journals to the store, its own ingress's and dead ones'.
+
+It reads what the journal's thread has written. Where it is it remembers only in memory: after a
+crash everything that the journal still holds is written to the store again, which changes nothing
+there. A journal's file goes once the store has all of its records.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Final, Protocol
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set
+from tenacity.wait import wait_random_exponential
+
+from app.ledger.frames import Frame, Kind, read_segment, settled_bodies
+from app.ledger.journal import Journal
+from app.ledger.segments import (
+    DAMAGED,
+    dead_journals,
+    remove_journal,
+    segment_numbers,
+    segment_path,
+)
+from app.ledger.settings import JournalSettings
+from app.store.database import StoreAway
+
+BATCH: Final = 500
+"""Records in one transaction: enough to make its cost small, few enough to end within
+milliseconds."""
+LONGEST_RETRY_S: Final = 10.0
+"""How long it takes at most to notice that the store is back."""
+
+_log = logging.getLogger(__name__)
+
+
+class Records(Protocol):
+    """Where records go: ``app.store.records.RecordStore``."""
+
+    def prepare(self) -> None:
+        """Bring the tables up to date; raises ``StoreAway``."""
+
+    def add(self, bodies: list[bytes]) -> None:
+        """Write settled records in one transaction; raises ``StoreAway``."""
+
+
+class OwnJournal:
+    """How far the journal of this process has been moved to the store."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._segment, self._offset = 1, 0
+
+    def flush(self, store: Records) -> int:
+        """Move everything that is written, remove what is then not needed, and count the records.
+
+        Raises:
+            StoreAway: the rest has to wait.
+        """
+        moved = 0
+        while True:
+            written = self._journal.written
+            behind = self._segment < written.segment
+            moved += self._flush_segment(store, None if behind else written.size)
+            if not behind:
+                return moved
+            segment_path(self._journal.path, self._segment).unlink()
+            self._segment, self._offset = self._segment + 1, 0
+
+    def _flush_segment(self, store: Records, size: int | None) -> int:
+        path = segment_path(self._journal.path, self._segment)
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read(-1 if size is None else size - self._offset)
+        start, moved = self._offset, 0
+        settled = (f for f in read_segment(data).frames if f.kind is Kind.SETTLED)
+        while batch := list(islice(settled, BATCH)):
+            store.add([found.body for found in batch])
+            self._offset = start + batch[-1].end
+            moved += len(batch)
+        self._offset = start + len(data)
+        return moved
+
+
+def adopt(folder: Path, store: Records) -> int:
+    """Move what dead ingresses have left to the store, and count the records.
+
+    Streams that they had open are settled as interrupted. What cannot be read stays, set aside.
+
+    Raises:
+        StoreAway: the rest has to wait.
+        OSError: a journal cannot be read or removed.
+    """
+    moved = 0
+    with dead_journals(folder) as journals:
+        for journal in journals:
+            moved += _adopt(journal, store)
+    return moved
+
+
+def _adopt(journal: Path, store: Records) -> int:
+    damaged: list[int] = []
+    bodies, moved = settled_bodies(_frames(journal, damaged)), 0
+    while batch := list(islice(bodies, BATCH)):
+        store.add(batch)
+        moved += len(batch)
+    if damaged:
+        _log.error("journal %s: segments %s are damaged; kept aside", journal.name, damaged)
+        journal.rename(journal.with_name(journal.name + DAMAGED))
+    else:
+        remove_journal(journal)
+    _log.warning("settled what a dead ingress left: %d records of %s", moved, journal.name)
+    return moved
+
+
+def _frames(journal: Path, damaged: list[int]) -> Iterator[Frame]:
+    for number in segment_numbers(journal):
+        segment = read_segment(segment_path(journal, number).read_bytes())
+        if segment.damaged:
+            damaged.append(number)
+        yield from segment.frames
+
+
+class Flusher:
+    """The thread that flushes and adopts.
+
+    ``freed`` is called on it after every round, since space may have come free.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        folder: Path,
+        settings: JournalSettings,
+        store: Records,
+        freed: Callable[[], None],
+    ) -> None:
+        self.away = False
+        """Whether the store could not be reached last time."""
+        self._own = OwnJournal(journal)
+        self._folder = folder
+        self._settings = settings
+        self._store = store
+        self._freed = freed
+        self._prepared = False
+        self._stop = threading.Event()
+        self._next_adoption = 0.0
+        self._retrying = Retrying(
+            retry=retry_if_exception_type((StoreAway, OSError)),
+            wait=wait_random_exponential(multiplier=0.2, max=LONGEST_RETRY_S),
+            stop=stop_when_event_set(self._stop),
+            sleep=self._pause,
+            before_sleep=self._note_failure,
+            retry_error_callback=lambda state: None,
+        )
+        self._thread = threading.Thread(target=self._run, name="ledger-flusher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, after what it is just doing."""
+        self._stop.set()
+        self._thread.join()
+
+    def finish(self) -> bool:
+        """Move the last of a closed journal, and return whether the store has all of it now."""
+        try:
+            self._own.flush(self._store)
+        except (StoreAway, OSError) as error:
+            _log.warning("the journal is left to the next ingress on this node: %s", error)
+            return False
+        return True
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._retrying(self._round)
+            self._pause(self._settings.flush_interval_s)
+
+    def _pause(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+
+    def _round(self) -> None:
+        if not self._prepared:
+            self._store.prepare()
+            self._prepared = True
+        moved = self._own.flush(self._store)
+        if time.monotonic() >= self._next_adoption:
+            moved += adopt(self._folder, self._store)
+            self._next_adoption = time.monotonic() + self._settings.adopt_interval_s
+        if self.away:
+            _log.warning("the ledger's store can be reached again; %d records moved", moved)
+        self.away = False
+        self._freed()
+
+    def _note_failure(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if not self.away:
+            _log.error("records stay in the journal, the store cannot take them: %s", error)
+        self.away = True

@@ -1,0 +1,160 @@
+"""Frames: how one entry of a journal is written down, and read again after anything. Pure.
+
+A frame is one line: its checksum, its length, its kind, and JSON, which holds no line break.
+
+    0f3a9c51 000252 s {"request_id":"req_…", …}
+
+The checksum (CRC-32) is over what follows it. A segment's file is as long as it will ever be from
+the beginning; where its frames end there are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final
+from zlib import crc32
+
+import orjson
+
+from app.ledger.record import State, UsageRecord, fields_from_json
+from app.pricing import TokenUsage
+
+_HEADER: Final = 18  # checksum, length and kind, each followed by a space
+_MAX_BODY: Final = 0xFFFFFF
+
+
+class Kind(StrEnum):
+    """What a frame says."""
+
+    OPEN = "o"
+    """A stream begins: its open record."""
+    PROGRESS = "p"
+    """An open stream has got so far."""
+    SETTLED = "s"
+    """A record that will not change any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame as it was read, and where the next one begins."""
+
+    kind: Kind
+    body: bytes
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an open stream has got."""
+
+    request_id: str
+    usage: TokenUsage
+    at: datetime
+
+    def to_json(self) -> bytes:
+        """Return it as a JSON array."""
+        usage = self.usage
+        tokens = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        return orjson.dumps((self.request_id, *tokens, self.at))
+
+    @classmethod
+    def from_json(cls, body: bytes) -> Progress:
+        """Return what ``to_json`` wrote."""
+        request_id, prompt, cached, completion, at = orjson.loads(body)
+        return cls(request_id, TokenUsage(prompt, cached, completion), datetime.fromisoformat(at))
+
+
+def frame(kind: Kind, body: bytes) -> bytes:
+    """Return a frame's bytes."""
+    assert len(body) <= _MAX_BODY
+    rest = b"%06x %b %b" % (len(body), kind.value.encode(), body)
+    return b"%08x %b\n" % (crc32(rest), rest)
+
+
+def read_frame(data: bytes, start: int) -> Frame | None:
+    """Return the frame that begins at ``start``, or ``None`` if no whole one does."""
+    header = data[start : start + _HEADER]
+    try:
+        length, kind = int(header[9:15], 16), Kind(header[16:17].decode())
+    except ValueError:
+        return None
+    end = start + _HEADER + length + 1
+    checksum = crc32(data[start + 9 : end - 1])
+    if header != _header(checksum, length, kind) or data[end - 1 : end] != b"\n":
+        return None
+    return Frame(kind, data[start + _HEADER : end - 1], end)
+
+
+def _header(checksum: int, length: int, kind: Kind) -> bytes:
+    return b"%08x %06x %b " % (checksum, length, kind.value.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What a segment holds.
+
+    Attributes:
+        frames: every whole frame.
+        damaged: whether something unreadable stands before a whole frame. What a killed writer
+            leaves half-written stands after all of them, and is not damage.
+    """
+
+    frames: tuple[Frame, ...]
+    damaged: bool
+
+
+def read_segment(data: bytes) -> Segment:
+    """Return every whole frame of a segment, whatever lies between them."""
+    frames: list[Frame] = []
+    place, skipped, damaged = 0, False, False
+    while 0 <= place < len(data):
+        found = read_frame(data, place)
+        if found is None:
+            # The next frame, if there is one, follows a line break.
+            skipped = True
+            place = data.find(b"\n", place) + 1 or -1
+        else:
+            damaged = damaged or skipped
+            frames.append(found)
+            place = found.end
+    return Segment(tuple(frames), damaged)
+
+
+def settled_bodies(frames: Iterable[Frame]) -> Iterator[bytes]:
+    """Yield the JSON of every record that a dead ingress leaves, in no order.
+
+    Requests that it had open are interrupted, with the progress that was written down last.
+    """
+    opened: dict[str, bytes] = {}
+    progress: dict[str, Progress] = {}
+    for found in frames:
+        if found.kind is Kind.PROGRESS:
+            step = Progress.from_json(found.body)
+            progress[step.request_id] = step
+            continue
+        request_id = orjson.loads(found.body)["request_id"]
+        if found.kind is Kind.OPEN:
+            opened[request_id] = found.body
+        else:
+            opened.pop(request_id, None)
+            yield found.body
+    for request_id, body in opened.items():
+        record = UsageRecord.from_fields(fields_from_json(body))
+        yield interrupted(record, progress.get(request_id)).to_json()
+
+
+def interrupted(record: UsageRecord, progress: Progress | None) -> UsageRecord:
+    """Return what an open record becomes when its ingress is lost."""
+    return record.settle(
+        State.INTERRUPTED,
+        record.usage if progress is None else progress.usage,
+        ended=record.origin.arrived if progress is None else progress.at,
+        reason=INGRESS_LOST,
+    )
+
+
+INGRESS_LOST: Final = "ingress_lost"
+"""The reason of a record whose ingress died while it was open."""

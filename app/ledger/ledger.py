@@ -1,0 +1,179 @@
+"""The ledger: what every request cost, durable before its answer has left.
+
+    reserve ─> open ─> progress … ─> settle      a stream
+    reserve ─> settle                            a unary answer
+    count                                        a request that was turned away
+
+``open`` and ``settle`` return once the record survives the death of any process and a loss of
+power. None of it waits for the database (``app.ledger.flusher``) or costs a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from app.ledger.flusher import Flusher, Records
+from app.ledger.frames import Kind, Progress
+from app.ledger.journal import LAZY_S, Entry, Journal
+from app.ledger.record import State, UsageRecord, now_utc
+from app.ledger.settings import JournalSettings
+from app.paths import expand_path
+from app.pricing import TokenUsage
+from app.store.database import connect
+from app.store.records import RecordStore
+from app.store.url import resolve_url
+
+RESERVED_BYTES: Final = 4096
+"""Room that a request needs in the journal: two records, a copy of one in the next segment, and a
+few steps of progress, 600 bytes a record with names of usual length."""
+_WAKE_EVERY: Final = 256
+# Space is taken ahead for twice as many requests as are under way: a burst must not outrun it.
+
+
+class JournalFull(Exception):
+    """There is no room for another record, so the request must not be served.
+
+    The store has been away for long, or the disk is full.
+    """
+
+
+class Ledger:
+    """The ledger of one ingress. To be made and used on its event loop; may block when made.
+
+    Raises:
+        OSError: the journal's folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: JournalSettings, store: Records) -> None:
+        self.uncounted = 0
+        """How many requests were turned away without a record, because the journal was full."""
+        self._loop = asyncio.get_running_loop()
+        self._settings = settings
+        self._in_flight = 0
+        self._lazy_at: asyncio.TimerHandle | None = None
+        # Tokens and time of the last step written down, by open stream.
+        self._steps: dict[str, tuple[int, float]] = {}
+        self._journal = Journal(folder, settings, self._durable)
+        self._flusher = Flusher(self._journal, folder, settings, store, self._journal.wake)
+
+    @property
+    def store_away(self) -> bool:
+        """Whether the database could not be reached last time. Service goes on meanwhile."""
+        return self._flusher.away
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Keep room for a request's record until the block ends; to be entered before serving it.
+
+        Raises:
+            JournalFull: there is no room.
+        """
+        if not self._has_room:
+            self._journal.wake()
+            raise JournalFull
+        self._reserve(1)
+        try:
+            yield
+        finally:
+            self._reserve(-1)
+
+    @property
+    def _has_room(self) -> bool:
+        return self._journal.room >= (self._in_flight + 1) * RESERVED_BYTES
+
+    def _reserve(self, change: int) -> None:
+        self._in_flight += change
+        self._journal.reserve(self._in_flight * RESERVED_BYTES)
+        if change > 0 and self._in_flight % _WAKE_EVERY == 0:
+            self._journal.wake()
+
+    async def open(self, record: UsageRecord) -> None:
+        """Write down that a stream begins; its first byte may leave when this returns."""
+        assert record.state is State.OPEN
+        request_id = record.origin.request_id
+        self._steps[request_id] = (0, time.monotonic())
+        await self._write(Kind.OPEN, request_id, record.to_json())
+
+    def progress(self, request_id: str, usage: TokenUsage) -> None:
+        """Take note of how far an open stream has got; written down now and then."""
+        tokens, since = self._steps[request_id]
+        generated = usage.completion_tokens
+        if generated - tokens < self._settings.progress_tokens:
+            now = time.monotonic()
+            if generated == tokens or now - since < self._settings.progress_s:
+                return
+        self._steps[request_id] = (generated, time.monotonic())
+        body = Progress(request_id, usage, now_utc()).to_json()
+        self._write_lazily(Entry.of(Kind.PROGRESS, request_id, body))
+
+    async def settle(self, record: UsageRecord) -> None:
+        """Write down what became of a request; its last byte may leave when this returns.
+
+        The record is written even where the wait for it is cancelled.
+        """
+        assert record.state is not State.OPEN
+        request_id = record.origin.request_id
+        self._steps.pop(request_id, None)
+        await self._write(Kind.SETTLED, request_id, record.to_json())
+
+    def count(self, record: UsageRecord) -> None:
+        """Write down that a request was turned away; nobody waits for it."""
+        assert not record.state.served
+        if not self._has_room:
+            self.uncounted += 1
+            return
+        self._write_lazily(Entry.of(Kind.SETTLED, record.origin.request_id, record.to_json()))
+
+    async def close(self) -> None:
+        """Write and move what there is. What cannot be moved is left to another ingress."""
+        if self._lazy_at is not None:
+            self._lazy_at.cancel()
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._flusher.stop()
+        self._journal.close()
+        done = self._flusher.finish() and not self._journal.has_open
+        self._journal.release(remove=done)
+
+    async def _write(self, kind: Kind, request_id: str, body: bytes) -> None:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._journal.append(Entry.of(kind, request_id, body, waiter))
+        self._journal.wake()
+        await waiter
+
+    def _write_lazily(self, entry: Entry) -> None:
+        self._journal.append(entry)
+        if self._lazy_at is None:
+            self._lazy_at = self._loop.call_later(LAZY_S, self._wake)
+
+    def _wake(self) -> None:
+        self._lazy_at = None
+        self._journal.wake()
+
+    def _durable(self, waiters: list[asyncio.Future[None]]) -> None:
+        """Called on the journal's thread."""
+        if waiters and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_resolve, waiters)
+
+
+def open_ledger(url: str, settings: JournalSettings) -> Ledger:
+    """Return a ledger for the database at ``url``, which need not be there yet.
+
+    Raises:
+        SettingsError: the URL or the journal's folder names a variable that is not set.
+        OSError: the journal's folder cannot be written.
+    """
+    store = RecordStore(connect(resolve_url(url)))
+    return Ledger(Path(expand_path(settings.folder)), settings, store)
+
+
+def _resolve(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)

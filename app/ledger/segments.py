@@ -1,0 +1,186 @@
+"""The files of a journal: one folder an ingress, one file a segment.
+
+    <folder>/<name of the journal>/lock               held by the ingress for as long as it lives
+    <folder>/<name of the journal>/00000001.journal   its segments, in order
+
+The lock is the kernel's (``flock``): it goes with its process, however that dies, so whoever gets
+a journal's lock knows that its ingress is dead.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+_LOCK: Final = "lock"
+_SUFFIX: Final = ".journal"
+# Not a journal's name: nobody may adopt a journal between its making and its locking.
+_UNBORN: Final = ".new-"
+DAMAGED: Final = ".damaged"
+"""Ending of a journal's name that held something unreadable: kept for a person to look at."""
+
+
+class SegmentFile:
+    """One segment, open for writing. Its space on the disk is taken when it is made.
+
+    Attributes:
+        number: its place in the journal, counted from 1.
+        size: how many bytes are written.
+    """
+
+    def __init__(self, journal: Path, number: int, allocated: int) -> None:
+        self.number = number
+        self.size = 0
+        self._unsynced = bytearray()
+        self._written_again = True
+        self._path = segment_path(journal, number)
+        self._allocated = allocated
+        self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            os.posix_fallocate(self._file, 0, allocated)
+            os.fsync(self._file)
+            sync_folder(journal)
+        except OSError:
+            self.discard()
+            raise
+
+    @property
+    def left(self) -> int:
+        """How many bytes its space still takes."""
+        return max(self._allocated - self.size, 0)
+
+    def write(self, data: bytes) -> None:
+        """Write after what is there; what a failure leaves half-written is written over."""
+        self._write_at(self.size, data)
+        self.size += len(data)
+        self._unsynced += data
+
+    def sync(self) -> None:
+        """Return when all that was written survives a loss of power.
+
+        What a failed sync leaves on the disk is anybody's guess, and the kernel holds it for
+        written: so it is written once more before the next.
+        """
+        if not self._written_again:
+            self._write_at(self.size - len(self._unsynced), self._unsynced)
+        self._written_again = False
+        os.fdatasync(self._file)
+        self._written_again = True
+        self._unsynced.clear()
+
+    @property
+    def unsynced(self) -> int:
+        """How many bytes have been written since the last sync."""
+        return len(self._unsynced)
+
+    def _write_at(self, place: int, data: bytes | bytearray) -> None:
+        rest = memoryview(data)
+        while rest:
+            done = os.pwrite(self._file, rest, place)
+            place, rest = place + done, rest[done:]
+
+    def close(self) -> None:
+        """Write no more to it."""
+        os.close(self._file)
+
+    def discard(self) -> None:
+        """Close and remove it."""
+        self.close()
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+
+
+def segment_path(journal: Path, number: int) -> Path:
+    """Return where a segment lies."""
+    return journal / f"{number:08d}{_SUFFIX}"
+
+
+def segment_numbers(journal: Path) -> list[int]:
+    """Return the numbers of the segments that there are, in order."""
+    return sorted(int(path.stem) for path in journal.glob(f"*{_SUFFIX}"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the folder's list of files survives a loss of power."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def bytes_taken(folder: Path) -> int:
+    """Return how much of the disk all journals of a folder take, damaged ones left out."""
+    taken = 0
+    for path in folder.glob(f"*/*{_SUFFIX}"):
+        if path.parent.name.endswith(DAMAGED):
+            continue
+        with suppress(FileNotFoundError):
+            taken += path.stat().st_blocks * 512
+    return taken
+
+
+def create_journal(folder: Path) -> tuple[Path, int]:
+    """Make a new journal's folder, and return it with the handle that holds its lock."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    name = uuid.uuid4().hex
+    unborn = folder / f"{_UNBORN}{name}"
+    unborn.mkdir(mode=0o700)
+    handle = _open_lock(unborn)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    journal = unborn.rename(folder / name)
+    sync_folder(folder)
+    return journal, handle
+
+
+def remove_journal(journal: Path) -> None:
+    """Remove a journal whose lock the caller holds, and whose records are all in the store."""
+    for number in segment_numbers(journal):
+        segment_path(journal, number).unlink()
+    (journal / _LOCK).unlink()
+    journal.rmdir()
+
+
+@contextmanager
+def dead_journals(folder: Path) -> Iterator[Iterator[Path]]:
+    """Yield the journals whose ingress is dead; each stays locked until the block ends."""
+    handles: list[int] = []
+
+    def locked() -> Iterator[Path]:
+        for journal in sorted(folder.glob("*")):
+            if journal.name.startswith(".") or journal.name.endswith(DAMAGED):
+                continue
+            handle = _lock_dead(journal)
+            if handle is not None:
+                handles.append(handle)
+                yield journal
+
+    try:
+        yield locked()
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _lock_dead(journal: Path) -> int | None:
+    try:
+        handle = os.open(journal / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another may have adopted and removed it in between.
+        os.stat(journal / _LOCK)
+    except (BlockingIOError, FileNotFoundError):
+        os.close(handle)
+        return None
+    return handle
+
+
+def _open_lock(journal: Path) -> int:
+    return os.open(journal / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

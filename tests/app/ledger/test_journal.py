@@ -1,0 +1,320 @@
+import errno
+import os
+import shutil
+import threading
+import time
+from collections import defaultdict
+from contextlib import contextmanager, suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.ledger.flusher import OwnJournal, adopt
+from app.ledger.frames import Kind, Progress, read_segment
+from app.ledger.journal import Entry, Journal
+from app.ledger.record import State
+from app.ledger.segments import bytes_taken, segment_numbers, segment_path
+from app.ledger.settings import JournalSettings
+from app.pricing import TokenUsage
+from app.store.database import StoreAway
+from tests.app.ledger.records import NOON, completed, new_id, opened
+from tests.app.ledger.stores import MemoryStore
+
+pytestmark = pytest.mark.unit
+
+MIB = 1024 * 1024
+
+
+class SmallSegments(JournalSettings):
+    """Segments of a few records, so that a test sees many."""
+
+    @property
+    def segment_bytes(self) -> int:
+        return 4096
+
+
+class Writer:
+    """A journal, and what it has acknowledged."""
+
+    def __init__(self, folder, settings=None):
+        self.acknowledged = []
+        self._all_done = threading.Event()
+        self._waiting = 0
+        self.folder = folder
+        self.journal = Journal(folder, settings or SmallSegments(), self._durable)
+
+    def _durable(self, waiters):
+        self.acknowledged += waiters
+        self._all_done.set()
+
+    def append(self, kind, request_id, body):
+        waiter = (kind, request_id)
+        self._waiting += 1
+        self.journal.append(Entry.of(kind, request_id, body, waiter))
+
+    def commit(self, timeout_s=10):
+        self.journal.wake()
+        deadline = time.monotonic() + timeout_s
+        while len(self.acknowledged) < self._waiting:
+            self._all_done.clear()
+            if len(self.acknowledged) < self._waiting:
+                self._all_done.wait(0.05)
+            assert time.monotonic() < deadline
+
+    def settle(self, record):
+        self.append(Kind.SETTLED, record.origin.request_id, record.to_json())
+
+    def open(self, record):
+        self.append(Kind.OPEN, record.origin.request_id, record.to_json())
+
+    def close(self):
+        self.journal.close()
+        self.journal.release(remove=False)
+
+
+@contextmanager
+def writer(folder, settings=None):
+    made = Writer(folder, settings)
+    try:
+        yield made
+    finally:
+        with suppress(OSError):
+            made.close()
+
+
+def test_what_is_acknowledged_is_in_the_file(tmp_path):
+    with writer(tmp_path) as ours:
+        records = [completed() for _ in range(30)]
+        for record in records:
+            ours.settle(record)
+        ours.commit()
+        journal = ours.journal.path
+        bodies = [
+            found.body
+            for number in segment_numbers(journal)
+            for found in read_segment(segment_path(journal, number).read_bytes()).frames
+        ]
+        assert bodies == [record.to_json() for record in records]
+
+
+def test_flushed_segments_go_and_their_space_comes_back(tmp_path):
+    store = MemoryStore()
+    with writer(tmp_path) as ours:
+        flusher = OwnJournal(ours.journal)
+        for _ in range(20):
+            for _ in range(5):
+                ours.settle(completed())
+            ours.commit()
+            flusher.flush(store)
+        assert len(store.records) == 100
+        assert bytes_taken(tmp_path) <= 4 * 4096
+
+
+def test_a_stream_outlives_the_segment_that_it_began_in(tmp_path):
+    """Its segment has gone when its ingress dies: what is open is written again in each."""
+    store, record = MemoryStore(), opened("stream")
+    with writer(tmp_path) as ours:
+        flusher = OwnJournal(ours.journal)
+        ours.open(record)
+        step = Progress("stream", TokenUsage(7, 0, 3), NOON)
+        ours.journal.append(Entry.of(Kind.PROGRESS, "stream", step.to_json()))
+        for _ in range(40):
+            ours.settle(completed())
+            ours.commit()
+            flusher.flush(store)
+        assert segment_numbers(ours.journal.path)[0] > 3
+    adopt(tmp_path, store)
+    assert store.records["stream"].state is State.INTERRUPTED
+    assert store.records["stream"].usage == step.usage
+    assert len(store.records) == 41
+
+
+def test_a_living_journal_is_not_adopted(tmp_path):
+    store = MemoryStore()
+    with writer(tmp_path) as ours:
+        ours.open(opened("stream"))
+        ours.commit()
+        assert adopt(tmp_path, store) == 0
+    assert adopt(tmp_path, store) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adoption_that_is_broken_off_is_done_again(tmp_path):
+    store = MemoryStore()
+    with writer(tmp_path) as ours:
+        for _ in range(10):
+            ours.settle(completed())
+        ours.open(opened("stream"))
+        ours.commit()
+    for trouble in ("away", "lose_answer"):
+        setattr(store, trouble, True)
+        with pytest.raises(StoreAway):
+            adopt(tmp_path, store)
+        setattr(store, trouble, False)
+    adopt(tmp_path, store)
+    assert len(store.records) == 11
+
+
+def test_a_damaged_journal_is_kept_aside_and_the_rest_of_it_settled(tmp_path, caplog):
+    store, records = MemoryStore(), [completed() for _ in range(3)]
+    with writer(tmp_path, JournalSettings()) as ours:
+        for record in records:
+            ours.settle(record)
+        ours.commit()
+        path = segment_path(ours.journal.path, 1)
+    data = bytearray(path.read_bytes())
+    data[len(records[0].to_json()) + 60] ^= 1
+    path.write_bytes(data)
+    adopt(tmp_path, store)
+    kept = {r.origin.request_id for r in (records[0], records[2])}
+    assert set(store.records) == kept
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.endswith(".damaged") and "damaged" in caplog.text
+    assert adopt(tmp_path, store) == 0
+
+
+class FailingDisk:
+    """Lets the journal's writes or syncs fail."""
+
+    def __init__(self, monkeypatch):
+        self.fails = ""
+        for name in ("pwrite", "fdatasync"):
+            monkeypatch.setattr(f"app.ledger.segments.os.{name}", self._wrap(name))
+
+    def _wrap(self, name):
+        real = getattr(os, name)
+
+        def call(*args):
+            if self.fails == name:
+                if name == "pwrite":
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
+                raise OSError(errno.EIO, "broken")
+            return real(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, call, caplog):
+    disk, store = FailingDisk(monkeypatch), MemoryStore()
+    with writer(tmp_path) as ours:
+        records = [completed() for _ in range(3)]
+        ours.settle(records[0])
+        ours.commit()
+        disk.fails = call
+        ours.settle(records[1])
+        ours.settle(records[2])
+        with pytest.raises(AssertionError):
+            ours.commit(timeout_s=0.3)
+        assert ours.journal.failing and ours.journal.room == 0
+        assert ours.acknowledged == [(Kind.SETTLED, records[0].origin.request_id)]
+        disk.fails = ""
+        ours.commit()
+        assert not ours.journal.failing and ours.journal.room > 0
+        assert segment_numbers(ours.journal.path) == [1, 2]
+        OwnJournal(ours.journal).flush(store)
+    assert list(store.records.values()) == records
+    assert "503" in caplog.text
+
+
+def test_the_bound_holds_and_space_comes_back(tmp_path):
+    settings = JournalSettings(max_mb=8, segment_mb=1)
+    store = MemoryStore()
+    with writer(tmp_path, settings) as ours:
+        while ours.journal.room >= 64 * 1024:
+            for _ in range(50):
+                ours.settle(completed())
+            ours.commit()
+        assert bytes_taken(tmp_path) <= 8 * MIB
+        assert len(ours.acknowledged) > 8 * MIB / 1000
+        OwnJournal(ours.journal).flush(store)
+        ours.journal.wake()
+        deadline = time.monotonic() + 5
+        while ours.journal.room < MIB:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert len(store.records) == len(ours.acknowledged)
+
+
+operations = st.lists(
+    st.sampled_from(
+        ["open", "progress", "settle", "unary", "commit", "flush", "away", "back", "lost"]
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+@given(operations, st.floats(0, 1), st.booleans())
+def test_any_interleaving_and_a_crash_give_each_record_once(
+    tmp_path_factory, operations, cut, torn
+):
+    """The crash: the journal as it was, its last bytes after what was acknowledged cut off."""
+    folder = tmp_path_factory.mktemp("journal")
+    store = MemoryStore()
+    ours = Writer(folder / "live")
+    flusher = OwnJournal(ours.journal)
+    running, tokens = [], 0
+    # What may be found of each request, in the order in which it became true.
+    history, durable = defaultdict(list), {}
+    try:
+        for operation in operations:
+            match operation:
+                case "open":
+                    record = opened(new_id())
+                    ours.open(record)
+                    running.append(record)
+                    history[record.origin.request_id].append(0)
+                case "progress" if running:
+                    tokens += 1
+                    name = running[-1].origin.request_id
+                    step = Progress(name, TokenUsage(1, 0, tokens), NOON)
+                    ours.append(Kind.PROGRESS, name, step.to_json())
+                    history[name].append(tokens)
+                case "settle" if running:
+                    record = running.pop(0).settle(State.COMPLETED, TokenUsage(1, 1, 1), ended=NOON)
+                    ours.settle(record)
+                    history[record.origin.request_id].append(record)
+                case "unary":
+                    record = completed(new_id())
+                    ours.settle(record)
+                    history[record.origin.request_id].append(record)
+                case "commit":
+                    ours.commit()
+                    durable = {name: len(steps) - 1 for name, steps in history.items()}
+                case "flush":
+                    with suppress(StoreAway):
+                        flusher.flush(store)
+                case "away" | "back":
+                    store.away = operation == "away"
+                case "lost":
+                    store.lose_answer = not store.lose_answer
+        ours.commit()
+        acknowledged = durable == {name: len(steps) - 1 for name, steps in history.items()}
+        copy = crash(ours.journal, folder / "dead", cut, torn and not acknowledged)
+    finally:
+        ours.close()
+    store.away = store.lose_answer = False
+    adopt(copy, store)
+    assert adopt(copy, store) == 0
+    assert set(durable) <= set(store.records) <= set(history)
+    for name, found in store.records.items():
+        broken_off = found.state is State.INTERRUPTED
+        outcome = found.usage.completion_tokens if broken_off else found
+        assert outcome in history[name][durable.get(name, 0) :]
+
+
+def crash(journal, folder, cut, torn):
+    """Copy a journal as a crash may leave it: of the last entry, only some bytes are there."""
+    copy = folder / journal.path.name
+    shutil.copytree(journal.path, copy)
+    if torn:
+        position = journal.written
+        path = segment_path(copy, position.segment)
+        data = path.read_bytes()
+        frames = read_segment(data[: position.size]).frames
+        begin = frames[-2].end if len(frames) > 1 else 0
+        keep = begin + int((position.size - begin) * cut)
+        path.write_bytes(data[:keep] + bytes(len(data) - keep))
+    return folder

@@ -1,0 +1,212 @@
+import asyncio
+import time
+from contextlib import ExitStack, asynccontextmanager
+
+import pytest
+
+from app.ledger.flusher import adopt
+from app.ledger.frames import INGRESS_LOST, Kind, read_segment
+from app.ledger.ledger import RESERVED_BYTES, JournalFull, Ledger, open_ledger
+from app.ledger.record import State
+from app.ledger.segments import segment_numbers, segment_path
+from app.ledger.settings import JournalSettings
+from app.pricing import TokenUsage
+from app.settings import SettingsError
+from tests.app.ledger.records import NOON, completed, new_id, opened, shed
+from tests.app.ledger.stores import MemoryStore
+
+pytestmark = pytest.mark.unit
+
+QUICK = JournalSettings(flush_interval_s=0.02, adopt_interval_s=0.05)
+
+
+@asynccontextmanager
+async def ledger(folder, store, settings=QUICK):
+    made = Ledger(folder, settings, store)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def until(condition, timeout_s=10):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def frames(folder):
+    return [
+        found
+        for journal in folder.iterdir()
+        for number in segment_numbers(journal)
+        for found in read_segment(segment_path(journal, number).read_bytes()).frames
+    ]
+
+
+async def test_records_are_in_the_file_when_settle_returns_and_in_the_store_soon(tmp_path):
+    store = MemoryStore()
+    store.away = True
+    async with ledger(tmp_path, store) as ours:
+        record = completed()
+        await ours.settle(record)
+        assert [f.body for f in frames(tmp_path)] == [record.to_json()]
+        await until(lambda: ours.store_away)
+        store.away = False
+        await until(lambda: store.records)
+        await until(lambda: not ours.store_away)
+    assert list(store.records.values()) == [record]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_many_at_once_share_syncs(tmp_path, monkeypatch):
+    import os
+
+    syncs, real = [], os.fdatasync
+    monkeypatch.setattr(
+        "app.ledger.segments.os.fdatasync", lambda file: (syncs.append(file), real(file))
+    )
+    store = MemoryStore()
+    async with ledger(tmp_path, store) as ours:
+        await asyncio.gather(*(ours.settle(completed()) for _ in range(500)))
+        assert len(syncs) < 50
+    assert len(store.records) == 500
+
+
+async def test_a_cancelled_wait_does_not_lose_the_record(tmp_path):
+    store = MemoryStore()
+    async with ledger(tmp_path, store) as ours:
+        waiting = asyncio.create_task(ours.settle(completed("gone")))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert waiting.cancelled()
+    assert "gone" in store.records
+
+
+async def test_progress_is_written_once_a_step(tmp_path):
+    settings = JournalSettings(progress_tokens=100, progress_s=1000)
+    async with ledger(tmp_path, MemoryStore(), settings) as ours:
+        await ours.open(opened("stream"))
+        for tokens in range(1, 1001):
+            ours.progress("stream", TokenUsage(5, 0, tokens))
+        await asyncio.sleep(0.2)
+        assert len([f for f in frames(tmp_path) if f.kind is Kind.PROGRESS]) == 10
+
+
+async def test_slow_streams_are_written_by_time(tmp_path):
+    settings = JournalSettings(progress_tokens=1000, progress_s=0.05)
+    async with ledger(tmp_path, MemoryStore(), settings) as ours:
+        await ours.open(opened("stream"))
+        for tokens in (1, 1, 2, 2):
+            await asyncio.sleep(0.06)
+            ours.progress("stream", TokenUsage(5, 0, tokens))
+        await asyncio.sleep(0.2)
+        assert len([f for f in frames(tmp_path) if f.kind is Kind.PROGRESS]) == 2
+
+
+async def test_what_was_turned_away_is_counted_without_waiting(tmp_path):
+    store = MemoryStore()
+    async with ledger(tmp_path, store) as ours:
+        ours.count(shed("no"))
+        await until(lambda: store.records)
+        assert store.records["no"].served is None
+    assert ours.uncounted == 0
+
+
+async def test_open_streams_of_an_ingress_that_stops_are_settled_by_another(tmp_path):
+    store = MemoryStore()
+    async with ledger(tmp_path, store) as first:
+        await first.open(opened("stream"))
+    assert store.records == {}
+    async with ledger(tmp_path, store):
+        await until(lambda: store.records)
+    assert store.records["stream"].reason == INGRESS_LOST
+
+
+async def test_without_room_nobody_is_served_and_room_comes_back(tmp_path):
+    store = MemoryStore()
+    store.away = True
+    settings = JournalSettings(max_mb=8, segment_mb=1, flush_interval_s=0.02)
+    async with ledger(tmp_path, store, settings) as ours:
+        served = 0
+
+        async def serve():
+            nonlocal served
+            with ours.reserved():
+                await ours.settle(completed())
+                served += 1
+
+        with pytest.raises(JournalFull):
+            while True:
+                await asyncio.gather(*(serve() for _ in range(100)))
+                assert served < 20_000
+        assert served > 5000
+        counted = 0
+        while not ours.uncounted:
+            ours.count(shed())
+            counted += 1
+            await asyncio.sleep(0.001)
+            assert counted < 5000
+        store.away = False
+        await until(lambda: len(store.records) == served + counted - 1)
+
+        async def has_room():
+            with ours.reserved():
+                return True
+
+        deadline = time.monotonic() + 5
+        while True:
+            try:
+                assert await has_room()
+                break
+            except JournalFull:
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.02)
+
+
+async def test_room_is_kept_for_everyone_who_was_let_in(tmp_path):
+    """However many are under way when it gets full, each can be written."""
+    store = MemoryStore()
+    store.away = True
+    settings = JournalSettings(max_mb=8, segment_mb=1)
+    async with ledger(tmp_path, store, settings) as ours:
+        streams = []
+        with ExitStack() as under_way:
+            with pytest.raises(JournalFull):
+                while True:
+                    under_way.enter_context(ours.reserved())
+                    record = opened(new_id())
+                    await ours.open(record)
+                    streams.append(record)
+            assert len(streams) > 8 * 1024 * 1024 / RESERVED_BYTES / 4
+            for record in streams:
+                ended = record.settle(State.COMPLETED, TokenUsage(1, 0, 1), ended=NOON)
+                await ours.settle(ended)
+            taken = sum(path.stat().st_size for path in tmp_path.glob("*/*.journal"))
+            assert taken <= settings.max_bytes
+        store.away = False
+    adopt(tmp_path, store)
+    assert {r.state for r in store.records.values()} == {State.COMPLETED}
+    assert len(store.records) == len(streams)
+
+
+async def test_a_burst_does_not_outrun_the_space(tmp_path):
+    async with ledger(tmp_path, MemoryStore(), JournalSettings(segment_mb=1)) as ours:
+        with ExitStack() as under_way:
+            for place in range(3000):
+                under_way.enter_context(ours.reserved())
+                if place % 100 == 0:
+                    await asyncio.sleep(0.01)
+
+
+async def test_a_ledger_is_opened_by_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEDGER_TEST", str(tmp_path))
+    settings = JournalSettings(folder="${LEDGER_TEST}/journal")
+    ours = open_ledger("sqlite:///${LEDGER_TEST}/db/usage.db", settings)
+    await ours.settle(completed())
+    await ours.close()
+    assert (tmp_path / "db" / "usage.db").exists()
+    with pytest.raises(SettingsError, match="not set"):
+        open_ledger("sqlite:///${NO_SUCH_VARIABLE}/usage.db", settings)
