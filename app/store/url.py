@@ -30,9 +30,9 @@ def parse_url(text: str) -> URL:
         url = make_url(text)
     except (ArgumentError, ValueError):
         raise ValueError("expected a database URL") from None
-    if url.drivername not in _DRIVERS:
+    if url.drivername not in {*_DRIVERS, *_DRIVERS.values()}:
         raise ValueError("expected sqlite:///PATH or postgresql://USER:PASSWORD@HOST/DATABASE")
-    return url.set(drivername=_DRIVERS[url.drivername])
+    return url.set(drivername=_DRIVERS[url.get_backend_name()])
 
 
 def resolve_url(text: str) -> URL:
