@@ -2,12 +2,14 @@
 
     ApiError
     ├── InvalidRequest       400  the request itself is wrong
+    │   ├── InvalidKey       401  no API key, or one that does not work
     │   ├── ModelNotFound    404
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
     │   ├── RequestTimeout   408
     │   ├── BodyTooLarge     413
     │   └── Overloaded       429  turned away from the line; carries Retry-After
+    ├── RateLimited          429  over a limit of its key; carries Retry-After
     ├── EngineRejected       4xx  the engine refused the request; its own words
     └── ServerError          500
         └── Unavailable      503  nothing can serve the model now; carries Retry-After
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import orjson
 
@@ -37,7 +39,7 @@ class ApiError(Exception):
     """
 
     status: int = 500
-    type: ClassVar[str] = "server_error"
+    type: str = "server_error"
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -67,6 +69,22 @@ class InvalidRequest(ApiError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class InvalidKey(InvalidRequest):
+    """The request carries no API key, or one that does not work. It is not repeated back."""
+
+    status = 401
+
+    def __init__(self, *, given: bool) -> None:
+        super().__init__(
+            "Incorrect API key provided."
+            if given
+            else "You didn't provide an API key. You need to provide your API key in an "
+            "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY).",
+            code="invalid_api_key",
+        )
+        self.headers["www-authenticate"] = "Bearer"
 
 
 class ModelNotFound(InvalidRequest):
@@ -132,6 +150,24 @@ class Overloaded(InvalidRequest):
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__("Model busy, retry later", code="engine_overloaded")
+        self.headers |= _retry_headers(retry_after_s)
+
+
+class RateLimited(ApiError):
+    """The request is over a limit of its key: ``what`` is ``requests`` or ``tokens`` a minute.
+
+    ``type`` and wording are those of OpenAI's service, where the type names the limit.
+    """
+
+    status = 429
+
+    def __init__(self, what: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"Rate limit reached on {what} per min: Limit {limit}. "
+            f"Please try again in {max(retry_after_s, 0.001):.3g}s.",
+            code="rate_limit_exceeded",
+        )
+        self.type = what
         self.headers |= _retry_headers(retry_after_s)
 
 

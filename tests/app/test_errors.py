@@ -135,3 +135,10 @@ def test_ordinary_words_are_left_alone():
 def test_retry_after_is_in_whole_seconds_and_milliseconds():
     error = errors.Unavailable("later", "engine_not_ready", 1.2345)
     assert (error.headers["retry-after"], error.headers["retry-after-ms"]) == ("2", "1235")
+
+
+def test_a_wrong_key_is_not_repeated_back():
+    for given in (True, False):
+        error = errors.InvalidKey(given=given)
+        assert (error.status, error.code, error.param) == (401, "invalid_api_key", None)
+        assert error.headers["www-authenticate"] == "Bearer"

@@ -1,0 +1,367 @@
+"""Limits of keys, kept by several ingresses together. Pure: the time is passed in.
+
+A limit is an amount (of requests, of tokens) in any minute. One ``LimitBook`` knows what all
+ingresses have used and hands out allowances; each ingress takes from its own (``Allowance``)
+without asking anybody. They speak in two messages: every ``RENEWAL_S``, and at once when a request
+finds no allowance, the ingress sends an ``Ask``, which says what it has used and still holds, and
+gets a ``Given``.
+
+What is used and what is held never exceeds the limit together: an amount counts as held until it
+is reported as used, and then for a minute. So the ingresses admit no more than the limit in any
+minute, whatever messages are late, lost or repeated:
+
+- The ingress gives up what it does not need by itself, and says in its next ask what it then
+  holds. What it says is true: nothing that was given in answer to an earlier ask is taken after a
+  later one has been sent.
+- An allowance ends ``LEASE_S`` after the ask that it answers. The book counts what an ingress held
+  as used when it has heard nothing for longer than that.
+
+Tokens are taken as expected and put right when the request has ended; where that is more than was
+expected the limit is exceeded by the difference, and as much less is given afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+MINUTE_S: Final = 60
+RENEWAL_S: Final = 0.25
+"""How often an ingress asks for the limits that it used lately."""
+LEASE_S: Final = 3.0
+"""How long an allowance holds without being renewed."""
+_SILENCE_S: Final = 2 * LEASE_S
+_AHEAD_S: Final = 2 * RENEWAL_S
+_RATE_MEMORY_S: Final = 2.0
+_URGENT_S: Final = RENEWAL_S / 10
+_PATIENCE_S: Final = 1.0  # how long an answer is waited for
+
+
+class Window:
+    """What was used in the last minute.
+
+    It is counted by whole seconds and kept until the last moment of its second is a minute ago: it
+    may count an amount for a second too long, and never too short.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: deque[list[int]] = deque()
+        self._total = 0
+
+    def add(self, amount: int, now: float) -> None:
+        """Count an amount now; a negative one is taken back."""
+        if amount < 0:
+            self.take_back(-amount)
+            return
+        second = math.floor(now)
+        if self._seconds and self._seconds[-1][0] >= second:
+            self._seconds[-1][1] += amount
+        else:
+            self._seconds.append([second, amount])
+        self._total += amount
+
+    def take_back(self, amount: int) -> None:
+        """Count so much less, of the oldest amounts, which would have gone first."""
+        for slot in self._seconds:
+            taken = min(slot[1], amount)
+            slot[1] -= taken
+            self._total -= taken
+            amount -= taken
+
+    def used(self, now: float) -> int:
+        """Return what was used in the last minute."""
+        while self._seconds and self._seconds[0][0] < math.floor(now) - MINUTE_S:
+            self._total -= self._seconds.popleft()[1]
+        return self._total
+
+    def frees_at(self, amount: int, now: float) -> float:
+        """Return when so much will have gone from it, or all, whichever is first."""
+        self.used(now)
+        gone = 0
+        for second, used in self._seconds:
+            gone += used
+            if gone >= amount:
+                return second + MINUTE_S + 1.0
+        return self._seconds[-1][0] + MINUTE_S + 1.0 if self._seconds else now
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What an ingress says of one limit.
+
+    Attributes:
+        ingress: its name, never used again after a restart.
+        number: counts the asks of this ingress for this limit.
+        sent_at: when it was sent, by the ingress's own clock; only handed back.
+        limit: the limit, as the key has it now.
+        used: how much it has taken in its whole life.
+        returned: how much of that it has not needed after all.
+        held: how much it may still use.
+        wanted: how much more it would like to be given.
+        least: less than this is of no use to it.
+    """
+
+    ingress: str
+    number: int
+    sent_at: float
+    limit: int
+    used: int
+    returned: int
+    held: int
+    wanted: int
+    least: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the book answers.
+
+    Attributes:
+        answers: the number of the ask.
+        sent_at: the ask's ``sent_at``.
+        added: how much more the ingress may use.
+        remaining: how much of the limit is neither used nor held by others.
+        frees_in_s: in how many seconds more comes free.
+        reset_in_s: in how many seconds all of it is free, if nothing more is used.
+        ingresses: how many ingresses use the limit.
+    """
+
+    answers: int
+    sent_at: float
+    added: int
+    remaining: int
+    frees_in_s: float
+    reset_in_s: float
+    ingresses: int = 1
+
+
+@dataclass(slots=True)
+class _Holding:
+    number: int = 0
+    used: int = 0
+    returned: int = 0
+    held: int = 0
+    heard_at: float = -math.inf
+    silent: bool = False
+
+
+class LimitBook:
+    """One limit, as it is shared out."""
+
+    def __init__(self) -> None:
+        self._window = Window()
+        self._holdings: dict[str, _Holding] = {}
+
+    def answer(self, ask: Ask, now: float) -> Given:
+        """Take in what an ingress says, and give it a share of what is free."""
+        self._note_silent(now)
+        newest = self._hear(ask, now)
+        held = sum(holding.held for holding in self._holdings.values())
+        free = ask.limit - self._window.used(now) - held
+        speaking = sum(not holding.silent for holding in self._holdings.values())
+        added = max(0, min(ask.wanted, free))
+        if added < ask.least or not newest:
+            added = 0
+        self._holdings[ask.ingress].held += added
+        others = held - ask.held
+        return Given(
+            ask.number,
+            ask.sent_at,
+            added,
+            max(0, ask.limit - self._window.used(now) - others),
+            max(0.0, self._window.frees_at(max(1, 1 - free), now) - now),
+            max(0.0, self._window.frees_at(ask.limit, now) - now),
+            speaking,
+        )
+
+    def is_idle(self, now: float) -> bool:
+        """Whether nobody uses it, so that it can be forgotten."""
+        self._note_silent(now)
+        everyone_silent = all(holding.silent for holding in self._holdings.values())
+        return everyone_silent and self._window.used(now) == 0
+
+    def _hear(self, ask: Ask, now: float) -> bool:
+        """Take in what an ask says, and return whether it is the newest of its ingress."""
+        holding = self._holdings.setdefault(ask.ingress, _Holding())
+        if ask.number <= holding.number:
+            return False
+        holding.number = ask.number
+        # Apart, since what is taken now stays for a minute, whatever is returned of older.
+        self._window.take_back(ask.returned - holding.returned)
+        self._window.add(ask.used - holding.used, now)
+        holding.used, holding.returned, holding.held = ask.used, ask.returned, ask.held
+        holding.heard_at, holding.silent = now, False
+        return True
+
+    def _note_silent(self, now: float) -> None:
+        for holding in self._holdings.values():
+            if not holding.silent and now - holding.heard_at > _SILENCE_S:
+                # It may have used it before its lease ended. Should it speak again, its own
+                # figures put this right.
+                self._window.add(holding.held, now)
+                holding.used += holding.held
+                holding.held, holding.silent = 0, True
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a key stands with one of its limits, for the headers of an answer."""
+
+    limit: int
+    remaining: int
+    frees_in_s: float
+    reset_in_s: float
+
+
+class Allowance:
+    """What one ingress may still use of one limit, which may be changed at any time."""
+
+    def __init__(self, ingress: str, limit: int) -> None:
+        self.limit = limit
+        self._ingress = ingress
+        self._used = self._returned = self._held = self._number = 0
+        self._until = self._asked_at = self._given_at = -math.inf
+        self._missed = 0
+        self._refused = False
+        self._demanded = 0
+        self._rate = 0.0
+        self._net_before = 0
+        self._given = Given(0, -math.inf, 0, 0, 0.0, 0.0)
+
+    def take(self, amount: int, now: float) -> bool:
+        """Take an amount if it is there; if it is not, ``asks_at`` says when to ask for it.
+
+        A request that needs more than the whole limit gets by when all of it is there.
+        """
+        amount = min(amount, self.limit)
+        self._demanded += amount
+        if now >= self._until or self._held < amount:
+            self._missed = max(self._missed, amount)
+            return False
+        self._held -= amount
+        self._used += amount
+        return True
+
+    def put_right(self, difference: int, age_s: float) -> None:
+        """Correct what was taken ``age_s`` ago, by what was used more, or less.
+
+        What has left the last minute, or may have, is not given back.
+        """
+        if difference < 0 and age_s > MINUTE_S - LEASE_S:
+            return
+        self._used += max(difference, 0)
+        self._returned += max(-difference, 0)
+        self._held -= difference
+
+    def asks_at(self) -> float:
+        """Return when the next ask is due; infinity if there is nothing to say."""
+        if self._given.answers != self._number:
+            # A new ask would make the answer to this one worthless.
+            return self._asked_at + _PATIENCE_S
+        if self._missed and not self._refused:
+            return self._asked_at + _URGENT_S
+        said_all = self._net == self._net_before and self._held <= 0 and not self._missed
+        return math.inf if said_all else self._asked_at + RENEWAL_S
+
+    def ask(self, now: float) -> Ask:
+        """Return what to send now, and give up what is more than needed."""
+        if now >= self._until:
+            self._held = 0
+        self._measure(now)
+        needed = math.ceil(self._rate * _AHEAD_S)
+        # What was used beyond the allowance is reported as used, and so made up for.
+        self._held = max(0, min(self._held, needed))
+        self._number += 1
+        self._asked_at, self._net_before = now, self._net
+        wanted = max(needed, self._missed) - self._held
+        least = self._missed - self._held if self._missed else 0
+        return Ask(
+            self._ingress, self._number, now, self.limit, self._used, self._returned,
+            self._held, max(wanted, 0), max(least, 0),
+        )  # fmt: skip
+
+    def receive(self, given: Given, now: float) -> None:
+        """Take what was given, unless it comes too late or again."""
+        if given.answers != self._number or given.answers == self._given.answers:
+            return
+        self._held += given.added
+        self._until = given.sent_at + LEASE_S
+        self._given, self._given_at = given, now
+        self._refused = self._held < self._missed
+        self._missed = 0
+
+    def standing(self, now: float) -> Standing:
+        """Return what the headers of an answer say."""
+        given, elapsed = self._given, now - self._given_at
+        if elapsed == math.inf:
+            return Standing(self.limit, self.limit, 0.0, 0.0)
+        since = self._net - self._net_before
+        return Standing(
+            self.limit,
+            max(0, min(self.limit, given.remaining - since)),
+            max(0.0, given.frees_in_s - elapsed),
+            max(0.0, given.reset_in_s - elapsed),
+        )
+
+    @property
+    def _net(self) -> int:
+        return self._used - self._returned
+
+    def _measure(self, now: float) -> None:
+        elapsed = now - self._asked_at
+        if 0 < elapsed < math.inf:
+            rate = self._demanded / elapsed
+            self._rate += (1 - math.exp(-elapsed / _RATE_MEMORY_S)) * (rate - self._rate)
+        self._demanded = 0
+
+
+class PriorityShare:
+    """Keeps the part of a key's requests that are served as priority below its share.
+
+    Each ingress keeps it for its own requests, and then it holds for all of them together, to
+    within one request each.
+    """
+
+    def __init__(self) -> None:
+        self._all, self._priority = Window(), Window()
+
+    def count(self, now: float, *, priority: bool) -> None:
+        """Take note of a request that is served."""
+        self._all.add(1, now)
+        if priority:
+            self._priority.add(1, now)
+
+    def allows(self, share: float, now: float) -> bool:
+        """Whether one more request may be priority."""
+        most = math.ceil(share * (self._all.used(now) + 1))
+        return self._priority.used(now) + 1 <= most
+
+
+def rate_limit_headers(requests: Standing | None, tokens: Standing | None) -> list[tuple[str, str]]:
+    """Return OpenAI's ``x-ratelimit-*`` headers, for those limits that the key has."""
+    headers = []
+    for name, standing in (("requests", requests), ("tokens", tokens)):
+        if standing is not None:
+            headers += [
+                (f"x-ratelimit-limit-{name}", str(standing.limit)),
+                (f"x-ratelimit-remaining-{name}", str(standing.remaining)),
+                (f"x-ratelimit-reset-{name}", duration(standing.reset_in_s)),
+            ]
+    return headers
+
+
+def duration(seconds: float) -> str:
+    """Return a time as OpenAI's headers write it: ``17ms``, ``1.5s``, ``6m0s``."""
+    milliseconds = math.ceil(max(seconds, 0.0) * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    text = f"{rest / 1000:.3f}".rstrip("0").rstrip(".")
+    return f"{minutes}m{text}s" if minutes else f"{text}s"
+
+
+def split_limit(limit: int, ingresses: int) -> int:
+    """Return an ingress's part of a limit while there is no book to ask."""
+    return max(1, limit // max(ingresses, 1))
