@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from typing import Final
+from decimal import Decimal
+from typing import Any, Final
 
-from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, select, text
+from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, func, select, text
 
 from app.ledger.record import UsageRecord
+from app.pricing import Prices, TokenUsage
 from app.store.database import migrate, translated
 from app.store.schema import Amount, Moment, usage_records
+from app.usage import Grouping, Total, add_up
 
 READ_AT_ONCE: Final = 1000
 
@@ -48,6 +51,54 @@ class RecordStore:
             streamed = connection.execution_options(yield_per=READ_AT_ONCE)
             for row in streamed.execute(query.order_by(*order)).mappings():
                 yield UsageRecord.from_fields(dict(row))
+
+    def totals(self, wanted: Wanted, groupings: Sequence[Grouping]) -> list[Total]:
+        """Return totals of records, in the order of their groups.
+
+        They add up to the records to the last digit: the database sums tokens, which are whole
+        numbers, of the same prices, and a cost is tokens times prices.
+        """
+        groups = [_GROUPS[grouping].label(grouping.value) for grouping in groupings]
+        sums = [func.count(), *(func.sum(column) for column in _TOKENS)]
+        query = select(*groups, *_PRICES, *sums).where(wanted.condition())
+        with translated(), self._engine.connect() as connection:
+            rows = connection.execute(query.group_by(*groups, *_PRICES)).all()
+        totals: dict[tuple[str | None, ...], list[Total]] = {}
+        for row in rows:
+            key = tuple(None if value is None else str(value) for value in row[: len(groups)])
+            totals.setdefault(key, []).append(_total(row[len(groups) :]))
+        return [
+            replace(add_up(parts), group=dict(zip(groupings, key, strict=True)))
+            for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
+        ]
+
+
+def _total(row: Sequence[Any]) -> Total:
+    """Return the total of a row of prices and sums."""
+    *prices, requests, prompt, cached, completion = row
+    usage = TokenUsage(int(prompt), int(cached), int(completion))
+    cost = Decimal(0) if prices[0] is None else Prices(*prices).cost(usage)
+    return Total(
+        {}, requests, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost
+    )
+
+
+_columns = usage_records.c
+_GROUPS: Final = {
+    Grouping.DAY: _columns.day,
+    Grouping.TENANT: _columns.tenant,
+    Grouping.KEY: _columns.key_id,
+    Grouping.MODEL: _columns.model,
+    Grouping.TIER: _columns.served_tier,
+    Grouping.STATE: _columns.state,
+}
+_PRICES: Final = (
+    _columns.input_price,
+    _columns.cached_input_price,
+    _columns.output_price,
+    _columns.multiplier,
+)
+_TOKENS: Final = (_columns.prompt_tokens, _columns.cached_tokens, _columns.completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)

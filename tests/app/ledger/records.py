@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from fractions import Fraction
 
 from hypothesis import strategies as st
 
@@ -114,6 +114,6 @@ def records(draw) -> UsageRecord:
     )
 
 
-def total(of: list[UsageRecord]) -> Decimal:
-    """The sum of their costs by the plainest arithmetic there is: in units of 10^-40 USD."""
-    return Decimal(sum(int(record.cost.scaleb(40)) for record in of)).scaleb(-40)
+def total(of: list[UsageRecord]) -> Fraction:
+    """The sum of their costs, by an arithmetic that cannot round."""
+    return sum((Fraction(record.cost) for record in of), start=Fraction(0))

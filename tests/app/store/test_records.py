@@ -1,4 +1,5 @@
 from datetime import date, timedelta
+from fractions import Fraction
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,9 @@ from app.ledger.record import State
 from app.store.database import migrate
 from app.store.records import RecordStore, Wanted
 from app.store.schema import usage_records
-from tests.app.ledger.records import NOON, completed, new_id, origin, records, shed
+from app.tiers import Tier
+from app.usage import Grouping, add_up
+from tests.app.ledger.records import NOON, completed, new_id, origin, records, shed, total
 
 pytestmark = pytest.mark.unit
 
@@ -59,3 +62,44 @@ def test_a_quote_in_a_name_is_only_a_quote(store):
     store.add([odd.to_json()])
     assert list(store.each(Wanted(odd.origin.tenant))) == [odd]
     assert origin(new_id())
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    st.lists(records(), max_size=12), st.lists(st.sampled_from(Grouping), unique=True, max_size=4)
+)
+def test_totals_add_up_to_the_records_to_the_last_digit(store, engine, written, groupings):
+    with engine.begin() as connection:
+        connection.execute(usage_records.delete())
+    # Some with equal prices, so that the database has something to add.
+    written = [*written, *(completed(usage=record.usage) for record in written)]
+    if written:
+        store.add([record.to_json() for record in written])
+    totals = store.totals(Wanted(), groupings)
+    whole = add_up(totals)
+    assert Fraction(whole.cost) == total(written)
+    assert whole.requests == len(written)
+    assert whole.completion_tokens == sum(record.usage.completion_tokens for record in written)
+    assert len({tuple(each.group.items()) for each in totals}) == len(totals)
+
+
+def test_totals_are_split_by_what_is_asked_for(store):
+    day = timedelta(days=1)
+    written = [
+        completed(tenant="a", arrived=NOON),
+        completed(tenant="a", arrived=NOON + day),
+        completed(tenant="a", served=Tier.FLEX, arrived=NOON + day),
+        completed(tenant="b", arrived=NOON),
+        shed(),
+    ]
+    store.add([record.to_json() for record in written])
+    totals = store.totals(Wanted("a"), [Grouping.DAY, Grouping.TIER])
+    assert [(each.group["day"], each.group["tier"], each.requests) for each in totals] == [
+        ("2026-11-22", "priority", 1),
+        ("2026-11-23", "flex", 1),
+        ("2026-11-23", "priority", 1),
+    ]
+    assert [each.cost for each in totals] == [written[0].cost, written[2].cost, written[1].cost]
+    turned_away = store.totals(Wanted("acme"), [Grouping.TIER])
+    assert [(each.group["tier"], each.cost) for each in turned_away] == [(None, 0)]
+    assert store.totals(Wanted("nobody"), [Grouping.DAY]) == []
