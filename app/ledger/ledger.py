@@ -107,6 +107,9 @@ class Ledger:
             now = time.monotonic()
             if generated == tokens or now - since < self._settings.progress_s:
                 return
+        if self._journal.room < self._in_flight * RESERVED_BYTES:
+            # What is left is kept for the records themselves.
+            return
         self._steps[request_id] = (generated, time.monotonic())
         body = Progress(request_id, usage, now_utc()).to_json()
         self._write_lazily(Entry.of(Kind.PROGRESS, request_id, body))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from app.ledger.record import UsageRecord, fields_from_json
 from app.store.database import StoreAway
 
@@ -12,6 +14,8 @@ class MemoryStore:
     def __init__(self) -> None:
         self.away = False
         self.lose_answer = False
+        # After so many more transactions it is away.
+        self.left = math.inf
         self.records: dict[str, UsageRecord] = {}
 
     def prepare(self) -> None:
@@ -19,6 +23,7 @@ class MemoryStore:
 
     def add(self, bodies: list[bytes]) -> None:
         self._reach()
+        self.left -= 1
         for body in bodies:
             record = UsageRecord.from_fields(fields_from_json(body))
             self.records.setdefault(record.origin.request_id, record)
@@ -27,5 +32,5 @@ class MemoryStore:
             raise StoreAway("connection lost")
 
     def _reach(self) -> None:
-        if self.away:
+        if self.away or self.left <= 0:
             raise StoreAway("away")
