@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
+from app import cli_store
+
 main = typer.Typer(no_args_is_help=True, add_completion=False)
+main.add_typer(cli_store.keys, name="keys")
+main.add_typer(cli_store.ledger, name="ledger")
+main.command()(cli_store.usage)
 
 
 @main.callback()

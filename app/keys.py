@@ -85,7 +85,7 @@ class ApiKey:
         if any(len(text) > MAX_NAME or not text.isprintable() for text in (self.tenant, self.name)):
             raise ValueError(f"names have at most {MAX_NAME} characters, all of them printable")
         if not {Tier.DEFAULT, self.default_tier} <= self.tiers:
-            raise ValueError("a key may use `default` and its own default tier")
+            raise ValueError("the default tier of a key must be among its tiers")
 
 
 def create_key(

@@ -63,12 +63,13 @@ class RecordStore:
         query = select(*groups, *_PRICES, *sums).where(wanted.condition())
         with translated(), self._engine.connect() as connection:
             rows = connection.execute(query.group_by(*groups, *_PRICES)).all()
+        names = [grouping.value for grouping in groupings]
         totals: dict[tuple[str | None, ...], list[Total]] = {}
         for row in rows:
             key = tuple(None if value is None else str(value) for value in row[: len(groups)])
             totals.setdefault(key, []).append(_total(row[len(groups) :]))
         return [
-            replace(add_up(parts), group=dict(zip(groupings, key, strict=True)))
+            replace(add_up(parts), group=dict(zip(names, key, strict=True)))
             for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
         ]
 

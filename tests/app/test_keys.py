@@ -72,7 +72,7 @@ def test_the_authorization_header(header, text):
 def test_a_key_may_use_its_default_tier_and_default():
     key, _ = make(tiers=[Tier.FLEX], default_tier=Tier.FLEX)
     assert key.tiers == {Tier.FLEX, Tier.DEFAULT}
-    with pytest.raises(ValueError, match="default tier"):
+    with pytest.raises(ValueError, match="among its tiers"):
         make(tiers=[Tier.FLEX], default_tier=Tier.PRIORITY)
 
 
