@@ -72,6 +72,10 @@ class Reason(StrEnum):
 
     MODEL_DOES_NOT_OFFER_TIER = "model_does_not_offer_tier"
     """The operator has not offered this tier for the model."""
+    KEY_MAY_NOT_USE_TIER = "key_may_not_use_tier"
+    """The operator has not allowed this tier to the API key."""
+    OVER_PRIORITY_SHARE = "over_priority_share"
+    """As much of the key's traffic is priority already as may be."""
     ROUTE_DOES_NOT_HONOUR_PRIORITY = "route_does_not_honour_priority"
     """The engine has native priority, but not on the route of this request."""
     NO_REPLICA_HONOURS_PRIORITY = "no_replica_honours_priority"
@@ -116,7 +120,26 @@ class TierDecision:
         assert not lowered or self.reason is not None, "a changed tier has a reason"
 
 
-def admit(wanted: Tier, offer: TierOffer) -> tuple[Tier, Reason | None]:
+@dataclass(frozen=True, slots=True)
+class TierRights:
+    """Which tiers a request's API key may use, at the moment of the request.
+
+    Attributes:
+        tiers: the tiers that are allowed to it; ``default`` always is.
+        over_share: whether as much of its traffic is priority already as may be.
+    """
+
+    tiers: frozenset[Tier] = frozenset(Tier)
+    over_share: bool = False
+
+
+ALL_RIGHTS = TierRights()
+"""Of a request without a key, where the ingress is open to all."""
+
+
+def admit(
+    wanted: Tier, offer: TierOffer, rights: TierRights = ALL_RIGHTS
+) -> tuple[Tier, Reason | None]:
     """Return the tier at which a request stands in line, before an engine is chosen.
 
     ``wanted`` is the requested tier, or the key's default tier where nothing was requested.
@@ -126,6 +149,10 @@ def admit(wanted: Tier, offer: TierOffer) -> tuple[Tier, Reason | None]:
     )
     if refused:
         return Tier.DEFAULT, Reason.MODEL_DOES_NOT_OFFER_TIER
+    if wanted is not Tier.DEFAULT and wanted not in rights.tiers:
+        return Tier.DEFAULT, Reason.KEY_MAY_NOT_USE_TIER
+    if wanted is Tier.PRIORITY and rights.over_share:
+        return Tier.DEFAULT, Reason.OVER_PRIORITY_SHARE
     return wanted, None
 
 
@@ -138,6 +165,7 @@ def decide(
     native_priority: bool,
     route_honoured: bool,
     rate_card: RateCard,
+    rights: TierRights = ALL_RIGHTS,
 ) -> TierDecision:
     """Decide the tier of a request that has been given its place on an engine replica.
 
@@ -150,8 +178,9 @@ def decide(
         native_priority: whether the chosen replica has native priority in force at all.
         route_honoured: whether it honours priority on this request's route.
         rate_card: the prices in force now.
+        rights: what the key may use, as when it was admitted.
     """
-    served, reason = admit(requested or default_tier, offer)
+    served, reason = admit(requested or default_tier, offer, rights)
     delivered = stood_as is Tier.PRIORITY and (
         offer.priority is PriorityMode.LINE or route_honoured
     )

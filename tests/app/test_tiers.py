@@ -10,6 +10,7 @@ from app.tiers import (
     Tier,
     TierDecision,
     TierOffer,
+    TierRights,
     UnknownTierError,
     admit,
     decide,
@@ -61,6 +62,27 @@ def test_a_tier_that_is_not_offered_is_admitted_as_default(wanted, offer):
     assert reason is (Reason.MODEL_DOES_NOT_OFFER_TIER if refused else None)
 
 
+rights = st.builds(
+    lambda tiers, over: TierRights(frozenset(tiers) | {Tier.DEFAULT}, over),
+    st.sets(st.sampled_from(Tier)),
+    st.booleans(),
+)
+
+
+@given(st.sampled_from(Tier), offers, rights)
+def test_a_tier_that_the_key_may_not_use_is_admitted_as_default(wanted, offer, rights):
+    offered, reason = admit(wanted, offer)
+    admitted, why = admit(wanted, offer, rights)
+    if offered is not wanted:
+        assert (admitted, why) == (offered, reason)
+    elif wanted not in rights.tiers:
+        assert (admitted, why) == (Tier.DEFAULT, Reason.KEY_MAY_NOT_USE_TIER)
+    elif wanted is Tier.PRIORITY and rights.over_share:
+        assert (admitted, why) == (Tier.DEFAULT, Reason.OVER_PRIORITY_SHARE)
+    else:
+        assert (admitted, why) == (wanted, None)
+
+
 @given(
     st.none() | st.sampled_from(Tier),
     st.sampled_from(Tier),
@@ -68,12 +90,13 @@ def test_a_tier_that_is_not_offered_is_admitted_as_default(wanted, offer):
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    rights,
 )
 def test_priority_is_decided_only_when_it_is_delivered(
-    requested, default, offer, native, honoured, lowered
+    requested, default, offer, native, honoured, lowered, rights
 ):
     honoured = honoured and native
-    stood_as, _ = admit(requested or default, offer)
+    stood_as, _ = admit(requested or default, offer, rights)
     if stood_as is Tier.PRIORITY and lowered:
         stood_as = Tier.DEFAULT
     decision = decide(
@@ -84,11 +107,13 @@ def test_priority_is_decided_only_when_it_is_delivered(
         native_priority=native,
         route_honoured=honoured,
         rate_card=RateCard(),
+        rights=rights,
     )
     wanted = requested or default
     assert decision.requested is requested
     if decision.served is Tier.PRIORITY:
         assert wanted is Tier.PRIORITY and not lowered
+        assert Tier.PRIORITY in rights.tiers and not rights.over_share
         assert offer.priority is PriorityMode.LINE or (
             offer.priority is PriorityMode.AUTO and honoured
         )
