@@ -91,6 +91,7 @@ class Journal:
         self._spares: deque[SegmentFile] = deque()
         self._overdrawn = False
         self._refused_until = 0.0
+        self._trouble: str | None = None
         self._allocated = 1
         self.written = Position(1, 0)
         """Up to here it can be read."""
@@ -233,21 +234,26 @@ class Journal:
         """Take space ahead of need: a segment more than what requests under way may write."""
         wanted = self._settings.segment_bytes + 2 * self._reserved
         while not self._closing and self.room < wanted and time.monotonic() >= self._refused_until:
-            if self._take_segment():
+            trouble = self._take_segment()
+            if trouble is None:
                 self._overdrawn = False
             else:
                 self._refused_until = time.monotonic() + _REFUSED_S
+            if trouble is not None and self._trouble is None:
+                _log.warning("no more space for the journal: %s", trouble)
+            self._trouble = trouble
 
-    def _take_segment(self) -> bool:
-        taken = bytes_taken(self._folder) + self._settings.segment_bytes
-        if self.failing or taken > self._settings.max_bytes:
-            return False
+    def _take_segment(self) -> str | None:
+        """Take space for one more segment, or return why there is none."""
+        if self.failing:
+            return "the disk is failing"
+        if bytes_taken(self._folder) + self._settings.segment_bytes > self._settings.max_bytes:
+            return "the journals of this node are as large as they may be (max_mb)"
         try:
             self._spares.append(self._create())
         except OSError as error:
-            _log.warning("no more space for the journal: %s", error)
-            return False
-        return True
+            return str(error)
+        return None
 
     def _create(self) -> SegmentFile:
         created = SegmentFile(self.path, self._allocated + 1, self._settings.segment_bytes)

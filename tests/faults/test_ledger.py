@@ -6,6 +6,7 @@ docs/billing.md.
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -208,6 +209,46 @@ def test_a_locked_sqlite_file_stops_nobody(tmp_path):
             holder.rollback()
         engine.dispose()
     check(folder, url, told, "SQLite's file locked by somebody else")
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A file system of so many bytes; mounting one needs root."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: NOT TESTED ({mounted.stderr.decode()})")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_refuses_and_recovers(tmp_path, postgres):
+    told = Told()
+    with small_disk(tmp_path / "disk", "6m") as disk:
+        folder = disk / "journal"
+        with writer(folder, postgres.url, told, max_mb=64):
+            wait_for_load(told)
+            postgres.kill()
+            deadline = time.monotonic() + 120
+            while told.refused < 50:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            served = len(told.settled)
+            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
+            assert shutil.disk_usage(disk).free == 0
+            refused = told.refused
+            while told.refused < refused + 50:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            # Space comes back from the journal alone.
+            postgres.start()
+            wait_for_load(told, more=100)
+        assert served > 500
+        check(folder, postgres.url, told, f"disk full, {told.refused} refused")
 
 
 def test_a_full_journal_refuses_and_recovers(tmp_path, postgres):

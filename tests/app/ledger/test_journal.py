@@ -248,7 +248,7 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
     assert "503" in caplog.text
 
 
-def test_the_bound_holds_and_space_comes_back(tmp_path):
+def test_the_bound_holds_and_space_comes_back(tmp_path, caplog):
     settings = JournalSettings(max_mb=8, segment_mb=1)
     store = MemoryStore()
     with writer(tmp_path, settings) as ours:
@@ -257,6 +257,7 @@ def test_the_bound_holds_and_space_comes_back(tmp_path):
                 ours.settle(completed())
             ours.commit()
         assert bytes_taken(tmp_path) <= 8 * MIB
+        assert caplog.text.count("max_mb") == 1
         assert len(ours.acknowledged) > 8 * MIB / 1000
         OwnJournal(ours.journal).flush(store)
         ours.journal.wake()
