@@ -36,6 +36,7 @@ _SILENCE_S: Final = 2 * LEASE_S
 _AHEAD_S: Final = 2 * RENEWAL_S
 _RATE_MEMORY_S: Final = 2.0
 _URGENT_S: Final = RENEWAL_S / 10
+_LEAST_RATE: Final = 0.1
 _PATIENCE_S: Final = 1.0  # how long an answer is waited for
 
 
@@ -189,8 +190,8 @@ class LimitBook:
             return False
         holding.number = ask.number
         # Apart, since what is taken now stays for a minute, whatever is returned of older.
-        self._window.take_back(ask.returned - holding.returned)
         self._window.add(ask.used - holding.used, now)
+        self._window.take_back(ask.returned - holding.returned)
         holding.used, holding.returned, holding.held = ask.used, ask.returned, ask.held
         holding.heard_at, holding.silent = now, False
         return True
@@ -243,6 +244,11 @@ class Allowance:
         self._held -= amount
         self._used += amount
         return True
+
+    def untake(self, amount: int) -> None:
+        """Undo a ``take`` that was just made."""
+        self._used -= amount
+        self._held += amount
 
     def put_right(self, difference: int, age_s: float) -> None:
         """Correct what was taken ``age_s`` ago, by what was used more, or less.
@@ -314,6 +320,9 @@ class Allowance:
         if 0 < elapsed < math.inf:
             rate = self._demanded / elapsed
             self._rate += (1 - math.exp(-elapsed / _RATE_MEMORY_S)) * (rate - self._rate)
+            if self._rate < _LEAST_RATE:
+                # Not worth holding anything for, and then nothing is left to say.
+                self._rate = 0.0
         self._demanded = 0
 
 

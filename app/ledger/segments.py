@@ -170,7 +170,7 @@ def dead_journals(folder: Path) -> Iterator[Iterator[Path]]:
 def _lock_dead(journal: Path) -> int | None:
     try:
         handle = os.open(journal / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

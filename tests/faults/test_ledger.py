@@ -92,12 +92,10 @@ def wait_for_load(told, more=20, timeout_s=30):
 
 def check(folder: Path, url, told: Told, kills: str) -> None:
     """Settle what the last writer left, and compare the store with what was acknowledged."""
-    engine = connect(url)
-    store = RecordStore(engine)
-    store.prepare()
-    adopt(folder, store)
-    records = {record.origin.request_id: record for record in store.each(Wanted())}
-    engine.dispose()
+    with closing_engine(url) as store:
+        store.prepare()
+        adopt(folder, store)
+        records = {record.origin.request_id: record for record in store.each(Wanted())}
     lost = [i for i, cost in told.settled.items() if i not in records or records[i].cost != cost]
     unsettled = told.opened - set(records)
     interrupted = [r for r in records.values() if r.state is State.INTERRUPTED]

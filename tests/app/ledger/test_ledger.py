@@ -45,6 +45,10 @@ def frames(folder):
     ]
 
 
+def steps(folder):
+    return sum(found.kind is Kind.PROGRESS for found in frames(folder))
+
+
 async def test_records_are_in_the_file_when_settle_returns_and_in_the_store_soon(tmp_path):
     store = MemoryStore()
     store.away = True
@@ -91,8 +95,9 @@ async def test_progress_is_written_once_a_step(tmp_path):
         await ours.open(opened("stream"))
         for tokens in range(1, 1001):
             ours.progress("stream", TokenUsage(5, 0, tokens))
-        await asyncio.sleep(0.2)
-        assert len([f for f in frames(tmp_path) if f.kind is Kind.PROGRESS]) == 10
+        await until(lambda: steps(tmp_path) == 10)
+        await asyncio.sleep(0.1)
+        assert steps(tmp_path) == 10
 
 
 async def test_slow_streams_are_written_by_time(tmp_path):
@@ -102,8 +107,9 @@ async def test_slow_streams_are_written_by_time(tmp_path):
         for tokens in (1, 1, 2, 2):
             await asyncio.sleep(0.06)
             ours.progress("stream", TokenUsage(5, 0, tokens))
-        await asyncio.sleep(0.2)
-        assert len([f for f in frames(tmp_path) if f.kind is Kind.PROGRESS]) == 2
+        await until(lambda: steps(tmp_path) == 2)
+        await asyncio.sleep(0.1)
+        assert steps(tmp_path) == 2
 
 
 async def test_what_was_turned_away_is_counted_without_waiting(tmp_path):
