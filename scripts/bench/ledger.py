@@ -1,15 +1,16 @@
 """What a usage record costs: python scripts/bench/ledger.py [--ledger URL] [--folder FOLDER]
 
-Requests of one process settle their records as an ingress does, some at once, with the flusher
-moving them to the database meanwhile. For each number at once it prints the records a second, the
-time that `settle` takes, and the CPU time of the whole process for a record: making it, the
-journal's thread and the flusher's included. What is open between two lines is flushed first.
+Requests of one process settle their records as an ingress does, first so many a second, then so
+many at once without a pause, with the flusher moving them to the database meanwhile. For each it
+prints the time that `settle` takes, and the CPU time of the whole process for a record: making it,
+the journal's thread and the flusher's included.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from app.pricing import RateCard, TokenUsage
 from app.tiers import Tier, TierDecision
 
 AT_ONCE = (1, 16, 64, 256)
+PACES = (100, 500, 1000, 2000)
 CARD = RateCard.load({"input": 0.02, "cached_input": 0.01, "output": 0.04}, "rate_card")
 DECISION = TierDecision(Tier.PRIORITY, Tier.PRIORITY, None, CARD)
 USAGE = TokenUsage(1200, 400, 180)
@@ -65,6 +67,33 @@ async def stream(ledger: Ledger, number: int) -> float:
         return waited + time.perf_counter() - begin
 
 
+async def measure_paced(ledger: Ledger, a_second: int, seconds: float) -> None:
+    """Requests that come at random times, whether or not those before have ended."""
+    waits: list[float] = []
+    running: set[asyncio.Task[None]] = set()
+
+    async def client(number: int) -> None:
+        waits.append(await unary(ledger, number))
+
+    begin, cpu = time.perf_counter(), time.process_time()
+    due, number = 0.0, 0
+    while due < seconds:
+        due += random.expovariate(a_second)
+        await asyncio.sleep(max(0.0, begin + due - time.perf_counter()))
+        running.add(task := asyncio.create_task(client(number)))
+        task.add_done_callback(running.discard)
+        number += 1
+    await asyncio.gather(*running)
+    await asyncio.sleep(0.6)
+    cpu, count = time.process_time() - cpu, len(waits)
+    waits.sort()
+    print(
+        f"unary  {a_second:4} a second: waited p50 {waits[count // 2] * 1e3:6.2f} ms, "
+        f"p99 {waits[count * 99 // 100] * 1e3:6.2f} ms, {cpu / count * 1e6:4.0f} us CPU a record",
+        flush=True,
+    )
+
+
 async def measure(
     ledger: Ledger, request: Callable[[Ledger, int], Awaitable[float]], at_once: int, count: int
 ) -> None:
@@ -99,6 +128,8 @@ async def run(url: str, settings: JournalSettings, count: int) -> None:
 
 async def measure_all(ledger: Ledger, count: int) -> None:
     await asyncio.gather(*(unary(ledger, number) for number in range(500)))
+    for a_second in PACES:
+        await measure_paced(ledger, a_second, count / 4000)
     for request in (unary, stream):
         for at_once in AT_ONCE:
             await measure(ledger, request, at_once, count if at_once > 1 else count // 10)
