@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,7 +15,9 @@ from app import errors
 from app.catalog import Catalog, ServeSource, model_entry
 from app.config import IngressSettings
 from app.dialect import Route
-from app.exchange import Exchange, Services
+from app.exchange import Exchange
+from app.ledger.ledger import open_ledger
+from app.passage import Services
 from app.relay import EngineClient
 from app.settings import Problem, SettingsError
 
@@ -29,15 +32,25 @@ class Ingress:
         settings = IngressSettings()
         catalog = Catalog(ServeSource(), discover_s=settings.catalog_interval_s)
         self._services = Services(catalog, EngineClient(), settings)
+        self._retiring: list[asyncio.Task[None]] = []
         catalog.start()
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    # Not a plain function: those Serve calls on a thread, and the ledger belongs to the event loop.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over changed settings; requests under way keep those they began with.
 
         Raises:
             SettingsError: ``user_config`` has an unknown key or a bad value.
+            OSError: the journal's folder cannot be written.
         """
         settings = IngressSettings.load(user_config, "user_config")
+        before, ledger = self._services.settings, self._services.ledger
+        if ledger is None or (settings.ledger, settings.journal) != (before.ledger, before.journal):
+            self._services.ledger = open_ledger(
+                settings.ledger.get_secret_value(), settings.journal
+            )
+            if ledger is not None:
+                self._retiring.append(asyncio.create_task(ledger.retire()))
         self._services.settings = settings
         self._services.catalog.set_interval(settings.catalog_interval_s)
 
@@ -47,12 +60,17 @@ class Ingress:
     async def __del__(self) -> None:
         await self._services.catalog.stop()
         await self._services.engines.close()
+        if self._services.ledger is not None:
+            await self._services.ledger.close()
+        await asyncio.gather(*self._retiring)
 
 
 _deployment = serve.deployment(
     name="Ingress",
     # Requests never wait in Serve's own queue, which knows no tiers.
     max_ongoing_requests=100_000,
+    # Serve passes settings on only where there are some.
+    user_config={},
 )(serve.ingress()(Ingress))
 
 

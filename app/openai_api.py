@@ -225,6 +225,8 @@ class StreamStamper(Protocol):
 
     ended: bool
     """Whether the stream has come to its proper end, or to an error that the engine reported."""
+    failed: bool
+    """Whether it has come to an error that the engine reported."""
 
     @property
     def usage(self) -> TokenUsage | None:
@@ -256,7 +258,7 @@ class ChunkStamper:
     """
 
     def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
-        self.ended = False
+        self.ended = self.failed = False
         self._route = inbound.route
         self._wants_usage = inbound.wants_usage
         self._wants_continuous_usage = inbound.wants_continuous_usage
@@ -277,7 +279,7 @@ class ChunkStamper:
             return
         chunk = orjson.loads(event.data)
         if chunk.get("error") is not None:
-            self.ended = True
+            self.ended = self.failed = True
             yield from self._release(self._last_usage)
             yield _error_event(chunk, self._route)
             return
@@ -322,7 +324,7 @@ class ResponsesStamper:
     _LAST: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
     def __init__(self, decision: TierDecision) -> None:
-        self.ended = False
+        self.ended = self.failed = False
         self._usage: TokenUsage | None = None
         self._decision = decision
         self._sequence_number = -1
@@ -340,10 +342,11 @@ class ResponsesStamper:
         self._sequence_number = fields.get("sequence_number", self._sequence_number)
         kind = fields.get("type")
         if kind == "error" or "error" in fields:
-            self.ended = True
+            self.ended = self.failed = True
             yield self._error(errors.ServerError())
             return
         self.ended = self.ended or kind in self._LAST
+        self.failed = self.failed or kind == "response.failed"
         response = fields.get("response")
         if not isinstance(response, dict):
             yield event.encode()

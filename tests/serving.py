@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -26,6 +28,7 @@ from deployments.reaper import OWNER_MARK
 
 INGRESS = "ingress"
 _MARK = "FRONTLINE_TEST_RUN"
+_LEDGER = "FRONTLINE_TEST_LEDGER"
 
 
 def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
@@ -39,7 +42,12 @@ def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
                 "name": "Ingress",
                 "num_replicas": replicas,
                 "ray_actor_options": {"num_cpus": 0.1},
-                "user_config": {"catalog_interval_s": 0.5, **user_config},
+                "user_config": {
+                    "catalog_interval_s": 0.5,
+                    "ledger": f"sqlite:///${{{_LEDGER}}}/usage.db",
+                    "journal": {"folder": f"${{{_LEDGER}}}/journal"},
+                    **user_config,
+                },
             }
         ],
     }
@@ -130,6 +138,14 @@ class Deployment:
             "applications": list(self._apps.values()),
         }
         self._controller.deploy_apps(ServeDeploySchema.model_validate(config), _blocking=False)
+
+    def records(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The usage records in the ledger's database, in the order of arrival."""
+        with sqlite3.connect(f"file:{os.environ[_LEDGER]}/usage.db?mode=ro", uri=True) as database:
+            database.row_factory = sqlite3.Row
+            rows = database.execute("SELECT * FROM usage_records ORDER BY arrived").fetchall()
+        records = [dict(row) for row in rows]
+        return [r for r in records if all(r[name] == value for name, value in wanted.items())]
 
     def client(self) -> openai.OpenAI:
         """An unmodified OpenAI SDK client that does not retry."""
@@ -226,6 +242,11 @@ def local_serve() -> Iterator[Deployment]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    with TemporaryDirectory() as os.environ[_LEDGER]:
+        yield from _serving(port)
+
+
+def _serving(port: int) -> Iterator[Deployment]:
     ray.init(num_cpus=16, include_dashboard=False, namespace="serve", log_to_driver=False)
     try:
         controller = serve_start(

@@ -55,6 +55,8 @@ class Ledger:
         self._loop = asyncio.get_running_loop()
         self._settings = settings
         self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._lazy_at: asyncio.TimerHandle | None = None
         # Tokens and time of the last step written down, by open stream.
         self._steps: dict[str, tuple[int, float]] = {}
@@ -89,6 +91,7 @@ class Ledger:
     def _reserve(self, change: int) -> None:
         self._in_flight += change
         self._journal.reserve(self._in_flight * RESERVED_BYTES)
+        (self._idle.clear if self._in_flight else self._idle.set)()
         if change > 0 and self._in_flight % _WAKE_EVERY == 0:
             self._journal.wake()
 
@@ -131,6 +134,11 @@ class Ledger:
             self.uncounted += 1
             return
         self._write_lazily(Entry.of(Kind.SETTLED, record.origin.request_id, record.to_json()))
+
+    async def retire(self) -> None:
+        """Close it once the requests that it keeps room for have ended."""
+        await self._idle.wait()
+        await self.close()
 
     async def close(self) -> None:
         """Write and move what there is. What cannot be moved is left to another ingress."""

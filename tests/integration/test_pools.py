@@ -172,6 +172,23 @@ def test_a_request_that_fails_everywhere_fails_once_on_each(pools):
     assert [received(pools, pool) for pool in NAMES] == [1, 1]
 
 
+@pytest.mark.parametrize("failure", ["crash", "error"])
+def test_a_request_that_moves_has_one_answer_and_one_record(pools, failure):
+    time.sleep(1)  # the records of those before have come
+    before = len(pools.records(model="test/pools"))
+    fail(pools, "first", request=failure, at_request=1)
+    headers, answer = ask(pools, "priority")
+    eventually(lambda: len(pools.records(model="test/pools")) > before)
+    time.sleep(0.5)  # a second one would come now
+    *_, record = records = pools.records(model="test/pools")
+    assert len(records) == before + 1
+    assert record["request_id"] in answer.id
+    assert (record["state"], record["engine"]) == ("completed", headers["x-engine"])
+    assert (record["requested_tier"], record["served_tier"]) == ("priority", "default")
+    assert record["reason"] == headers["x-service-tier-reason"] == "no_replica_honours_priority"
+    assert record["multiplier"] == "1"
+
+
 def test_a_refused_request_is_not_tried_elsewhere(pools):
     for pool in NAMES:
         fail(pools, pool)

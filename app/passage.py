@@ -1,0 +1,264 @@
+"""The way of one request: into the line, to an engine and back, and onto the bill."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import orjson
+
+from app import errors
+from app.admission import Admission, ModelGone, Shed
+from app.catalog import Catalog
+from app.config import IngressSettings
+from app.ledger.ledger import JournalFull, Ledger
+from app.ledger.record import Origin, State, now_utc
+from app.metering import Meter
+from app.openai_api import Inbound, rewrite_request, stamp, stream_stamper
+from app.relay import (
+    EngineBroke,
+    EngineClient,
+    EngineFailed,
+    EngineUnreachable,
+    StreamedAnswer,
+    UnaryAnswer,
+)
+from app.reply import JSON, SSE, Place, Reply, milliseconds
+from app.snapshot import ReplicaStatus
+from app.ticket import Ticket
+from app.tiers import PriorityMode, Tier, TierDecision, admit, decide
+
+# While an engine starts, or the store is away, nobody knows how long it will take: this is how
+# often asking is useful.
+_TRY_AGAIN_S: Final = 5.0
+_NOT_READY: Final = "engine_not_ready"
+
+
+@dataclass(slots=True)
+class Services:
+    """What every request uses; owned by the ``Ingress`` deployment.
+
+    ``ledger`` is there once the settings are, which is before the first request.
+    """
+
+    catalog: Catalog
+    engines: EngineClient
+    settings: IngressSettings
+    ledger: Ledger | None = None
+
+
+class Passage:
+    """One request to one model, from the line to the last byte of its answer.
+
+    Whatever happens on the way, its slot is given back, and once it has been placed on an engine
+    replica it has exactly one settled record.
+    """
+
+    def __init__(
+        self, services: Services, admission: Admission, inbound: Inbound, reply: Reply
+    ) -> None:
+        self._admission = admission
+        self._inbound = inbound
+        self._reply = reply
+        self._engines = services.engines
+        # Those in force now hold for the whole request.
+        self._settings = services.settings
+        assert services.ledger is not None, "settings come before requests"
+        self._ledger = services.ledger
+        self._meter = Meter(self._ledger, self._origin())
+        wanted = inbound.requested_tier or self._settings.default_tier
+        self._ticket = Ticket(
+            tier=admit(wanted, admission.snapshot.settings.tiers.offer)[0],
+            # Without keys all clients are one.
+            tenant="",
+            tokens=inbound.expected_tokens,
+            route=inbound.route,
+            prefix=inbound.prefix,
+            fail_fast=inbound.fail_fast,
+        )
+
+    async def run(self) -> None:
+        """Answer the request.
+
+        Raises:
+            ApiError: it is not answered; nothing has been sent yet.
+        """
+        if not self._admission.snapshot.replicas:
+            self._meter.turn_away(State.REFUSED, _NOT_READY)
+            raise self._unavailable()
+        try:
+            replica = await self._admission.admit(self._ticket)
+            await self._serve(replica)
+        except (ModelGone, Shed) as turned_away:
+            error = self._error_of(turned_away)
+            self._meter.turn_away(State.SHED, _reason(error))
+            raise error from None
+        finally:
+            usage = self._meter.usage
+            tokens = usage.prompt_tokens + usage.completion_tokens if usage else None
+            self._admission.end(self._ticket, tokens)
+
+    async def _serve(self, replica: ReplicaStatus) -> None:
+        """Have a placed request answered, and write down what has become of it."""
+        try:
+            # Only now: those who wait need no room in the journal, and may be very many.
+            with self._ledger.reserved():
+                await self._answer(replica)
+        except JournalFull:
+            raise _unrecordable() from None
+        except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
+            error = self._error_of(failure)
+            await self._meter.settle(State.FAILED, _reason(error))
+            raise error from None
+        except asyncio.CancelledError:
+            await self._meter.settle(State.INTERRUPTED, "client_gone")
+            raise
+        except BaseException:
+            await self._meter.settle(State.FAILED, "internal_error")
+            raise
+
+    async def _answer(self, replica: ReplicaStatus) -> None:
+        """Have it answered, by another replica if the first is lost or fails beforehand."""
+        decision = self._decide(replica)
+        try:
+            await self._pass(replica, decision)
+            return
+        except EngineUnreachable:
+            replica = await self._admission.admit_again(self._ticket)
+        except EngineFailed:
+            # It may be the request that it cannot bear. So the replica goes on getting others,
+            # and where there is no other replica the failure is the answer.
+            if not self._admission.has_another(self._ticket):
+                raise
+            replica = await self._admission.admit_again(self._ticket, suspend=False)
+        if not self._still_holds(decision, replica):
+            decision = self._decide(replica)
+        await self._pass(replica, decision)
+
+    def _decide(self, replica: ReplicaStatus) -> TierDecision:
+        model = self._admission.snapshot.settings
+        return decide(
+            requested=self._inbound.requested_tier,
+            default_tier=self._settings.default_tier,
+            stood_as=self._ticket.tier,
+            offer=model.tiers.offer,
+            native_priority=replica.dialect.native_priority,
+            route_honoured=replica.honours_priority(self._inbound.route),
+            rate_card=model.rate_card,
+        )
+
+    def _still_holds(self, decision: TierDecision, replica: ReplicaStatus) -> bool:
+        """Whether a decision can stand on another replica than the one it was made for."""
+        in_line = self._admission.snapshot.settings.tiers.priority is PriorityMode.LINE
+        honoured = replica.honours_priority(self._inbound.route)
+        return decision.served is not Tier.PRIORITY or in_line or honoured
+
+    async def _pass(self, replica: ReplicaStatus, decision: TierDecision) -> None:
+        inbound, dialect = self._inbound, replica.dialect
+        place = Place(replica, decision, self._ticket.placed - self._ticket.arrived)
+        self._meter.place(place)
+        async with self._engines.send(
+            replica,
+            inbound.route,
+            rewrite_request(inbound, self._admission.snapshot.id, dialect, decision.served),
+            request_id=self._reply.request_id,
+            read_timeout_s=self._settings.engine_timeout_s,
+        ) as answer:
+            if isinstance(answer, UnaryAnswer):
+                await self._forward_unary(answer, place)
+            else:
+                await self._forward_stream(answer, place)
+
+    async def _forward_unary(self, answer: UnaryAnswer, place: Place) -> None:
+        try:
+            fields = orjson.loads(answer.body)
+        except orjson.JSONDecodeError:
+            raise errors.ServerError from None
+        self._meter.usage = stamp(fields, place.decision)
+        self._meter.first_byte()
+        await self._meter.settle(State.COMPLETED)
+        body = orjson.dumps(fields)
+        length = (b"content-length", str(len(body)).encode())
+        await self._reply.start((JSON, length), place)
+        await self._reply.write(body, more=False)
+
+    async def _forward_stream(self, answer: StreamedAnswer, place: Place) -> None:
+        stamper = stream_stamper(self._inbound, place.decision)
+        meter, reply = self._meter, self._reply
+        await meter.open()
+        await reply.start(SSE, place)
+        try:
+            async for events in answer:
+                piece = b"".join(piece for event in events for piece in stamper.feed(event))
+                meter.progress(stamper.usage)
+                if stamper.failed:
+                    await meter.settle(State.INTERRUPTED, "engine_error")
+                elif stamper.ended:
+                    await meter.settle(State.COMPLETED)
+                await reply.write(piece)
+        except (EngineBroke, orjson.JSONDecodeError):
+            meter.progress(stamper.usage)
+        last = b""
+        if not stamper.ended:
+            last = b"".join(stamper.break_off())
+            await meter.settle(State.INTERRUPTED, "engine_lost")
+        await reply.write(last, more=False)
+
+    def _origin(self) -> Origin:
+        return Origin(
+            request_id=self._reply.request_id,
+            tenant="",
+            key_id="",
+            model=self._admission.snapshot.id,
+            route=self._inbound.route.value,
+            stream=self._inbound.stream,
+            requested=self._inbound.requested_tier,
+            arrived=now_utc(),
+        )
+
+    def _error_of(self, failure: Exception) -> errors.ApiError:
+        """Return what the client gets where its request was not answered."""
+        ticket, model = self._ticket, self._inbound.model
+        waited_s = ticket.placed - ticket.arrived
+        match failure:
+            case Shed():
+                waited_s = time.monotonic() - ticket.arrived
+                error: errors.ApiError = errors.Overloaded(ticket.retry_after_s)
+                if ticket.shed is not None:
+                    error.headers["x-shed-reason"] = ticket.shed.value
+            case ModelGone():
+                error = errors.ModelNotFound(model)
+            case EngineFailed():
+                error = failure.error
+            case errors.ApiError():
+                error = failure
+            case _:
+                error = self._unavailable()
+        error.headers["x-queue-time-ms"] = milliseconds(waited_s)
+        return error
+
+    def _unavailable(self) -> errors.Unavailable:
+        return errors.Unavailable(
+            f"No engine of the model `{self._inbound.model}` is ready. Try again in a few seconds.",
+            _NOT_READY,
+            _TRY_AGAIN_S,
+        )
+
+
+def _reason(error: errors.ApiError) -> str:
+    """Return why a request was not answered, as its record tells it."""
+    if isinstance(error, errors.EngineRejected):
+        # Its code is the engine's own, of whatever length.
+        return "engine_rejected"
+    return error.headers.get("x-shed-reason") or error.code or error.type
+
+
+def _unrecordable() -> errors.Unavailable:
+    return errors.Unavailable(
+        "Usage cannot be recorded at the moment, so the request was not served. Try again in a "
+        "few seconds.",
+        "ledger_unavailable",
+        _TRY_AGAIN_S,
+    )

@@ -1,0 +1,100 @@
+import asyncio
+
+import pytest
+
+from app.dialect import Dialect
+from app.ledger.record import Origin, State, now_utc
+from app.metering import Meter
+from app.pricing import RateCard, TokenUsage
+from app.reply import Place
+from app.snapshot import ReplicaStatus
+from app.tiers import Reason, Tier, TierDecision
+
+pytestmark = pytest.mark.unit
+
+CARD = RateCard.load({"input": 1, "output": 2}, "rate_card")
+ORIGIN = Origin("req_1", "", "", "m", "chat/completions", True, Tier.PRIORITY, now_utc())
+REPLICA = ReplicaStatus("r1", "pool", "http://x", "key", 1, "1", None, Dialect("vllm"))
+
+
+class FakeLedger:
+    """Keeps what it is given, in order."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def open(self, record):
+        self.calls.append(("open", record))
+
+    async def settle(self, record):
+        self.calls.append(("settle", record))
+        await asyncio.sleep(0)
+
+    def progress(self, request_id, usage):
+        self.calls.append(("progress", usage))
+
+    def count(self, record):
+        self.calls.append(("count", record))
+
+
+def place(served=Tier.PRIORITY, reason=None):
+    return Place(REPLICA, TierDecision(Tier.PRIORITY, served, reason, CARD), 0.5)
+
+
+def meter():
+    ledger = FakeLedger()
+    return Meter(ledger, ORIGIN), ledger.calls
+
+
+async def test_a_stream_is_open_before_its_first_byte_and_settled_once():
+    one, calls = meter()
+    one.place(place())
+    await one.open()
+    one.progress(TokenUsage(3, 0, 1))
+    one.progress(TokenUsage(3, 0, 2))
+    await one.settle(State.COMPLETED)
+    await one.settle(State.INTERRUPTED, "client_gone")
+    assert [name for name, _ in calls] == ["open", "progress", "progress", "settle"]
+    record = calls[-1][1]
+    assert (record.state, record.reason) == (State.COMPLETED, None)
+    assert record.usage == TokenUsage(3, 0, 2)
+    assert record.cost == CARD.at(Tier.PRIORITY).cost(record.usage)
+    assert record.ttft_s is not None and record.queue_s == 0.5
+
+
+async def test_the_record_is_that_of_the_last_place():
+    one, calls = meter()
+    one.place(place())
+    one.place(place(Tier.DEFAULT, Reason.NO_REPLICA_HONOURS_PRIORITY))
+    one.usage = TokenUsage(4, 0, 4)
+    await one.settle(State.COMPLETED)
+    [(_, record)] = calls
+    assert (record.served, record.reason) == (Tier.DEFAULT, "no_replica_honours_priority")
+    assert record.cost == CARD.at(Tier.DEFAULT).cost(record.usage)
+
+
+async def test_a_request_that_was_not_placed_has_nothing_to_settle():
+    one, calls = meter()
+    await one.settle(State.INTERRUPTED, "client_gone")
+    assert calls == []
+    one.turn_away(State.SHED, "line_full")
+    [(name, record)] = calls
+    assert (name, record.state, record.reason) == ("count", State.SHED, "line_full")
+    assert (record.served, record.cost) == (None, 0)
+
+
+async def test_the_record_is_written_even_where_its_client_has_gone():
+    one, calls = meter()
+    one.place(place())
+    settling = asyncio.create_task(one.settle(State.INTERRUPTED, "client_gone"))
+    await asyncio.sleep(0)
+    settling.cancel()
+    await asyncio.wait([settling])
+    assert [name for name, _ in calls] == ["settle"]
+
+
+async def test_a_unary_answer_has_no_progress():
+    one, calls = meter()
+    one.place(place())
+    one.progress(TokenUsage(1, 0, 1))
+    assert calls == []
