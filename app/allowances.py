@@ -59,6 +59,11 @@ class Allowances:
                 allowance.untake(amount)
         return over
 
+    def is_refused(self, key: ApiKey, now: float) -> bool:
+        """Whether the books have said just now that there is no more of one of its limits."""
+        each = (self._of(key, measure) for measure in Measure)
+        return any(allowance is not None and allowance.is_refused(now) for allowance in each)
+
     def put_right(self, key: ApiKey, expected: int, used: int, age_s: float) -> None:
         """Correct the tokens of a request that was taken ``age_s`` ago and has ended."""
         allowance = self._of(key, Measure.TOKENS)

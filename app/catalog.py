@@ -106,6 +106,11 @@ class Catalog:
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._discoverer: asyncio.Task[None] | None = None
 
+    @property
+    def ingress(self) -> str:
+        """The name of this ingress, never used again after a restart."""
+        return self._ingress
+
     def start(self) -> None:
         """Begin to follow the models. Call it on the running event loop."""
         self._discoverer = asyncio.create_task(self._discover())

@@ -27,8 +27,11 @@ PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]
 class IngressSettings(Settings):
     """``user_config`` of the ``Ingress`` deployment. Changes need no restart."""
 
-    auth: Literal["open"] = Field(
-        default="open", description="Who may call: `open` lets everyone in who reaches the port."
+    auth: Literal["open", "keys"] = Field(
+        default="open",
+        description="Who may call: `open` lets everyone in who reaches the port, and is for one's "
+        "own machine; `keys` asks for an API key (`frontline keys create`) on every route but "
+        "`/health`.",
     )
     default_tier: Tier = Field(
         default=Tier.DEFAULT,

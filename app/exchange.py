@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from app import errors
+from app.accounts import NOBODY, Caller
 from app.config import IngressSettings
 from app.dialect import Route
 from app.openai_api import parse_request
@@ -31,16 +32,30 @@ class Exchange:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services, reply = self._services, Reply(send)
         try:
+            caller = await identify(services, scope)
             body = await _read_body(scope, receive, services.settings)
             inbound = parse_request(self._route, body)
             admission = services.catalog.find(inbound.model)
             if admission is None:
                 raise errors.ModelNotFound(inbound.model)
-            await Passage(services, admission, inbound, reply).run()
+            await Passage(services, admission, caller, inbound, reply).run()
         except errors.ApiError as error:
             await reply.refuse(error)
         except ClientGone:
             return
+
+
+async def identify(services: Services, scope: Scope) -> Caller:
+    """Return who sends a request, before anything of its body is read.
+
+    Raises:
+        InvalidKey: keys are asked for, and it carries none that works.
+    """
+    if services.accounts is None:
+        return NOBODY
+    authorization = dict(scope["headers"]).get(b"authorization")
+    text = None if authorization is None else authorization.decode("latin-1")
+    return await services.accounts.identify(text)
 
 
 async def _read_body(scope: Scope, receive: Receive, settings: IngressSettings) -> bytes:

@@ -11,15 +11,22 @@ from ray import serve
 from starlette.exceptions import HTTPException
 from starlette.routing import Route as HttpRoute
 
-from app import errors
+from app import errors, limits_deployment
+from app.accounts import Accounts
 from app.catalog import Catalog, ServeSource, model_entry
 from app.config import IngressSettings
 from app.dialect import Route
-from app.exchange import Exchange
+from app.exchange import Exchange, identify
 from app.ledger.ledger import open_ledger
+from app.limits_deployment import ServeLimits
 from app.passage import Services
 from app.relay import EngineClient
 from app.settings import Problem, SettingsError
+from app.store.database import connect
+from app.store.keys import KeyStore
+from app.store.records import RecordStore
+from app.store.url import resolve_url
+from app.usage_route import add_usage_route
 
 PREFIXES = ("/v1", "/v1/openai")
 """Every route is served below both; the second is the base URL of DeepInfra's API."""
@@ -28,10 +35,11 @@ PREFIXES = ("/v1", "/v1/openai")
 class Ingress:
     """The data plane: takes requests in, passes them to engines, and stamps the answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Any) -> None:
         settings = IngressSettings()
         catalog = Catalog(ServeSource(), discover_s=settings.catalog_interval_s)
         self._services = Services(catalog, EngineClient(), settings)
+        self._limits = ServeLimits(limits)
         self._retiring: list[asyncio.Task[None]] = []
         catalog.start()
 
@@ -44,15 +52,30 @@ class Ingress:
             OSError: the journal's folder cannot be written.
         """
         settings = IngressSettings.load(user_config, "user_config")
-        before, ledger = self._services.settings, self._services.ledger
-        if ledger is None or (settings.ledger, settings.journal) != (before.ledger, before.journal):
-            self._services.ledger = open_ledger(
-                settings.ledger.get_secret_value(), settings.journal
-            )
-            if ledger is not None:
-                self._retiring.append(asyncio.create_task(ledger.retire()))
-        self._services.settings = settings
+        before, self._services.settings = self._services.settings, settings
+        same_store = self._services.ledger is not None and settings.ledger == before.ledger
+        if not same_store or settings.journal != before.journal:
+            self._open_ledger(settings)
+        if not same_store or settings.auth != before.auth:
+            self._open_accounts(settings)
         self._services.catalog.set_interval(settings.catalog_interval_s)
+
+    def _open_ledger(self, settings: IngressSettings) -> None:
+        old = self._services.ledger
+        self._services.ledger = open_ledger(settings.ledger.get_secret_value(), settings.journal)
+        if old is not None:
+            self._retiring.append(asyncio.create_task(old.retire()))
+
+    def _open_accounts(self, settings: IngressSettings) -> None:
+        store = connect(resolve_url(settings.ledger.get_secret_value()))
+        self._services.usage = RecordStore(store)
+        old, self._services.accounts = self._services.accounts, None
+        if settings.auth == "keys":
+            ingress = self._services.catalog.ingress
+            self._services.accounts = Accounts(ingress, KeyStore(store), self._limits)
+            self._services.accounts.start()
+        if old is not None:
+            self._retiring.append(asyncio.create_task(old.stop()))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._services)
@@ -62,6 +85,8 @@ class Ingress:
         await self._services.engines.close()
         if self._services.ledger is not None:
             await self._services.ledger.close()
+        if self._services.accounts is not None:
+            await self._services.accounts.stop()
         await asyncio.gather(*self._retiring)
 
 
@@ -84,7 +109,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise SettingsError(
             *(Problem(("args", key), "the ingress is set by user_config") for key in args)
         )
-    return _deployment.bind()
+    return _deployment.bind(limits_deployment.deployment.bind())
 
 
 def build_api(services: Services) -> FastAPI:
@@ -98,20 +123,25 @@ def build_api(services: Services) -> FastAPI:
             api.router.routes.append(
                 HttpRoute(f"{prefix}/{route.value}", Exchange(route, services), methods=["POST"])
             )
-        _add_catalog_routes(api, prefix, services.catalog)
+        _add_catalog_routes(api, prefix, services)
+        add_usage_route(api, prefix, services)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(errors.ApiError, _answer_api_error)
     api.add_exception_handler(Exception, _answer_failure)
     return api
 
 
-def _add_catalog_routes(api: FastAPI, prefix: str, catalog: Catalog) -> None:
+def _add_catalog_routes(api: FastAPI, prefix: str, services: Services) -> None:
+    catalog = services.catalog
+
     @api.get(f"{prefix}/models")
-    async def list_models() -> Response:
+    async def list_models(request: Request) -> Response:
+        await identify(services, request.scope)
         return _json({"object": "list", "data": [model_entry(m) for m in catalog.models()]})
 
     @api.get(f"{prefix}/models/{{name:path}}")
-    async def show_model(name: str) -> Response:
+    async def show_model(request: Request, name: str) -> Response:
+        await identify(services, request.scope)
         admission = catalog.find(name)
         if admission is None:
             raise errors.ModelNotFound(name)

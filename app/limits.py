@@ -298,6 +298,10 @@ class Allowance:
         self._refused = self._held < self._missed
         self._missed = 0
 
+    def is_refused(self, now: float) -> bool:
+        """Whether the book has said just now that there is not as much as was asked for."""
+        return self._refused and now < self._given_at + RENEWAL_S
+
     def standing(self, now: float) -> Standing:
         """Return what the headers of an answer say."""
         given, elapsed = self._given, now - self._given_at

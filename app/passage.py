@@ -10,6 +10,7 @@ from typing import Final
 import orjson
 
 from app import errors
+from app.accounts import Accounts, Caller
 from app.admission import Admission, ModelGone, Shed
 from app.catalog import Catalog
 from app.config import IngressSettings
@@ -27,8 +28,9 @@ from app.relay import (
 )
 from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.snapshot import ReplicaStatus
+from app.store.records import RecordStore
 from app.ticket import Ticket
-from app.tiers import PriorityMode, Tier, TierDecision, admit, decide
+from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
 
 # While an engine starts, or the store is away, nobody knows how long it will take: this is how
 # often asking is useful.
@@ -40,13 +42,16 @@ _NOT_READY: Final = "engine_not_ready"
 class Services:
     """What every request uses; owned by the ``Ingress`` deployment.
 
-    ``ledger`` is there once the settings are, which is before the first request.
+    ``ledger`` and ``usage``, where its records are read, are there once the settings are, which is
+    before the first request. ``accounts`` is there where keys are asked for.
     """
 
     catalog: Catalog
     engines: EngineClient
     settings: IngressSettings
     ledger: Ledger | None = None
+    accounts: Accounts | None = None
+    usage: RecordStore | None = None
 
 
 class Passage:
@@ -57,8 +62,15 @@ class Passage:
     """
 
     def __init__(
-        self, services: Services, admission: Admission, inbound: Inbound, reply: Reply
+        self,
+        services: Services,
+        admission: Admission,
+        caller: Caller,
+        inbound: Inbound,
+        reply: Reply,
     ) -> None:
+        self._accounts = services.accounts
+        self._caller = caller
         self._admission = admission
         self._inbound = inbound
         self._reply = reply
@@ -68,11 +80,11 @@ class Passage:
         assert services.ledger is not None, "settings come before requests"
         self._ledger = services.ledger
         self._meter = Meter(self._ledger, self._origin())
-        wanted = inbound.requested_tier or self._settings.default_tier
+        self._default_tier = caller.default_tier or self._settings.default_tier
+        self._rights = ALL_RIGHTS
         self._ticket = Ticket(
-            tier=admit(wanted, admission.snapshot.settings.tiers.offer)[0],
-            # Without keys all clients are one.
-            tenant="",
+            tier=Tier.DEFAULT,
+            tenant=caller.tenant,
             tokens=inbound.expected_tokens,
             route=inbound.route,
             prefix=inbound.prefix,
@@ -88,6 +100,8 @@ class Passage:
         if not self._admission.snapshot.replicas:
             self._meter.turn_away(State.REFUSED, _NOT_READY)
             raise self._unavailable()
+        charged = time.monotonic()
+        await self._charge()
         try:
             replica = await self._admission.admit(self._ticket)
             await self._serve(replica)
@@ -99,6 +113,23 @@ class Passage:
             usage = self._meter.usage
             tokens = usage.prompt_tokens + usage.completion_tokens if usage else None
             self._admission.end(self._ticket, tokens)
+            if self._accounts is not None:
+                age_s = time.monotonic() - charged
+                self._accounts.put_right(self._caller, self._ticket.tokens, tokens or 0, age_s)
+
+    async def _charge(self) -> None:
+        """Take the request from its key's limits, and find out at which tier it may stand."""
+        wanted = self._inbound.requested_tier or self._default_tier
+        if self._accounts is not None:
+            try:
+                await self._accounts.charge(self._caller, self._inbound.expected_tokens)
+            except errors.RateLimited as error:
+                self._meter.turn_away(State.REFUSED, _reason(error))
+                raise
+            self._reply.headers = self._accounts.headers(self._caller)
+            self._rights = self._accounts.rights(self._caller, wanted)
+        offer = self._admission.snapshot.settings.tiers.offer
+        self._ticket.tier = admit(wanted, offer, self._rights)[0]
 
     async def _serve(self, replica: ReplicaStatus) -> None:
         """Have a placed request answered, and write down what has become of it."""
@@ -141,12 +172,13 @@ class Passage:
         model = self._admission.snapshot.settings
         return decide(
             requested=self._inbound.requested_tier,
-            default_tier=self._settings.default_tier,
+            default_tier=self._default_tier,
             stood_as=self._ticket.tier,
             offer=model.tiers.offer,
             native_priority=replica.dialect.native_priority,
             route_honoured=replica.honours_priority(self._inbound.route),
             rate_card=model.rate_card,
+            rights=self._rights,
         )
 
     def _still_holds(self, decision: TierDecision, replica: ReplicaStatus) -> bool:
@@ -209,8 +241,8 @@ class Passage:
     def _origin(self) -> Origin:
         return Origin(
             request_id=self._reply.request_id,
-            tenant="",
-            key_id="",
+            tenant=self._caller.tenant,
+            key_id=self._caller.key_id,
             model=self._admission.snapshot.id,
             route=self._inbound.route.value,
             stream=self._inbound.stream,

@@ -47,15 +47,18 @@ class Reply:
 
     ``request_id`` is this request's own, which no other has. ``x-request-id`` is not it: Serve
     adds that header itself, with the client's value if it sent one, and clients repeat values.
+    ``headers`` are sent with whatever answer there is.
     """
 
     def __init__(self, send: Send) -> None:
         self.request_id = f"req_{uuid.uuid4().hex}"
+        self.headers: list[tuple[str, str]] = []
         self._send = send
 
     async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Place) -> None:
         """Send status 200 and the headers."""
-        headers = (*headers, *place.headers())
+        own = ((name.encode(), value.encode()) for name, value in self.headers)
+        headers = (*headers, *place.headers(), *own)
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, piece: bytes, *, more: bool = True) -> None:
@@ -66,7 +69,7 @@ class Reply:
         """Send an error instead of an answer."""
         body = error.body()
         # Until it stands in line a request has not waited.
-        headers = {"x-queue-time-ms": milliseconds(0)} | error.headers
+        headers = {"x-queue-time-ms": milliseconds(0)} | dict(self.headers) | error.headers
         fields = [
             JSON,
             (b"content-length", str(len(body)).encode()),

@@ -108,6 +108,11 @@ def _simulated_pool(name: str, args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def ledger_url() -> str:
+    """The ledger of this run's ingresses, as this process names it."""
+    return f"sqlite:///{os.environ[_LEDGER]}/usage.db"
+
+
 class Deployment:
     """Frontline on a local Ray cluster. Made by ``local_serve``."""
 

@@ -36,7 +36,7 @@ def findings(old, new):
             "expected one of vllm, sglang, tensorrt_llm, simulated",
         ),
         ("max_model_len", "port", "port: 4096", "Frontline sets this itself"),
-        ("{auth: open}", "{auth: keys}", "user_config: {auth: keys}", "got 'keys'"),
+        ("{auth: open}", "{auth: shut}", "user_config: {auth: shut}", "got 'shut'"),
         ("priority: auto", "priority: on", None, "user_config.tiers.priority"),
         ("- name: Model", "- name: Modell", "- name: Modell", "expected one of Model, vllm"),
         ("app.ingress:build", "app.ingres:build", None, "cannot be imported"),

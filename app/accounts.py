@@ -1,0 +1,180 @@
+"""Whose request it is and what it may: keys and their limits, on an ingress's event loop.
+
+``Accounts`` finds the key that a request carries (``app.keyring``) and takes the request from the
+key's limits (``app.allowances``), which several ingresses share through the ``Limits`` deployment.
+Where the ingress is open to all, every request is ``NOBODY``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from app import errors
+from app.allowances import Allowances, OverLimit
+from app.keyring import KeyRing, Keys
+from app.keys import ApiKey, bearer
+from app.limits import Ask, Given, PriorityShare
+from app.tiers import ALL_RIGHTS, Tier, TierRights
+
+_PATIENCE_S: Final = 1.0
+"""How long a request waits for allowances. Longer than the books' deployment takes to answer."""
+_TRIES: Final = 3
+# An answer may be on its way that was asked for before the request came: the next one counts.
+
+
+class LimitSource(Protocol):
+    """Where limits are shared out: ``app.limits_deployment``."""
+
+    async def answer(self, asks: Mapping[str, Ask]) -> Mapping[str, Given]:
+        """Return what may be used of each limit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request.
+
+    Attributes:
+        tenant: who pays; empty where the ingress is open to all.
+        key_id: the public part of the key, or empty.
+        default_tier: the tier of requests that ask for none; ``None`` for the ingress's own.
+        key: the key itself, or ``None``.
+    """
+
+    tenant: str = ""
+    key_id: str = ""
+    default_tier: Tier | None = None
+    key: ApiKey | None = None
+
+
+NOBODY: Final = Caller()
+"""Everybody, where the ingress is open to all."""
+
+
+class Accounts:
+    """The keys and limits that one ingress knows. Belongs to its event loop."""
+
+    def __init__(self, ingress: str, keys: Keys, limits: LimitSource) -> None:
+        self._ring = KeyRing(keys)
+        self._allowances = Allowances(ingress)
+        self._source = limits
+        self._shares: dict[str, PriorityShare] = {}
+        self._asking: asyncio.Task[None] | None = None
+        self._sooner = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._away = False
+
+    def start(self) -> None:
+        """Begin to read keys and to renew allowances."""
+        self._ring.start()
+        self._asking = asyncio.create_task(self._keep_asking())
+
+    async def stop(self) -> None:
+        """End both."""
+        await self._ring.stop()
+        if self._asking is not None:
+            self._asking.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._asking
+
+    async def identify(self, authorization: str | None) -> Caller:
+        """Return whose key an ``Authorization`` header holds.
+
+        Raises:
+            InvalidKey: it holds none, or one that does not work.
+        """
+        text = bearer(authorization)
+        key = await self._ring.find(text) if text else None
+        if key is None:
+            raise errors.InvalidKey(given=text is not None)
+        return Caller(key.tenant, key.key_id, key.default_tier, key)
+
+    async def charge(self, caller: Caller, tokens: int) -> None:
+        """Take a request of so many expected tokens from its key's limits.
+
+        While nobody can be asked for allowances, requests are served: a fault of ours is not the
+        client's.
+
+        Raises:
+            RateLimited: it is over one of them.
+        """
+        if caller.key is None:
+            return
+        over = self._allowances.take(caller.key, tokens, time.monotonic())
+        for _ in range(_TRIES):
+            if over is None or self._away:
+                return
+            if self._allowances.is_refused(caller.key, time.monotonic()):
+                break
+            await self._ask_now()
+            over = self._allowances.take(caller.key, tokens, time.monotonic())
+        if over is not None and not self._away:
+            raise self._limited(caller.key, over)
+
+    def put_right(self, caller: Caller, expected: int, used: int, age_s: float) -> None:
+        """Correct the tokens of a request that was charged ``age_s`` ago and has ended."""
+        if caller.key is not None:
+            self._allowances.put_right(caller.key, expected, used, age_s)
+
+    def rights(self, caller: Caller, wanted: Tier) -> TierRights:
+        """Return which tiers a request may have, and count it towards its key's priority share."""
+        key = caller.key
+        if key is None:
+            return ALL_RIGHTS
+        share = key.limits.priority_share
+        if share is None:
+            return TierRights(key.tiers)
+        book = self._shares.setdefault(key.key_id, PriorityShare())
+        now = time.monotonic()
+        may_ask = wanted is Tier.PRIORITY and wanted in key.tiers
+        allowed = may_ask and book.allows(float(share), now)
+        book.count(now, priority=allowed)
+        return TierRights(key.tiers, over_share=may_ask and not allowed)
+
+    def headers(self, caller: Caller) -> list[tuple[str, str]]:
+        """Return the headers that tell a client how it stands with its limits."""
+        return [] if caller.key is None else self._allowances.headers(caller.key, time.monotonic())
+
+    def _limited(self, key: ApiKey, over: OverLimit) -> errors.RateLimited:
+        error = errors.RateLimited(over.measure.value, over.limit, over.retry_after_s)
+        error.headers |= dict(self._allowances.headers(key, time.monotonic()))
+        return error
+
+    async def _ask_now(self) -> None:
+        """Wait until the books have answered once more, or have not in time."""
+        answered = self._answered
+        self._sooner.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_S):
+                await answered.wait()
+
+    async def _keep_asking(self) -> None:
+        while True:
+            wait_s = self._allowances.next_ask() - time.monotonic()
+            if wait_s > 0:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s if wait_s < float("inf") else None):
+                        await self._sooner.wait()
+                self._sooner.clear()
+                if self._allowances.next_ask() > time.monotonic():
+                    # Somebody waits, but not for anything that may be asked for at once.
+                    await asyncio.sleep(0.005)
+                continue
+            await self._ask()
+
+    async def _ask(self) -> None:
+        now = time.monotonic()
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                answers = await self._source.answer(self._allowances.asks(now))
+            self._allowances.receive(answers, time.monotonic())
+            self._away = False
+        except Exception:
+            self._away = True
+        self._answered.set()
+        self._answered = asyncio.Event()

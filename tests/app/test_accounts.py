@@ -1,0 +1,142 @@
+import asyncio
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+
+from app import errors
+from app.accounts import NOBODY, Accounts
+from app.allowances import LimitBooks
+from app.keys import KeyTable, Limits, create_key
+from app.tiers import ALL_RIGHTS, Tier
+
+pytestmark = pytest.mark.unit
+
+
+class Books:
+    """The books, as far away as the test wants them."""
+
+    def __init__(self):
+        self.books = LimitBooks()
+        self.away = False
+
+    async def answer(self, asks):
+        await asyncio.sleep(0.002)
+        if self.away:
+            raise ConnectionError
+        return self.books.answer(asks, asyncio.get_running_loop().time())
+
+
+class Keys:
+    def __init__(self, *keys):
+        self.keys = keys
+
+    def table(self):
+        return KeyTable.of(self.keys)
+
+
+def key(**more):
+    limits = Limits(
+        **{name: more.pop(name) for name in ("rpm", "tpm", "priority_share") if name in more}
+    )
+    return create_key("acme", limits=limits, created=datetime.now(UTC), **more)
+
+
+@asynccontextmanager
+async def accounts(*keys, books=None, ingress="one"):
+    made = Accounts(ingress, Keys(*keys), books or Books())
+    made.start()
+    try:
+        yield made
+    finally:
+        await made.stop()
+
+
+async def admitted(made, caller, requests, tokens=1):
+    count = 0
+    for _ in range(requests):
+        try:
+            await made.charge(caller, tokens)
+        except errors.RateLimited:
+            continue
+        count += 1
+    return count
+
+
+async def test_a_key_is_found_by_its_text():
+    stored, text = key(default_tier=Tier.FLEX)
+    async with accounts(stored) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert (caller.tenant, caller.key_id) == ("acme", stored.key_id)
+        assert caller.default_tier is Tier.FLEX
+        for bad in (None, "", "Bearer ", "Basic x", f"Bearer {text}0", f"Bearer {text[:-1]}x"):
+            with pytest.raises(errors.InvalidKey):
+                await made.identify(bad)
+
+
+async def test_a_limit_holds_and_says_what_it_is():
+    stored, text = key(rpm=5)
+    async with accounts(stored) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert await admitted(made, caller, 8) == 5
+        with pytest.raises(errors.RateLimited) as caught:
+            await made.charge(caller, 1)
+        headers = caught.value.headers
+        assert headers["x-ratelimit-limit-requests"] == "5"
+        assert headers["x-ratelimit-remaining-requests"] == "0"
+        assert int(headers["retry-after"]) > 30
+        assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
+
+
+async def test_a_limit_holds_across_ingresses_together():
+    stored, text = key(rpm=40)
+    books = Books()
+    async with (
+        accounts(stored, books=books) as one,
+        accounts(stored, books=books, ingress="two") as two,
+    ):
+        callers = [await made.identify(f"Bearer {text}") for made in (one, two)]
+        counts = await asyncio.gather(
+            *(admitted(m, c, 60) for m, c in zip((one, two), callers, strict=True))
+        )
+    assert 38 <= sum(counts) <= 40
+    assert min(counts) >= 5
+
+
+async def test_tokens_are_put_right_when_a_request_has_ended():
+    stored, text = key(tpm=100)
+    async with accounts(stored) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert await admitted(made, caller, 3, tokens=50) == 2
+        made.put_right(caller, 50, 0, 0.1)
+        await asyncio.sleep(0.6)
+        assert await admitted(made, caller, 2, tokens=50) == 1
+
+
+async def test_while_the_books_are_away_requests_are_served():
+    stored, text = key(rpm=5)
+    books = Books()
+    async with accounts(stored, books=books) as made:
+        caller = await made.identify(f"Bearer {text}")
+        books.away = True
+        assert await admitted(made, caller, 3) == 3
+
+
+async def test_a_priority_share_holds():
+    stored, text = key(priority_share=Decimal("0.25"))
+    async with accounts(stored) as made:
+        caller = await made.identify(f"Bearer {text}")
+        over = [made.rights(caller, Tier.PRIORITY).over_share for _ in range(40)]
+        assert over.count(False) == 10
+        assert not made.rights(caller, Tier.DEFAULT).over_share
+
+
+async def test_a_key_has_its_own_tiers_and_nobody_has_all():
+    stored, text = key(tiers=[Tier.FLEX])
+    async with accounts(stored) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert made.rights(caller, Tier.PRIORITY).tiers == {Tier.DEFAULT, Tier.FLEX}
+        assert made.rights(NOBODY, Tier.PRIORITY) is ALL_RIGHTS
+        await made.charge(NOBODY, 10**9)
+        assert made.headers(NOBODY) == []

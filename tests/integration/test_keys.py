@@ -1,0 +1,209 @@
+"""API keys: who may, at which tiers, how much; and what each tenant sees of it."""
+
+import asyncio
+import time
+from collections import Counter
+from decimal import Decimal
+
+import httpx
+import openai
+import pytest
+from ray import serve
+from typer.testing import CliRunner
+
+from app.cli import main
+from tests.serving import (
+    INGRESS,
+    eventually,
+    eventually_async,
+    ingress_app,
+    ledger_url,
+    simulated_app,
+)
+
+pytestmark = pytest.mark.integration
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def command(*words):
+    result = CliRunner().invoke(main, [*words, "--ledger", ledger_url()])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def create(tenant, *options):
+    text = command("keys", "create", "--tenant", tenant, *options)
+    return next(word for word in text.split() if word.startswith("fl-"))
+
+
+@pytest.fixture(scope="module")
+def guarded(frontline):
+    """An ingress that asks for keys."""
+    frontline.deploy(ingress_app(auth="keys"), simulated_app("kept"))
+    eventually(lambda: httpx.get(f"{frontline.root}/v1/models").status_code == 401, 40)
+    text = create("setup")
+    with client(frontline, text) as one:
+        eventually(lambda: served(one), 60)
+    yield frontline
+    frontline.deploy(ingress_app())
+    eventually(lambda: httpx.get(f"{frontline.root}/v1/models").status_code == 200, 40)
+    frontline.remove("kept")
+
+
+def client(frontline, key):
+    return openai.OpenAI(base_url=frontline.base_url, api_key=key, max_retries=0, timeout=60)
+
+
+def served(one, **request):
+    try:
+        return ask(one, **request)
+    except (openai.NotFoundError, openai.InternalServerError, openai.RateLimitError):
+        return None
+
+
+def ask(one, **request):
+    asked = {"model": "kept", "messages": MESSAGES, "max_tokens": 4, **request}
+    raw = one.chat.completions.with_raw_response.create(**asked)
+    return raw.headers, raw.parse()
+
+
+def test_without_a_key_that_works_there_is_nothing(guarded):
+    for key in ("", "none", "fl-0123456789abcdef-" + 64 * "0"):
+        with httpx.Client(base_url=guarded.root) as http:
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            for method, path in [
+                ("POST", "/v1/chat/completions"),
+                ("GET", "/v1/models"),
+                ("GET", "/v1/models/kept"),
+                ("GET", "/v1/usage"),
+            ]:
+                answer = http.request(method, path, headers=headers, json={"model": "kept"})
+                assert answer.status_code == 401, path
+                error = answer.json()["error"]
+                assert error["code"] == "invalid_api_key"
+                assert error["type"] == "invalid_request_error"
+                assert not key or key not in answer.text
+    assert httpx.get(f"{guarded.root}/health").status_code == 200
+
+
+def test_a_request_is_its_tenants(guarded):
+    key = create("acme")
+    with client(guarded, key) as one:
+        _, answer = ask(one, service_tier="priority")
+    [record] = eventually(lambda: guarded.records(tenant="acme"))
+    assert record["request_id"] in answer.id
+    assert record["key_id"] == key.split("-")[1]
+    assert record["served_tier"] == "priority"
+
+
+def test_a_key_has_a_default_tier_and_tiers_that_it_may_use(guarded):
+    with client(guarded, create("frugal", "--default-tier", "flex", "--tiers", "flex")) as one:
+        headers, answer = ask(one)
+        assert answer.service_tier == "flex"
+        headers, answer = ask(one, service_tier="priority")
+        assert answer.service_tier == headers["x-service-tier"] == "default"
+        assert headers["x-service-tier-reason"] == "key_may_not_use_tier"
+
+
+def test_above_its_priority_share_a_key_is_served_as_default(guarded):
+    with client(guarded, create("sharing", "--priority-share", "0.2")) as one:
+        answers = [ask(one, service_tier="priority") for _ in range(20)]
+        tiers = Counter(answer.service_tier for _, answer in answers)
+        reasons = {headers.get("x-service-tier-reason") for headers, _ in answers}
+    assert tiers == {"priority": 4, "default": 16}
+    assert reasons == {None, "over_priority_share"}
+    records = eventually(lambda: len(guarded.records(tenant="sharing")) == 20) and guarded.records(
+        tenant="sharing"
+    )
+    assert Counter(record["served_tier"] for record in records) == tiers
+
+
+def test_a_limit_is_told_and_kept(guarded):
+    with client(guarded, create("limited", "--rpm", "6")) as one:
+        headers, _ = ask(one)
+        assert headers["x-ratelimit-limit-requests"] == "6"
+        assert headers["x-ratelimit-remaining-requests"] == "5"
+        for _ in range(5):
+            ask(one)
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(one)
+    error = caught.value
+    assert (error.code, error.body["type"]) == ("rate_limit_exceeded", "requests")
+    assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert int(error.response.headers["retry-after"]) > 30
+    eventually(lambda: guarded.records(tenant="limited", state="refused"))
+    [refused] = guarded.records(tenant="limited", state="refused")
+    assert (refused["served_tier"], Decimal(refused["cost"])) == (None, 0)
+
+
+def test_a_revoked_key_stops_working_within_seconds(guarded):
+    key = create("leaving")
+    with client(guarded, key) as one:
+        ask(one)
+        command("keys", "revoke", key.split("-")[1])
+        began = time.monotonic()
+
+        def refused():
+            try:
+                ask(one)
+            except openai.AuthenticationError:
+                return True
+            return False
+
+        eventually(refused, 10)
+        assert time.monotonic() - began < 5
+
+
+def test_a_tenant_sees_its_own_usage_to_the_last_digit(guarded):
+    one_key, other_key = create("one"), create("other")
+    with client(guarded, one_key) as one, client(guarded, other_key) as other:
+        for tier in ("priority", "default", "flex", "default"):
+            ask(one, service_tier=tier)
+        ask(other)
+    eventually(lambda: len(guarded.records(tenant="one")) == 4)
+    cost = sum(Decimal(record["cost"]) for record in guarded.records(tenant="one"))
+    headers = {"authorization": f"Bearer {one_key}"}
+    with httpx.Client(base_url=guarded.root, headers=headers) as http:
+        usage = http.get("/v1/usage").json()
+        by_key = http.get("/v1/usage", params={"group_by": "key"}).json()
+        bad = http.get("/v1/usage", params={"group_by": "tenant"})
+    assert Decimal(usage["total"]["cost"]) == cost > 0
+    assert usage["total"]["requests"] == 4
+    assert {(t["tier"], t["requests"]) for t in usage["data"]} == {
+        ("priority", 1),
+        ("default", 2),
+        ("flex", 1),
+    }
+    assert [total["key"] for total in by_key["data"]] == [one_key.split("-")[1]]
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "group_by")
+
+
+async def test_a_limit_holds_across_two_ingresses(guarded):
+    await asyncio.to_thread(guarded.deploy, ingress_app(auth="keys", replicas=2))
+    try:
+        await eventually_async(lambda: running_ingresses() == 2, 60)
+        await asyncio.sleep(2)  # HAProxy has heard of both
+        key = await asyncio.to_thread(create, "crowd", "--rpm", "60")
+        async with openai.AsyncOpenAI(
+            base_url=guarded.base_url, api_key=key, max_retries=0, timeout=60
+        ) as one:
+
+            async def admitted():
+                try:
+                    await one.chat.completions.create(model="kept", messages=MESSAGES, max_tokens=2)
+                except openai.RateLimitError as error:
+                    return error.code != "rate_limit_exceeded"
+                return True
+
+            answers = []
+            for _ in range(10):
+                answers += await asyncio.gather(*(admitted() for _ in range(10)))
+    finally:
+        await asyncio.to_thread(guarded.deploy, ingress_app(auth="keys"))
+    assert 57 <= sum(answers) <= 60
+
+
+def running_ingresses():
+    deployments = serve.status().applications[INGRESS].deployments
+    return deployments["Ingress"].replica_states.get("RUNNING", 0)
