@@ -94,6 +94,14 @@ def _serve_controller() -> Any:
     return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
 
 
+async def serve_host() -> str | None:
+    """Return the address that Serve's HTTP front listens on; ``None`` for all of them."""
+    controller = await asyncio.to_thread(_serve_controller)
+    options = await controller.get_http_config.remote()
+    host: str | None = options.host
+    return host
+
+
 class Catalog:
     """The models that requests can name, kept up to date in the background."""
 

@@ -50,11 +50,14 @@ def _problems(config: dict[str, Any]) -> Iterator[Problem]:
         for problem in error.errors():
             yield Problem(problem["loc"], problem["msg"])
         return
+    host = (config.get("http_options") or {}).get("host")
     for place, application in enumerate(config.get("applications") or ()):
-        yield from _application_problems(("applications", place), application)
+        yield from _application_problems(("applications", place), application, host)
 
 
-def _application_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
+def _application_problems(
+    where: Key, application: Mapping[str, Any], host: str | None
+) -> Iterator[Problem]:
     try:
         build = _builder(application["import_path"])
     except (ImportError, AttributeError, ValueError) as error:
@@ -71,7 +74,7 @@ def _application_problems(where: Key, application: Mapping[str, Any]) -> Iterato
             expected = ", ".join(sorted(known))
             message = f"expected one of {expected} (got {deployment['name']!r})"
             yield Problem((*key, "name"), message)
-        yield from _user_config_problems((*key, "user_config"), deployment)
+        yield from _user_config_problems((*key, "user_config"), deployment, host)
 
 
 def _builder(import_path: str) -> Callable[[dict[str, Any]], Any]:
@@ -95,7 +98,9 @@ def _deployment_names(application: Any) -> set[str]:
     return names
 
 
-def _user_config_problems(where: Key, deployment: Mapping[str, Any]) -> Iterator[Problem]:
+def _user_config_problems(
+    where: Key, deployment: Mapping[str, Any], host: str | None
+) -> Iterator[Problem]:
     values = deployment.get("user_config")
     if values is None:
         return
@@ -104,7 +109,9 @@ def _user_config_problems(where: Key, deployment: Mapping[str, Any]) -> Iterator
         yield Problem(where, f"the deployment {deployment['name']!r} has no user_config")
         return
     try:
-        settings.load(values, *where)
+        loaded = settings.load(values, *where)
+        if isinstance(loaded, IngressSettings):
+            loaded.check_open(host, *where)
     except SettingsError as error:
         yield from error.problems
 

@@ -7,6 +7,7 @@ wants them and are neither renamed nor repeated here.
 from __future__ import annotations
 
 from collections import Counter
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, StringConstraints, model_validator
@@ -14,7 +15,7 @@ from pydantic import Field, SecretStr, StringConstraints, model_validator
 from app.ledger.settings import JournalSettings
 from app.line_settings import LineSettings
 from app.pricing import RateCard
-from app.settings import Settings
+from app.settings import Problem, Settings, SettingsError
 from app.store.url import DEFAULT_URL, StoreUrl
 from app.tiers import PriorityMode, Tier, TierOffer
 
@@ -32,6 +33,12 @@ class IngressSettings(Settings):
         description="Who may call: `open` lets everyone in who reaches the port, and is for one's "
         "own machine; `keys` asks for an API key (`frontline keys create`) on every route but "
         "`/health`.",
+    )
+    open_to_network: bool = Field(
+        default=False,
+        description="Says again that everybody may come in: without it `auth: open` is refused "
+        "where Serve's `http_options.host` is not a loopback address, since whoever finds the "
+        "port would be served.",
     )
     default_tier: Tier = Field(
         default=Tier.DEFAULT,
@@ -71,6 +78,32 @@ class IngressSettings(Settings):
         default=JournalSettings(),
         description="Where records are kept until the database has them; see below.",
     )
+
+    def check_open(self, host: str | None, *where: str | int) -> None:
+        """Refuse to let everybody in from a network, unless that is said twice.
+
+        Args:
+            host: the address that Serve listens on; ``None`` for all of them.
+            where: the place of these settings in what the problem is told about.
+
+        Raises:
+            SettingsError: ``auth`` is ``open``, and others than this machine can reach the port.
+        """
+        if self.auth != "open" or self.open_to_network or _is_loopback(host):
+            return
+        message = (
+            "`open` would serve everybody who reaches this port from the network; set `keys`, or "
+            "`open_to_network: true` as well"
+        )
+        raise SettingsError(Problem((*where, "auth"), message))
+
+
+def _is_loopback(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ip_address(host or "::").is_loopback
+    except ValueError:
+        # A name may stand for any address.
+        return False
 
 
 class PoolSettings(Settings):

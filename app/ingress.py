@@ -13,7 +13,7 @@ from starlette.routing import Route as HttpRoute
 
 from app import errors, limits_deployment
 from app.accounts import Accounts
-from app.catalog import Catalog, ServeSource, model_entry
+from app.catalog import Catalog, ServeSource, model_entry, serve_host
 from app.config import IngressSettings
 from app.dialect import Route
 from app.exchange import Exchange, identify
@@ -48,10 +48,12 @@ class Ingress:
         """Take over changed settings; requests under way keep those they began with.
 
         Raises:
-            SettingsError: ``user_config`` has an unknown key or a bad value.
+            SettingsError: ``user_config`` has an unknown key or a bad value, or lets everybody in
+                from a network without saying so twice.
             OSError: the journal's folder cannot be written.
         """
         settings = IngressSettings.load(user_config, "user_config")
+        settings.check_open(await serve_host(), "user_config")
         before, self._services.settings = self._services.settings, settings
         same_store = self._services.ledger is not None and settings.ledger == before.ledger
         if not same_store or settings.journal != before.journal:

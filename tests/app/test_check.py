@@ -37,6 +37,7 @@ def findings(old, new):
         ),
         ("max_model_len", "port", "port: 4096", "Frontline sets this itself"),
         ("{auth: open}", "{auth: shut}", "user_config: {auth: shut}", "got 'shut'"),
+        ("host: 127.0.0.1", "host: 0.0.0.0", "user_config: {auth: open}", "open_to_network"),
         ("priority: auto", "priority: on", None, "user_config.tiers.priority"),
         ("- name: Model", "- name: Modell", "- name: Modell", "expected one of Model, vllm"),
         ("app.ingress:build", "app.ingres:build", None, "cannot be imported"),

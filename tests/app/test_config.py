@@ -93,3 +93,16 @@ def test_a_wrong_url_is_told_by_its_key_and_not_shown(url):
     with pytest.raises(SettingsError, match=r"^user_config\.ledger: expected") as caught:
         IngressSettings.load({"ledger": url}, "user_config")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
+def test_open_is_for_loopback(host):
+    IngressSettings().check_open(host)
+
+
+@pytest.mark.parametrize("host", [None, "0.0.0.0", "::", "10.0.0.5", "node.example"])
+def test_open_to_a_network_is_said_twice(host):
+    with pytest.raises(SettingsError, match="open_to_network"):
+        IngressSettings().check_open(host)
+    IngressSettings.load({"open_to_network": True}, "user_config").check_open(host)
+    IngressSettings.load({"auth": "keys"}, "user_config").check_open(host)
