@@ -1,0 +1,217 @@
+"""Under load, ingresses and engines are killed; then every answer is looked for on the bill."""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+import openai
+import psutil
+import pytest
+from ray import serve
+from typer.testing import CliRunner
+
+from app.cli import main
+from tests.serving import (
+    INGRESS,
+    engine_processes,
+    eventually,
+    eventually_async,
+    ingress_app,
+    ledger_url,
+    simulated_app,
+    test_run_processes,
+)
+
+LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
+KILLS = 20 if LONG else 2
+CLIENTS = 12
+INGRESSES = 2
+TIERS = ["priority", "default", "flex"]
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+
+@dataclass
+class Seen:
+    """What clients saw: the answers that they got to the end, by id, and how many broke."""
+
+    answers: dict[str, dict] = field(default_factory=dict)
+    failures: Counter = field(default_factory=Counter)
+
+
+@pytest.fixture(scope="module")
+def hammered(cluster):
+    """Two ingresses and two engine replicas."""
+    journal = {"folder": "${FRONTLINE_TEST_LEDGER}/journal", "adopt_interval_s": 1}
+    cluster.deploy(
+        ingress_app(replicas=INGRESSES, journal=journal),
+        simulated_app("hammered", replicas=2, tokens_per_second=200),
+    )
+    eventually(lambda: recovered(cluster), 90)
+    yield cluster
+    cluster.remove("hammered")
+    cluster.deploy(ingress_app())
+
+
+def recovered(cluster):
+    """Whether everything is there again."""
+    deployments = serve.status().applications[INGRESS].deployments
+    running = deployments["Ingress"].replica_states.get("RUNNING", 0) == INGRESSES
+    return running and cluster.entry("hammered") and len(cluster.snapshot("hammered").replicas) == 2
+
+
+async def ask(client, number, seen):
+    """One request, unary or a stream; its answer counts once it has come to its end."""
+    request = {
+        "model": "hammered",
+        "messages": [{"role": "user", "content": f"question {number}"}],
+        "max_tokens": random.randint(1, 40),
+        "service_tier": random.choice(TIERS),
+    }
+    if number % 2:
+        raw = await client.chat.completions.with_raw_response.create(**request)
+        answer = json.loads(raw.text, parse_float=Decimal)
+    else:
+        answer = await stream(client, request)
+    seen.answers[answer["id"]] = answer
+
+
+async def stream(client, request):
+    last = None
+    async with client.chat.completions.with_streaming_response.create(
+        stream=True, **request
+    ) as response:
+        async for line in response.iter_lines():
+            if line == "data: [DONE]":
+                return last
+            if line.startswith("data: "):
+                chunk = json.loads(line.removeprefix("data: "), parse_float=Decimal)
+                if "error" in chunk:
+                    raise ConnectionError("the stream broke off")
+                last = chunk
+    raise ConnectionError("the stream ended without its end")
+
+
+@asynccontextmanager
+async def load(cluster, seen):
+    """Clients that ask without a pause until the block ends."""
+    ended = asyncio.Event()
+
+    async def one(first):
+        async with cluster.async_client() as client:
+            number = first
+            while not ended.is_set():
+                number += CLIENTS
+                try:
+                    await ask(client, number, seen)
+                except (openai.APIError, ConnectionError, OSError, json.JSONDecodeError) as error:
+                    seen.failures[type(error).__name__] += 1
+                    await asyncio.sleep(0.2)
+                except Exception as error:  # what the HTTP client raises in mid-stream
+                    seen.failures[type(error).__name__] += 1
+                    await asyncio.sleep(0.2)
+
+    tasks = [asyncio.create_task(one(first)) for first in range(CLIENTS)]
+    try:
+        yield
+    finally:
+        ended.set()
+        await asyncio.gather(*tasks)
+
+
+def kill_an_ingress():
+    title = "ray::ServeReplica:ingress:Ingress"
+    found = [p for p in test_run_processes() if p.cmdline() and p.cmdline()[0].startswith(title)]
+    random.choice(found).kill()
+
+
+def kill_an_engine():
+    found = []
+    for process in engine_processes():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if "test/hammered" in words and "--settings" in words and "reaper" not in str(words):
+                found.append(process)
+    random.choice(found).kill()
+
+
+@pytest.mark.parametrize("kill", [kill_an_ingress, kill_an_engine])
+async def test_every_answer_that_a_client_got_is_on_the_bill_once(hammered, kill):
+    before = {record["request_id"] for record in hammered.records()}
+    seen = Seen()
+    async with load(hammered, seen):
+        for _ in range(KILLS):
+            await asyncio.sleep(random.uniform(1, 2))
+            await asyncio.to_thread(kill)
+            await asyncio.sleep(1)
+            await eventually_async(lambda: recovered(hammered), 90)
+        await asyncio.sleep(1)
+    records = await asyncio.to_thread(settled, hammered, before, seen)
+    by_id = {f"chatcmpl-{record['request_id']}": record for record in records}
+    differences = [one for one in seen.answers if not agrees(seen.answers[one], by_id.get(one))]
+    states = Counter(record["state"] for record in records)
+    print(
+        f"{kill.__name__}: {KILLS} kills, {len(seen.answers)} answers, {len(records)} records "
+        f"{dict(states)}, failures {dict(seen.failures)}, differences {len(differences)}"
+    )
+    assert len(seen.answers) > 50 and not differences, differences[:3]
+    assert len(by_id) == len(records)
+    # Whoever did not see the end of its answer may be billed for what was made of it, at its tier.
+    unseen = len(records) - len(seen.answers)
+    assert unseen <= sum(seen.failures.values())
+    assert set(states) <= {"completed", "interrupted", "failed", "shed", "refused"}
+
+
+def settled(cluster, before, seen):
+    """Return the new records, once nothing more comes."""
+    count, since = -1, time.monotonic()
+    while time.monotonic() - since < 4:
+        records = [r for r in cluster.records() if r["request_id"] not in before]
+        if len(records) != count:
+            count, since = len(records), time.monotonic()
+        time.sleep(0.3)
+    return records
+
+
+def agrees(answer, record):
+    """Whether a record says what the client was told."""
+    if record is None or record["state"] != "completed":
+        return False
+    usage = answer["usage"]
+    return (
+        record["served_tier"] == answer["service_tier"]
+        and record["completion_tokens"] == usage["completion_tokens"]
+        and record["prompt_tokens"] == usage["prompt_tokens"]
+        and Decimal(record["cost"]) == Decimal(usage["estimated_cost"])
+    )
+
+
+async def test_a_bill_is_the_sum_of_what_clients_were_told(hammered):
+    already = await asyncio.to_thread(billed)
+    seen = Seen()
+    async with load(hammered, seen):
+        await asyncio.sleep(3)
+    assert not seen.failures
+    told = sum(Decimal(answer["usage"]["estimated_cost"]) for answer in seen.answers.values())
+    await eventually_async(lambda: billed()[0] - already[0] >= len(seen.answers))
+    requests, cost = await asyncio.to_thread(billed)
+    assert (requests - already[0], cost - already[1]) == (len(seen.answers), told)
+    print(f"{len(seen.answers)} answers, {told} USD told and billed")
+
+
+def billed():
+    """Requests and cost of the model, as ``frontline usage`` tells them."""
+    command = ["usage", "--by", "model", "--format", "json", "--ledger", ledger_url()]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    for line in result.output.splitlines():
+        total = json.loads(line)
+        if total.get("model") == "test/hammered":
+            return total["requests"], Decimal(total["cost"])
+    return 0, Decimal(0)
