@@ -225,7 +225,7 @@ class _SglangWriter(ChunkWriter):
     def head(self, choice: Choice | None = None) -> dict[str, Any]:
         """Return the fields that a chunk begins with. Each choice has an id of its own."""
         reply = self.reply
-        id_ = f"{reply.id[:-1]}{choice.index}" if choice and choice.index else reply.id
+        id_ = f"{reply.id}{choice.index}"[-len(reply.id) :] if choice and choice.index else reply.id
         head = {"id": id_, "object": self.kind, "created": reply.created}
         return {**head, "model": reply.model}
 
