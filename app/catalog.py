@@ -6,6 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import ray
@@ -113,6 +114,8 @@ class Catalog:
         self._by_name: dict[str, Admission] = {}
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._discoverer: asyncio.Task[None] | None = None
+        self._discovered = False
+        self._news = asyncio.Event()
 
     @property
     def ingress(self) -> str:
@@ -122,6 +125,22 @@ class Catalog:
     def start(self) -> None:
         """Begin to follow the models. Call it on the running event loop."""
         self._discoverer = asyncio.create_task(self._discover())
+
+    async def wait_known(self, timeout_s: float) -> None:
+        """Return once every model is known, or after a time: one of them may be away.
+
+        An ingress that takes requests before would answer that there is no such model.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self._all_known:
+                    self._news.clear()
+                    await self._news.wait()
+
+    @property
+    def _all_known(self) -> bool:
+        followed = (self._admissions.get(application) for application in self._followers)
+        return self._discovered and all(one is not None and one.known for one in followed)
 
     async def stop(self) -> None:
         """End the background tasks."""
@@ -150,6 +169,8 @@ class Catalog:
             try:
                 async with asyncio.timeout(_CALL_TIMEOUT_S):
                     self._follow_only(await self._source.applications())
+                self._discovered = True
+                self._news.set()
             except Exception as error:
                 # Serve's controller is away; what is known goes on being served.
                 logger.warning("cannot list model applications: %s", type(error).__name__)
@@ -204,6 +225,7 @@ class Catalog:
             admission.update(renewal.snapshot)
             if names != _names(renewal.snapshot):
                 self._reindex()
+            self._news.set()
         admission.receive(renewal.grant)
 
     def _reindex(self) -> None:

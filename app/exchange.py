@@ -46,11 +46,12 @@ class Exchange:
 
 
 async def identify(services: Services, scope: Scope) -> Caller:
-    """Return who sends a request, before anything of its body is read.
+    """Return who sends a request, once this ingress is ready and before its body is read.
 
     Raises:
         InvalidKey: keys are asked for, and it carries none that works.
     """
+    await services.ready.wait()
     if services.accounts is None:
         return NOBODY
     authorization = dict(scope["headers"]).get(b"authorization")

@@ -30,6 +30,9 @@ from app.usage_route import add_usage_route
 
 PREFIXES = ("/v1", "/v1/openai")
 """Every route is served below both; the second is the base URL of DeepInfra's API."""
+# Longer than a Model's first answer takes on a busy machine; one that is away must not hold up the
+# others for ever.
+_KNOWN_WITHIN_S = 15.0
 
 
 class Ingress:
@@ -61,6 +64,8 @@ class Ingress:
         if not same_store or settings.auth != before.auth:
             self._open_accounts(settings)
         self._services.catalog.set_interval(settings.catalog_interval_s)
+        await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
+        self._services.ready.set()
 
     def _open_ledger(self, settings: IngressSettings) -> None:
         old = self._services.ledger

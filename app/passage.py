@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import orjson
@@ -43,7 +43,9 @@ class Services:
     """What every request uses; owned by the ``Ingress`` deployment.
 
     ``ledger`` and ``usage``, where its records are read, are there once the settings are, which is
-    before the first request. ``accounts`` is there where keys are asked for.
+    before the first request. ``accounts`` is there where keys are asked for. ``ready`` is set once
+    all of it is there and the models are known: Serve lets requests in before its first call of
+    ``reconfigure``, and they wait for that.
     """
 
     catalog: Catalog
@@ -52,6 +54,7 @@ class Services:
     ledger: Ledger | None = None
     accounts: Accounts | None = None
     usage: RecordStore | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Passage:

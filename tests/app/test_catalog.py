@@ -1,4 +1,5 @@
 import asyncio
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -97,6 +98,19 @@ async def test_what_is_known_stands_while_serve_is_away():
         source.broken = False
         source.models["app"] = snapshot("m", "alias")
         await eventually(lambda: catalog.find("alias"))
+
+
+async def test_an_ingress_can_wait_until_it_knows_every_model():
+    source = FakeSource()
+    source.models = {"a": snapshot("m"), "b": snapshot("n")}
+    async with following(source) as catalog:
+        await catalog.wait_known(2)
+        assert len(catalog.models()) == 2
+    source.broken = True
+    async with following(source) as catalog:
+        start = time.monotonic()
+        await catalog.wait_known(0.1)
+        assert time.monotonic() - start < 0.5 and catalog.models() == []
 
 
 async def test_not_every_renewal_carries_a_report():

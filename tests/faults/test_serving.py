@@ -62,7 +62,8 @@ def hammered(cluster):
 def recovered(cluster):
     """Whether everything is there again."""
     deployments = serve.status().applications[INGRESS].deployments
-    running = deployments["Ingress"].replica_states.get("RUNNING", 0) == INGRESSES
+    ingress = deployments.get("Ingress")
+    running = ingress and ingress.replica_states.get("RUNNING", 0) == INGRESSES
     return running and cluster.entry("hammered") and len(cluster.snapshot("hammered").replicas) == 2
 
 
