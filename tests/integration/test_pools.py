@@ -182,7 +182,8 @@ def test_a_request_that_moves_has_one_answer_and_one_record(pools, failure):
     time.sleep(0.5)  # a second one would come now
     *_, record = records = pools.records(model="test/pools")
     assert len(records) == before + 1
-    assert record["request_id"] in answer.id
+    assert float(record["cost"]) == pytest.approx(answer.usage.estimated_cost)
+    assert record["completion_tokens"] == answer.usage.completion_tokens
     assert (record["state"], record["engine"]) == ("completed", headers["x-engine"])
     assert (record["requested_tier"], record["served_tier"]) == ("priority", "default")
     assert record["reason"] == headers["x-service-tier-reason"] == "no_replica_honours_priority"
