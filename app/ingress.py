@@ -64,8 +64,9 @@ class Ingress:
         if not same_store or settings.auth != before.auth:
             self._open_accounts(settings)
         self._services.catalog.set_interval(settings.catalog_interval_s)
-        await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
-        self._services.ready.set()
+        if not self._services.ready.is_set():
+            await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
+            self._services.ready.set()
 
     def _open_ledger(self, settings: IngressSettings) -> None:
         old = self._services.ledger

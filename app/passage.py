@@ -125,7 +125,7 @@ class Passage:
         wanted = self._inbound.requested_tier or self._default_tier
         if self._accounts is not None:
             try:
-                await self._accounts.charge(self._caller, self._inbound.expected_tokens)
+                await self._accounts.charge(self._caller, self._ticket.tokens)
             except errors.RateLimited as error:
                 self._meter.turn_away(State.REFUSED, _reason(error))
                 raise

@@ -226,6 +226,23 @@ def test_run_processes() -> list[psutil.Process]:
 test_run_processes.__test__ = False  # type: ignore[attr-defined]
 
 
+def actors_titled(title: str) -> list[psutil.Process]:
+    """Those of them that are actors of this title, such as ``ray::ServeReplica:app:Deployment``."""
+    processes = ((process, process.cmdline()) for process in test_run_processes())
+    return [process for process, words in processes if words and words[0].startswith(title)]
+
+
+def ingress_processes() -> list[psutil.Process]:
+    """The ingress replicas' processes."""
+    return actors_titled(f"ray::ServeReplica:{INGRESS}:Ingress")
+
+
+def running_ingresses() -> int:
+    """How many ingress replicas Serve says are running."""
+    ingress = serve.status().applications[INGRESS].deployments.get("Ingress")
+    return ingress.replica_states.get("RUNNING", 0) if ingress else 0
+
+
 def engine_processes() -> list[psutil.Process]:
     """Those of them that belong to engines."""
     ours = str(os.getpid())

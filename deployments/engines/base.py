@@ -9,12 +9,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from app.dialect import Dialect
+from app.settings import Problem, SettingsError
+from app.tiers import Tier
 
 EngineArg = str | int | float | bool | None | list[str] | dict[str, Any]
 """A value of ``engine_args`` in a model's configuration."""
+
+
+LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
+"""Priorities on engines that serve lower numbers first. vLLM always does; SGLang, told to do the
+same, preempts only at gaps above 10, so gaps of 100 leave one scale for both."""
+
+METERED_STREAM: Final = {"include_usage": True, "continuous_usage_stats": True}
+"""The stream options by which an engine tells its usage on every chunk. vLLM heeds the second only
+together with the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +115,24 @@ class EngineAdapter(ABC):
 
 class EngineContractError(RuntimeError):
     """A running engine does not do what its adapter relies on."""
+
+
+def reserved_problems(args: Mapping[str, EngineArg], reserved: frozenset[str]) -> list[Problem]:
+    """Return a problem for each engine argument that Frontline sets itself."""
+    return [
+        Problem(("engine_args", name), "Frontline sets this itself")
+        for name in reserved & args.keys()
+    ]
+
+
+def refuse_reserved(args: Mapping[str, EngineArg], reserved: frozenset[str]) -> None:
+    """Refuse engine arguments that Frontline sets itself.
+
+    Raises:
+        SettingsError: there are such; each is named.
+    """
+    if problems := reserved_problems(args, reserved):
+        raise SettingsError(*problems)
 
 
 def render_flags(args: Mapping[str, EngineArg]) -> list[str]:

@@ -6,20 +6,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.dialect import Dialect, Route
-from app.settings import Problem, SettingsError
-from app.tiers import Tier
 from deployments.engines.base import (
+    LOW_FIRST,
+    METERED_STREAM,
     EngineAdapter,
     EngineContractError,
     EngineFacts,
     EngineHttp,
     Launch,
+    refuse_reserved,
     render_flags,
 )
-
-# SGLang serves higher numbers first unless told otherwise, as it is here, and preempts a running
-# request for one that is better by more than 10: gaps of 100 leave one scale for it and vLLM.
-LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
 
 PRIORITY_ROUTES: Final = frozenset(Route) - {Route.RESPONSES}
 """Its Responses route accepts a priority and drops it."""
@@ -65,10 +62,7 @@ class Sglang(EngineAdapter):
     health_path = "/server_info"
 
     def command(self, launch: Launch) -> list[str]:
-        if taken := _RESERVED & launch.engine_args.keys():
-            raise SettingsError(
-                *(Problem(("engine_args", key), "Frontline sets this itself") for key in taken)
-            )
+        refuse_reserved(launch.engine_args, _RESERVED)
         prioritized = launch.engine_args.get("enable_priority_scheduling", True)
         args: dict[str, Any] = {
             "max_running_requests": launch.slots,
@@ -108,7 +102,7 @@ class Sglang(EngineAdapter):
             engine=self.name,
             priority_values={tier: sign * value for tier, value in LOW_FIRST.items()},
             priority_routes=frozenset() if low_first is None else PRIORITY_ROUTES,
-            stream_options={"include_usage": True, "continuous_usage_stats": True},
+            stream_options=METERED_STREAM,
         )
         await _warm_up(launch, http)
         return EngineFacts(str(info.get("version")), await _context_length(http), dialect)

@@ -11,6 +11,8 @@ import orjson
 from app.dialect import Dialect, Route
 from app.tiers import Tier
 from deployments.engines.base import (
+    LOW_FIRST,
+    METERED_STREAM,
     EngineAdapter,
     EngineContractError,
     EngineFacts,
@@ -28,8 +30,7 @@ from deployments.engines.tensorrt_llm_requests import (
 _SERVER: Final = "deployments.engines.simulated_server"
 _ROOT: Final = Path(__file__).resolve().parents[2]
 
-_LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
-_HIGH_FIRST: Final = {tier: -value for tier, value in _LOW_FIRST.items()}
+_HIGH_FIRST: Final = {tier: -value for tier, value in LOW_FIRST.items()}
 
 _PRIORITY_ROUTES: Final = {
     DialectName.VLLM: frozenset(Route),
@@ -85,7 +86,7 @@ def _settings(launch: Launch) -> SimulatedSettings:
 def _dialect(report: dict[str, Any]) -> Dialect:
     name = DialectName(report["dialect"])
     strict = name is DialectName.TENSORRT_LLM
-    values: dict[Tier, int | float] = dict(PRIORITY_VALUES) if strict else dict(_LOW_FIRST)
+    values: dict[Tier, int | float] = dict(PRIORITY_VALUES) if strict else dict(LOW_FIRST)
     if not strict and not report["lower_goes_first"]:
         values = dict(_HIGH_FIRST)
     lacking = frozenset(report["settings"]["lacking_fields"])
@@ -96,6 +97,6 @@ def _dialect(report: dict[str, Any]) -> Dialect:
         simulated=True,
         priority_values=values,
         priority_routes=_PRIORITY_ROUTES[name] if in_force else frozenset(),
-        stream_options={"include_usage": True, "continuous_usage_stats": True},
+        stream_options=METERED_STREAM,
         accepted_fields=fields if strict else {},
     )

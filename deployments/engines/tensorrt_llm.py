@@ -15,12 +15,14 @@ from typing import Any, Final
 from app.dialect import Dialect, Route
 from app.settings import Problem, SettingsError
 from deployments.engines.base import (
+    METERED_STREAM,
     EngineAdapter,
     EngineArg,
     EngineContractError,
     EngineFacts,
     EngineHttp,
     Launch,
+    reserved_problems,
 )
 from deployments.engines.tensorrt_llm_requests import (
     CLIENT_FIELDS,
@@ -93,7 +95,7 @@ class TensorrtLlm(EngineAdapter):
             engine="tensorrt-llm",
             priority_values=PRIORITY_VALUES,
             priority_routes=frozenset(honoured),
-            stream_options={"include_usage": True, "continuous_usage_stats": True},
+            stream_options=METERED_STREAM,
             accepted_fields={
                 route: await _known_fields(http, route, launch.served_name)
                 for route in CLIENT_FIELDS
@@ -103,10 +105,7 @@ class TensorrtLlm(EngineAdapter):
 
 
 def _check(args: Mapping[str, EngineArg]) -> None:
-    problems = [
-        Problem(("engine_args", name), "Frontline sets this itself")
-        for name in _RESERVED & set(args)
-    ]
+    problems = reserved_problems(args, _RESERVED)
     problems += [
         Problem(("engine_args", name), "give the settings themselves, under 'config'")
         for name in _SET_BY_CONFIG & set(args)

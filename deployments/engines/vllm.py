@@ -6,20 +6,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.dialect import Dialect, Route
-from app.settings import Problem, SettingsError
-from app.tiers import Tier
 from deployments.engines.base import (
+    LOW_FIRST,
+    METERED_STREAM,
     EngineAdapter,
     EngineContractError,
     EngineFacts,
     EngineHttp,
     Launch,
+    refuse_reserved,
     render_flags,
 )
-
-# vLLM serves lower numbers first. SGLang, told to do the same, preempts only at gaps above 10:
-# gaps of 100 leave one scale for both.
-PRIORITY_VALUES: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
 
 _GUARD: Final = "frontline_vllm_guard"
 _INSIDE: Final = Path(__file__).parent / "inside"
@@ -38,10 +35,7 @@ class Vllm(EngineAdapter):
     health_path = "/health"
 
     def command(self, launch: Launch) -> list[str]:
-        if taken := _RESERVED & launch.engine_args.keys():
-            raise SettingsError(
-                *(Problem(("engine_args", key), "Frontline sets this itself") for key in taken)
-            )
+        refuse_reserved(launch.engine_args, _RESERVED)
         args: dict[str, Any] = {
             "max_num_seqs": launch.slots,
             "scheduling_policy": "priority",
@@ -78,10 +72,9 @@ class Vllm(EngineAdapter):
         in_force = facts.get("scheduling_policy") == "priority"
         dialect = Dialect(
             engine=self.name,
-            priority_values=PRIORITY_VALUES,
+            priority_values=LOW_FIRST,
             priority_routes=frozenset(Route) if in_force else frozenset(),
-            # vLLM heeds the second only together with the first.
-            stream_options={"include_usage": True, "continuous_usage_stats": True},
+            stream_options=METERED_STREAM,
         )
         return EngineFacts(str(facts.get("version")), facts.get("max_model_len"), dialect)
 

@@ -13,19 +13,18 @@ from decimal import Decimal
 import openai
 import psutil
 import pytest
-from ray import serve
 from typer.testing import CliRunner
 
 from app.cli import main
 from tests.serving import (
-    INGRESS,
     engine_processes,
     eventually,
     eventually_async,
     ingress_app,
+    ingress_processes,
     ledger_url,
+    running_ingresses,
     simulated_app,
-    test_run_processes,
 )
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
@@ -61,11 +60,8 @@ def hammered(cluster):
 
 def recovered(cluster):
     """Whether everything is there again."""
-    deployments = serve.status().applications[INGRESS].deployments
-    ingress = deployments.get("Ingress")
-    running = ingress and ingress.replica_states.get("RUNNING", 0) == INGRESSES
     # Both ingresses know it: they look for new models every so often, each by itself.
-    known = running and all(cluster.entry("hammered") for _ in range(8))
+    known = running_ingresses() == INGRESSES and all(cluster.entry("hammered") for _ in range(8))
     return known and len(cluster.snapshot("hammered").replicas) == 2
 
 
@@ -129,9 +125,7 @@ async def load(cluster, seen):
 
 
 def kill_an_ingress():
-    title = "ray::ServeReplica:ingress:Ingress"
-    found = [p for p in test_run_processes() if p.cmdline() and p.cmdline()[0].startswith(title)]
-    random.choice(found).kill()
+    random.choice(ingress_processes()).kill()
 
 
 def kill_an_engine():

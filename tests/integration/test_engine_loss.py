@@ -8,11 +8,11 @@ import psutil
 import pytest
 
 from tests.serving import (
+    actors_titled,
     engine_processes,
     eventually,
     eventually_async,
     simulated_app,
-    test_run_processes,
 )
 
 pytestmark = pytest.mark.integration
@@ -39,10 +39,6 @@ def processes_of(name):
         except psutil.Error:
             continue
     return found
-
-
-def actors_titled(title):
-    return [p for p in test_run_processes() if p.cmdline() and p.cmdline()[0].startswith(title)]
 
 
 def _ids(frontline, app):

@@ -8,16 +8,15 @@ from decimal import Decimal
 import httpx
 import openai
 import pytest
-from ray import serve
 from typer.testing import CliRunner
 
 from app.cli import main
 from tests.serving import (
-    INGRESS,
     eventually,
     eventually_async,
     ingress_app,
     ledger_url,
+    running_ingresses,
     simulated_app,
 )
 
@@ -202,8 +201,3 @@ async def test_a_limit_holds_across_two_ingresses(guarded):
     finally:
         await asyncio.to_thread(guarded.deploy, ingress_app(auth="keys"))
     assert 57 <= sum(answers) <= 60
-
-
-def running_ingresses():
-    deployments = serve.status().applications[INGRESS].deployments
-    return deployments["Ingress"].replica_states.get("RUNNING", 0)

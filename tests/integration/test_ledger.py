@@ -7,7 +7,7 @@ from decimal import Decimal
 import openai
 import pytest
 
-from tests.serving import eventually, eventually_async, simulated_app, test_run_processes
+from tests.serving import eventually, eventually_async, ingress_processes, simulated_app
 
 pytestmark = pytest.mark.integration
 
@@ -212,9 +212,5 @@ def test_the_record_is_durable_before_the_last_byte_has_left(model):
 
 
 def kill_ingress():
-    [ingress] = [
-        p
-        for p in test_run_processes()
-        if p.cmdline() and p.cmdline()[0].startswith("ray::ServeReplica:ingress:Ingress")
-    ]
+    [ingress] = ingress_processes()
     ingress.kill()

@@ -6,9 +6,14 @@ from collections import Counter
 
 import openai
 import pytest
-from ray import serve
 
-from tests.serving import INGRESS, eventually, eventually_async, ingress_app, simulated_app
+from tests.serving import (
+    eventually,
+    eventually_async,
+    ingress_app,
+    running_ingresses,
+    simulated_app,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -200,8 +205,3 @@ async def test_two_ingresses_never_give_an_engine_more_than_its_slots(frontline)
     last = len(order) - order[::-1].index(PRIORITY)
     assert order[:last].count(PRIORITY) == 6
     assert order[:last].count(DEFAULT) <= 6
-
-
-def running_ingresses():
-    deployments = serve.status().applications[INGRESS].deployments
-    return deployments["Ingress"].replica_states.get("RUNNING", 0)
