@@ -1,10 +1,15 @@
 """Settings of Ray and Serve that tests need beside those of ``scripts/activate``."""
 
+import atexit
 import os
+import shutil
 import socket
+from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 # On a loaded machine an example may take any time. Where nobody is there to look into a new
 # counterexample the examples are the same every time; developers' runs go on finding new ones.
@@ -22,9 +27,35 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-# They are read when Ray is imported.
+def _haproxy_folder() -> dict[str, str]:
+    """Return settings that give HAProxy a folder of this process's own."""
+    folder = Path(mkdtemp(prefix="fl-"))  # a Unix socket's path must be short
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    paths = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "server-state",
+    }
+    return {f"RAY_SERVE_HAPROXY_{name}": str(folder / path) for name, path in paths.items()}
+
+
+def _replicas_ports() -> dict[str, str]:
+    """Return a range of ports for ingress replicas that clusters beside this one hardly share.
+
+    Serve passes over ports in use; but two that look at the same moment would take the same.
+    """
+    first = 20000 + os.getpid() % 40 * 250
+    ports = {"MIN_HTTP_PORT": first, "MAX_HTTP_PORT": first + 250}
+    return {f"RAY_SERVE_DIRECT_INGRESS_{name}": str(port) for name, port in ports.items()}
+
+
+# They are read when Ray is imported. A test's cluster lives beside others on the machine: that of
+# another pytest-xdist worker, or one from scripts/run.
 os.environ |= {
-    # A test's cluster lives beside others on the machine, such as one from scripts/run.
+    **_haproxy_folder(),
+    **_replicas_ports(),
     "RAY_SERVE_HAPROXY_METRICS_PORT": _free_port(),
     "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(),
     # Nothing is worth waiting half a minute for when a test is over.
@@ -42,6 +73,26 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="run the engines' contract over this pool alone; given by scripts/gpu_check",
     )
+
+
+class ByDeployment(LoadScopeScheduling):
+    """Gives tests that share what they deploy to one pytest-xdist worker: mostly a module's."""
+
+    def _split_scope(self, nodeid):
+        module, _, test = nodeid.partition("::")
+        if not module.startswith("tests/engines/"):
+            return module
+        # A real engine takes longest to start: all its tests go where it runs.
+        if module.endswith("test_vllm.py") or "[vllm" in test:
+            return "vllm"
+        if module.endswith(("test_sglang.py", "test_three_engines.py")) or "[sglang" in test:
+            return "sglang"
+        return module
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Say how tests are shared among pytest-xdist's workers."""
+    return ByDeployment(config, log)
 
 
 @pytest.fixture(scope="session")

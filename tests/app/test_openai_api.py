@@ -39,7 +39,7 @@ json_values = st.recursive(
 )
 
 
-def inbound(route=Route.CHAT, **fields):
+def inbound(route=Route.CHAT, /, **fields):
     return parse_request(route, json.dumps({"model": "m", **fields}).encode())
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from collections import Counter
 
 import httpx
@@ -54,7 +55,8 @@ def wait_placed(frontline, *engines):
     """Wait until the ingress places requests on just these engines."""
 
     def seen():
-        answers = [ask(frontline, text=f"{number}") for number in range(8)]
+        # Other words every time: a prompt's beginning decides which replica it prefers.
+        answers = [ask(frontline, text=uuid.uuid4().hex) for _ in range(8)]
         return {headers["x-engine"] for headers, _ in answers} == set(engines)
 
     eventually(seen, 40, f"not placed on {engines}")
