@@ -1,7 +1,7 @@
 """The ledger while processes are killed for real: nothing acknowledged is lost or billed twice.
 
 Short by default; `scripts/test faults` sets FRONTLINE_FAULTS=long, with the counts of
-docs/billing.md.
+docs/reliability.md.
 """
 
 import os
