@@ -88,13 +88,14 @@ class _Kind:
         self.weight = weight
         self.ready = 0
         self.kept = False
-        # By load. An entry holds as long as its place has that load and a free slot.
-        self._by_load: list[tuple[float, str, Place]] = []
+        # By load. An entry holds as long as its place has that load and a free slot. A replica
+        # that went and came back is another place; the number keeps the two from being compared.
+        self._by_load: list[tuple[float, str, int, Place]] = []
         self._limit = 64
 
     def add(self, place: Place) -> None:
         """List a place with a free slot under its load."""
-        heapq.heappush(self._by_load, (place.load, place.replica_id, place))
+        heapq.heappush(self._by_load, (place.load, place.replica_id, id(place), place))
         if len(self._by_load) > self._limit:
             valid = {entry[1]: entry for entry in self._by_load if self._holds(entry)}
             self._by_load = sorted(valid.values())
@@ -111,14 +112,14 @@ class _Kind:
             elif entry[1] in without:
                 aside.append(heapq.heappop(by_load))
             else:
-                found = entry[2]
+                found = entry[3]
                 break
         for entry in aside:
             heapq.heappush(by_load, entry)
         return found
 
-    def _holds(self, entry: tuple[float, str, Place]) -> bool:
-        load, _, place = entry
+    def _holds(self, entry: tuple[float, str, int, Place]) -> bool:
+        load, _, _, place = entry
         return place.free > 0 and place.load == load and place.kind is self
 
 

@@ -147,6 +147,17 @@ def test_a_replica_that_is_gone_is_forgotten_when_its_requests_have_ended():
     assert on.credits_in("pool") == 0
 
 
+def test_a_replica_that_goes_and_comes_back_is_listed_again():
+    """A Model that one status of a replica did not reach in time takes it out for a moment."""
+    on = places({"a": 2, "b": 2})
+    offers = [Offer(name, "pool", 8, frozenset({"chat"})) for name in ("a", "b")]
+    for _ in range(3):
+        on.set_replicas(offers[1:], PriorityMode.AUTO)
+        on.set_replicas(offers, PriorityMode.AUTO)
+        on.add_credits("a", 2)
+    assert on.find(D, "chat", without=frozenset({"b"})).replica_id == "a"
+
+
 def test_a_ring_goes_round():
     ring = Ring()
     assert ring.after(5, 8) == []
