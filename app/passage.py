@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import orjson
@@ -168,7 +168,8 @@ class Passage:
                 raise
             replica = await self._admission.admit_again(self._ticket, suspend=False)
         if not self._still_holds(decision, replica):
-            decision = self._decide(replica)
+            # At the prices that it was decided for: what has become dearer since is not for it.
+            decision = replace(self._decide(replica), rate_card=decision.rate_card)
         await self._pass(replica, decision)
 
     def _decide(self, replica: ReplicaStatus) -> TierDecision:
