@@ -18,7 +18,8 @@ from app import errors
 from app.allowances import Allowances, OverLimit
 from app.keyring import KeyRing, Keys
 from app.keys import ApiKey, bearer
-from app.limits import Ask, Given, PriorityShare
+from app.limits import Ask, Given
+from app.shares import PriorityShare, SharePart
 from app.tiers import ALL_RIGHTS, Tier, TierRights
 
 _PATIENCE_S: Final = 1.0
@@ -121,20 +122,21 @@ class Accounts:
         if caller.key is not None:
             self._allowances.put_right(caller.key, expected, used, age_s)
 
-    def rights(self, caller: Caller, wanted: Tier) -> TierRights:
-        """Return which tiers a request may have, and count it towards its key's priority share."""
+    def rights(self, caller: Caller, wanted: Tier) -> tuple[TierRights, SharePart | None]:
+        """Return which tiers a request may have, and its part in its key's priority share.
+
+        The part is to be told what is decided, and the end; there is none without a share.
+        """
         key = caller.key
         if key is None:
-            return ALL_RIGHTS
+            return ALL_RIGHTS, None
         share = key.limits.priority_share
         if share is None:
-            return TierRights(key.tiers)
+            return TierRights(key.tiers), None
         book = self._shares.setdefault(key.key_id, PriorityShare())
-        now = time.monotonic()
         may_ask = wanted is Tier.PRIORITY and wanted in key.tiers
-        allowed = may_ask and book.allows(float(share), now)
-        book.count(now, priority=allowed)
-        return TierRights(key.tiers, over_share=may_ask and not allowed)
+        part = book.enter(float(share), time.monotonic(), wants=may_ask)
+        return TierRights(key.tiers, over_share=may_ask and not part.allowed), part
 
     def headers(self, caller: Caller) -> list[tuple[str, str]]:
         """Return the headers that tell a client how it stands with its limits."""

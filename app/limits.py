@@ -330,28 +330,6 @@ class Allowance:
         self._demanded = 0
 
 
-class PriorityShare:
-    """Keeps the part of a key's requests that are served as priority below its share.
-
-    Each ingress keeps it for its own requests, and then it holds for all of them together, to
-    within one request each.
-    """
-
-    def __init__(self) -> None:
-        self._all, self._priority = Window(), Window()
-
-    def count(self, now: float, *, priority: bool) -> None:
-        """Take note of a request that is served."""
-        self._all.add(1, now)
-        if priority:
-            self._priority.add(1, now)
-
-    def allows(self, share: float, now: float) -> bool:
-        """Whether one more request may be priority."""
-        most = math.ceil(share * (self._all.used(now) + 1))
-        return self._priority.used(now) + 1 <= most
-
-
 def rate_limit_headers(requests: Standing | None, tokens: Standing | None) -> list[tuple[str, str]]:
     """Return OpenAI's ``x-ratelimit-*`` headers, for those limits that the key has."""
     headers = []

@@ -27,6 +27,7 @@ from app.relay import (
     UnaryAnswer,
 )
 from app.reply import JSON, SSE, Place, Reply, milliseconds
+from app.shares import SharePart
 from app.snapshot import ReplicaStatus
 from app.store.records import RecordStore
 from app.ticket import Ticket
@@ -85,6 +86,7 @@ class Passage:
         self._meter = Meter(self._ledger, self._origin())
         self._default_tier = caller.default_tier or self._settings.default_tier
         self._rights = ALL_RIGHTS
+        self._part: SharePart | None = None
         self._ticket = Ticket(
             tier=Tier.DEFAULT,
             tenant=caller.tenant,
@@ -116,6 +118,8 @@ class Passage:
             usage = self._meter.usage
             tokens = usage.prompt_tokens + usage.completion_tokens if usage else None
             self._admission.end(self._ticket, tokens)
+            if self._part is not None:
+                self._part.end()
             if self._accounts is not None:
                 age_s = time.monotonic() - charged
                 self._accounts.put_right(self._caller, self._ticket.tokens, tokens or 0, age_s)
@@ -130,7 +134,7 @@ class Passage:
                 self._meter.turn_away(State.REFUSED, _reason(error))
                 raise
             self._reply.headers = self._accounts.headers(self._caller)
-            self._rights = self._accounts.rights(self._caller, wanted)
+            self._rights, self._part = self._accounts.rights(self._caller, wanted)
         offer = self._admission.snapshot.settings.tiers.offer
         self._ticket.tier = admit(wanted, offer, self._rights)[0]
 
@@ -174,7 +178,7 @@ class Passage:
 
     def _decide(self, replica: ReplicaStatus) -> TierDecision:
         model = self._admission.snapshot.settings
-        return decide(
+        decision = decide(
             requested=self._inbound.requested_tier,
             default_tier=self._default_tier,
             stood_as=self._ticket.tier,
@@ -184,6 +188,9 @@ class Passage:
             rate_card=model.rate_card,
             rights=self._rights,
         )
+        if self._part is not None:
+            self._part.decide(time.monotonic(), priority=decision.served is Tier.PRIORITY)
+        return decision
 
     def _still_holds(self, decision: TierDecision, replica: ReplicaStatus) -> bool:
         """Whether a decision can stand on another replica than the one it was made for."""

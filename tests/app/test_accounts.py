@@ -1,4 +1,5 @@
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -127,16 +128,23 @@ async def test_a_priority_share_holds():
     stored, text = key(priority_share=Decimal("0.25"))
     async with accounts(stored) as made:
         caller = await made.identify(f"Bearer {text}")
-        over = [made.rights(caller, Tier.PRIORITY).over_share for _ in range(40)]
-        assert over.count(False) == 10
-        assert not made.rights(caller, Tier.DEFAULT).over_share
+
+        def over(wanted):
+            rights, part = made.rights(caller, wanted)
+            part.decide(time.monotonic(), priority=part.allowed)
+            part.end()
+            return rights.over_share
+
+        assert [over(Tier.PRIORITY) for _ in range(40)].count(False) == 10
+        assert not over(Tier.DEFAULT)
 
 
 async def test_a_key_has_its_own_tiers_and_nobody_has_all():
     stored, text = key(tiers=[Tier.FLEX])
     async with accounts(stored) as made:
         caller = await made.identify(f"Bearer {text}")
-        assert made.rights(caller, Tier.PRIORITY).tiers == {Tier.DEFAULT, Tier.FLEX}
-        assert made.rights(NOBODY, Tier.PRIORITY) is ALL_RIGHTS
+        rights, part = made.rights(caller, Tier.PRIORITY)
+        assert (rights.tiers, part) == ({Tier.DEFAULT, Tier.FLEX}, None)
+        assert made.rights(NOBODY, Tier.PRIORITY) == (ALL_RIGHTS, None)
         await made.charge(NOBODY, 10**9)
         assert made.headers(NOBODY) == []

@@ -12,7 +12,6 @@ from app.limits import (
     MINUTE_S,
     Allowance,
     LimitBook,
-    PriorityShare,
     Standing,
     Window,
     duration,
@@ -258,25 +257,22 @@ def test_durations_read_as_openais(seconds, text):
     assert duration(seconds) == text
 
 
-@given(
-    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    st.lists(st.tuples(st.booleans(), st.floats(0, 5)), max_size=200),
-    st.integers(1, 3),
-)
-def test_priority_keeps_to_its_share_at_all_ingresses_together(share, requests, ingresses):
-    shares = [PriorityShare() for _ in range(ingresses)]
-    now, total, priority = 1000.0, 0, 0
-    for place, (wants, pause) in enumerate(requests):
-        now += pause / 60
-        at = shares[place % ingresses]
-        served = wants and at.allows(share, now)
-        at.count(now, priority=served)
-        total, priority = total + 1, priority + served
-        assert priority <= share * total + ingresses
-    if share == 1.0:
-        assert priority == sum(wants for wants, _ in requests)
-    if share == 0.0:
-        assert priority == 0
+def test_what_an_ingress_held_cannot_be_used_once_others_may_have_it():
+    """Cut off for a minute, it finds its allowance at an end, which the book has given again."""
+    book, one, other = LimitBook(), Allowance("one", 100), Allowance("other", 100)
+
+    def renew(allowance, now):
+        assert not allowance.take(100, now)
+        allowance.receive(book.answer(allowance.ask(now), now), now)
+
+    renew(one, 1000.0)
+    # The book is told by the other's ask that it has not heard from the first.
+    renew(other, 1000.0 + 3 * LEASE_S)
+    assert not other.take(100, 1000.0 + 3 * LEASE_S)
+    later = 1000.0 + 4 * LEASE_S + MINUTE_S
+    renew(other, later)
+    assert other.take(100, later)
+    assert not one.take(1, later)
 
 
 @given(st.lists(st.tuples(st.integers(-20, 50), st.floats(0, 20)), max_size=50))
