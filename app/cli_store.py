@@ -9,7 +9,7 @@ from datetime import date, datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -31,6 +31,9 @@ from app.usage import (
     write_json_lines,
 )
 
+if TYPE_CHECKING:
+    from app.ledger.refused import RefusedRecord
+
 Member = TypeVar("Member", bound=StrEnum)
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 ledger = typer.Typer(no_args_is_help=True, help="The database of records and keys.")
@@ -44,7 +47,11 @@ Ledger = Annotated[
         help="The database, as `ledger` in the ingress's user_config.",
     ),
 ]
+JournalFolder = Annotated[
+    str, typer.Option("--folder", help="`journal.folder` in the ingress's user_config.")
+]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, a line for each.")]
+_JOURNALS = JournalSettings().folder
 _FILE_WIDTH = 240
 
 
@@ -212,9 +219,7 @@ def migrate_store(url: Ledger = DEFAULT_URL) -> None:
 
 @ledger.command("adopt")
 def adopt_journals(
-    folder: Annotated[
-        str, typer.Option(help="`journal.folder` in the ingress's user_config.")
-    ] = JournalSettings().folder,
+    folder: JournalFolder = _JOURNALS,
     url: Ledger = DEFAULT_URL,
 ) -> None:
     """Move what dead ingresses of this node left to the database. Living ones do that too."""
@@ -224,6 +229,37 @@ def adopt_journals(
     with _database(url) as engine:
         moved = adopt(Path(expand_path(folder)), RecordStore(engine))
     typer.echo(f"{moved} records")
+
+
+@ledger.command("refused")
+def show_refused(
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try to write them once more before.")
+    ] = False,
+    folder: JournalFolder = _JOURNALS,
+    as_json: JsonOutput = False,
+    url: Ledger = DEFAULT_URL,
+) -> None:
+    """Show the records that the database has refused for good, kept on this node."""
+    from app.ledger.refused import refused_records, retry_refused
+    from app.store.records import RecordStore
+
+    journals = Path(expand_path(folder))
+    if retry:
+        with _database(url) as engine:
+            written = retry_refused(RecordStore(engine), journals)
+        typer.echo(f"{written} records written", err=True)
+    kept = list(refused_records(journals))
+    if as_json:
+        write_json_lines([{"why": one.why, **one.fields} for one in kept], sys.stdout)
+    else:
+        _print_table([_refused_fields(one) for one in kept])
+
+
+def _refused_fields(refused: RefusedRecord) -> dict[str, Any]:
+    fields = refused.fields
+    shown = {name: fields.get(name) for name in ("request_id", "tenant", "model", "state", "cost")}
+    return {**shown, "why": refused.why}
 
 
 def _members(kind: type[Member], text: str, option: str) -> list[Member]:

@@ -2,7 +2,8 @@
 
 It reads what the journal's thread has written. Where it is it remembers only in memory: after a
 crash everything that the journal still holds is written to the store again, which changes nothing
-there. A journal's file goes once the store has all of its records.
+there. A journal's file goes once the store has all of its records, but for those that it refuses
+for good (``app.ledger.refused``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final, Protocol
@@ -20,6 +21,7 @@ from tenacity.wait import wait_random_exponential
 
 from app.ledger.frames import Frame, Kind, read_segment, settled_bodies
 from app.ledger.journal import Journal
+from app.ledger.refused import add_or_set_aside
 from app.ledger.segments import (
     DAMAGED,
     dead_journals,
@@ -45,8 +47,8 @@ class Records(Protocol):
     def prepare(self) -> None:
         """Bring the tables up to date; raises ``StoreAway``."""
 
-    def add(self, bodies: list[bytes]) -> None:
-        """Write settled records in one transaction; raises ``StoreAway``."""
+    def add(self, bodies: Sequence[bytes]) -> None:
+        """Write settled records in one transaction; raises ``StoreAway``, or ``StoreRefuses``."""
 
 
 class OwnJournal:
@@ -80,7 +82,7 @@ class OwnJournal:
         start, moved = self._offset, 0
         settled = (f for f in read_segment(data).frames if f.kind is Kind.SETTLED)
         while batch := list(islice(settled, BATCH)):
-            store.add([found.body for found in batch])
+            add_or_set_aside(store, [found.body for found in batch], self._journal.path.parent)
             self._offset = start + batch[-1].end
             moved += len(batch)
         self._offset = start + len(data)
@@ -107,7 +109,7 @@ def _adopt(journal: Path, store: Records) -> int:
     damaged: list[int] = []
     bodies, moved = settled_bodies(_frames(journal, damaged)), 0
     while batch := list(islice(bodies, BATCH)):
-        store.add(batch)
+        add_or_set_aside(store, batch, journal.parent)
         moved += len(batch)
     if damaged:
         _log.error("journal %s: segments %s are damaged; kept aside", journal.name, damaged)

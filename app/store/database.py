@@ -25,15 +25,22 @@ class StoreAway(Exception):
     """The database cannot be used now. The message says of what kind the trouble is."""
 
 
+class StoreRefuses(StoreAway):
+    """The database does not take what it was given, and would not take it again either."""
+
+
 @contextmanager
 def translated() -> Iterator[None]:
-    """Translate whatever SQLAlchemy raises; nothing of a record or a password is in the message.
+    """Translate whatever SQLAlchemy raises; nothing of a password is in the message.
 
     Raises:
         StoreAway: instead.
+        StoreRefuses: where it is the values that the database does not take.
     """
     try:
         yield
+    except (exc.DataError, exc.IntegrityError) as error:
+        raise StoreRefuses(_first_line(error.orig)) from None
     except exc.DBAPIError as error:
         raise StoreAway(_first_line(error.orig)) from None
     except exc.SQLAlchemyError as error:

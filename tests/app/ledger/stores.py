@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from app.ledger.record import UsageRecord, fields_from_json
-from app.store.database import StoreAway
+from app.store.database import StoreAway, StoreRefuses
 
 
 class MemoryStore:
@@ -17,6 +17,8 @@ class MemoryStore:
         # After so many more transactions it is away.
         self.left = math.inf
         self.records: dict[str, UsageRecord] = {}
+        # Request ids whose records it does not take.
+        self.refuses: set[str] = set()
 
     def prepare(self) -> None:
         self._reach()
@@ -24,8 +26,10 @@ class MemoryStore:
     def add(self, bodies: list[bytes]) -> None:
         self._reach()
         self.left -= 1
-        for body in bodies:
-            record = UsageRecord.from_fields(fields_from_json(body))
+        records = [UsageRecord.from_fields(fields_from_json(body)) for body in bodies]
+        if any(record.origin.request_id in self.refuses for record in records):
+            raise StoreRefuses("no")
+        for record in records:
             self.records.setdefault(record.origin.request_id, record)
         if self.lose_answer:
             # Written, and nobody knows.

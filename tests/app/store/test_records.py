@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.ledger.record import State
-from app.store.database import migrate
+from app.store.database import StoreRefuses, migrate
 from app.store.records import RecordStore, Wanted
 from app.store.schema import usage_records
 from app.tiers import Tier
@@ -40,6 +40,15 @@ def test_the_first_record_of_a_request_stays(store):
     store.add([one.to_json()])
     store.add([other.to_json(), shed().to_json()])
     assert [r for r in store.each(Wanted()) if r.state is State.COMPLETED] == [one]
+
+
+def test_what_the_database_would_never_take_is_told_from_one_that_is_away(store):
+    good, bad = completed(), completed()
+    with pytest.raises(StoreRefuses):
+        store.add([good.to_json(), bad.to_json().replace(b'"tenant":"acme"', b'"tenant":null')])
+    assert list(store.each(Wanted())) == []
+    store.add([good.to_json()])
+    assert list(store.each(Wanted())) == [good]
 
 
 def test_records_are_found_by_tenant_model_and_day(store):
