@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
+from sqlalchemy import Engine
 from starlette.exceptions import HTTPException
 from starlette.routing import Route as HttpRoute
 
@@ -43,7 +45,8 @@ class Ingress:
         catalog = Catalog(ServeSource(), discover_s=settings.catalog_interval_s)
         self._services = Services(catalog, EngineClient(), settings)
         self._limits = ServeLimits(limits)
-        self._retiring: list[asyncio.Task[None]] = []
+        self._store: Engine | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         catalog.start()
 
     # Not a plain function: those Serve calls on a thread, and the ledger belongs to the event loop.
@@ -58,32 +61,47 @@ class Ingress:
         settings = IngressSettings.load(user_config, "user_config")
         settings.check_open(await serve_host(), "user_config")
         before, self._services.settings = self._services.settings, settings
-        same_store = self._services.ledger is not None and settings.ledger == before.ledger
-        if not same_store or settings.journal != before.journal:
-            self._open_ledger(settings)
-        if not same_store or settings.auth != before.auth:
-            self._open_accounts(settings)
+        old, new_store = self._store, self._store is None or settings.ledger != before.ledger
+        if self._store is None or new_store:
+            self._store = connect(resolve_url(settings.ledger.get_secret_value()))
+        if new_store or settings.journal != before.journal:
+            self._open_ledger(self._store, settings)
+        if new_store or settings.auth != before.auth:
+            self._open_accounts(self._store, settings)
+        if new_store and old is not None:
+            self._retire(self._dispose(old))
         self._services.catalog.set_interval(settings.catalog_interval_s)
         if not self._services.ready.is_set():
             await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
             self._services.ready.set()
 
-    def _open_ledger(self, settings: IngressSettings) -> None:
+    def _open_ledger(self, store: Engine, settings: IngressSettings) -> None:
         old = self._services.ledger
-        self._services.ledger = open_ledger(settings.ledger.get_secret_value(), settings.journal)
-        if old is not None:
-            self._retiring.append(asyncio.create_task(old.retire()))
-
-    def _open_accounts(self, settings: IngressSettings) -> None:
-        store = connect(resolve_url(settings.ledger.get_secret_value()))
+        self._services.ledger = open_ledger(store, settings.journal)
         self._services.usage = RecordStore(store)
+        if old is not None:
+            self._retire(old.retire())
+
+    def _open_accounts(self, store: Engine, settings: IngressSettings) -> None:
         old, self._services.accounts = self._services.accounts, None
         if settings.auth == "keys":
             ingress = self._services.catalog.ingress
             self._services.accounts = Accounts(ingress, KeyStore(store), self._limits)
             self._services.accounts.start()
         if old is not None:
-            self._retiring.append(asyncio.create_task(old.stop()))
+            self._retire(old.stop())
+
+    def _retire(self, ending: Coroutine[Any, Any, None]) -> None:
+        """Let something come to its end that requests under way may still use."""
+        task = asyncio.create_task(ending)
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _dispose(self, store: Engine) -> None:
+        """Close a store's connections, once those are gone who use it."""
+        users = self._retiring - {asyncio.current_task()}
+        await asyncio.gather(*users, return_exceptions=True)
+        store.dispose()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._services)
@@ -96,6 +114,8 @@ class Ingress:
         if self._services.accounts is not None:
             await self._services.accounts.stop()
         await asyncio.gather(*self._retiring)
+        if self._store is not None:
+            self._store.dispose()
 
 
 _deployment = serve.deployment(

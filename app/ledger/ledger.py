@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from sqlalchemy import Engine
+
 from app.ledger.flusher import Flusher, Records
 from app.ledger.frames import Kind, Progress
 from app.ledger.journal import LAZY_S, Entry, Journal
@@ -24,9 +26,7 @@ from app.ledger.record import State, UsageRecord, now_utc
 from app.ledger.settings import JournalSettings
 from app.paths import expand_path
 from app.pricing import TokenUsage
-from app.store.database import connect
 from app.store.records import RecordStore
-from app.store.url import resolve_url
 
 RESERVED_BYTES: Final = 4096
 """Room that a request needs in the journal: two records, a copy of one in the next segment, and a
@@ -173,15 +173,14 @@ class Ledger:
             self._loop.call_soon_threadsafe(_resolve, waiters)
 
 
-def open_ledger(url: str, settings: JournalSettings) -> Ledger:
-    """Return a ledger for the database at ``url``, which need not be there yet.
+def open_ledger(store: Engine, settings: JournalSettings) -> Ledger:
+    """Return a ledger for a database, which need not be there yet, and stays the caller's.
 
     Raises:
-        SettingsError: the URL or the journal's folder names a variable that is not set.
+        SettingsError: the journal's folder names a variable that is not set.
         OSError: the journal's folder cannot be written.
     """
-    store = RecordStore(connect(resolve_url(url)))
-    return Ledger(Path(expand_path(settings.folder)), settings, store)
+    return Ledger(Path(expand_path(settings.folder)), settings, RecordStore(store))
 
 
 def _resolve(waiters: list[asyncio.Future[None]]) -> None:

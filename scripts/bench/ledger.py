@@ -23,6 +23,8 @@ from app.ledger.ledger import Ledger, open_ledger
 from app.ledger.record import Origin, State, UsageRecord, now_utc
 from app.ledger.settings import JournalSettings
 from app.pricing import RateCard, TokenUsage
+from app.store.database import connect
+from app.store.url import resolve_url
 from app.tiers import Tier, TierDecision
 
 AT_ONCE = (1, 16, 64, 256)
@@ -119,7 +121,7 @@ async def measure(
 
 
 async def run(url: str, settings: JournalSettings, count: int) -> None:
-    ledger = open_ledger(url, settings)
+    ledger = open_ledger(connect(resolve_url(url)), settings)
     try:
         await measure_all(ledger, count)
     finally:

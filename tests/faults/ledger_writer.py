@@ -15,6 +15,8 @@ from app.ledger.ledger import JournalFull, Ledger, open_ledger
 from app.ledger.record import State, now_utc
 from app.ledger.settings import JournalSettings
 from app.pricing import TokenUsage
+from app.store.database import connect
+from app.store.url import resolve_url
 from tests.app.ledger.records import completed, new_id, opened
 
 STEP = 50
@@ -70,7 +72,7 @@ async def main() -> None:
         flush_interval_s=0.05,
         adopt_interval_s=0.2,
     )
-    ledger = open_ledger(url, settings)
+    ledger = open_ledger(connect(resolve_url(url)), settings)
     await asyncio.gather(
         *(client(ledger, stream) for _ in range(10)), *(client(ledger, unary) for _ in range(4))
     )

@@ -12,6 +12,9 @@ from app.ledger.segments import segment_numbers, segment_path
 from app.ledger.settings import JournalSettings
 from app.pricing import TokenUsage
 from app.settings import SettingsError
+from app.store.database import connect
+from app.store.records import RecordStore, Wanted
+from app.store.url import resolve_url
 from tests.app.ledger.records import NOON, completed, new_id, opened, shed
 from tests.app.ledger.stores import MemoryStore
 
@@ -215,12 +218,13 @@ async def test_a_burst_does_not_outrun_the_space(tmp_path):
                             await asyncio.sleep(0.01)
 
 
-async def test_a_ledger_is_opened_by_url(tmp_path, monkeypatch):
+async def test_a_ledger_is_opened_as_it_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("LEDGER_TEST", str(tmp_path))
-    settings = JournalSettings(folder="${LEDGER_TEST}/journal")
-    ours = open_ledger("sqlite:///${LEDGER_TEST}/db/usage.db", settings)
+    engine = connect(resolve_url("sqlite:///${LEDGER_TEST}/db/usage.db"))
+    ours = open_ledger(engine, JournalSettings(folder="${LEDGER_TEST}/journal"))
     await ours.settle(completed())
     await ours.close()
-    assert (tmp_path / "db" / "usage.db").exists()
+    assert len(list(RecordStore(engine).each(Wanted()))) == 1
     with pytest.raises(SettingsError, match="not set"):
-        open_ledger("sqlite:///${NO_SUCH_VARIABLE}/usage.db", settings)
+        open_ledger(engine, JournalSettings(folder="${NO_SUCH_VARIABLE}/journal"))
+    engine.dispose()
