@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 from alembic import command
@@ -19,6 +20,8 @@ _MIGRATIONS: Final = Path(__file__).with_name("migrations")
 # Any number will do that nobody else uses: PostgreSQL's advisory locks have no names.
 _MIGRATION_LOCK: Final = 0x46_52_4F_4E_54
 _BEGIN: Final = "sqlite_begin"
+# Alembic keeps what it is doing in variables of its modules.
+_migrating = Lock()
 
 
 class StoreAway(Exception):
@@ -102,7 +105,7 @@ def migrate(engine: Engine) -> bool:
     Raises:
         StoreAway: the database cannot be used, or was made by a newer version of Frontline.
     """
-    with translated(), engine.connect() as plain:
+    with _migrating, translated(), engine.connect() as plain:
         connection = plain.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         with connection.begin():
             if engine.dialect.name == "postgresql":

@@ -48,6 +48,15 @@ def test_of_several_processes_that_start_at_once_one_migrates(engine, url):
     assert {"usage_records", "api_keys"} <= set(inspect(engine).get_table_names())
 
 
+def test_one_process_brings_several_databases_up_to_date_at_once(tmp_path):
+    """As an ingress whose ledger was changed while the one before still started."""
+    engines = [connect(make_url(f"sqlite:///{tmp_path}/{number}.db")) for number in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(migrate, engines)) == [True] * 8
+    for engine in engines:
+        engine.dispose()
+
+
 def test_tables_of_a_newer_version_are_left_alone(engine):
     migrate(engine)
     with engine.begin() as connection:
