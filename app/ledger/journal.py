@@ -1,4 +1,5 @@
-"""The journal: where a record is durable first. One thread writes, and many records at once.
+"""The journal: where a record is durable first. One thread writes, and many records at once;
+another takes the space for it beforehand.
 
 Whatever arrives while a write is under way is written and synced together after it (group
 commit), so the disk sets the latency of a record and never the rate of records. A record is
@@ -93,11 +94,18 @@ class Journal:
         self._refused_until = 0.0
         self._trouble: str | None = None
         self._allocated = 1
+        # Held while a segment is made, so that they come in the order of their numbers.
+        self._making = threading.Lock()
+        self._space_wanted = threading.Event()
         self.written = Position(1, 0)
         """Up to here it can be read."""
         self._allocate()
         self._thread = threading.Thread(target=self._run, name="ledger-journal", daemon=True)
+        self._allocator = threading.Thread(
+            target=self._keep_space, name="ledger-space", daemon=True
+        )
         self._thread.start()
+        self._allocator.start()
 
     @property
     def room(self) -> int:
@@ -123,6 +131,8 @@ class Journal:
         self._closing = True
         self._wakes.put(False)
         self._thread.join()
+        self._space_wanted.set()
+        self._allocator.join()
         self._segment.close()
         while self._spares:
             self._spares.pop().discard()
@@ -145,7 +155,8 @@ class Journal:
             batch = self._take()
             if batch and self._write_until_done(batch):
                 self._durable([entry.waiter for entry in batch if entry.waiter is not None])
-            self._allocate()
+            if self._overdrawn or self.room < self._wanted_room:
+                self._space_wanted.set()
 
     def _wait(self) -> bool:
         going = self._wakes.get()
@@ -209,10 +220,11 @@ class Journal:
     def _turn(self) -> None:
         """Go on in a new segment, which begins with what is open."""
         self._segment.sync()
-        if not self._spares:
-            # Entries were longer than what was kept for them. They are written all the same.
-            self._spares.append(self._create())
-            self._overdrawn = True
+        with self._making:
+            if not self._spares:
+                # Entries were longer than what was kept for them. They are written all the same.
+                self._spares.append(self._create())
+                self._overdrawn = True
         following = self._spares[0]
         following.write(b"".join([*self._open.values(), *self._progress.values()]))
         self._spares.popleft()
@@ -230,11 +242,27 @@ class Journal:
         elif request_id in self._open:
             self._progress[request_id] = entry.line
 
+    def _keep_space(self) -> None:
+        """Take space on a thread of its own: no record waits for the making of a segment."""
+        while not self._closing:
+            self._space_wanted.wait()
+            self._space_wanted.clear()
+            self._allocate()
+
+    @property
+    def _wanted_room(self) -> int:
+        # A segment more than what requests under way may write.
+        return self._settings.segment_bytes + 2 * self._reserved
+
     def _allocate(self) -> None:
-        """Take space ahead of need: a segment more than what requests under way may write."""
-        wanted = self._settings.segment_bytes + 2 * self._reserved
-        while not self._closing and self.room < wanted and time.monotonic() >= self._refused_until:
-            trouble = self._take_segment()
+        """Take space ahead of need."""
+        while (
+            not self._closing
+            and self.room < self._wanted_room
+            and time.monotonic() >= self._refused_until
+        ):
+            with self._making:
+                trouble = self._take_segment()
             if trouble is None:
                 self._overdrawn = False
             else:

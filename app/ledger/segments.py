@@ -19,6 +19,7 @@ from typing import Final
 
 _LOCK: Final = "lock"
 _SUFFIX: Final = ".journal"
+_ZEROS: Final = bytes(256 * 1024)
 # Not a journal's name: nobody may adopt a journal between its making and its locking.
 _UNBORN: Final = ".new-"
 DAMAGED: Final = ".damaged"
@@ -43,6 +44,7 @@ class SegmentFile:
         self._file = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         try:
             os.posix_fallocate(self._file, 0, allocated)
+            self._fill_with_zeros()
             os.fsync(self._file)
             sync_folder(journal)
         except OSError:
@@ -83,6 +85,13 @@ class SegmentFile:
         while rest:
             done = os.pwrite(self._file, rest, place)
             place, rest = place + done, rest[done:]
+
+    def _fill_with_zeros(self) -> None:
+        # Space that was taken and never written is marked so in the file system, and the first
+        # write to it changes that mark: each sync would then wait for the file system's own
+        # journal, and for whatever others on this disk have in it.
+        for place in range(0, self._allocated, len(_ZEROS)):
+            self._write_at(place, _ZEROS[: self._allocated - place])
 
     def close(self) -> None:
         """Write no more to it."""

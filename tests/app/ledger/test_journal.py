@@ -232,6 +232,7 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
         records = [completed() for _ in range(3)]
         ours.settle(records[0])
         ours.commit()
+        wait_for_segments(ours.journal, 2)
         disk.fails = call
         ours.settle(records[1])
         ours.settle(records[2])
@@ -246,6 +247,14 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
         OwnJournal(ours.journal).flush(store)
     assert list(store.records.values()) == records
     assert "503" in caplog.text
+
+
+def wait_for_segments(journal, count, timeout_s=5):
+    """Space is taken aside."""
+    deadline = time.monotonic() + timeout_s
+    while len(segment_numbers(journal.path)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_bound_holds_and_space_comes_back(tmp_path, caplog):
