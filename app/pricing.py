@@ -25,6 +25,7 @@ A product of a count of tokens, a price and a multiplier has at most 60 digits; 
 for sums. Python's default of 28 digits would silently round the costs of long prices.
 """
 
+_NOTHING: Final = Decimal(0)
 _MAX_PRICE: Final = 1_000_000
 _MAX_DECIMALS: Final = 12
 
@@ -65,6 +66,8 @@ class Prices:
 
     def cost(self, usage: TokenUsage) -> Decimal:
         """Return what ``usage`` costs, in USD, exactly."""
+        if not usage.prompt_tokens and not usage.completion_tokens:
+            return _NOTHING
         times, fresh = EXACT.multiply, usage.prompt_tokens - usage.cached_tokens
         at_default = EXACT.add(
             EXACT.add(

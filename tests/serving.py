@@ -45,7 +45,8 @@ def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
                 "user_config": {
                     "catalog_interval_s": 0.5,
                     "ledger": f"sqlite:///${{{_LEDGER}}}/usage.db",
-                    "journal": {"folder": f"${{{_LEDGER}}}/journal"},
+                    # Tests wait for what is in the store.
+                    "journal": {"folder": f"${{{_LEDGER}}}/journal", "flush_interval_s": 0.25},
                     **user_config,
                 },
             }

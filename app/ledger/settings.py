@@ -50,10 +50,11 @@ class JournalSettings(Settings):
         description="And at the latest after so many seconds, so that slow streams lose little.",
     )
     flush_interval_s: float = Field(
-        default=0.25,
+        default=1.0,
         gt=0,
         description="How often records move from the journal to the store. Usage lags by as much; "
-        "batches of a quarter of a second cost a fraction of single inserts.",
+        "a transaction costs the same for one record as for hundreds, so at a hundred requests a "
+        "second those of a second cost half as much each as those of a quarter.",
     )
     adopt_interval_s: float = Field(
         default=5.0,

@@ -17,6 +17,8 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import uvloop
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.ledger.ledger import Ledger, open_ledger
@@ -86,7 +88,7 @@ async def measure_paced(ledger: Ledger, a_second: int, seconds: float) -> None:
         task.add_done_callback(running.discard)
         number += 1
     await asyncio.gather(*running)
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(1.2)
     cpu, count = time.process_time() - cpu, len(waits)
     waits.sort()
     print(
@@ -109,7 +111,7 @@ async def measure(
     begin, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(client() for _ in range(at_once)))
     elapsed = time.perf_counter() - begin
-    await asyncio.sleep(0.6)  # the flusher has caught up
+    await asyncio.sleep(1.2)  # the flusher has caught up
     cpu = time.process_time() - cpu
     waits.sort()
     print(
@@ -149,7 +151,7 @@ def main() -> None:
             folder=arguments.folder or f"{folder}/journal", commit_window_ms=arguments.window_ms
         )
         url = arguments.ledger or f"sqlite:///{folder}/usage.db"
-        asyncio.run(run(url, settings, arguments.count))
+        uvloop.run(run(url, settings, arguments.count))
 
 
 if __name__ == "__main__":

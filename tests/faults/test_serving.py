@@ -47,7 +47,8 @@ class Seen:
 @pytest.fixture(scope="module")
 def hammered(cluster):
     """Two ingresses and two engine replicas."""
-    journal = {"folder": "${FRONTLINE_TEST_LEDGER}/journal", "adopt_interval_s": 1}
+    journal = {"adopt_interval_s": 1, "flush_interval_s": 0.25}
+    journal |= {"folder": "${FRONTLINE_TEST_LEDGER}/journal"}
     cluster.deploy(
         ingress_app(replicas=INGRESSES, journal=journal),
         simulated_app("hammered", replicas=2, tokens_per_second=200),
