@@ -1,6 +1,6 @@
 """What is billed is what was echoed, whatever happens on the way, for any sequence of requests.
 
-FRONTLINE_FAULTS=long tries some thousand sequences.
+`scripts/test faults` tries two thousand sequences.
 """
 
 import asyncio
@@ -18,9 +18,10 @@ from deployments.engines.simulated_server.settings import SimulatedSettings
 from tests.app.bill.scripts import CRASH, DEARER, HANG, ONE_OF_TWO, Ask, Pause, Run, scripts
 from tests.app.bill.world import KEYS, MODEL, NotedReply, World, crash
 
-pytestmark = [pytest.mark.unit, pytest.mark.timeout(1800)]
-
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
+
+pytestmark = [pytest.mark.faults if LONG else pytest.mark.unit, pytest.mark.timeout(1800)]
+
 SEQUENCES = 2000 if LONG else 60
 MAY = {name: set(more.get("tiers", ["priority", "flex"])) for name, more in KEYS.items()}
 USUAL = {name: str(more.get("default_tier", "default")) for name, more in KEYS.items()}
