@@ -13,6 +13,11 @@ from app.tiers import Tier
 _LEAST_WAITING = 64
 
 
+def headroom_of(share: float, slots: int) -> int:
+    """Return how many of so many slots are kept free for priority, by a line's ``headroom``."""
+    return min(math.ceil(share * slots), slots // 2)
+
+
 class TierLine(Settings):
     """How long requests of one tier may wait, and how many."""
 
@@ -105,7 +110,7 @@ class LineSettings(Settings):
 
     def headroom_of(self, slots: int) -> int:
         """Return how many of so many slots are kept free for priority."""
-        return min(math.ceil(self.headroom * slots), slots // 2)
+        return headroom_of(self.headroom, slots)
 
     def bounds(self, *, slots: int, ingresses: int) -> dict[Tier, int]:
         """Return from how many waiting requests on one ingress's line is full, by tier.

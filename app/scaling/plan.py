@@ -1,0 +1,163 @@
+"""From a model's demand to its replicas. A function of one state; see ``app.scaling.state``.
+
+- **Priority** gets as many slots, on pools that honour it, that no more than a set part of its
+  requests finds none free (``app.scaling.queueing``), and never less than it uses now and the
+  headroom besides.
+- **Default** gets as many, on whatever pool, that it waits no longer than a set time on the
+  average; what waits counts the more, the longer it has waited.
+- **Flex** fills what is idle. Alone it keeps a set number of replicas at the most.
+- Where no pool honours priority it is served as default, and counts as such.
+- The cheapest pools come first, by the cost of a slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from app.line_settings import headroom_of
+from app.scaling.queueing import Crowd, crowd
+from app.scaling.settings import ScalingSettings
+from app.scaling.state import ModelState, Plan, PoolState, TierDemand
+from app.tiers import Tier
+
+
+def plan(state: ModelState, settings: ScalingSettings) -> Plan:
+    """Return how many replicas each pool ought to have, by what is known now alone."""
+    honouring = [pool for pool in state.pools if pool.honours]
+    priority = state.tiers[Tier.PRIORITY] if honouring else TierDemand()
+    default, flex = state.tiers[Tier.DEFAULT], state.tiers[Tier.FLEX]
+    if not honouring:
+        default = _together(default, state.tiers[Tier.PRIORITY])
+    for_priority = _for_priority(state, priority, default, flex, settings)
+    for_default = _for_default(state, priority, default, settings)
+    replicas = {pool.name: pool.least for pool in state.pools}
+    _grow(replicas, honouring, for_priority)
+    _grow(replicas, state.pools, for_default)
+    for_flex = _for_flex(state, flex, settings)
+    if sum(replicas.values()) < for_flex:
+        _add(replicas, state.pools, for_flex - sum(replicas.values()))
+    if state.awake and not any(replicas.values()):
+        _add(replicas, state.pools, 1)
+    reasons = {
+        f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
+        f"default needs {for_default} slots ({_describe(default)})": for_default,
+        f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
+    }
+    why = [words for words, needed in reasons.items() if needed]
+    return Plan(replicas, "; ".join(why) or ("nobody waits" if state.awake else "nobody asks"))
+
+
+def _for_priority(
+    state: ModelState,
+    priority: TierDemand,
+    default: TierDemand,
+    flex: TierDemand,
+    settings: ScalingSettings,
+) -> int:
+    """Return how many slots of pools that honour it priority needs."""
+    if not priority.present and not priority.rate:
+        return 0
+    others = default.load + max(flex.load, flex.present)
+    # Other requests use the other pools as well, by what these have.
+    elsewhere = sum(pool.replicas * pool.slots for pool in state.pools if not pool.honours)
+
+    def enough(slots: int) -> bool:
+        free = slots - headroom_of(state.headroom, slots)
+        if priority.present > free:
+            return False
+        here = others * slots / (slots + elsewhere)
+        return _crowd(state, slots, priority.load, here).priority_waits <= (
+            settings.priority_wait_probability
+        )
+
+    return _least(enough, _most(pool for pool in state.pools if pool.honours))
+
+
+def _for_default(
+    state: ModelState, priority: TierDemand, default: TierDemand, settings: ScalingSettings
+) -> int:
+    """Return how many slots default needs beside priority."""
+    if not default.present and not default.rate:
+        return 0
+    service_s = default.service_s or settings.default_wait_s
+    aged = min(1.0, default.oldest_s / settings.default_wait_s)
+    backlog = aged * default.waiting * service_s / settings.default_wait_s
+
+    def enough(slots: int) -> bool:
+        met = _crowd(state, slots, priority.load, default.load)
+        if met.spare <= 0 or met.spare < backlog:
+            return False
+        return met.others_wait * service_s / met.spare <= settings.default_wait_s
+
+    return _least(enough, _most(state.pools))
+
+
+def _for_flex(state: ModelState, flex: TierDemand, settings: ScalingSettings) -> int:
+    """Return how many replicas flex may keep running by itself."""
+    if not flex.present and not (flex.rate and state.awake):
+        return 0
+    cheapest = _cheapest_first(state.pools)[0]
+    return min(max(1, math.ceil(flex.load / cheapest.slots)), settings.flex_replicas)
+
+
+def _crowd(state: ModelState, slots: int, priority: float, others: float) -> Crowd:
+    return crowd(slots, headroom_of(state.headroom, slots), priority, others)
+
+
+def _together(one: TierDemand, other: TierDemand) -> TierDemand:
+    """Return two tiers' demand as one's."""
+    rate, load = one.rate + other.rate, one.load + other.load
+    known = one.service_s is not None and other.service_s is not None
+    return TierDemand(
+        waiting=one.waiting + other.waiting,
+        running=one.running + other.running,
+        oldest_s=max(one.oldest_s, other.oldest_s),
+        rate=rate,
+        service_s=load / rate if known and rate else one.service_s or other.service_s,
+    )
+
+
+def _least(enough: Callable[[int], bool], most: int) -> int:
+    """Return the least number of slots that is enough, or all that there may be."""
+    few, many = 0, 1
+    while many < most and not enough(many):
+        few, many = many, 2 * many
+    many = min(many, most)
+    while many - few > 1:
+        middle = (few + many) // 2
+        few, many = (few, middle) if enough(middle) else (middle, many)
+    return many
+
+
+def _most(pools: Iterable[PoolState]) -> int:
+    return sum(pool.most * pool.slots for pool in pools)
+
+
+def _cheapest_first(pools: Iterable[PoolState]) -> list[PoolState]:
+    return sorted(pools, key=lambda pool: (pool.slot_cost, pool.name))
+
+
+def _grow(replicas: dict[str, int], pools: Iterable[PoolState], slots: int) -> None:
+    """Add replicas, the cheapest first, until these pools have so many slots, or all they may."""
+    pools = _cheapest_first(pools)
+    missing = slots - sum(replicas[pool.name] * pool.slots for pool in pools)
+    for pool in pools:
+        if missing <= 0:
+            return
+        added = min(math.ceil(missing / pool.slots), pool.most - replicas[pool.name])
+        replicas[pool.name] += added
+        missing -= added * pool.slots
+
+
+def _add(replicas: dict[str, int], pools: Iterable[PoolState], missing: int) -> None:
+    """Add so many replicas, the cheapest first."""
+    for pool in _cheapest_first(pools):
+        added = min(missing, pool.most - replicas[pool.name])
+        replicas[pool.name] += added
+        missing -= added
+
+
+def _describe(demand: TierDemand) -> str:
+    words = f"{demand.load:.1f} busy, {demand.running} running, {demand.waiting} waiting"
+    return f"{words} up to {demand.oldest_s:.0f} s" if demand.waiting else words

@@ -1,0 +1,90 @@
+"""What a Model tells the policy, in the only shape that Ray Serve carries: numbers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.tiers import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class TierReport:
+    """One tier, at all ingresses together. Counts are since the Model was started.
+
+    Attributes:
+        waiting: how many requests wait in line.
+        running: how many run on engines.
+        oldest_s: how long the oldest has waited; 0 where none waits.
+        arrived: how many have come.
+        finished: how many that had a slot have given it back.
+        served_s: for how long those had it, all together.
+    """
+
+    waiting: float = 0.0
+    running: float = 0.0
+    oldest_s: float = 0.0
+    arrived: float = 0.0
+    finished: float = 0.0
+    served_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReport:
+    """What a Model knows of one pool.
+
+    Attributes:
+        slots: how many requests each replica runs at once.
+        ready: how many replicas are ready.
+        honours: 1 if priority is delivered there, 0 if not. A pool of which no replica was seen
+            yet counts as honouring.
+        cost: what a replica costs an hour; only compared.
+        start_s: how long its engine took to start, of the last one that did; 0 if none was seen.
+    """
+
+    slots: float
+    ready: float = 0.0
+    honours: float = 1.0
+    cost: float = 1.0
+    start_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingReport:
+    """A model's demand and pools.
+
+    Attributes:
+        tiers: the demand by tier; every tier is there.
+        pools: by name.
+        headroom: the share of slots that the line keeps for priority.
+    """
+
+    tiers: Mapping[Tier, TierReport]
+    pools: Mapping[str, PoolReport]
+    headroom: float = 0.1
+
+    def to_metrics(self) -> dict[str, float]:
+        """Return the same as numbers by name."""
+        metrics = {"headroom": float(self.headroom)}
+        for tier, one in self.tiers.items():
+            metrics |= {f"tier/{tier}/{name}": float(getattr(one, name)) for name in _TIER}
+        for pool, other in self.pools.items():
+            metrics |= {f"pool/{pool}/{name}": float(getattr(other, name)) for name in _POOL}
+        return metrics
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, float]) -> ScalingReport | None:
+        """Return what was told; ``None`` if it is not complete."""
+        pools = {name.split("/")[1] for name in metrics if name.startswith("pool/")}
+        try:
+            return cls(
+                {t: TierReport(*(metrics[f"tier/{t}/{name}"] for name in _TIER)) for t in Tier},
+                {p: PoolReport(*(metrics[f"pool/{p}/{name}"] for name in _POOL)) for p in pools},
+                metrics["headroom"],
+            )
+        except KeyError:
+            return None
+
+
+_TIER = tuple(TierReport.__dataclass_fields__)
+_POOL = tuple(PoolReport.__dataclass_fields__)

@@ -1,0 +1,58 @@
+"""How many replicas a model gets, as its operator set it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from app.settings import Settings
+
+
+class ScalingSettings(Settings):
+    """``policy_kwargs`` of a model application's ``autoscaling_policy``.
+
+    Changes need no restart. The bounds of each pool are Serve's own ``min_replicas`` and
+    ``max_replicas``.
+    """
+
+    priority_wait_probability: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Which part of the priority requests may find no free slot. One in a hundred "
+        "leaves the 99th percentile of their first token to the engine. A queueing formula makes "
+        "slots of it.",
+    )
+    default_wait_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="How long default requests may wait in line, in seconds, on the average. Half "
+        "a minute lets bursts of default use what is idle, and is a quarter of the longest wait "
+        "in line.",
+    )
+    smoothing_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Over how many seconds arrival rates are measured, at least; over up to five "
+        "times as many where engines start slowly. A sudden rise of priority is seen at once all "
+        "the same.",
+    )
+    scale_down_after_s: float = Field(
+        default=120.0,
+        ge=0,
+        description="How long a replica must have been needless before it is stopped, in seconds; "
+        "longer where engines take longer to start, since stopping one that is wanted back costs "
+        "a start. Two minutes outlast the pauses of ordinary traffic.",
+    )
+    sleep_after_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="How long nobody must have asked before the last replica is stopped, in "
+        "seconds, where `min_replicas: 0` allows that. Ten minutes, as the first request "
+        "afterwards waits for an engine to start.",
+    )
+    flex_replicas: int = Field(
+        default=1,
+        ge=0,
+        description="How many replicas flex alone may keep running: it fills what is idle, and "
+        "does not scale up. One, so that a model that sleeps answers flex requests too.",
+    )

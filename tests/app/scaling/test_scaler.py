@@ -1,0 +1,174 @@
+"""Decisions over time: growing at once, looking ahead, going down late, sleeping."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.scaling.forecast import Counted, forecast, sudden
+from app.scaling.report import PoolReport, ScalingReport, TierReport
+from app.scaling.scaler import Bounds, Scaler
+from app.scaling.settings import ScalingSettings
+from app.tiers import Tier
+
+pytestmark = pytest.mark.unit
+
+SETTINGS = ScalingSettings()
+SERVICE_S = 10.0
+
+
+class Life:
+    """A model over time: so many requests a second come, and as many finish."""
+
+    def __init__(self, *, start_s=10.0, least=0, most=50, replicas=1, **settings):
+        self.scaler = Scaler(SETTINGS.model_copy(update=settings))
+        self.now, self.replicas = 1000.0, replicas
+        self.least, self.most, self.start_s = least, most, start_s
+        self.arrived = dict.fromkeys(Tier, 0.0)
+
+    def go(self, seconds, *, waiting=None, **rates):
+        """Let time pass, and return the targets second by second."""
+        targets = []
+        for _ in range(int(seconds)):
+            self.now += 1.0
+            tiers = {}
+            for tier in Tier:
+                rate = rates.get(tier.value, 0.0)
+                self.arrived[tier] += rate
+                count = self.arrived[tier]
+                tiers[tier] = TierReport(
+                    waiting=(waiting or {}).get(tier.value, 0),
+                    running=round(rate * SERVICE_S),
+                    arrived=count,
+                    finished=count,
+                    served_s=count * SERVICE_S,
+                )
+            report = ScalingReport(tiers, {"pool": PoolReport(8, start_s=self.start_s)})
+            bounds = Bounds(self.replicas, self.least, self.most)
+            decision = self.scaler.decide(report, {"pool": bounds}, self.now)
+            self.why = decision.why
+            self.replicas = decision.replicas["pool"]
+            targets.append(self.replicas)
+        return targets
+
+
+def test_a_burst_of_priority_counts_within_seconds():
+    life = Life(start_s=600.0)
+    life.go(900, priority=0.4)
+    calm = life.replicas
+    assert max(life.go(7, priority=8.0)) >= 4 * calm
+
+
+def test_default_is_smoothed():
+    life = Life()
+    life.go(300, default=0.5)
+    assert max(life.go(5, default=8.0)) <= 3
+    assert max(life.go(120, default=8.0)) >= 10
+
+
+def test_a_replica_is_stopped_only_after_a_while_without_use():
+    life = Life()
+    life.go(300, default=3.0)
+    busy = life.replicas
+    assert busy >= 4
+    after = SETTINGS.scale_down_after_s
+    assert min(life.go(after, default=0.3)) == busy
+    assert min(life.go(2 * SETTINGS.smoothing_s + 5, default=0.3)) < busy
+
+
+def test_where_engines_start_slowly_it_waits_as_long():
+    life = Life(start_s=600.0)
+    life.go(1300, default=3.0)
+    busy = life.replicas
+    assert min(life.go(600, default=0.3)) == busy
+    assert min(life.go(700, default=0.3)) < busy
+
+
+def test_nothing_is_stopped_by_somebody_who_has_just_come():
+    life = Life(replicas=20)
+    assert min(life.go(SETTINGS.scale_down_after_s - 1, default=0.3)) == 20
+    assert min(life.go(20, default=0.3)) < 20
+
+
+def test_nothing_is_stopped_while_priority_waits():
+    life = Life()
+    life.go(300, default=3.0)
+    busy = life.replicas
+    assert min(life.go(1000, waiting={"priority": 1}, default=0.1)) >= busy
+
+
+def test_it_sleeps_only_once_nobody_has_asked_for_long():
+    life = Life()
+    life.go(300, default=0.2)
+    assert min(life.go(SETTINGS.sleep_after_s)) == 1
+    assert life.go(SETTINGS.scale_down_after_s + 5)[-1] == 0
+    assert "nobody asks" in life.why
+    assert life.go(1, waiting={"flex": 1}) == [1]
+
+
+def test_it_does_not_sleep_below_its_least():
+    life = Life(least=1)
+    assert min(life.go(3000)) == 1
+
+
+def test_a_rise_is_looked_ahead():
+    targets = {}
+    for start_s in (10.0, 300.0):
+        life = Life(start_s=start_s)
+        for step in range(60):
+            targets[start_s] = life.go(30, default=1.0 + step / 20)[-1]
+    assert targets[300.0] > targets[10.0]
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 60),
+            st.floats(0, 10),
+            st.floats(0, 10),
+            st.floats(0, 10),
+            st.integers(0, 3),
+            st.booleans(),
+        ),
+        max_size=8,
+    ),
+    st.integers(0, 3),
+    st.integers(3, 9),
+)
+def test_whatever_happens_bounds_hold_and_priority_that_waits_loses_nothing(steps, least, most):
+    life = Life(least=least, most=most, replicas=most, scale_down_after_s=5, sleep_after_s=10)
+    for seconds, priority, default, flex, waiting, restart in steps:
+        if restart:
+            life.scaler = Scaler(SETTINGS)
+        before = life.replicas
+        targets = life.go(
+            seconds, waiting={"priority": waiting}, priority=priority, default=default, flex=flex
+        )
+        assert all(least <= target <= most for target in targets)
+        if waiting:
+            assert targets == sorted(targets) and targets[0] >= before
+
+
+def test_pools_that_the_model_does_not_know_stay_as_they_are():
+    report = ScalingReport({tier: TierReport() for tier in Tier}, {})
+    decided = Scaler(SETTINGS).decide(report, {"new": Bounds(3, 0, 5)}, 0.0)
+    assert decided.replicas == {"new": 3}
+
+
+@given(st.floats(0.1, 50), st.floats(10, 300), st.floats(0, 600))
+def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
+    counted = Counted(2 * window_s)
+    for second in range(int(2 * window_s) + 10):
+        counted.add(second, rate * second)
+    now = second
+    found = forecast(counted, now, window_s=window_s, ahead_s=ahead_s)
+    assert found == pytest.approx(rate, rel=0.02)
+    assert sudden(counted, now, window_s=window_s) <= rate + 1e-9
+
+
+def test_reports_survive_the_way_as_numbers():
+    tiers = {tier: TierReport(1, 2, 3.5, 4, 5, 6.5) for tier in Tier}
+    pools = {"a.b-c": PoolReport(8, 2, 0, 1.5, 30), "d": PoolReport(4)}
+    report = ScalingReport(tiers, pools, 0.2)
+    assert ScalingReport.from_metrics(report.to_metrics()) == report
+    assert ScalingReport.from_metrics({"headroom": 0.1}) is None
