@@ -82,6 +82,7 @@ class Admission:
             ModelGone: the model was removed.
         """
         self._call(self._gate.arrive(ticket, time.monotonic()))
+        self._tally.arrive(ticket)
         return await self._place_of(ticket)
 
     async def admit_again(self, ticket: Ticket, *, suspend: bool = True) -> ReplicaStatus:
@@ -96,7 +97,10 @@ class Admission:
     def end(self, ticket: Ticket, tokens: int | None) -> None:
         """Let go of a request; ``tokens`` is what it took in all, if anybody knows."""
         self._waiting.pop(ticket, None)
-        self._call(self._gate.end(ticket, time.monotonic(), tokens))
+        now = time.monotonic()
+        if ticket.state is TicketState.PLACED:
+            self._tally.end(ticket, now)
+        self._call(self._gate.end(ticket, now, tokens))
 
     def close(self) -> None:
         """Turn away whoever waits, or is to wait again, because the model was removed.

@@ -11,8 +11,10 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from app.autoscaling import POLICY_PATH
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import IngressSettings, ModelSettings
+from app.scaling.settings import ScalingSettings
 from app.settings import Key, Problem, Settings, SettingsError
 
 INGRESS_DEPLOYMENT = "Ingress"
@@ -20,6 +22,9 @@ _USER_CONFIGS: Mapping[str, type[Settings]] = {
     INGRESS_DEPLOYMENT: IngressSettings,
     MODEL_DEPLOYMENT: ModelSettings,
 }
+
+_SERVE_DELAYS = {"upscale_delay_s": 30, "downscale_delay_s": 600}
+"""What Serve waits before it follows a policy, where nothing else is set (ray.serve.config)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,35 @@ def _application_problems(
             message = f"expected one of {expected} (got {deployment['name']!r})"
             yield Problem((*key, "name"), message)
         yield from _user_config_problems((*key, "user_config"), deployment, host)
+    yield from _scaling_problems(where, application)
+
+
+def _scaling_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check what our autoscaling policy is told, and that Serve does not slow it down unasked."""
+    policy = application.get("autoscaling_policy") or {}
+    if policy.get("policy_function") != POLICY_PATH:
+        return
+    kwargs = (*where, "autoscaling_policy", "policy_kwargs")
+    try:
+        ScalingSettings.load(policy.get("policy_kwargs") or {}, *kwargs)
+    except SettingsError as error:
+        yield from error.problems
+    scaled = False
+    for place, deployment in enumerate(application.get("deployments") or ()):
+        config = deployment.get("autoscaling_config")
+        if config is None or deployment["name"] == MODEL_DEPLOYMENT:
+            continue
+        scaled = True
+        for name, default_s in _SERVE_DELAYS.items():
+            if name not in config:
+                message = (
+                    f"must be set beside this policy: Serve would add {default_s} s to what the "
+                    "policy waits by itself; 0 adds nothing"
+                )
+                yield Problem((*where, "deployments", place, "autoscaling_config", name), message)
+    if not scaled:
+        message = "no pool has an `autoscaling_config`, so there is nothing to scale"
+        yield Problem((*where, "autoscaling_policy"), message)
 
 
 def _builder(import_path: str) -> Callable[[dict[str, Any]], Any]:

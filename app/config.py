@@ -126,6 +126,12 @@ class PoolSettings(Settings):
         description="How much of the load the pool takes beside the model's other pools: with 2 "
         "its replicas count as half as busy as they are.",
     )
+    cost_per_hour: float = Field(
+        default=1.0,
+        gt=0,
+        description="What one replica costs an hour, in whatever currency. Autoscaling grows the "
+        "pool whose slots are cheapest first; it is only compared with the model's other pools.",
+    )
     python: str | None = Field(
         default=None,
         description="Interpreter of the engine's environment, expanded like `model`; the one "

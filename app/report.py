@@ -1,15 +1,16 @@
-"""What ingresses tell a Model about its line for people to look at. Pure: the time is passed in.
+"""What ingresses tell a Model about its line. Pure: the time is passed in.
 
-Nothing is decided by it: credits go by demands alone (``app.credits``). A report rides along with
-a demand, and repeats nothing that stands in it. Counts only grow while an ingress lives, so
-whoever compares two reports of it gets true rates, however many were lost between them.
+People look at it, and rates for autoscaling are made of it; credits go by demands alone
+(``app.credits``). A report rides along with a demand, and repeats nothing that stands in it. Counts
+only grow while an ingress lives, so whoever compares two reports of it gets true rates, however
+many were lost between them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.credits import SILENCE_S, Demand
 from app.snapshot import ModelSnapshot
@@ -34,6 +35,9 @@ class LineReport:
         queued_s: how long those had waited, all together, by tier.
         sheds: how many requests were turned away, by tier and reason; pairs without any are
             left out.
+        arrived: how many requests have come, by tier.
+        finished: how many that were placed have ended, by tier, whatever came of them.
+        served_s: for how long those had been placed, all together, by tier.
     """
 
     at: float
@@ -42,6 +46,9 @@ class LineReport:
     placed: Mapping[Tier, int]
     queued_s: Mapping[Tier, float]
     sheds: Mapping[tuple[Tier, ShedReason], int]
+    arrived: Mapping[Tier, int] = field(default_factory=dict)
+    finished: Mapping[Tier, int] = field(default_factory=dict)
+    served_s: Mapping[Tier, float] = field(default_factory=dict)
 
 
 class Tally:
@@ -51,6 +58,18 @@ class Tally:
         self._placed: Counter[Tier] = Counter()
         self._queued_s = dict.fromkeys(Tier, 0.0)
         self._sheds: Counter[tuple[Tier, ShedReason]] = Counter()
+        self._arrived: Counter[Tier] = Counter()
+        self._finished: Counter[Tier] = Counter()
+        self._served_s = dict.fromkeys(Tier, 0.0)
+
+    def arrive(self, ticket: Ticket) -> None:
+        """Count a request that has just come, at the tier at which it stands in line."""
+        self._arrived[ticket.tier] += 1
+
+    def end(self, ticket: Ticket, now: float) -> None:
+        """Count a placed request that is over."""
+        self._finished[ticket.tier] += 1
+        self._served_s[ticket.tier] += now - ticket.placed
 
     def count(self, ticket: Ticket) -> None:
         """Count a request that is told just now that it has been placed or shed."""
@@ -71,6 +90,9 @@ class Tally:
             placed={tier: self._placed[tier] for tier in Tier},
             queued_s=dict(self._queued_s),
             sheds=dict(self._sheds),
+            arrived={tier: self._arrived[tier] for tier in Tier},
+            finished={tier: self._finished[tier] for tier in Tier},
+            served_s=dict(self._served_s),
         )
 
 

@@ -27,6 +27,7 @@ class ReplicaStatus:
         context_length: longest prompt and answer together, in tokens; ``None``: not known.
         dialect: how to speak to it.
         weight: its pool's, which says how much of the load it takes.
+        start_s: how long it took from its start until its engine was ready.
     """
 
     replica_id: str
@@ -38,6 +39,7 @@ class ReplicaStatus:
     context_length: int | None
     dialect: Dialect
     weight: float = 1.0
+    start_s: float = 0.0
 
     def honours_priority(self, route: Route) -> bool:
         """Whether the engine has native priority in force on this route."""

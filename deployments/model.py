@@ -17,6 +17,8 @@ from app.catalog import MODEL_DEPLOYMENT
 from app.config import ModelArgs, ModelSettings, PoolSettings
 from app.credits import Demand
 from app.report import LineReport, ModelBoard, ReportBook
+from app.scaling.demand import DemandBook
+from app.scaling.report import PoolReport
 from app.settings import Key, Problem, SettingsError
 from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus
 from app.tiers import PriorityMode
@@ -46,6 +48,9 @@ class Model:
         self._snapshot = self._make_snapshot()
         self._book = CreditBook(self._life, self._settings.line, time.monotonic())
         self._reports = ReportBook()
+        self._demand = DemandBook()
+        # What each pool was like when it last had a replica.
+        self._seen: dict[str, ReplicaStatus] = {}
         self._listeners: dict[str, asyncio.Future[None]] = {}
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
 
@@ -96,6 +101,30 @@ class Model:
         """Return the model and its line at every ingress, for people to look at."""
         return ModelBoard(self._snapshot, self._reports.ingresses(time.monotonic()))
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the demand by tier and the pools; Serve passes it on to ``app.autoscaling``.
+
+        Nothing while no ingress is known: then nobody knows the demand.
+        """
+        ingresses = self._reports.ingresses(time.monotonic())
+        if not ingresses:
+            return {}
+        pools = {pool.name: self._pool_report(pool) for pool in self._args.pools}
+        headroom = self._settings.line.headroom
+        return self._demand.report(ingresses, pools, headroom).to_metrics()
+
+    def _pool_report(self, pool: PoolSettings) -> PoolReport:
+        seen = self._seen.get(pool.name)
+        mode = self._settings.tiers.priority
+        auto = mode is PriorityMode.AUTO and seen is not None
+        return PoolReport(
+            slots=pool.slots,
+            ready=len(self._replicas.get(pool.name, ())),
+            honours=float(seen.dialect.native_priority) if auto and seen else 1.0,
+            cost=pool.cost_per_hour,
+            start_s=seen.start_s if seen is not None else 0.0,
+        )
+
     def _publish(self) -> None:
         snapshot = self._make_snapshot()
         if snapshot != self._snapshot:
@@ -115,7 +144,9 @@ class Model:
 
     async def _watch(self, pool: str) -> None:
         while True:
-            self._replicas[pool] = await self._ask(pool)
+            self._replicas[pool] = replicas = await self._ask(pool)
+            if replicas:
+                self._seen[pool] = max(replicas, key=lambda status: status.start_s)
             self._publish()
             await asyncio.sleep(_STATUS_PERIOD_S)
 
@@ -146,6 +177,14 @@ _deployment = serve.deployment(
     # It answers a few small questions a second from each ingress, and computes nothing.
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=10_000,
+    # There is always one. Only deployments that Serve could scale may report to a policy; it does
+    # so every second, and keeps no more than the latest numbers.
+    autoscaling_config={
+        "min_replicas": 1,
+        "max_replicas": 1,
+        "metrics_interval_s": 1.0,
+        "look_back_period_s": 5.0,
+    },
 )(Model)
 
 

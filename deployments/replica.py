@@ -87,6 +87,7 @@ class EngineReplica:
 
     # Serve awaits it; until it returns, the replica is starting.
     async def __init__(self, model_id: str, pool: PoolSettings) -> None:  # type: ignore[misc]
+        began = time.monotonic()
         self._pool = pool
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(_LOOPBACK)
@@ -101,7 +102,7 @@ class EngineReplica:
         except BaseException:
             await self._process.stop(0.0)
             raise
-        self._status = self._make_status()
+        self._status = self._make_status(time.monotonic() - began)
         logger.info("%s is ready: %s", self._status, self._facts)
 
     async def status(self) -> ReplicaStatus | None:
@@ -139,7 +140,7 @@ class EngineReplica:
             f"{self._process.log_path}, which ends:\n{self._process.tail()}"
         )
 
-    def _make_status(self) -> ReplicaStatus:
+    def _make_status(self, start_s: float) -> ReplicaStatus:
         return ReplicaStatus(
             replica_id=serve.get_replica_context().replica_id.unique_id,
             pool=self._pool.name,
@@ -150,6 +151,7 @@ class EngineReplica:
             context_length=self._facts.context_length,
             dialect=self._facts.dialect,
             weight=self._pool.weight,
+            start_s=start_s,
         )
 
     async def __del__(self) -> None:

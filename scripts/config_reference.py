@@ -17,6 +17,7 @@ from app.config import IngressSettings, ModelArgs, ModelSettings, PoolSettings, 
 from app.ledger.settings import JournalSettings  # noqa: E402
 from app.line_settings import LineSettings, TierLine  # noqa: E402
 from app.pricing import Multipliers, RateCard  # noqa: E402
+from app.scaling.settings import ScalingSettings  # noqa: E402
 from app.settings import Settings  # noqa: E402
 
 TARGET = REPO / "docs" / "configuration.md"
@@ -51,6 +52,13 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
         RateCard,
         "In the `user_config` of `Model`. Prices are in USD for a million tokens. A request is "
         "priced by the card in force when its tier was decided.",
+    ),
+    (
+        "Autoscaling: `policy_kwargs` of a model application's `autoscaling_policy`",
+        ScalingSettings,
+        "For `policy_function: app.autoscaling:priority_aware`; see [autoscaling.md]"
+        "(autoscaling.md). Changes need no restart. Each pool's bounds are Serve's own "
+        "`min_replicas` and `max_replicas`.",
     ),
     ("`rate_card.multipliers`", Multipliers, "On every price; `default` is always 1."),
 ]

@@ -26,13 +26,18 @@ class Counted:
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
         self._points: deque[tuple[float, float]] = deque()
+        self._last = self._before = 0.0
 
     def keep(self, keep_s: float) -> None:
         """Remember for so long from now on."""
         self._keep_s = keep_s
 
     def add(self, now: float, count: float) -> None:
-        """Take note of a count."""
+        """Take note of a count. One that is lower than the last has begun anew."""
+        if count < self._last:
+            self._before += self._last
+        self._last = count
+        count += self._before
         points = self._points
         if len(points) > 1 and now - points[-2][0] < _EVERY_S:
             points.pop()

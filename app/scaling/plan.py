@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from app.line_settings import headroom_of
 from app.scaling.queueing import Crowd, crowd
 from app.scaling.settings import ScalingSettings
-from app.scaling.state import ModelState, Plan, PoolState, TierDemand
+from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
 from app.tiers import Tier
 
 
@@ -31,21 +31,20 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
         default = _together(default, state.tiers[Tier.PRIORITY])
     for_priority = _for_priority(state, priority, default, flex, settings)
     for_default = _for_default(state, priority, default, settings)
-    replicas = {pool.name: pool.least for pool in state.pools}
-    _grow(replicas, honouring, for_priority)
-    _grow(replicas, state.pools, for_default)
     for_flex = _for_flex(state, flex, settings)
-    if sum(replicas.values()) < for_flex:
-        _add(replicas, state.pools, for_flex - sum(replicas.values()))
-    if state.awake and not any(replicas.values()):
-        _add(replicas, state.pools, 1)
+    fleet = _Fleet(state.pools)
+    fleet.grow(honouring, for_priority, Reason.PRIORITY)
+    fleet.grow(state.pools, for_default, Reason.DEFAULT)
+    fleet.keep(for_flex, Reason.FLEX)
+    fleet.keep(int(state.awake), Reason.AWAKE)
     reasons = {
         f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
         f"default needs {for_default} slots ({_describe(default)})": for_default,
         f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
     }
     why = [words for words, needed in reasons.items() if needed]
-    return Plan(replicas, "; ".join(why) or ("nobody waits" if state.awake else "nobody asks"))
+    nobody = "nobody waits" if state.awake else "nobody asks"
+    return Plan(fleet.replicas, fleet.reasons, "; ".join(why) or nobody)
 
 
 def _for_priority(
@@ -138,24 +137,35 @@ def _cheapest_first(pools: Iterable[PoolState]) -> list[PoolState]:
     return sorted(pools, key=lambda pool: (pool.slot_cost, pool.name))
 
 
-def _grow(replicas: dict[str, int], pools: Iterable[PoolState], slots: int) -> None:
-    """Add replicas, the cheapest first, until these pools have so many slots, or all they may."""
-    pools = _cheapest_first(pools)
-    missing = slots - sum(replicas[pool.name] * pool.slots for pool in pools)
-    for pool in pools:
-        if missing <= 0:
-            return
-        added = min(math.ceil(missing / pool.slots), pool.most - replicas[pool.name])
-        replicas[pool.name] += added
-        missing -= added * pool.slots
+class _Fleet:
+    """Replicas by pool, while they are planned, and why each pool has as many."""
 
+    def __init__(self, pools: Iterable[PoolState]) -> None:
+        self._pools = _cheapest_first(pools)
+        self.replicas = {pool.name: pool.least for pool in self._pools}
+        self.reasons = dict.fromkeys(self.replicas, Reason.LEAST)
 
-def _add(replicas: dict[str, int], pools: Iterable[PoolState], missing: int) -> None:
-    """Add so many replicas, the cheapest first."""
-    for pool in _cheapest_first(pools):
-        added = min(missing, pool.most - replicas[pool.name])
-        replicas[pool.name] += added
-        missing -= added
+    def grow(self, pools: Iterable[PoolState], slots: int, reason: Reason) -> None:
+        """Add replicas, the cheapest first, until these pools have so many slots."""
+        pools = _cheapest_first(pools)
+        missing = slots - sum(self.replicas[pool.name] * pool.slots for pool in pools)
+        for pool in pools:
+            if missing > 0:
+                missing -= self._add(pool, math.ceil(missing / pool.slots), reason) * pool.slots
+
+    def keep(self, replicas: int, reason: Reason) -> None:
+        """Add replicas, the cheapest first, until there are so many in all."""
+        missing = replicas - sum(self.replicas.values())
+        for pool in self._pools:
+            if missing > 0:
+                missing -= self._add(pool, missing, reason)
+
+    def _add(self, pool: PoolState, wanted: int, reason: Reason) -> int:
+        added = min(wanted, pool.most - self.replicas[pool.name])
+        if added:
+            self.replicas[pool.name] += added
+            self.reasons[pool.name] = reason
+        return added
 
 
 def _describe(demand: TierDemand) -> str:

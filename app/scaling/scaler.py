@@ -17,7 +17,7 @@ from app.scaling.forecast import Counted, forecast, sudden
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.settings import ScalingSettings
-from app.scaling.state import ModelState, Plan, PoolState, TierDemand
+from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
 from app.tiers import Tier
 
 # Rates are measured over longer where engines start slowly, up to so many times ``smoothing_s``.
@@ -38,9 +38,10 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many replicas each pool is to have now, and why, in one line for people."""
+    """How many replicas each pool is to have now, why, and the same in one line for people."""
 
     replicas: Mapping[str, int]
+    reasons: Mapping[str, Reason]
     why: str
 
 
@@ -61,30 +62,36 @@ class Scaler:
 
         Args:
             report: what the Model told last. Pools that it does not know stay as they are.
-            bounds: the pools that Serve would scale, by name.
+            bounds: the pools that Serve scales, by name. Others have as many replicas as are
+                ready, which serve all the same.
             now: seconds, of a clock that does not go back.
         """
         if self._started is None:
             self._started = self._asked = now
-        pools = {name: report.pools[name] for name in bounds if name in report.pools}
-        start_s = max((pool.start_s for pool in pools.values()), default=0.0)
-        state = self._state(report, pools, bounds, start_s, now)
-        if not state.pools:
-            return Decision({name: one.target for name, one in bounds.items()}, "no pools known")
+        scaled = [name for name in report.pools if name in bounds]
+        start_s = max((report.pools[name].start_s for name in scaled), default=0.0)
+        state = self._state(report, bounds, start_s, now)
+        if not scaled:
+            stay = {name: one.target for name, one in bounds.items()}
+            return Decision(stay, {}, "no pools known")
         planned = plan(state, self._settings)
-        kept = {
-            pool.name: self._keep(pool, planned.replicas[pool.name], start_s, now)
-            for pool in state.pools
-        }
-        if state.tiers[Tier.PRIORITY].waiting:
-            kept = {pool.name: max(pool.replicas, kept[pool.name]) for pool in state.pools}
+        waits = state.tiers[Tier.PRIORITY].waiting > 0
+        kept, reasons = {}, {}
+        for pool in state.pools:
+            if pool.name not in bounds:
+                continue
+            name, wanted = pool.name, planned.replicas[pool.name]
+            kept[name], reasons[name] = wanted, planned.reasons[name]
+            if (lately := self._keep(pool, wanted, start_s, now)) > wanted:
+                kept[name], reasons[name] = lately, Reason.NOT_YET
+            if waits and pool.replicas > kept[name]:
+                kept[name], reasons[name] = pool.replicas, Reason.PRIORITY_WAITS
         stay = {name: one.target for name, one in bounds.items() if name not in kept}
-        return Decision(kept | stay, _explain(state, planned, kept))
+        return Decision(kept | stay, reasons, _explain(state, planned, kept))
 
     def _state(
         self,
         report: ScalingReport,
-        pools: Mapping[str, PoolReport],
         bounds: Mapping[str, Bounds],
         start_s: float,
         now: float,
@@ -99,18 +106,7 @@ class Scaler:
             tier: self._tiers[tier].demand(one, start_s, now, at_once=tier is Tier.PRIORITY)
             for tier, one in report.tiers.items()
         }
-        states = tuple(
-            PoolState(
-                name=name,
-                slots=max(1, round(pool.slots)),
-                replicas=bounds[name].target,
-                least=bounds[name].least,
-                most=bounds[name].most,
-                honours=pool.honours > 0,
-                cost=pool.cost,
-            )
-            for name, pool in pools.items()
-        )
+        states = tuple(_pool(name, pool, bounds.get(name)) for name, pool in report.pools.items())
         awake = now - self._asked <= self._settings.sleep_after_s
         return ModelState(tiers, states, report.headroom, awake)
 
@@ -169,9 +165,25 @@ class _Counts:
         return self._service_s
 
 
+def _pool(name: str, pool: PoolReport, bounds: Bounds | None) -> PoolState:
+    ready = round(pool.ready)
+    bounds = bounds or Bounds(ready, ready, ready)
+    return PoolState(
+        name=name,
+        slots=max(1, round(pool.slots)),
+        replicas=bounds.target,
+        least=bounds.least,
+        most=bounds.most,
+        honours=pool.honours > 0,
+        cost=pool.cost,
+    )
+
+
 def _explain(state: ModelState, planned: Plan, kept: Mapping[str, int]) -> str:
     words = []
     for pool in state.pools:
+        if pool.name not in kept:
+            continue
         wanted, becomes = planned.replicas[pool.name], kept[pool.name]
         words.append(f"{pool.name} {pool.replicas} -> {becomes}{_because(pool, wanted, becomes)}")
     return f"{', '.join(words)}: {planned.why}"

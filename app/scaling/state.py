@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from app.tiers import Tier
 
@@ -81,14 +82,35 @@ class ModelState:
     awake: bool = True
 
 
+class Reason(StrEnum):
+    """Why a pool has so many replicas and not fewer."""
+
+    LEAST = "least"
+    """The operator wants no fewer."""
+    PRIORITY = "priority"
+    """Priority needs them, headroom included."""
+    DEFAULT = "default"
+    """Default would wait for too long."""
+    FLEX = "flex"
+    """Flex may keep them."""
+    AWAKE = "awake"
+    """Somebody has asked lately, so the model does not sleep yet."""
+    PRIORITY_WAITS = "priority_waits"
+    """They have become needless, but priority waits."""
+    NOT_YET = "not_yet"
+    """They have become needless only lately."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How many replicas a model ought to have.
 
     Attributes:
         replicas: by pool.
-        why: the reason, in one line for people.
+        reasons: why a pool has as many and not fewer, by pool.
+        why: the same, in one line for people.
     """
 
     replicas: Mapping[str, int]
+    reasons: Mapping[str, Reason]
     why: str

@@ -51,6 +51,41 @@ def test_what_is_wrong_is_told_with_its_line(old, new, line, message):
     assert any(message in text and line in (None, at) for at, text in found), found
 
 
+SCALED = """
+  autoscaling_policy:
+    policy_function: app.autoscaling:priority_aware
+    policy_kwargs: {KWARGS}
+  deployments:
+  - name: vllm
+    autoscaling_config: {CONFIG}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "config", "message"),
+    [
+        ("default_wait_s: 10", "upscale_delay_s: 0, downscale_delay_s: 0", None),
+        ("default_wait_s: 0", "upscale_delay_s: 0, downscale_delay_s: 0", "greater than 0"),
+        ("default_wait: 5", "upscale_delay_s: 0, downscale_delay_s: 0", "no such setting"),
+        ("", "upscale_delay_s: 0", "downscale_delay_s: must be set"),
+        ("", "downscale_delay_s: 0", "Serve would add 30 s"),
+    ],
+)
+def test_what_autoscaling_is_told(kwargs, config, message):
+    text = SCALED.replace("KWARGS", kwargs).replace("CONFIG", f"max_replicas: 2, {config}")
+    start = LOCAL.index("  deployments:\n  - name: Model")
+    changed = LOCAL[:start] + text.lstrip("\n") + LOCAL[LOCAL.index("\n- name: minilm") :]
+    found = [str(finding.problem) for finding in check_config(changed)]
+    assert (message is None and found == []) or message in found[0], found
+
+
+def test_a_policy_without_a_pool_to_scale_is_a_mistake():
+    policy = "  autoscaling_policy: {policy_function: 'app.autoscaling:priority_aware'}\n"
+    start = LOCAL.index("  deployments:\n  - name: Model")
+    [found] = check_config(LOCAL[:start] + policy + LOCAL[start:])
+    assert "nothing to scale" in str(found.problem)
+
+
 def test_the_command_fails_and_says_where(tmp_path):
     config = tmp_path / "bad.yaml"
     config.write_text(LOCAL.replace("slots: 8", "slots: 0"))

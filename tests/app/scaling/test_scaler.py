@@ -155,6 +155,20 @@ def test_pools_that_the_model_does_not_know_stay_as_they_are():
     assert decided.replicas == {"new": 3}
 
 
+def test_a_pool_of_fixed_size_serves_all_the_same():
+    tiers = {tier: TierReport() for tier in Tier}
+    tiers[Tier.DEFAULT] = TierReport(running=12)
+    decided = [
+        Scaler(SETTINGS).decide(
+            ScalingReport(tiers, {"scaled": PoolReport(8), "fixed": PoolReport(8, ready=ready)}),
+            {"scaled": Bounds(0, 0, 9)},
+            0.0,
+        )
+        for ready in (0, 1, 3)
+    ]
+    assert [one.replicas for one in decided] == [{"scaled": 2}, {"scaled": 1}, {"scaled": 0}]
+
+
 @given(st.floats(0.1, 50), st.floats(10, 300), st.floats(0, 600))
 def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
     counted = Counted(2 * window_s)

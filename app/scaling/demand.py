@@ -1,0 +1,53 @@
+"""A model's demand, put together from what its ingresses tell. Kept by its Model actor. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from app.report import IngressBoard, LineReport
+from app.scaling.report import PoolReport, ScalingReport, TierReport
+from app.tiers import Tier
+
+
+class DemandBook:
+    """Adds up the demand of all ingresses. What an ingress has counted stays when it is gone."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, LineReport] = {}
+        self._arrived: Counter[Tier] = Counter()
+        self._finished: Counter[Tier] = Counter()
+        self._served_s = dict.fromkeys(Tier, 0.0)
+
+    def report(
+        self,
+        ingresses: Iterable[IngressBoard],
+        pools: Mapping[str, PoolReport],
+        headroom: float,
+    ) -> ScalingReport:
+        """Return the demand of all ingresses that are not silent, and what pools there are."""
+        boards = list(ingresses)
+        known = {board.demand.ingress: board.report for board in boards}
+        for name, report in known.items():
+            # What it counted before this Model was started, it counted for another.
+            self._add(report, self._known.get(name, report))
+        self._known = known
+        return ScalingReport({tier: self._tier(tier, boards) for tier in Tier}, pools, headroom)
+
+    def _add(self, report: LineReport, before: LineReport) -> None:
+        for tier in Tier:
+            self._arrived[tier] += report.arrived.get(tier, 0) - before.arrived.get(tier, 0)
+            self._finished[tier] += report.finished.get(tier, 0) - before.finished.get(tier, 0)
+            served_s = report.served_s.get(tier, 0.0) - before.served_s.get(tier, 0.0)
+            self._served_s[tier] += served_s
+
+    def _tier(self, tier: Tier, boards: Iterable[IngressBoard]) -> TierReport:
+        demands = [board.demand for board in boards]
+        return TierReport(
+            waiting=sum(demand.waiting[tier] for demand in demands),
+            running=sum(demand.running[tier] for demand in demands),
+            oldest_s=max((demand.oldest_s[tier] for demand in demands), default=0.0),
+            arrived=self._arrived[tier],
+            finished=self._finished[tier],
+            served_s=self._served_s[tier],
+        )
