@@ -1,23 +1,26 @@
 """Arrival rates, and what they will be when an engine that is started now is ready. Pure.
 
-Counts come in, each with its time; they only grow. A rate is measured over a window. Two such
+Counts come in, each with its time; they only grow. A rate is measured over a window. Three such
 windows beside each other tell a trend, which is followed as far ahead as an engine takes to start,
-if it is more than chance: arrivals by chance have a standard deviation of the root of their number.
+if both steps rise by more than chance, which is the root of the number of arrivals: a trend lasts,
+a burst does not.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import deque
 
-_EVERY_S = 1.0
-# A rise must be more than chance by so many standard deviations: once in 40 it is chance then.
+# A sudden rise must be more than chance by so many standard deviations: once in 40 it is chance.
 _SIGMAS = 2.0
 # Windows in which a sudden rise is looked for. One that is no chance shows in five seconds.
 _SUDDEN_S = (5.0, 15.0, 30.0)
 # Whatever the trend says, a rate is not believed to more than triple until an engine has started.
 _MOST_GROWTH = 3.0
+# So many arrivals in a window leave an eighth of them to chance.
+_ENOUGH = 64
+_EVERY_S = 1.0
+_TRIM = 256
 
 
 class Counted:
@@ -25,25 +28,22 @@ class Counted:
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._points: deque[tuple[float, float]] = deque()
+        self._times: list[float] = []
+        self._counts: list[float] = []
         self._last = self._before = 0.0
-
-    def keep(self, keep_s: float) -> None:
-        """Remember for so long from now on."""
-        self._keep_s = keep_s
 
     def add(self, now: float, count: float) -> None:
         """Take note of a count. One that is lower than the last has begun anew."""
         if count < self._last:
             self._before += self._last
         self._last = count
-        count += self._before
-        points = self._points
-        if len(points) > 1 and now - points[-2][0] < _EVERY_S:
-            points.pop()
-        points.append((now, count))
-        while len(points) > 2 and points[1][0] <= now - self._keep_s:
-            points.popleft()
+        times, counts = self._times, self._counts
+        if len(times) > 1 and now - times[-2] < _EVERY_S:
+            del times[-1], counts[-1]
+        times.append(now)
+        counts.append(count + self._before)
+        if len(times) > _TRIM and times[_TRIM] <= now - self._keep_s:
+            del times[: _TRIM - 1], counts[: _TRIM - 1]
 
     def grown(self, start: float, end: float) -> float:
         """Return by how much it grew between two times, as far back as is known."""
@@ -52,19 +52,25 @@ class Counted:
     @property
     def began(self) -> float:
         """The time of the earliest count known; infinity before there is one."""
-        return self._points[0][0] if self._points else math.inf
+        return self._times[0] if self._times else math.inf
 
     def _at(self, when: float) -> float:
-        points = self._points
-        place = bisect_right(points, when, key=lambda point: point[0])
+        times, counts = self._times, self._counts
+        place = bisect_right(times, when)
         if place == 0:
-            return points[0][1] if points else 0.0
-        before = points[place - 1]
-        if place == len(points):
-            return before[1]
-        after = points[place]
-        share = (when - before[0]) / (after[0] - before[0])
-        return before[1] + share * (after[1] - before[1])
+            return counts[0] if counts else 0.0
+        if place == len(times):
+            return counts[-1]
+        share = (when - times[place - 1]) / (times[place] - times[place - 1])
+        return counts[place - 1] + share * (counts[place] - counts[place - 1])
+
+
+def window_for(counted: Counted, now: float, *, least_s: float, most_s: float) -> float:
+    """Return over how long a rate is to be measured, so that chance does not rule it."""
+    window_s = least_s
+    while window_s < most_s and counted.grown(now - window_s, now) < _ENOUGH:
+        window_s *= 1.5
+    return min(window_s, most_s)
 
 
 def forecast(counted: Counted, now: float, *, window_s: float, ahead_s: float) -> float:
@@ -81,13 +87,16 @@ def forecast(counted: Counted, now: float, *, window_s: float, ahead_s: float) -
     if not 0 < known_s < math.inf:
         return 0.0
     window_s = min(window_s, max(known_s, _EVERY_S))
-    lately = counted.grown(now - window_s, now)
-    rate = lately / window_s
-    if known_s >= 2 * window_s:
-        before = counted.grown(now - 2 * window_s, now - window_s)
-        if lately - before > _SIGMAS * math.sqrt(lately + before):
-            rise = (lately - before) / window_s**2 * (window_s / 2 + ahead_s)
-            rate = min(rate + rise, _MOST_GROWTH * rate)
+    last, middle, first = (
+        counted.grown(now - (back + 1) * window_s, now - back * window_s) for back in range(3)
+    )
+    rate = last / window_s
+    if known_s < 3 * window_s:
+        return rate
+    chance = math.sqrt(last + middle)
+    rise = min(last - middle, middle - first)
+    if rise > chance:
+        rate += min(rise / window_s**2 * (window_s / 2 + ahead_s), (_MOST_GROWTH - 1) * rate)
     return rate
 
 

@@ -2,7 +2,7 @@
 
 - **Priority** gets as many slots, on pools that honour it, that no more than a set part of its
   requests finds none free (``app.scaling.queueing``), and never less than it uses now and the
-  headroom besides.
+  headroom besides, nor less than it has needed lately, where engines start slowly.
 - **Default** gets as many, on whatever pool, that it waits no longer than a set time on the
   average; what waits counts the more, the longer it has waited.
 - **Flex** fills what is idle. Alone it keeps a set number of replicas at the most.
@@ -33,18 +33,20 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
     for_default = _for_default(state, priority, default, settings)
     for_flex = _for_flex(state, flex, settings)
     fleet = _Fleet(state.pools)
-    fleet.grow(honouring, for_priority, Reason.PRIORITY)
+    lately = state.remembered if state.awake else 0
+    fleet.grow(honouring, max(for_priority, lately), Reason.PRIORITY)
     fleet.grow(state.pools, for_default, Reason.DEFAULT)
     fleet.keep(for_flex, Reason.FLEX)
     fleet.keep(int(state.awake), Reason.AWAKE)
     reasons = {
         f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
+        f"priority needed {lately} lately": int(lately > for_priority),
         f"default needs {for_default} slots ({_describe(default)})": for_default,
         f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
     }
     why = [words for words, needed in reasons.items() if needed]
     nobody = "nobody waits" if state.awake else "nobody asks"
-    return Plan(fleet.replicas, fleet.reasons, "; ".join(why) or nobody)
+    return Plan(fleet.replicas, fleet.reasons, "; ".join(why) or nobody, for_priority)
 
 
 def _for_priority(
@@ -81,7 +83,8 @@ def _for_default(
         return 0
     service_s = default.service_s or settings.default_wait_s
     aged = min(1.0, default.oldest_s / settings.default_wait_s)
-    backlog = aged * default.waiting * service_s / settings.default_wait_s
+    # A new engine helps only once it has started; what waits now has until then, too.
+    backlog = aged * default.waiting * service_s / (settings.default_wait_s + state.start_s)
 
     def enough(slots: int) -> bool:
         met = _crowd(state, slots, priority.load, default.load)

@@ -13,15 +13,19 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.scaling.forecast import Counted, forecast, sudden
+from app.scaling.forecast import Counted, forecast, sudden, window_for
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.settings import ScalingSettings
 from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
 from app.tiers import Tier
 
-# Rates are measured over longer where engines start slowly, up to so many times ``smoothing_s``.
-_MOST_WINDOWS = 5
+# Rates are measured over longer where engines start slowly or few requests come, up to so many
+# times ``smoothing_s``.
+_MOST_WINDOWS = 20
+# Default's, over as long as so many starts of an engine: it may wait to see whether a rise lasts.
+_DEFAULT_STARTS = 2.0
+_STARTS_REMEMBERED = 30.0
 # Service times are averaged over so many seconds, once so many requests have finished in them.
 _SERVICE_WINDOW_S = 600.0
 _FINISHED = 5
@@ -54,8 +58,8 @@ class Scaler:
         self._started: float | None = None
         self._asked = -math.inf
         self._arrived = math.nan
-        # Plans of the last while that could still be the highest, by pool, the highest first.
-        self._plans: dict[str, deque[tuple[float, int]]] = {}
+        self._plans: dict[str, _Highest] = {}
+        self._for_priority = _Highest()
 
     def decide(self, report: ScalingReport, bounds: Mapping[str, Bounds], now: float) -> Decision:
         """Return what to do on a Model's report.
@@ -75,6 +79,7 @@ class Scaler:
             stay = {name: one.target for name, one in bounds.items()}
             return Decision(stay, {}, "no pools known")
         planned = plan(state, self._settings)
+        self._for_priority.add(now, planned.for_priority)
         waits = state.tiers[Tier.PRIORITY].waiting > 0
         kept, reasons = {}, {}
         for pool in state.pools:
@@ -108,21 +113,44 @@ class Scaler:
         }
         states = tuple(_pool(name, pool, bounds.get(name)) for name, pool in report.pools.items())
         awake = now - self._asked <= self._settings.sleep_after_s
-        return ModelState(tiers, states, report.headroom, awake)
+        if not awake:
+            # Rates fade slowly; but nobody has asked for long.
+            tiers = dict.fromkeys(Tier, TierDemand())
+        memory_s = min(self._settings.priority_memory_s, _STARTS_REMEMBERED * start_s)
+        remembered = self._for_priority.since(now - memory_s)
+        return ModelState(tiers, states, report.headroom, awake, start_s, remembered)
 
     def _keep(self, pool: PoolState, planned: int, start_s: float, now: float) -> int:
         """Return how many replicas a pool keeps, by the plans of the last while."""
         window_s = max(self._settings.scale_down_after_s, start_s)
-        plans = self._plans.setdefault(pool.name, deque())
-        while plans and plans[-1][1] <= planned:
-            plans.pop()
-        plans.append((now, planned))
-        while plans[0][0] < now - window_s:
-            plans.popleft()
+        plans = self._plans.setdefault(pool.name, _Highest())
+        plans.add(now, planned)
         assert self._started is not None, "it has begun to decide"
         if now - self._started < window_s:
             return max(planned, min(pool.replicas, pool.most))
-        return plans[0][1]
+        return plans.since(now - window_s)
+
+
+class _Highest:
+    """The highest of the numbers that came lately."""
+
+    def __init__(self) -> None:
+        # Those that could still become the highest, the highest first.
+        self._numbers: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, number: int) -> None:
+        """Take note of a number."""
+        numbers = self._numbers
+        while numbers and numbers[-1][1] <= number:
+            numbers.pop()
+        numbers.append((now, number))
+
+    def since(self, start: float) -> int:
+        """Return the highest that came since a time, and forget those before; 0 if none did."""
+        numbers = self._numbers
+        while numbers and numbers[0][0] < start:
+            numbers.popleft()
+        return numbers[0][1] if numbers else 0
 
 
 class _Counts:
@@ -130,7 +158,7 @@ class _Counts:
 
     def __init__(self, settings: ScalingSettings) -> None:
         self._settings = settings
-        self._arrived = Counted(settings.smoothing_s)
+        self._arrived = Counted(3 * _MOST_WINDOWS * settings.smoothing_s)
         self._finished = Counted(_SERVICE_WINDOW_S)
         self._served_s = Counted(_SERVICE_WINDOW_S)
         self._service_s: float | None = None
@@ -138,15 +166,17 @@ class _Counts:
     def demand(
         self, report: TierReport, start_s: float, now: float, *, at_once: bool
     ) -> TierDemand:
-        smoothing_s = self._settings.smoothing_s
-        window_s = max(smoothing_s, min(start_s, _MOST_WINDOWS * smoothing_s))
-        self._arrived.keep(2 * window_s)
         for counted, count in (
             (self._arrived, report.arrived),
             (self._finished, report.finished),
             (self._served_s, report.served_s),
         ):
             counted.add(now, count)
+        smoothing_s = self._settings.smoothing_s
+        most_s = _MOST_WINDOWS * smoothing_s
+        starts = 1.0 if at_once else _DEFAULT_STARTS
+        least_s = min(max(smoothing_s, starts * start_s), most_s)
+        window_s = window_for(self._arrived, now, least_s=least_s, most_s=most_s)
         rate = forecast(self._arrived, now, window_s=window_s, ahead_s=start_s)
         if at_once:
             rate = max(rate, sudden(self._arrived, now, window_s=window_s))

@@ -32,9 +32,16 @@ class ScalingSettings(Settings):
     smoothing_s: float = Field(
         default=60.0,
         gt=0,
-        description="Over how many seconds arrival rates are measured, at least; over up to five "
-        "times as many where engines start slowly. A sudden rise of priority is seen at once all "
-        "the same.",
+        description="Over how many seconds arrival rates are measured, at least; over up to ten "
+        "times as many where engines start slowly or few requests come. A sudden rise of priority "
+        "is seen at once all the same.",
+    )
+    priority_memory_s: float = Field(
+        default=3600.0,
+        ge=0,
+        description="For how long priority keeps the slots that it has needed, in seconds, or for "
+        "thirty times an engine's start, if that is shorter: a burst that comes again within the "
+        "hour may be over before a new engine is ready, unless that starts in seconds.",
     )
     scale_down_after_s: float = Field(
         default=120.0,

@@ -74,12 +74,16 @@ class ModelState:
         pools: its pools, at least one.
         headroom: the share of slots that its line keeps for priority.
         awake: whether somebody has asked lately, so that it may not sleep.
+        start_s: how long an engine takes to start.
+        remembered: how many slots priority has needed lately, and so may need again at once.
     """
 
     tiers: Mapping[Tier, TierDemand]
     pools: tuple[PoolState, ...]
     headroom: float = 0.1
     awake: bool = True
+    start_s: float = 0.0
+    remembered: int = 0
 
 
 class Reason(StrEnum):
@@ -109,8 +113,10 @@ class Plan:
         replicas: by pool.
         reasons: why a pool has as many and not fewer, by pool.
         why: the same, in one line for people.
+        for_priority: how many slots priority needs now, by itself.
     """
 
     replicas: Mapping[str, int]
     reasons: Mapping[str, Reason]
     why: str
+    for_priority: int

@@ -114,7 +114,7 @@ def test_a_rise_is_looked_ahead():
     targets = {}
     for start_s in (10.0, 300.0):
         life = Life(start_s=start_s)
-        for step in range(60):
+        for step in range(100):
             targets[start_s] = life.go(30, default=1.0 + step / 20)[-1]
     assert targets[300.0] > targets[10.0]
 
@@ -169,10 +169,26 @@ def test_a_pool_of_fixed_size_serves_all_the_same():
     assert [one.replicas for one in decided] == [{"scaled": 2}, {"scaled": 1}, {"scaled": 0}]
 
 
+def test_what_priority_needed_is_kept_where_engines_start_slowly():
+    for start_s, kept in ((600.0, True), (10.0, False)):
+        life = Life(start_s=start_s)
+        life.go(700, priority=0.2, default=0.2)
+        calm = life.replicas
+        burst = max(life.go(120, priority=3.0, default=0.2))
+        assert burst > 2 * calm
+        assert (life.go(1800, priority=0.2, default=0.2)[-1] >= burst * 0.7) is kept
+
+
+def test_what_priority_needed_does_not_keep_a_model_from_sleeping():
+    life = Life(start_s=600.0)
+    life.go(700, priority=1.0)
+    assert life.go(SETTINGS.sleep_after_s + 605)[-1] == 0
+
+
 @given(st.floats(0.1, 50), st.floats(10, 300), st.floats(0, 600))
 def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
-    counted = Counted(2 * window_s)
-    for second in range(int(2 * window_s) + 10):
+    counted = Counted(3 * window_s)
+    for second in range(int(3 * window_s) + 10):
         counted.add(second, rate * second)
     now = second
     found = forecast(counted, now, window_s=window_s, ahead_s=ahead_s)
