@@ -1,0 +1,122 @@
+"""The policies that are put beside each other: Frontline's, Ray Serve's own, and a fixed fleet."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from ray.serve import autoscaling_policy
+from ray.serve._private import autoscaling_state
+from ray.serve._private.common import (
+    DeploymentHandleSource,
+    DeploymentID,
+    HandleMetricReport,
+    ReplicaID,
+    TimeStampedValue,
+)
+from ray.serve._private.config import DeploymentConfig
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.config import AutoscalingConfig
+
+from app.scaling.report import ScalingReport
+from app.scaling.scaler import Bounds, Scaler
+from app.scaling.settings import ScalingSettings
+from scripts.bench.fleet import View
+
+_DEPLOYMENT = DeploymentID("pool", "model")
+
+
+class Fixed:
+    """So many replicas, whatever comes."""
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
+
+    def decide(self, view: View) -> int:
+        return self._replicas
+
+
+class PriorityAware:
+    """`app.scaling`, as `app.autoscaling` calls it: a report old, which is what Serve takes."""
+
+    def __init__(self, settings: ScalingSettings, most: int, least: int = 1) -> None:
+        self._scaler = Scaler(settings)
+        self._bounds = least, most
+        self._report: ScalingReport | None = None
+
+    def decide(self, view: View) -> int:
+        report, self._report = self._report, view.report
+        if report is None:
+            return view.target
+        bounds = {"pool": Bounds(view.target, *self._bounds)}
+        return self._scaler.decide(report, bounds, view.now).replicas["pool"]
+
+
+class ServesOwn:
+    """Ray Serve's default policy: its own code, with its own delays, averages and bounds.
+
+    It sees every request that waits or runs, as it does where all come through its handles, and
+    sees them at once and not ten seconds later, as by its default.
+    """
+
+    def __init__(self, target_ongoing_requests: float, most: int, **config: float) -> None:
+        self._clock = _Clock()
+        settings = AutoscalingConfig(
+            min_replicas=1,
+            max_replicas=most,
+            target_ongoing_requests=target_ongoing_requests,
+            **config,
+        )
+        self._look_back_s = settings.look_back_period_s
+        self._samples: deque[TimeStampedValue] = deque()
+        self._state = autoscaling_state.DeploymentAutoscalingState(_DEPLOYMENT)
+        deployment = DeploymentConfig(autoscaling_config=settings)
+        self._state.register(DeploymentInfo(deployment, None, 0, ""), 1)
+        self._ready = 0
+
+    def decide(self, view: View) -> int:
+        self._clock.now = view.now
+        samples = self._samples
+        samples.append(TimeStampedValue(view.now, float(view.total)))
+        while samples[0].timestamp < view.now - self._look_back_s:
+            samples.popleft()
+        if view.ready != self._ready:
+            self._ready = view.ready
+            ids = [ReplicaID(str(number), _DEPLOYMENT) for number in range(view.ready)]
+            self._state.update_running_replica_ids(ids)
+        with _at(self._clock):
+            self._state.record_request_metrics_for_handle(
+                HandleMetricReport(
+                    _DEPLOYMENT, "ingress", "", DeploymentHandleSource.UNKNOWN,
+                    list(samples), {}, view.now,
+                )
+            )  # fmt: skip
+            return self._state.get_decision_num_replicas(view.target)
+
+
+class _Clock:
+    """Stands in for the module `time` in Serve's code."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@contextmanager
+def _at(clock: _Clock) -> Iterator[None]:
+    with (
+        patch.object(autoscaling_policy, "time", clock),
+        patch.object(autoscaling_state, "time", clock),
+    ):
+        yield
+
+
+logging.getLogger("ray.serve").setLevel(logging.WARNING)
