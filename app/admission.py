@@ -17,7 +17,7 @@ from app.gate import Gate
 from app.line_settings import LineSettings
 from app.places import Offer
 from app.report import REPORT_S, LineReport, Tally
-from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.snapshot import ModelSnapshot, ReplicaStatus, Rest
 from app.ticket import Ticket, TicketState
 from app.tiers import Tier
 
@@ -48,6 +48,7 @@ class Admission:
         self._renewal_planned = -math.inf
         self._renewal_sooner = asyncio.Event()
         self._nudged = False
+        self._waking = False
         self._closed = False
         self._tally = Tally()
         self._report_due = -math.inf
@@ -67,10 +68,21 @@ class Admission:
         """Take over what the model reports now."""
         now = time.monotonic()
         self._snapshot = snapshot
+        self._rest(snapshot.rest, now)
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
         self._call(self._gate.configure(snapshot.settings.line, now))
         offers = [_offer(status) for status in snapshot.replicas]
         self._call(self._gate.set_replicas(offers, snapshot.settings.tiers.priority, now))
+
+    def _rest(self, rest: Rest | None, now: float) -> None:
+        """Tell the gate whether the model rests, and since when it wakes."""
+        if rest is None:
+            self._gate.wake()
+        elif not rest.waking:
+            self._gate.rest(rest.start_s, None)
+        elif not self._waking:
+            self._gate.rest(rest.start_s, now)
+        self._waking = rest is not None and rest.waking
 
     async def admit(self, ticket: Ticket) -> ReplicaStatus:
         """Wait for a place, and return the replica on which it is.

@@ -11,7 +11,8 @@ A ticket's slot comes free on one path only, ``end``, which may be called in any
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 from app.credits import Credits, Demand, Grant
 from app.line import Line
@@ -24,6 +25,8 @@ SUSPENSION_S = 2.0
 """How long nothing is placed on a replica after its engine could not be reached: longer than it
 takes a model to notice that an engine has died, short for one that only hiccuped."""
 
+# An engine that takes longer to start than the last time is given a tenth more, again and again.
+_OVERDUE = 0.1
 _PLACED = TicketState.PLACED
 _WAITING = TicketState.WAITING
 
@@ -34,6 +37,8 @@ class Gate:
     def __init__(self, ingress: str, settings: LineSettings) -> None:
         self.line = Line(settings)
         self.credits = Credits(ingress)
+        # When an engine will be ready, where the model rests until then; ``None`` if it does not.
+        self._opens: Callable[[float], float] | None = None
         self._places = self.credits.places
         self._places.slack = settings.affinity_slack
 
@@ -93,6 +98,29 @@ class Gate:
         self.credits.set_replicas(offers, mode)
         self._configure(self.line.settings)
         return self._dispatch(now, self._advance(now))
+
+    def rest(self, start_s: float | None, since: float | None) -> None:
+        """Note that the model has no engine, and that one starts as soon as somebody waits.
+
+        Those who are turned away meanwhile are told when it will be ready.
+
+        Args:
+            start_s: how long an engine takes to start; ``None`` if nobody knows.
+            since: when it began to; ``None`` if it has not begun.
+        """
+
+        def opens_in(now: float) -> float:
+            if start_s is None:
+                return math.inf
+            left = start_s if since is None else start_s - (now - since)
+            # One that takes longer than the last time may be ready at any moment.
+            return max(left, _OVERDUE * start_s)
+
+        self._opens = opens_in
+
+    def wake(self) -> None:
+        """Note that the model does not rest."""
+        self._opens = None
 
     def configure(self, settings: LineSettings, now: float) -> list[Ticket]:
         """Take over changed settings."""
@@ -214,4 +242,11 @@ class Gate:
     def _shed(self, ticket: Ticket, reason: ShedReason, now: float) -> None:
         ticket.state = TicketState.SHED
         ticket.shed = reason
-        ticket.retry_after_s = self.line.retry_after(ticket.tier, now)
+        ticket.retry_after_s = self._retry_after(ticket.tier, now)
+
+    def _retry_after(self, tier: Tier, now: float) -> float:
+        if self._opens is None:
+            return self.line.retry_after(tier, now)
+        settings = self.line.settings
+        longest = max(settings.min_retry_after_s, settings.max_retry_after_s)
+        return min(max(self._opens(now), settings.min_retry_after_s), longest)

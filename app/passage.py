@@ -102,7 +102,8 @@ class Passage:
         Raises:
             ApiError: it is not answered; nothing has been sent yet.
         """
-        if not self._admission.snapshot.replicas:
+        model = self._admission.snapshot
+        if not model.replicas and model.rest is None:
             self._meter.turn_away(State.REFUSED, _NOT_READY)
             raise self._unavailable()
         charged = time.monotonic()

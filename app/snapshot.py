@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.config import ModelSettings
+from app.config import ModelSettings, TierSettings
 from app.credits import Grant
 from app.dialect import Dialect, Route
 from app.tiers import PriorityMode, Tier
@@ -51,6 +51,21 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """That a model has no replica because nobody had asked. Requests wait, and so wake it.
+
+    Attributes:
+        tiers: the tiers at which it will serve, as far as anybody can tell.
+        waking: whether an engine is starting.
+        start_s: how long that took the last time; ``None`` if nobody knows.
+    """
+
+    tiers: tuple[Tier, ...]
+    waking: bool = False
+    start_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSnapshot:
     """A model as it is served now.
 
@@ -61,6 +76,8 @@ class ModelSnapshot:
         created: when the model's application was started, in Unix seconds.
         settings: rate card and tiers in force.
         replicas: the engine replicas that are ready.
+        rest: set where there are none because the model sleeps or wakes; not where its engines
+            are being deployed or have failed.
     """
 
     id: str
@@ -69,19 +86,18 @@ class ModelSnapshot:
     created: int
     settings: ModelSettings
     replicas: tuple[ReplicaStatus, ...]
+    rest: Rest | None = None
 
     @property
     def service_tiers(self) -> tuple[Tier, ...]:
-        """The tiers at which a request could be served now; none while no replica is ready."""
+        """The tiers at which a request could be served now.
+
+        Those to come while the model rests; otherwise none while no replica is ready.
+        """
         if not self.replicas:
-            return ()
-        tiers = self.settings.tiers
+            return self.rest.tiers if self.rest is not None else ()
         native = any(replica.dialect.native_priority for replica in self.replicas)
-        delivered = tiers.priority is PriorityMode.LINE or (
-            tiers.priority is PriorityMode.AUTO and native
-        )
-        offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
-        return tuple(tier for tier in Tier if offered[tier])
+        return served_tiers(self.settings.tiers, native=native)
 
     @property
     def context_length(self) -> int | None:
@@ -93,6 +109,14 @@ class ModelSnapshot:
     def engines(self) -> tuple[str, ...]:
         """The engines that serve it now, by name."""
         return tuple(sorted({replica.dialect.engine for replica in self.replicas}))
+
+
+def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
+    """Return what is served, by what is offered and whether an engine has native priority."""
+    auto = tiers.priority is PriorityMode.AUTO
+    delivered = tiers.priority is PriorityMode.LINE or (auto and native)
+    offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
+    return tuple(tier for tier in Tier if offered[tier])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,16 +20,19 @@ from app.report import LineReport, ModelBoard, ReportBook
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 from app.settings import Key, Problem, SettingsError
-from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus
+from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus, Rest, served_tiers
 from app.tiers import PriorityMode
 from deployments import replica
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
+from deployments.rest import Standing, standing
 
 logger = logging.getLogger("ray.serve")
 
 _STATUS_PERIOD_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
+# Where no replica is known there may be none to answer.
+_FIRST_TIMEOUT_S = 1.0
 # How long an ingress listens for a nudge in one call. A Model that stops waits for calls to end.
 _LISTEN_S = 2.0
 
@@ -42,15 +45,17 @@ class Model:
         self._pools = pools
         self._settings = ModelSettings()
         self._created = int(time.time())
+        self._application = serve.get_replica_context().app_name
         self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
+        # What each pool was like when it last had a replica, and what those do that have none.
+        self._seen: dict[str, ReplicaStatus] = {}
+        self._standings: dict[str, Standing] = {}
         self._life = uuid.uuid4().hex
         self._changes = 0
         self._snapshot = self._make_snapshot()
         self._book = CreditBook(self._life, self._settings.line, time.monotonic())
         self._reports = ReportBook()
         self._demand = DemandBook()
-        # What each pool was like when it last had a replica.
-        self._seen: dict[str, ReplicaStatus] = {}
         self._listeners: dict[str, asyncio.Future[None]] = {}
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
 
@@ -140,26 +145,46 @@ class Model:
             created=self._created,
             settings=self._settings,
             replicas=tuple(r for pool in self._pools for r in self._replicas.get(pool, ())),
+            rest=self._rest(),
+        )
+
+    def _rest(self) -> Rest | None:
+        """Return how the model rests; ``None`` if a pool has replicas, or none rests."""
+        standings = self._standings.values()
+        if any(self._replicas.values()) or all(one is Standing.AWAY for one in standings):
+            return None
+        native = not self._seen or any(s.dialect.native_priority for s in self._seen.values())
+        return Rest(
+            tiers=served_tiers(self._settings.tiers, native=native),
+            waking=Standing.WAKING in standings,
+            start_s=min((status.start_s for status in self._seen.values()), default=None),
         )
 
     async def _watch(self, pool: str) -> None:
         while True:
-            self._replicas[pool] = replicas = await self._ask(pool)
-            if replicas:
+            replicas = await self._ask(pool)
+            now = Standing.AWAY
+            if replicas is None:
+                now = await standing(self._application, pool)
+            elif replicas:
                 self._seen[pool] = max(replicas, key=lambda status: status.start_s)
+            self._replicas[pool], self._standings[pool] = replicas or (), now
             self._publish()
             await asyncio.sleep(_STATUS_PERIOD_S)
 
-    async def _ask(self, pool: str) -> tuple[ReplicaStatus, ...]:
+    async def _ask(self, pool: str) -> tuple[ReplicaStatus, ...] | None:
+        """Return the replicas that are ready; ``None`` where Serve runs none."""
+        known = self._replicas.get(pool)
         try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+            async with asyncio.timeout(_STATUS_TIMEOUT_S if known else _FIRST_TIMEOUT_S):
                 response = self._pools[pool].broadcast("status")
                 answers = await response.results_async(return_exceptions=True)
         except DeploymentUnavailableError:
-            return ()
+            return None
         except TimeoutError:
-            # One replica hangs; Serve will replace it. The others are as they were.
-            return self._replicas.get(pool, ())
+            # One replica hangs; Serve will replace it. The others are as they were. Or there has
+            # never been one.
+            return known or None
         except Exception:
             logger.exception("cannot ask pool %s for its status", pool)
             return ()

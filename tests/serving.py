@@ -67,13 +67,17 @@ def pooled_app(
     """A model application on several pools of simulated engines.
 
     A pool's value holds the engine's own arguments, and beside them the pool's ``slots`` and
-    ``weight``, and how many ``replicas`` it has.
+    ``weight``, and how many ``replicas`` it has, or how it is scaled (``autoscaling``).
     """
     rate_card = {"input": 1, "cached_input": 0.5, "output": 2}
     deployments = [
         {
             "name": pool,
-            "num_replicas": engine_args.get("replicas", 1),
+            **(
+                {"autoscaling_config": engine_args["autoscaling"]}
+                if "autoscaling" in engine_args
+                else {"num_replicas": engine_args.get("replicas", 1)}
+            ),
             "ray_actor_options": {"num_cpus": 0.1},
         }
         for pool, engine_args in pools.items()
@@ -94,10 +98,14 @@ def pooled_app(
     }
 
 
+_POOLS_OWN = ("slots", "weight", "cost_per_hour")
+_NOT_THE_ENGINES = ("replicas", "autoscaling", *_POOLS_OWN)
+
+
 def _simulated_pool(name: str, args: dict[str, Any]) -> dict[str, Any]:
-    own = {key: args[key] for key in ("slots", "weight") if key in args}
+    own = {key: args[key] for key in _POOLS_OWN if key in args}
     engine_args = {"tokens_per_second": 0, "default_completion_tokens": 8}
-    engine_args |= {key: value for key, value in args.items() if key not in ("replicas", *own)}
+    engine_args |= {key: value for key, value in args.items() if key not in _NOT_THE_ENGINES}
     return {
         "name": name,
         "engine": "simulated",

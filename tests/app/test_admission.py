@@ -1,5 +1,6 @@
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -7,7 +8,7 @@ from app.admission import Admission, ModelGone, Shed
 from app.config import ModelSettings
 from app.credits import Grant
 from app.dialect import Dialect, Route
-from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.snapshot import ModelSnapshot, ReplicaStatus, Rest
 from app.ticket import ShedReason, Ticket, TicketState
 from app.tiers import Tier
 
@@ -194,3 +195,23 @@ async def test_a_nudge_makes_the_renewal_due():
     await asyncio.sleep(0.03)
     assert not renewal.done()
     renewal.cancel()
+
+
+async def test_a_request_waits_for_a_model_that_sleeps():
+    awake = model("one")
+    made = Admission("ingress")
+    made.update(replace(awake, replicas=(), rest=Rest(tuple(Tier), start_s=30.0)))
+    [waiting] = await standing(made, ticket(Tier.PRIORITY))
+    with pytest.raises(Shed) as caught:
+        await made.admit(ticket(fail_fast=True))
+    assert caught.value.ticket.retry_after_s == 30.0
+    waking = replace(awake, replicas=(), rest=Rest(tuple(Tier), waking=True, start_s=30.0))
+    for _ in range(2):
+        made.update(waking)
+        await asyncio.sleep(0.05)
+    with pytest.raises(Shed) as caught:
+        await made.admit(ticket(fail_fast=True))
+    assert 25.0 < caught.value.ticket.retry_after_s <= 29.9, "it has begun to start"
+    made.update(awake)
+    grant(made, one=2)
+    assert (await waiting).replica_id == "one"

@@ -589,3 +589,30 @@ class GateMachine(RuleBasedStateMachine):
 
 TestGateMachine = GateMachine.TestCase
 TestGateMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def shed_by(floor):
+    ticket, _ = floor.arrive(fail_fast=True)
+    assert ticket.state is SHED
+    return ticket.retry_after_s
+
+
+def test_who_is_turned_away_by_a_sleeping_model_is_told_when_it_will_be_awake():
+    floor = Floor(min_retry_after_s=1.0, max_retry_after_s=60.0)
+    waiting, _ = floor.arrive()
+    assert waiting.state is WAITING
+    floor.gate.rest(20.0, None)
+    floor.now = 5.0
+    assert shed_by(floor) == 20.0, "it has not begun to start"
+    floor.gate.rest(20.0, 5.0)
+    floor.now = 12.0
+    assert shed_by(floor) == 13.0
+    floor.now = 100.0
+    assert shed_by(floor) == 2.0, "it takes longer than the last time"
+    floor.gate.rest(5.0, 5.0)
+    assert shed_by(floor) == 1.0
+    for start_s in (None, 600.0):
+        floor.gate.rest(start_s, None)
+        assert shed_by(floor) == 60.0
+    floor.gate.wake()
+    assert floor.add("one", 1) == [waiting] and waiting.state is PLACED
