@@ -147,6 +147,17 @@ def test_priority_gets_the_slots_that_the_formula_asks_for():
     assert replicas(state, priority=calm, default=TierDemand(rate=0.65, service_s=10.0)) == 2
 
 
+def test_where_flex_takes_all_that_is_idle_priority_needs_more_headroom():
+    priority = TierDemand(rate=0.2, service_s=10.0)
+    flex = TierDemand(rate=10.0, service_s=10.0)
+    alone, beside = (
+        replicas(one_pool(), priority=priority),
+        replicas(one_pool(), priority=priority, flex=flex),
+    )
+    # Two of 16 kept are both taken too often; three of 24 hardly ever.
+    assert (alone, beside) == (1, 3)
+
+
 def test_priority_counts_at_once_and_with_headroom():
     demand = TierDemand(waiting=12, running=8, rate=0.0, service_s=10.0)
     # Twenty slots are used and a tenth is kept free besides.
