@@ -105,7 +105,7 @@ class ModelFrame:
 
     Attributes:
         application: the name of its Serve application.
-        state: what Serve says of it.
+        state: what Serve says of it; ``ASLEEP`` or ``WAKING`` where it was scaled to zero.
         id: its name in requests; ``None`` where its Model did not answer, and then all that
             follows is empty.
         tiers: from the front of the line to its end.
@@ -142,9 +142,10 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
     spans = _spans(board, before)
     replicas = _replicas(board)
     ingresses = tuple(_ingress(one) for one in board.ingresses)
+    rest = board.snapshot.rest
     return ModelFrame(
         application,
-        sight.state,
+        sight.state if rest is None else "WAKING" if rest.waking else "ASLEEP",
         id=board.snapshot.id,
         tiers={tier: _tier(tier, board.ingresses, spans) for tier in Tier},
         slots=sum(replica.slots for replica in replicas),

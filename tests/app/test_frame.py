@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from app.config import ModelSettings
@@ -5,7 +7,7 @@ from app.credits import Demand
 from app.dialect import Dialect, Route
 from app.frame import Sheds, Sight, make_frame
 from app.report import IngressBoard, LineReport, ModelBoard
-from app.snapshot import ModelSnapshot, ReplicaStatus
+from app.snapshot import ModelSnapshot, ReplicaStatus, Rest
 from app.ticket import ShedReason
 from app.tiers import Tier
 
@@ -134,3 +136,9 @@ def test_a_model_that_does_not_answer_and_one_without_ingresses_are_shown():
     assert (silent.application, silent.state, silent.id) == ("z", "DEPLOYING", None)
     assert idle.credits == 0 and idle.slots == 8
     assert idle.tiers[Tier.PRIORITY].oldest_s == 0
+
+
+def test_a_model_that_rests_is_shown_as_what_it_does():
+    for rest, state in ((Rest(()), "ASLEEP"), (Rest((), waking=True), "WAKING"), (None, "RUNNING")):
+        frame = only_model(ModelBoard(replace(model(), rest=rest), (ingress(),)))
+        assert (frame.state, frame.replicas) == (state, ())
