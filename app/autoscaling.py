@@ -1,10 +1,10 @@
 """The autoscaling policy of a model application, as Ray Serve calls it.
 
 An application's ``autoscaling_policy`` names ``app.autoscaling:priority_aware``. Serve makes one
-for each application, in its controller, with ``policy_kwargs``, and calls it ten times a second for
-all deployments that have an ``autoscaling_config``. The Model reports demand once a second
-(``record_autoscaling_stats``); only then is anything decided, by ``app.scaling``, and nothing here
-ever waits for anything.
+for each application, in its controller, and calls it ten times a second for all deployments that
+have an ``autoscaling_config``. The Model reports demand once a second, and its operator's settings
+with it (``record_autoscaling_stats``); only then is anything decided, by ``app.scaling``, and
+nothing here ever waits for anything.
 
 Serve pickles this module by value and imports what it imports: ``app`` must be importable where
 Serve's controller runs.
@@ -22,8 +22,6 @@ from ray.util.metrics import Counter, Gauge
 from app.catalog import MODEL_DEPLOYMENT
 from app.scaling.report import ScalingReport
 from app.scaling.scaler import Bounds, Decision, Scaler
-from app.scaling.settings import ScalingSettings
-from app.settings import SettingsError
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,14 +29,11 @@ logger = logging.getLogger("ray.serve")
 class PriorityAware:
     """Scales the pools of one model by its demand by tier."""
 
-    def __init__(self, **settings: Any) -> None:
-        try:
-            loaded = ScalingSettings.load(settings, "policy_kwargs")
-        except SettingsError as error:
-            # Serve's controller would go down with it, and every application with that.
-            logger.error("autoscaling goes by its defaults, as its settings are wrong: %s", error)
-            loaded = ScalingSettings()
-        self._scaler = Scaler(loaded)
+    def __init__(self, **refused: Any) -> None:
+        if refused:
+            # Raised here it would bring down Serve's controller, and every application with that.
+            logger.error("policy_kwargs are not used: set `scaling` in the user_config of Model")
+        self._scaler = Scaler()
         self._heard: tuple[Any, float] | None = None
         self._decision: Decision | None = None
         self._metrics = _Metrics()

@@ -14,7 +14,6 @@ from ray.serve.schema import ServeDeploySchema
 from app.autoscaling import POLICY_PATH
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import IngressSettings, ModelSettings
-from app.scaling.settings import ScalingSettings
 from app.settings import Key, Problem, Settings, SettingsError
 
 INGRESS_DEPLOYMENT = "Ingress"
@@ -84,15 +83,16 @@ def _application_problems(
 
 
 def _scaling_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check what our autoscaling policy is told, and that Serve does not slow it down unasked."""
+    """Check that our autoscaling policy has something to scale, and is not slowed down unasked."""
     policy = application.get("autoscaling_policy") or {}
     if policy.get("policy_function") != POLICY_PATH:
         return
-    kwargs = (*where, "autoscaling_policy", "policy_kwargs")
-    try:
-        ScalingSettings.load(policy.get("policy_kwargs") or {}, *kwargs)
-    except SettingsError as error:
-        yield from error.problems
+    if policy.get("policy_kwargs"):
+        message = (
+            "not used, and Serve restarts the model when it changes; set `scaling` in the "
+            "`user_config` of Model"
+        )
+        yield Problem((*where, "autoscaling_policy", "policy_kwargs"), message)
     scaled = False
     for place, deployment in enumerate(application.get("deployments") or ()):
         config = deployment.get("autoscaling_config")

@@ -15,6 +15,7 @@ from pydantic import Field, SecretStr, StringConstraints, model_validator
 from app.ledger.settings import JournalSettings
 from app.line_settings import LineSettings
 from app.pricing import RateCard
+from app.scaling.settings import ScalingSettings
 from app.settings import Problem, Settings, SettingsError
 from app.store.url import DEFAULT_URL, StoreUrl
 from app.tiers import PriorityMode, Tier, TierOffer
@@ -207,4 +208,8 @@ class ModelSettings(Settings):
     tiers: TierSettings = Field(default=TierSettings(), description="The tiers that it offers.")
     line: LineSettings = Field(
         default=LineSettings(), description="Who waits, how long, and who is turned away."
+    )
+    scaling: ScalingSettings = Field(
+        default=ScalingSettings(),
+        description="How many replicas it gets, where its application has our autoscaling policy.",
     )

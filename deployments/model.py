@@ -115,8 +115,9 @@ class Model:
         if not ingresses:
             return {}
         pools = {pool.name: self._pool_report(pool) for pool in self._args.pools}
-        headroom = self._settings.line.headroom
-        return self._demand.report(ingresses, pools, headroom).to_metrics()
+        settings = self._settings
+        told = self._demand.report(ingresses, pools, settings.line.headroom, settings.scaling)
+        return told.to_metrics()
 
     def _pool_report(self, pool: PoolSettings) -> PoolReport:
         seen = self._seen.get(pool.name)

@@ -54,11 +54,11 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
         "priced by the card in force when its tier was decided.",
     ),
     (
-        "Autoscaling: `policy_kwargs` of a model application's `autoscaling_policy`",
+        "`scaling`",
         ScalingSettings,
-        "For `policy_function: app.autoscaling:priority_aware`; see [autoscaling.md]"
-        "(autoscaling.md). Changes need no restart. Each pool's bounds are Serve's own "
-        "`min_replicas` and `max_replicas`.",
+        "In the `user_config` of `Model`, for an application with `autoscaling_policy: "
+        '{policy_function: "app.autoscaling:priority_aware"}`; see [autoscaling.md]'
+        "(autoscaling.md). Each pool's bounds are Serve's own `min_replicas` and `max_replicas`.",
     ),
     ("`rate_card.multipliers`", Multipliers, "On every price; `default` is always 1."),
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from app.report import IngressBoard, LineReport
 from app.scaling.report import PoolReport, ScalingReport, TierReport
+from app.scaling.settings import ScalingSettings
 from app.tiers import Tier
 
 
@@ -24,15 +25,17 @@ class DemandBook:
         ingresses: Iterable[IngressBoard],
         pools: Mapping[str, PoolReport],
         headroom: float,
+        settings: ScalingSettings,
     ) -> ScalingReport:
-        """Return the demand of all ingresses that are not silent, and what pools there are."""
+        """Return the demand of all ingresses that are not silent, and what goes with it."""
         boards = list(ingresses)
         known = {board.demand.ingress: board.report for board in boards}
         for name, report in known.items():
             # What it counted before this Model was started, it counted for another.
             self._add(report, self._known.get(name, report))
         self._known = known
-        return ScalingReport({tier: self._tier(tier, boards) for tier in Tier}, pools, headroom)
+        tiers = {tier: self._tier(tier, boards) for tier in Tier}
+        return ScalingReport(tiers, pools, headroom, settings)
 
     def _add(self, report: LineReport, before: LineReport) -> None:
         for tier in Tier:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from app.scaling.settings import ScalingSettings
 from app.tiers import Tier
 
 
@@ -51,21 +52,26 @@ class PoolReport:
 
 @dataclass(frozen=True, slots=True)
 class ScalingReport:
-    """A model's demand and pools.
+    """A model's demand and pools, and how its operator wants it scaled.
+
+    The settings come this way as Serve restarts an application whose policy's own change.
 
     Attributes:
         tiers: the demand by tier; every tier is there.
         pools: by name.
         headroom: the share of slots that the line keeps for priority.
+        settings: the Model's ``scaling``.
     """
 
     tiers: Mapping[Tier, TierReport]
     pools: Mapping[str, PoolReport]
     headroom: float = 0.1
+    settings: ScalingSettings = field(default_factory=ScalingSettings)
 
     def to_metrics(self) -> dict[str, float]:
         """Return the same as numbers by name."""
         metrics = {"headroom": float(self.headroom)}
+        metrics |= {f"settings/{name}": float(value) for name, value in self.settings}
         for tier, one in self.tiers.items():
             metrics |= {f"tier/{tier}/{name}": float(getattr(one, name)) for name in _TIER}
         for pool, other in self.pools.items():
@@ -81,10 +87,12 @@ class ScalingReport:
                 {t: TierReport(*(metrics[f"tier/{t}/{name}"] for name in _TIER)) for t in Tier},
                 {p: PoolReport(*(metrics[f"pool/{p}/{name}"] for name in _POOL)) for p in pools},
                 metrics["headroom"],
+                ScalingSettings(**{name: metrics[f"settings/{name}"] for name in _SETTINGS}),
             )
         except KeyError:
             return None
 
 
+_SETTINGS = tuple(ScalingSettings.model_fields)
 _TIER = tuple(TierReport.__dataclass_fields__)
 _POOL = tuple(PoolReport.__dataclass_fields__)

@@ -23,6 +23,7 @@ from app.tiers import Tier
 # Rates are measured over longer where engines start slowly or few requests come, up to so many
 # times ``smoothing_s``.
 _MOST_WINDOWS = 20
+_KEEP_S = 3600.0
 # Default's, over as long as so many starts of an engine: it may wait to see whether a rise lasts.
 _DEFAULT_STARTS = 2.0
 _STARTS_REMEMBERED = 30.0
@@ -52,9 +53,9 @@ class Decision:
 class Scaler:
     """Decides for one model."""
 
-    def __init__(self, settings: ScalingSettings) -> None:
-        self._settings = settings
-        self._tiers = {tier: _Counts(settings) for tier in Tier}
+    def __init__(self) -> None:
+        self._settings = ScalingSettings()
+        self._tiers = {tier: _Counts() for tier in Tier}
         self._started: float | None = None
         self._asked = -math.inf
         self._arrived = math.nan
@@ -70,6 +71,7 @@ class Scaler:
                 ready, which serve all the same.
             now: seconds, of a clock that does not go back.
         """
+        self._settings = report.settings
         if self._started is None:
             self._started = self._asked = now
         scaled = [name for name in report.pools if name in bounds]
@@ -108,7 +110,9 @@ class Scaler:
             self._asked = self._asked if math.isnan(self._arrived) and not present else now
             self._arrived = arrived
         tiers = {
-            tier: self._tiers[tier].demand(one, start_s, now, at_once=tier is Tier.PRIORITY)
+            tier: self._tiers[tier].demand(
+                one, start_s, now, report.settings.smoothing_s, at_once=tier is Tier.PRIORITY
+            )
             for tier, one in report.tiers.items()
         }
         states = tuple(_pool(name, pool, bounds.get(name)) for name, pool in report.pools.items())
@@ -156,15 +160,20 @@ class _Highest:
 class _Counts:
     """What is counted of one tier."""
 
-    def __init__(self, settings: ScalingSettings) -> None:
-        self._settings = settings
-        self._arrived = Counted(3 * _MOST_WINDOWS * settings.smoothing_s)
+    def __init__(self) -> None:
+        self._arrived = Counted(_KEEP_S)
         self._finished = Counted(_SERVICE_WINDOW_S)
         self._served_s = Counted(_SERVICE_WINDOW_S)
         self._service_s: float | None = None
 
     def demand(
-        self, report: TierReport, start_s: float, now: float, *, at_once: bool
+        self,
+        report: TierReport,
+        start_s: float,
+        now: float,
+        smoothing_s: float,
+        *,
+        at_once: bool,
     ) -> TierDemand:
         for counted, count in (
             (self._arrived, report.arrived),
@@ -172,8 +181,7 @@ class _Counts:
             (self._served_s, report.served_s),
         ):
             counted.add(now, count)
-        smoothing_s = self._settings.smoothing_s
-        most_s = _MOST_WINDOWS * smoothing_s
+        most_s = min(_MOST_WINDOWS * smoothing_s, _KEEP_S / 3)
         starts = 1.0 if at_once else _DEFAULT_STARTS
         least_s = min(max(smoothing_s, starts * start_s), most_s)
         window_s = window_for(self._arrived, now, least_s=least_s, most_s=most_s)

@@ -8,9 +8,9 @@ from app.settings import Settings
 
 
 class ScalingSettings(Settings):
-    """``policy_kwargs`` of a model application's ``autoscaling_policy``.
+    """``scaling`` in a Model's ``user_config``. Changes need no restart.
 
-    Changes need no restart. The bounds of each pool are Serve's own ``min_replicas`` and
+    The bounds of each pool are Serve's own ``min_replicas`` and
     ``max_replicas``.
     """
 

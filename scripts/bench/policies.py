@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 from ray.serve import autoscaling_policy
@@ -43,12 +44,13 @@ class PriorityAware:
     """`app.scaling`, as `app.autoscaling` calls it: a report old, which is what Serve takes."""
 
     def __init__(self, settings: ScalingSettings, most: int, least: int = 1) -> None:
-        self._scaler = Scaler(settings)
+        self._scaler = Scaler()
+        self._settings = settings
         self._bounds = least, most
         self._report: ScalingReport | None = None
 
     def decide(self, view: View) -> int:
-        report, self._report = self._report, view.report
+        report, self._report = self._report, replace(view.report, settings=self._settings)
         if report is None:
             return view.target
         bounds = {"pool": Bounds(view.target, *self._bounds)}

@@ -19,7 +19,7 @@ MODEL, POOL = DeploymentID("Model", "app"), DeploymentID("vllm", "app")
 @pytest.fixture
 def policy():
     """As Serve's controller has it: pickled by value where it is configured, and made there."""
-    made = AutoscalingPolicy(policy_function=POLICY_PATH, policy_kwargs={"sleep_after_s": 0})
+    made = AutoscalingPolicy(policy_function=POLICY_PATH)
     return made.get_policy()(**made.policy_kwargs)
 
 
@@ -87,7 +87,16 @@ def test_an_error_keeps_everything_as_it_is(policy, caplog, monkeypatch):
     assert "cannot decide" in caplog.text
 
 
-def test_wrong_settings_do_not_bring_the_controller_down(caplog):
-    made = AutoscalingPolicy(policy_function=POLICY_PATH).get_policy()(sleep_after="soon")
+def test_arguments_are_refused_without_bringing_the_controller_down(caplog):
+    made = AutoscalingPolicy(policy_function=POLICY_PATH).get_policy()(sleep_after_s=5)
     assert targets(made, told(1.0, priority=TierReport(waiting=20))) > 1
-    assert "there is no such setting" in caplog.text
+    assert "policy_kwargs are not used" in caplog.text
+
+
+def test_settings_come_with_the_report(policy):
+    flex = TierReport(waiting=100)
+    metrics = told(1.0, flex=flex)
+    assert targets(policy, metrics) == 1
+    metrics = told(2.0, flex=flex)
+    metrics["settings/flex_replicas"]["replica"][-1].value = 3.0
+    assert targets(policy, metrics) == 3

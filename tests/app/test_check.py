@@ -52,31 +52,35 @@ def test_what_is_wrong_is_told_with_its_line(old, new, line, message):
 
 
 SCALED = """
-  autoscaling_policy:
-    policy_function: app.autoscaling:priority_aware
-    policy_kwargs: {KWARGS}
+  autoscaling_policy: {policy_function: "app.autoscaling:priority_aware"ARGUMENTS}
   deployments:
+  - name: Model
+    user_config:
+      scaling: {SCALING}
   - name: vllm
-    autoscaling_config: {CONFIG}
+    autoscaling_config: {max_replicas: 2, CONFIG}
 """
+NO_DELAYS = "upscale_delay_s: 0, downscale_delay_s: 0"
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "config", "message"),
+    ("arguments", "scaling", "config", "message"),
     [
-        ("default_wait_s: 10", "upscale_delay_s: 0, downscale_delay_s: 0", None),
-        ("default_wait_s: 0", "upscale_delay_s: 0, downscale_delay_s: 0", "greater than 0"),
-        ("default_wait: 5", "upscale_delay_s: 0, downscale_delay_s: 0", "no such setting"),
-        ("", "upscale_delay_s: 0", "downscale_delay_s: must be set"),
-        ("", "downscale_delay_s: 0", "Serve would add 30 s"),
+        ("", "default_wait_s: 10", NO_DELAYS, None),
+        ("", "default_wait_s: 0", NO_DELAYS, "greater than 0"),
+        ("", "default_wait: 5", NO_DELAYS, "no such setting"),
+        (", policy_kwargs: {default_wait_s: 10}", "", NO_DELAYS, "set `scaling`"),
+        ("", "", "upscale_delay_s: 0", "downscale_delay_s: must be set"),
+        ("", "", "downscale_delay_s: 0", "Serve would add 30 s"),
     ],
 )
-def test_what_autoscaling_is_told(kwargs, config, message):
-    text = SCALED.replace("KWARGS", kwargs).replace("CONFIG", f"max_replicas: 2, {config}")
+def test_what_autoscaling_is_told(arguments, scaling, config, message):
+    text = SCALED.replace("ARGUMENTS", arguments)
+    text = text.replace("SCALING", scaling).replace("CONFIG", config)
     start = LOCAL.index("  deployments:\n  - name: Model")
     changed = LOCAL[:start] + text.lstrip("\n") + LOCAL[LOCAL.index("\n- name: minilm") :]
     found = [str(finding.problem) for finding in check_config(changed)]
-    assert (message is None and found == []) or message in found[0], found
+    assert found == [] if message is None else message in found[0], found
 
 
 def test_a_policy_without_a_pool_to_scale_is_a_mistake():

@@ -17,9 +17,9 @@ QUICK = {"scale_down_after_s": 3, "smoothing_s": 5, "default_wait_s": 2, "sleep_
 
 
 def scaled_app(name, bounds, settings, **pool):
-    app = pooled_app(name, {"pool": {"autoscaling": BOUNDS | bounds, **pool}})
-    policy = "app.autoscaling:priority_aware"
-    app["autoscaling_policy"] = {"policy_function": policy, "policy_kwargs": QUICK | settings}
+    pools = {"pool": {"autoscaling": BOUNDS | bounds, **pool}}
+    app = pooled_app(name, pools, {"scaling": QUICK | settings})
+    app["autoscaling_policy"] = {"policy_function": "app.autoscaling:priority_aware"}
     return app
 
 

@@ -1,7 +1,8 @@
 """Decisions over time: growing at once, looking ahead, going down late, sleeping."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as trying
 from hypothesis import strategies as st
 
 from app.scaling.forecast import Counted, forecast, sudden
@@ -20,7 +21,7 @@ class Life:
     """A model over time: so many requests a second come, and as many finish."""
 
     def __init__(self, *, start_s=10.0, least=0, most=50, replicas=1, **settings):
-        self.scaler = Scaler(SETTINGS.model_copy(update=settings))
+        self.scaler, self.settings = Scaler(), SETTINGS.model_copy(update=settings)
         self.now, self.replicas = 1000.0, replicas
         self.least, self.most, self.start_s = least, most, start_s
         self.arrived = dict.fromkeys(Tier, 0.0)
@@ -42,7 +43,9 @@ class Life:
                     finished=count,
                     served_s=count * SERVICE_S,
                 )
-            report = ScalingReport(tiers, {"pool": PoolReport(8, start_s=self.start_s)})
+            report = ScalingReport(
+                tiers, {"pool": PoolReport(8, start_s=self.start_s)}, settings=self.settings
+            )
             bounds = Bounds(self.replicas, self.least, self.most)
             decision = self.scaler.decide(report, {"pool": bounds}, self.now)
             self.why = decision.why
@@ -119,7 +122,7 @@ def test_a_rise_is_looked_ahead():
     assert targets[300.0] > targets[10.0]
 
 
-@settings(max_examples=40)
+@trying(max_examples=40)
 @given(
     st.lists(
         st.tuples(
@@ -139,7 +142,7 @@ def test_whatever_happens_bounds_hold_and_priority_that_waits_loses_nothing(step
     life = Life(least=least, most=most, replicas=most, scale_down_after_s=5, sleep_after_s=10)
     for seconds, priority, default, flex, waiting, restart in steps:
         if restart:
-            life.scaler = Scaler(SETTINGS)
+            life.scaler = Scaler()
         before = life.replicas
         targets = life.go(
             seconds, waiting={"priority": waiting}, priority=priority, default=default, flex=flex
@@ -151,7 +154,7 @@ def test_whatever_happens_bounds_hold_and_priority_that_waits_loses_nothing(step
 
 def test_pools_that_the_model_does_not_know_stay_as_they_are():
     report = ScalingReport({tier: TierReport() for tier in Tier}, {})
-    decided = Scaler(SETTINGS).decide(report, {"new": Bounds(3, 0, 5)}, 0.0)
+    decided = Scaler().decide(report, {"new": Bounds(3, 0, 5)}, 0.0)
     assert decided.replicas == {"new": 3}
 
 
@@ -159,7 +162,7 @@ def test_a_pool_of_fixed_size_serves_all_the_same():
     tiers = {tier: TierReport() for tier in Tier}
     tiers[Tier.DEFAULT] = TierReport(running=12)
     decided = [
-        Scaler(SETTINGS).decide(
+        Scaler().decide(
             ScalingReport(tiers, {"scaled": PoolReport(8), "fixed": PoolReport(8, ready=ready)}),
             {"scaled": Bounds(0, 0, 9)},
             0.0,
@@ -199,6 +202,7 @@ def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
 def test_reports_survive_the_way_as_numbers():
     tiers = {tier: TierReport(1, 2, 3.5, 4, 5, 6.5) for tier in Tier}
     pools = {"a.b-c": PoolReport(8, 2, 0, 1.5, 30), "d": PoolReport(4)}
-    report = ScalingReport(tiers, pools, 0.2)
+    settings = ScalingSettings(flex_replicas=3, smoothing_s=7)
+    report = ScalingReport(tiers, pools, 0.2, settings)
     assert ScalingReport.from_metrics(report.to_metrics()) == report
     assert ScalingReport.from_metrics({"headroom": 0.1}) is None
