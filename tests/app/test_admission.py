@@ -215,3 +215,21 @@ async def test_a_request_waits_for_a_model_that_sleeps():
     made.update(awake)
     grant(made, one=2)
     assert (await waiting).replica_id == "one"
+
+
+async def test_what_comes_and_what_ends_is_counted_once():
+    made = admission(model("one", slots=1))
+    served, shed, leaving = ticket(), ticket(fail_fast=True), ticket(Tier.PRIORITY)
+    await made.admit(served)
+    with pytest.raises(Shed):
+        await made.admit(shed)
+    [gone] = await standing(made, leaving)
+    gone.cancel()
+    await asyncio.wait([gone])
+    await asyncio.sleep(0.05)
+    for one in (shed, leaving, served, served):
+        made.end(one, None)
+    report = made.report()
+    assert report.arrived == {Tier.PRIORITY: 1, Tier.DEFAULT: 2, Tier.FLEX: 0}
+    assert report.finished == {Tier.PRIORITY: 0, Tier.DEFAULT: 1, Tier.FLEX: 0}
+    assert 0.05 <= report.served_s[Tier.DEFAULT] < 5
