@@ -25,6 +25,10 @@ ModelId = Annotated[
 ]
 PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
 
+LONGEST_STOP_S = 3700.0
+"""How long a replica that was told to stop may go on serving what it has begun. Longer than any
+request: the config files let one take an hour (``request_timeout_s``)."""
+
 
 class IngressSettings(Settings):
     """``user_config`` of the ``Ingress`` deployment. Changes need no restart."""

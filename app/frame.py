@@ -76,6 +76,8 @@ class ReplicaRow:
         running: requests of all ingresses in it.
         slots: how many it runs at once.
         credits: how many of them ingresses hold.
+        draining: it was told to stop, and serves only what it has begun: it has no slots any more,
+            and nothing but its name and what runs is known of it.
     """
 
     replica_id: str
@@ -86,6 +88,7 @@ class ReplicaRow:
     running: int
     slots: int
     credits: int
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class ModelFrame:
         slots: of all replicas.
         credits: how many of those the ingresses hold.
         headroom: how many free slots the ingresses keep for priority.
-        replicas: those that are ready.
+        replicas: those that are ready, then those that drain.
         ingresses: those that are not silent.
     """
 
@@ -216,7 +219,9 @@ def _replicas(board: ModelBoard) -> tuple[ReplicaRow, ...]:
         for replica_id, (held, used) in ingress.demand.held.items():
             credits[replica_id] += held
             running[replica_id] += used
-    return tuple(
+    ready = {status.replica_id: status for status in board.snapshot.replicas}
+    draining = sorted(one for one in running if running[one] and one not in ready)
+    rows = [
         ReplicaRow(
             replica_id=status.replica_id,
             pool=status.pool,
@@ -227,8 +232,13 @@ def _replicas(board: ModelBoard) -> tuple[ReplicaRow, ...]:
             slots=status.slots,
             credits=credits[status.replica_id],
         )
-        for status in board.snapshot.replicas
-    )
+        for status in ready.values()
+    ]
+    return (*rows, *(_draining(one, running[one]) for one in draining))
+
+
+def _draining(replica_id: str, running: int) -> ReplicaRow:
+    return ReplicaRow(replica_id, "", "", "", False, running, slots=0, credits=0, draining=True)
 
 
 def _ingress(board: IngressBoard) -> IngressRow:

@@ -16,7 +16,7 @@ from starlette.routing import Route as HttpRoute
 from app import errors, limits_deployment
 from app.accounts import Accounts
 from app.catalog import Catalog, ServeSource, model_entry, serve_host
-from app.config import IngressSettings
+from app.config import LONGEST_STOP_S, IngressSettings
 from app.dialect import Route
 from app.exchange import Exchange, identify
 from app.ledger.ledger import open_ledger
@@ -122,6 +122,10 @@ _deployment = serve.deployment(
     name="Ingress",
     # Requests never wait in Serve's own queue, which knows no tiers.
     max_ongoing_requests=100_000,
+    # Serve would cut what has not ended twenty seconds after an ingress was told to stop.
+    graceful_shutdown_timeout_s=LONGEST_STOP_S,
+    # Where the last one must go for a new one to come, nobody would be served meanwhile.
+    max_surge_percent=100,
     # Serve passes settings on only where there are some.
     user_config={},
 )(serve.ingress()(Ingress))

@@ -164,6 +164,10 @@ def _replicas(replicas: Sequence[ReplicaRow]) -> RenderableType:
     columns = ("replica", "pool", "engine", "priority", "running", "credits")
     table = _table(*columns, left=columns[:4])
     for replica in replicas[:_MOST_REPLICAS]:
+        if replica.draining:
+            what = Text("draining", style="yellow")
+            table.add_row(Text(replica.replica_id), "", what, "", str(replica.running), "")
+            continue
         proved = replica.native_priority
         table.add_row(
             # As `Text`, because rich takes brackets in a `str` for markup.

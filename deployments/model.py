@@ -40,7 +40,10 @@ _LISTEN_S = 2.0
 class Model:
     """The control plane of one model: collects what its engine replicas can do now."""
 
-    def __init__(self, args: ModelArgs, pools: dict[str, DeploymentHandle[Any]]) -> None:
+    # Serve awaits it; until it returns, the Model is starting, and the one before it goes on.
+    async def __init__(  # type: ignore[misc]
+        self, args: ModelArgs, pools: dict[str, DeploymentHandle[Any]]
+    ) -> None:
         self._args = args
         self._pools = pools
         self._settings = ModelSettings()
@@ -57,6 +60,8 @@ class Model:
         self._reports = ReportBook()
         self._demand = DemandBook()
         self._listeners: dict[str, asyncio.Future[None]] = {}
+        # An ingress that heard of no replicas would turn requests away, though some run.
+        await asyncio.gather(*map(self._look, pools))
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -163,15 +168,18 @@ class Model:
 
     async def _watch(self, pool: str) -> None:
         while True:
-            replicas = await self._ask(pool)
-            now = Standing.AWAY
-            if replicas is None:
-                now = await standing(self._application, pool)
-            elif replicas:
-                self._seen[pool] = max(replicas, key=lambda status: status.start_s)
-            self._replicas[pool], self._standings[pool] = replicas or (), now
-            self._publish()
             await asyncio.sleep(_STATUS_PERIOD_S)
+            await self._look(pool)
+
+    async def _look(self, pool: str) -> None:
+        replicas = await self._ask(pool)
+        now = Standing.AWAY
+        if replicas is None:
+            now = await standing(self._application, pool)
+        elif replicas:
+            self._seen[pool] = max(replicas, key=lambda status: status.start_s)
+        self._replicas[pool], self._standings[pool] = replicas or (), now
+        self._publish()
 
     async def _ask(self, pool: str) -> tuple[ReplicaStatus, ...] | None:
         """Return the replicas that are ready; ``None`` where Serve runs none."""
@@ -211,6 +219,8 @@ _deployment = serve.deployment(
         "metrics_interval_s": 1.0,
         "look_back_period_s": 5.0,
     },
+    # In an update the new one knows its replicas before the old one goes.
+    max_surge_percent=100,
 )(Model)
 
 

@@ -10,14 +10,16 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import aiohttp
 from ray import serve
 
-from app.config import PoolSettings
+from app.config import LONGEST_STOP_S, PoolSettings
 from app.paths import expand_path, frontline_home
 from app.snapshot import ReplicaStatus
+from deployments.connections import count_connections
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
 from deployments.ports import ReservedPort, reserve_port
@@ -27,6 +29,9 @@ logger = logging.getLogger("ray.serve")
 
 _LOOPBACK: Final = "127.0.0.1"
 _READY_POLL_S: Final = 0.2
+_DRAIN_POLL_S: Final = 0.5
+_CHECKS_TO_FAIL: Final = 3
+"""Serve's own number, which cannot be set: so many failed checks in a row replace a replica."""
 _RAY_THREADS: Final = "OMP_NUM_THREADS"
 
 
@@ -44,7 +49,10 @@ class LocalEngine:
     def __init__(self, base_url: str, key: str) -> None:
         self._base_url = base_url
         self._authorization = {"authorization": f"Bearer {key}"}
-        self._session = aiohttp.ClientSession(trust_env=False)
+        # A connection kept open would look like somebody's request to whoever counts them.
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(force_close=True), trust_env=False
+        )
 
     async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
         """Return status and parsed body of a GET; see ``EngineHttp``."""
@@ -89,6 +97,7 @@ class EngineReplica:
     async def __init__(self, model_id: str, pool: PoolSettings) -> None:  # type: ignore[misc]
         began = time.monotonic()
         self._pool = pool
+        self._failed_checks = 0
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(_LOOPBACK)
         self._launch = _make_launch(model_id, pool, self._port)
@@ -115,11 +124,13 @@ class EngineReplica:
         Raises:
             EngineUnhealthy: the engine has ended or hangs.
         """
+        self._failed_checks += 1
         if not self._process.alive:
             raise EngineUnhealthy(f"the engine has ended; its last lines:\n{self._process.tail()}")
         timeout_s = self._pool.health_timeout_s
         if not await self._http.answers(self._adapter.health_path, timeout_s):
             raise EngineUnhealthy(f"the engine did not answer within {timeout_s} s")
+        self._failed_checks = 0
 
     async def _until_ready(self) -> EngineFacts:
         deadline = time.monotonic() + self._pool.startup_timeout_s
@@ -154,7 +165,28 @@ class EngineReplica:
             start_s=start_s,
         )
 
+    async def _drain(self) -> None:
+        """Return once nobody is connected to the engine, or it can serve nobody any more.
+
+        By now the Model has heard no more of this replica, and no ingress places anything on it;
+        Serve waits two seconds with this for that. The longest it may take is Serve's to say
+        (``graceful_shutdown_timeout_s``), which kills this actor then, and so the engine.
+        """
+        told = -1
+        while self._failed_checks < _CHECKS_TO_FAIL:
+            connections = await asyncio.to_thread(count_connections, self._port.port)
+            if not connections:
+                return
+            if connections != told:
+                logger.info("%s drains: %d connections", self._status, connections)
+                told = connections
+            await asyncio.sleep(_DRAIN_POLL_S)
+            with suppress(EngineUnhealthy):
+                await self.check_health()
+        logger.warning("%s does not drain: its engine serves nobody any more", self._status)
+
     async def __del__(self) -> None:
+        await self._drain()
         await self._process.stop()
         await self._http.close()
         self._port.close()
@@ -166,7 +198,11 @@ deployment = serve.deployment(
     max_ongoing_requests=1000,
     # Three failures in a row replace the replica, so a dead engine is noticed in three seconds.
     health_check_period_s=1.0,
-    graceful_shutdown_timeout_s=60.0,
+    # Its streams may last as long as any request.
+    graceful_shutdown_timeout_s=LONGEST_STOP_S,
+    # In a rolling update a quarter of the replicas more, and at least one, so that new ones serve
+    # before old ones stop.
+    max_surge_percent=25,
 )(EngineReplica)
 """The Serve deployment of a pool, to be given the pool's name."""
 

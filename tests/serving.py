@@ -23,12 +23,18 @@ from ray.serve._private.client import ServeControllerClient
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
+from app.report import ModelBoard
 from app.snapshot import ModelSnapshot
 from deployments.reaper import OWNER_MARK
 
 INGRESS = "ingress"
 _MARK = "FRONTLINE_TEST_RUN"
 _LEDGER = "FRONTLINE_TEST_LEDGER"
+_POOL_SETTINGS = (
+    *("slots", "weight", "cost_per_hour", "python"),
+    *("health_timeout_s", "probe_timeout_s"),
+)
+_NOT_THE_ENGINES = ("replicas", "autoscaling", *_POOL_SETTINGS)
 
 
 def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
@@ -66,8 +72,9 @@ def pooled_app(
 ) -> dict[str, Any]:
     """A model application on several pools of simulated engines.
 
-    A pool's value holds the engine's own arguments, and beside them the pool's ``slots`` and
-    ``weight``, and how many ``replicas`` it has, or how it is scaled (``autoscaling``).
+    A pool's value holds the engine's own arguments, and beside them those of the pool's settings
+    that are in ``_POOL_SETTINGS``, and how many ``replicas`` it has, or how it is scaled
+    (``autoscaling``).
     """
     rate_card = {"input": 1, "cached_input": 0.5, "output": 2}
     deployments = [
@@ -98,12 +105,8 @@ def pooled_app(
     }
 
 
-_POOLS_OWN = ("slots", "weight", "cost_per_hour")
-_NOT_THE_ENGINES = ("replicas", "autoscaling", *_POOLS_OWN)
-
-
 def _simulated_pool(name: str, args: dict[str, Any]) -> dict[str, Any]:
-    own = {key: args[key] for key in _POOLS_OWN if key in args}
+    own = {key: args[key] for key in _POOL_SETTINGS if key in args}
     engine_args = {"tokens_per_second": 0, "default_completion_tokens": 8}
     engine_args |= {key: value for key, value in args.items() if key not in _NOT_THE_ENGINES}
     return {
@@ -199,10 +202,17 @@ class Deployment:
 
     def snapshot(self, app: str) -> ModelSnapshot:
         """What a Model actor tells its ingresses, the engines' addresses and keys included."""
-        handle = serve.get_deployment_handle("Model", app_name=app)
+        return self._ask(app, "snapshot")
+
+    def board(self, app: str) -> ModelBoard:
+        """What a Model actor tells people: what its ingresses have running where."""
+        return self._ask(app, "board")
+
+    def _ask(self, app: str, what: str) -> Any:
+        handle = getattr(serve.get_deployment_handle("Model", app_name=app), what)
         # Serve refuses to wait for an answer on an event loop; tests have one now and then.
         with ThreadPoolExecutor(1) as aside:
-            return aside.submit(lambda: handle.snapshot.remote().result(timeout_s=10)).result()
+            return aside.submit(lambda: handle.remote().result(timeout_s=10)).result()
 
     @contextmanager
     def engine(self, app: str, replica: int = 0) -> Iterator[httpx.Client]:

@@ -142,3 +142,16 @@ def test_a_model_that_rests_is_shown_as_what_it_does():
     for rest, state in ((Rest(()), "ASLEEP"), (Rest((), waking=True), "WAKING"), (None, "RUNNING")):
         frame = only_model(ModelBoard(replace(model(), rest=rest), (ingress(),)))
         assert (frame.state, frame.replicas) == (state, ())
+
+
+def test_a_replica_that_the_model_does_not_know_any_more_is_draining_while_it_has_requests():
+    frame = only_model(
+        board(
+            ingress("one", held={"a": (2, 1), "gone": (0, 2)}),
+            ingress("two", held={"gone": (0, 1), "over": (1, 0)}),
+        )
+    )
+    assert [row.replica_id for row in frame.replicas] == ["a", "b", "gone"]
+    row = frame.replicas[-1]
+    assert (row.draining, row.running, row.slots) == (True, 3, 0)
+    assert frame.slots == 8
