@@ -11,8 +11,10 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 from app.credits import Demand, Grant
+from app.dialect import Route
 from app.gate import Gate
 from app.line_settings import LineSettings
 from app.places import Offer
@@ -49,6 +51,8 @@ class Admission:
         self._renewal_sooner = asyncio.Event()
         self._nudged = False
         self._waking = False
+        self._suspects: dict[str, Route] = {}
+        self._suspects_told: frozenset[str] = frozenset()
         self._closed = False
         self._tally = Tally()
         self._report_due = -math.inf
@@ -129,7 +133,13 @@ class Admission:
 
     def demand(self) -> Demand:
         """Return the demand to send to the Model now."""
-        return self._gate.demand(time.monotonic())
+        demand = self._gate.demand(time.monotonic())
+        self._suspects_told = frozenset(self._suspects)
+        return replace(demand, suspects=dict(self._suspects)) if self._suspects else demand
+
+    def suspect(self, replica_id: str, route: Route) -> None:
+        """Have the Model find out whether a replica hangs that gives no answers on a route."""
+        self._suspects[replica_id] = route
 
     def report(self) -> LineReport | None:
         """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago."""
@@ -145,7 +155,9 @@ class Admission:
         )
 
     def receive(self, grant: Grant) -> None:
-        """Take a grant from the Model."""
+        """Take a grant from the Model, which has heard the last demand."""
+        for replica_id in self._suspects_told:
+            self._suspects.pop(replica_id, None)
         self._call(self._gate.receive(grant, time.monotonic()))
 
     def renewal_failed(self, demand: Demand) -> None:

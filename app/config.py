@@ -64,8 +64,17 @@ class IngressSettings(Settings):
     engine_timeout_s: float = Field(
         default=600.0,
         gt=0,
-        description="Longest pause between two reads from an engine. Ten minutes is what the "
-        "OpenAI SDKs wait by default.",
+        description="Longest wait for an answer that is not streamed; then the request is sent "
+        "to another replica, once. Ten minutes is what the OpenAI SDKs wait by default.",
+    )
+    stream_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="Longest wait for the first or the next event of a stream. Before the first "
+        "the request then goes to another replica, once; after it the stream ends with an error. "
+        "Where the replica sent nothing at all in that time, to anybody, it is asked for a single "
+        "token, and replaced if it does not give one (`probe_timeout_s`). Two minutes is more than "
+        "a long prompt takes; raise it where prompts take longer.",
     )
     catalog_interval_s: float = Field(
         default=2.0,
@@ -164,6 +173,13 @@ class PoolSettings(Settings):
         gt=0,
         description="An engine that does not answer its health route in this time counts as "
         "hung; three times in a row get the replica replaced.",
+    )
+    probe_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="How long an engine whose streams stand still, though its health route "
+        "answers, may take for a request for one token, before all others, until it counts as "
+        "hung and is replaced. Engines mix such a request in with a long prompt within seconds.",
     )
 
 

@@ -51,6 +51,8 @@ class Demand:
         waiting: how many wait, by tier.
         oldest_s: how long the oldest of them has waited, by tier; 0 where none waits.
         starving: how many wait in tiers that starve.
+        suspects: replicas that have taken requests and sent nothing to any for too long, each with
+            the route of one of those. No credits depend on it.
     """
 
     ingress: str
@@ -63,6 +65,7 @@ class Demand:
     waiting: Mapping[Tier, int]
     oldest_s: Mapping[Tier, float]
     starving: int
+    suspects: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

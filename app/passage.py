@@ -164,7 +164,9 @@ class Passage:
         try:
             await self._pass(replica, decision)
             return
-        except EngineUnreachable:
+        except EngineUnreachable as lost:
+            if lost.silent:
+                self._admission.suspect(replica.replica_id, self._inbound.route)
             replica = await self._admission.admit_again(self._ticket)
         except EngineFailed:
             # It may be the request that it cannot bear. So the replica goes on getting others,
@@ -208,7 +210,11 @@ class Passage:
             inbound.route,
             rewrite_request(inbound, self._admission.snapshot.id, dialect, decision.served),
             request_id=self._reply.request_id,
-            read_timeout_s=self._settings.engine_timeout_s,
+            read_timeout_s=(
+                self._settings.stream_timeout_s
+                if inbound.stream
+                else self._settings.engine_timeout_s
+            ),
         ) as answer:
             if isinstance(answer, UnaryAnswer):
                 await self._forward_unary(answer, place)
@@ -242,8 +248,10 @@ class Passage:
                 elif stamper.ended:
                     await meter.settle(State.COMPLETED)
                 await reply.write(piece)
-        except (EngineBroke, orjson.JSONDecodeError):
+        except (EngineBroke, orjson.JSONDecodeError) as lost:
             meter.progress(stamper.usage)
+            if isinstance(lost, EngineBroke) and lost.silent:
+                self._admission.suspect(place.replica.replica_id, self._inbound.route)
         last = b""
         if not stamper.ended:
             last = b"".join(stamper.break_off())

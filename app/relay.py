@@ -7,9 +7,11 @@ answer: whole, streamed, or an error.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import aiohttp
 
@@ -27,7 +29,15 @@ _EVENT_STREAM = "text/event-stream"
 
 
 class EngineUnreachable(Exception):
-    """The engine was lost before it sent any of an answer."""
+    """The engine was lost before it sent any of an answer.
+
+    ``silent``: it had taken the request, and all the time that was waited for an answer nothing
+    came from it to anybody here.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        super().__init__()
+        self.silent = silent
 
 
 class EngineFailed(Exception):
@@ -42,7 +52,32 @@ class EngineFailed(Exception):
 
 
 class EngineBroke(Exception):
-    """The engine was lost in the middle of an answer."""
+    """The engine was lost in the middle of an answer; ``silent`` as above."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        super().__init__()
+        self.silent = silent
+
+
+class _Pulse:
+    """When something came from a replica last, to any request that is there."""
+
+    __slots__ = ("__weakref__", "_at")
+
+    def __init__(self) -> None:
+        self.beat()
+
+    def beat(self) -> None:
+        self._at = time.monotonic()
+
+    def missed(self, error: Exception, read_timeout_s: float) -> bool:
+        """Whether a read failed because the replica as a whole was silent for so long.
+
+        One request that stands still while others get on is its own misfortune.
+        """
+        silent_s = time.monotonic() - self._at
+        # A little less: the two clocks began one after the other.
+        return isinstance(error, aiohttp.SocketTimeoutError) and silent_s > 0.9 * read_timeout_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +95,18 @@ class StreamedAnswer:
     """
 
     def __init__(
-        self, first: list[Event], reader: EventReader, response: aiohttp.ClientResponse
+        self,
+        first: list[Event],
+        reader: EventReader,
+        response: aiohttp.ClientResponse,
+        pulse: _Pulse,
+        read_timeout_s: float,
     ) -> None:
         self._first = first
         self._reader = reader
         self._response = response
+        self._pulse = pulse
+        self._read_timeout_s = read_timeout_s
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
         """Yield events as they come.
@@ -75,16 +117,19 @@ class StreamedAnswer:
         yield self._first
         try:
             async for piece in self._response.content.iter_any():
+                self._pulse.beat()
                 if events := list(self._reader.feed(piece)):
                     yield events
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineBroke from error
+            silent = self._pulse.missed(error, self._read_timeout_s)
+            raise EngineBroke(silent=silent) from error
 
 
 class EngineClient:
     """Connections from one ingress to the engines of all its models."""
 
     def __init__(self) -> None:
+        self._pulses: WeakValueDictionary[str, _Pulse] = WeakValueDictionary()
         self._session = aiohttp.ClientSession(
             # An engine's slots bound its connections, so the connector does not.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
@@ -129,38 +174,43 @@ class EngineClient:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=read_timeout_s
         )
+        pulse = self._pulses.get(replica.replica_id)
+        if pulse is None:
+            pulse = self._pulses[replica.replica_id] = _Pulse()
         try:
             response = await self._session.post(
                 replica.base_url + route.path, data=body, headers=headers, timeout=timeout
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineUnreachable from error
+            raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
         async with response:
-            yield await _read_answer(response, route)
+            yield await _read_answer(response, route, pulse, read_timeout_s)
 
 
 async def _read_answer(
-    response: aiohttp.ClientResponse, route: Route
+    response: aiohttp.ClientResponse, route: Route, pulse: _Pulse, read_timeout_s: float
 ) -> UnaryAnswer | StreamedAnswer:
     try:
         if response.status != 200:
             body = await response.read()
+            pulse.beat()
             raise _fault(errors.from_engine(response.status, body, route.prompt_field))
         if response.content_type != _EVENT_STREAM:
-            return UnaryAnswer(await response.read())
-        return await _read_first_events(response, route)
+            body = await response.read()
+            pulse.beat()
+            return UnaryAnswer(body)
+        reader, events = EventReader(), []
+        async for piece in response.content.iter_any():
+            if events := list(reader.feed(piece)):
+                break
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise EngineUnreachable from error
-
-
-async def _read_first_events(response: aiohttp.ClientResponse, route: Route) -> StreamedAnswer:
-    reader = EventReader()
-    async for piece in response.content.iter_any():
-        if events := list(reader.feed(piece)):
-            if error := stream_error(events[0], route):
-                raise _fault(error)
-            return StreamedAnswer(events, reader, response)
-    raise EngineUnreachable("the stream ended before its first event")
+        raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
+    if not events:
+        raise EngineUnreachable  # the stream ended before its first event
+    pulse.beat()
+    if failure := stream_error(events[0], route):
+        raise _fault(failure)
+    return StreamedAnswer(events, reader, response, pulse, read_timeout_s)
 
 
 def _fault(error: errors.ApiError) -> Exception:

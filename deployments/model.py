@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
 
 from app.book import Capacity, CreditBook
 from app.catalog import MODEL_DEPLOYMENT
@@ -60,6 +61,7 @@ class Model:
         self._reports = ReportBook()
         self._demand = DemandBook()
         self._listeners: dict[str, asyncio.Future[None]] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}
         # An ingress that heard of no replicas would turn requests away, though some run.
         await asyncio.gather(*map(self._look, pools))
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
@@ -79,6 +81,8 @@ class Model:
         version = f"{self._life}.{self._changes}"
         now = time.monotonic()
         self._reports.take(demand, report, now)
+        for replica_id, route in demand.suspects.items():
+            self._probe(replica_id, route)
         grant = self._book.renew(demand, now)
         for ingress in self._book.nudges():
             listener = self._listeners.pop(ingress, None)
@@ -181,6 +185,17 @@ class Model:
         self._replicas[pool], self._standings[pool] = replicas or (), now
         self._publish()
 
+    def _probe(self, replica_id: str, route: str) -> None:
+        """Have a replica find out whether its engine hangs, unless it is doing so."""
+        if replica_id in self._probes:
+            return
+        for status in self._snapshot.replicas:
+            if status.replica_id == replica_id:
+                asked = self._pools[status.pool].broadcast("probe", replica_id, route)
+                task = asyncio.create_task(_until_answered(asked))
+                task.add_done_callback(lambda _: self._probes.pop(replica_id))
+                self._probes[replica_id] = task
+
     async def _ask(self, pool: str) -> tuple[ReplicaStatus, ...] | None:
         """Return the replicas that are ready; ``None`` where Serve runs none."""
         known = self._replicas.get(pool)
@@ -201,9 +216,16 @@ class Model:
         return tuple(sorted(ready, key=lambda status: status.replica_id))
 
     async def __del__(self) -> None:
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        tasks = [*self._watchers, *self._probes.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _until_answered(asked: DeploymentBroadcastResponse) -> None:
+    # What comes of it is seen in the replicas' status.
+    with suppress(Exception):
+        await asked.results_async(return_exceptions=True)
 
 
 _deployment = serve.deployment(

@@ -17,12 +17,14 @@ import aiohttp
 from ray import serve
 
 from app.config import LONGEST_STOP_S, PoolSettings
+from app.dialect import Route
 from app.paths import expand_path, frontline_home
 from app.snapshot import ReplicaStatus
 from deployments.connections import count_connections
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
 from deployments.ports import ReservedPort, reserve_port
+from deployments.probe import probe_request
 from deployments.process import EngineProcess, sweep_orphans
 
 logger = logging.getLogger("ray.serve")
@@ -98,6 +100,7 @@ class EngineReplica:
         began = time.monotonic()
         self._pool = pool
         self._failed_checks = 0
+        self._suspected = self._hangs = False
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(_LOOPBACK)
         self._launch = _make_launch(model_id, pool, self._port)
@@ -115,8 +118,30 @@ class EngineReplica:
         logger.info("%s is ready: %s", self._status, self._facts)
 
     async def status(self) -> ReplicaStatus | None:
-        """Return what the engine can do; ``None`` once it has ended."""
-        return self._status if self._process.alive else None
+        """Return what the engine can do; ``None`` once it has ended, and while it may hang."""
+        return self._status if self._process.alive and not self._suspected else None
+
+    async def probe(self, replica_id: str, route: str) -> None:
+        """Find out whether the engine hangs, if this replica is meant.
+
+        It has taken requests on this route and sent nothing to any for long, but its health route
+        may answer all the same: vLLM's does while the GPU stands still. So it is asked for a
+        single token, before all others. Any answer is a sign of life.
+        """
+        if replica_id != self._status.replica_id or self._suspected:
+            return
+        self._suspected = True
+        timeout_s = self._pool.probe_timeout_s
+        request = probe_request(self._launch.served_name, Route(route), self._facts.dialect)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._http.post_json(Route(route).path, request)
+        except TimeoutError:
+            self._hangs = True
+            logger.error("%s hangs: not one token within %s s", self._status, timeout_s)
+        except (aiohttp.ClientError, OSError):
+            pass  # it has ended, which shows by itself
+        self._suspected = self._hangs
 
     async def check_health(self) -> None:
         """Called by Serve.
@@ -127,6 +152,8 @@ class EngineReplica:
         self._failed_checks += 1
         if not self._process.alive:
             raise EngineUnhealthy(f"the engine has ended; its last lines:\n{self._process.tail()}")
+        if self._hangs:
+            raise EngineUnhealthy("the engine hangs: it takes requests and generates nothing")
         timeout_s = self._pool.health_timeout_s
         if not await self._http.answers(self._adapter.health_path, timeout_s):
             raise EngineUnhealthy(f"the engine did not answer within {timeout_s} s")
@@ -173,7 +200,7 @@ class EngineReplica:
         (``graceful_shutdown_timeout_s``), which kills this actor then, and so the engine.
         """
         told = -1
-        while self._failed_checks < _CHECKS_TO_FAIL:
+        while not (self._hangs or self._failed_checks >= _CHECKS_TO_FAIL):
             connections = await asyncio.to_thread(count_connections, self._port.port)
             if not connections:
                 return

@@ -233,3 +233,18 @@ async def test_what_comes_and_what_ends_is_counted_once():
     assert report.arrived == {Tier.PRIORITY: 1, Tier.DEFAULT: 2, Tier.FLEX: 0}
     assert report.finished == {Tier.PRIORITY: 0, Tier.DEFAULT: 1, Tier.FLEX: 0}
     assert 0.05 <= report.served_s[Tier.DEFAULT] < 5
+
+
+async def test_a_suspect_is_told_until_the_model_has_heard_of_it():
+    made = admission(model("one"))
+    made.suspect("one", Route.CHAT)
+    first = made.demand()
+    assert first.suspects == {"one": Route.CHAT}
+    made.renewal_failed(first)
+    grant(made)
+    assert made.demand().suspects == {}
+    made.suspect("one", Route.CHAT)
+    before = made.demand()
+    made.suspect("two", Route.CHAT)
+    made.receive(Grant("life", before.number, before.number, before.sent_at))
+    assert made.demand().suspects == {"two": Route.CHAT}

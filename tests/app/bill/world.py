@@ -319,8 +319,9 @@ class World:
         self._source = Source(self)
         self._catalog = Catalog(self._source, discover_s=60)
         self._keys = KeptKeys()
+        settings = IngressSettings(auth="keys", engine_timeout_s=0.25, stream_timeout_s=0.25)
         self._services = Services(
-            self._catalog, EngineClient(), IngressSettings(auth="keys", engine_timeout_s=0.25, stream_timeout_s=0.25),
+            self._catalog, EngineClient(), settings,
             self.ledger, Accounts(self._catalog.ingress, self._keys, Books()), self.store,
         )  # fmt: skip
         self._api = build_api(self._services)
