@@ -122,6 +122,8 @@ _deployment = serve.deployment(
     name="Ingress",
     # Requests never wait in Serve's own queue, which knows no tiers.
     max_ongoing_requests=100_000,
+    # Serve sees that one has died when it checks it.
+    health_check_period_s=2.0,
     # Serve would cut what has not ended twenty seconds after an ingress was told to stop.
     graceful_shutdown_timeout_s=LONGEST_STOP_S,
     # Where the last one must go for a new one to come, nobody would be served meanwhile.

@@ -241,6 +241,8 @@ _deployment = serve.deployment(
         "metrics_interval_s": 1.0,
         "look_back_period_s": 5.0,
     },
+    # While it is away no credits move. Serve sees that a replica has died when it checks it.
+    health_check_period_s=2.0,
     # In an update the new one knows its replicas before the old one goes.
     max_surge_percent=100,
 )(Model)
