@@ -53,12 +53,10 @@ async def ask(client: openai.AsyncOpenAI, *, stream: bool, **request: Any) -> An
         answer.outcome = COMPLETE
     except openai.APIStatusError as error:
         answer.outcome = str(error.status_code)
-    except openai.APIConnectionError:
-        answer.outcome = REFUSED
+    except (Truncated, openai.APIConnectionError, httpx.TransportError):
+        answer.outcome = TRUNCATED if answer.first_s else REFUSED
     except openai.APIError:
         answer.outcome = CUT
-    except (Truncated, httpx.TransportError):
-        answer.outcome = TRUNCATED if answer.first_s else REFUSED
     answer.seconds = time.monotonic() - answer.began
     return answer
 
