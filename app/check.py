@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from app.applications import builder, deployments_of
 from app.autoscaling import POLICY_PATH
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import IngressSettings, ModelSettings
@@ -63,13 +63,13 @@ def _application_problems(
     where: Key, application: Mapping[str, Any], host: str | None
 ) -> Iterator[Problem]:
     try:
-        build = _builder(application["import_path"])
+        build = builder(application["import_path"])
     except (ImportError, AttributeError, ValueError) as error:
         yield Problem((*where, "import_path"), f"cannot be imported: {error}")
         return
     known: set[str] = set()
     try:
-        known = _deployment_names(build(application.get("args") or {}))
+        known = {one.name for one in deployments_of(build(application.get("args") or {}))}
     except SettingsError as error:
         yield from (Problem((*where, *p.key), p.message) for p in error.problems)
     for place, deployment in enumerate(application.get("deployments") or ()):
@@ -109,27 +109,6 @@ def _scaling_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Pr
     if not scaled:
         message = "no pool has an `autoscaling_config`, so there is nothing to scale"
         yield Problem((*where, "autoscaling_policy"), message)
-
-
-def _builder(import_path: str) -> Callable[[dict[str, Any]], Any]:
-    module, separator, attribute = import_path.replace(":", ".").rpartition(".")
-    if not separator:
-        raise ValueError("expected `module:attribute`")
-    builder: Callable[[dict[str, Any]], Any] = getattr(import_module(module), attribute)
-    return builder
-
-
-def _deployment_names(application: Any) -> set[str]:
-    """Return the names of the deployments that an application is made of."""
-    names, rest = set(), [application]
-    while rest:
-        deployment = rest.pop()._bound_deployment
-        names.add(deployment.name)
-        values = [*deployment.init_args, *deployment.init_kwargs.values()]
-        for value in values:
-            inner = value.values() if isinstance(value, dict) else [value]
-            rest += [item for item in inner if isinstance(item, type(application))]
-    return names
 
 
 def _user_config_problems(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -25,15 +26,39 @@ def check(
     config: Annotated[Path, typer.Argument(help="A Serve config file.", exists=True)],
 ) -> None:
     """Say what is wrong with a config file, with the key and the line."""
+    _checked(config)
+    typer.echo(f"{config}: ok")
+
+
+@main.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A Serve config file.", exists=True)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what a config file would start: command lines, resources, replicas, priority.
+
+    Nothing is started, no cluster and no GPU is needed. Secrets are not shown.
+    """
+    text = _checked(config)
+    from app.plan import make_plan
+    from app.plan_view import to_json, to_text
+
+    models = make_plan(text)
+    typer.echo(json.dumps(to_json(models), indent=2) if as_json else to_text(models))
+
+
+def _checked(config: Path) -> str:
+    """Return the text of a config file, or end, saying what is wrong with it."""
     # Ray is slow to import: commands that do without it should not wait for it.
     from app.check import check_config
 
-    findings = check_config(config.read_text())
+    text = config.read_text()
+    findings = check_config(text)
     for finding in findings:
         typer.echo(f"{config}:{finding.line}: {finding.problem}", err=True)
     if findings:
         raise typer.Exit(1)
-    typer.echo(f"{config}: ok")
+    return text
 
 
 @main.command()

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
-import secrets
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,12 +15,13 @@ from ray import serve
 
 from app.config import LONGEST_STOP_S, PoolSettings
 from app.dialect import Route
-from app.paths import expand_path, frontline_home
+from app.plan import LaunchPlan
 from app.snapshot import ReplicaStatus
 from deployments.connections import count_connections
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
-from deployments.ports import ReservedPort, reserve_port
+from deployments.launching import environment, log_folder, log_name, make_launch, plan_launch
+from deployments.ports import reserve_port
 from deployments.probe import probe_request
 from deployments.process import EngineProcess, sweep_orphans
 
@@ -103,7 +101,7 @@ class EngineReplica:
         self._suspected = self._hangs = False
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(_LOOPBACK)
-        self._launch = _make_launch(model_id, pool, self._port)
+        self._launch = make_launch(model_id, pool, host=self._port.host, port=self._port.port)
         self._http = LocalEngine(f"http://{_LOOPBACK}:{self._port.port}", self._launch.key)
         await asyncio.to_thread(sweep_orphans)
         if not self._adapter.port_stays_reserved:
@@ -116,6 +114,11 @@ class EngineReplica:
             raise
         self._status = self._make_status(time.monotonic() - began)
         logger.info("%s is ready: %s", self._status, self._facts)
+
+    @staticmethod
+    def plan(model_id: str, pool: PoolSettings) -> LaunchPlan:
+        """Return what a replica would start; see ``app.plan``."""
+        return plan_launch(model_id, pool)
 
     async def status(self) -> ReplicaStatus | None:
         """Return what the engine can do; ``None`` once it has ended, and while it may hang."""
@@ -234,27 +237,14 @@ deployment = serve.deployment(
 """The Serve deployment of a pool, to be given the pool's name."""
 
 
-def _make_launch(model_id: str, pool: PoolSettings, port: ReservedPort) -> Launch:
-    return Launch(
-        model=expand_path(pool.model),
-        served_name=model_id,
-        host=port.host,
-        port=port.port,
-        slots=pool.slots,
-        key=secrets.token_urlsafe(32),
-        python=expand_path(pool.python) if pool.python else sys.executable,
-        engine_args=pool.engine_args,
-    )
-
-
 async def _start(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:
     inherited = dict(os.environ)
     # Ray sets it to the actor's share of CPUs, which is not the engine's.
     inherited.pop(_RAY_THREADS, None)
     return await EngineProcess.start(
         adapter.command(launch),
-        inherited | adapter.environment(launch) | pool.environment,
-        frontline_home() / "logs",
-        name=re.sub(r"[^A-Za-z0-9._]+", "-", f"{launch.served_name}.{pool.name}"),
+        inherited | environment(adapter, launch, pool),
+        log_folder(),
+        name=log_name(launch.served_name, pool),
         stop_grace_s=pool.stop_grace_s,
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
-from app.dialect import Dialect
+from app.dialect import Dialect, Route
 from app.settings import Problem, SettingsError
 from app.tiers import Tier
 
@@ -103,6 +103,17 @@ class EngineAdapter(ABC):
     def environment(self, launch: Launch) -> dict[str, str]:
         """Return environment variables to set for the engine, besides those it inherits."""
         return {}
+
+    def files(self, launch: Launch) -> dict[str, str]:
+        """Return the text of each file that is made for the engine, by the option that names it."""
+        return {}
+
+    @abstractmethod
+    def priority_routes(self, launch: Launch) -> frozenset[Route]:
+        """Return the routes on which an engine that is started so ought to have native priority.
+
+        That is a plan; what counts for requests is what ``inspect`` finds in the running engine.
+        """
 
     @abstractmethod
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:

@@ -63,11 +63,10 @@ class Sglang(EngineAdapter):
 
     def command(self, launch: Launch) -> list[str]:
         refuse_reserved(launch.engine_args, _RESERVED)
-        prioritized = launch.engine_args.get("enable_priority_scheduling", True)
         args: dict[str, Any] = {
             "max_running_requests": launch.slots,
             # Without priority scheduling SGLang refuses the other flags.
-            **(_PRIORITY_FLAGS if prioritized else {}),
+            **(_PRIORITY_FLAGS if _prioritized(launch) else {}),
             "enable_metrics": True,
             "enable_cache_report": True,
             # Otherwise every request, our own to its health route included, is a line in its log.
@@ -91,6 +90,9 @@ class Sglang(EngineAdapter):
             "SGLANG_HTTP_SERVER_APP_PATH": f"{_LAUNCHER}:app",
         }
 
+    def priority_routes(self, launch: Launch) -> frozenset[Route]:
+        return PRIORITY_ROUTES if _prioritized(launch) else frozenset()
+
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
         await _prove_guarded(http)
         status, info = await http.get_json("/server_info")
@@ -106,6 +108,10 @@ class Sglang(EngineAdapter):
         )
         await _warm_up(launch, http)
         return EngineFacts(str(info.get("version")), await _context_length(http), dialect)
+
+
+def _prioritized(launch: Launch) -> bool:
+    return bool(launch.engine_args.get("enable_priority_scheduling", True))
 
 
 async def _prove_guarded(http: EngineHttp) -> None:

@@ -67,6 +67,12 @@ class Simulated(EngineAdapter):
         path = os.pathsep.join(filter(None, [str(_ROOT), inherited]))
         return {KEY_VARIABLE: launch.key, "PYTHONPATH": path}
 
+    def priority_routes(self, launch: Launch) -> frozenset[Route]:
+        """Return those of the engine whose dialect it speaks."""
+        settings = _settings(launch)
+        in_force = settings.policy is Policy.PRIORITY and "priority" not in settings.lacking_fields
+        return _PRIORITY_ROUTES[settings.dialect] if in_force else frozenset()
+
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
         """Ask the running engine for its dialect and for the policy that it has in force."""
         status, report = await http.get_json("/simulate")

@@ -7,6 +7,7 @@ needs a GPU.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,17 @@ class TensorrtLlm(EngineAdapter):
             "TRTLLM_NO_USAGE_STATS": "1",
         }
 
+    def files(self, launch: Launch) -> dict[str, str]:
+        """Return the configuration file as ``frontline_trtllm_start`` makes it, in memory."""
+        config = copy.deepcopy(_config(launch))
+        if _sets_policy(launch):
+            config.setdefault("scheduler_config", {})["waiting_queue_policy"] = _POLICY
+        return {"--extra_llm_api_options": json.dumps(config)} if config else {}
+
+    def priority_routes(self, launch: Launch) -> frozenset[Route]:
+        """Return its routes; builds without the ``priority`` field have fewer of them, or none."""
+        return PRIORITY_ROUTES if _policy(launch) == _POLICY else frozenset()
+
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
         """Ask the engine for its version and, with requests of a token, what it takes.
 
@@ -85,11 +97,10 @@ class TensorrtLlm(EngineAdapter):
         status, answer = await http.get_json("/version")
         if status != 200 or not isinstance(answer, dict) or "version" not in answer:
             raise EngineContractError(f"TensorRT-LLM did not tell its version (status {status})")
-        in_force = _policy(launch) == _POLICY
         honoured = {
             route
-            for route in PRIORITY_ROUTES
-            if in_force and await _takes_priority(http, route, launch.served_name)
+            for route in self.priority_routes(launch)
+            if await _takes_priority(http, route, launch.served_name)
         }
         dialect = Dialect(
             engine="tensorrt-llm",

@@ -20,6 +20,7 @@ from deployments.engines.base import (
 
 _GUARD: Final = "frontline_vllm_guard"
 _INSIDE: Final = Path(__file__).parent / "inside"
+_POLICY: Final = "priority"
 _FACTS_PATH: Final = "/frontline/facts"
 # Each of them would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
@@ -38,7 +39,7 @@ class Vllm(EngineAdapter):
         refuse_reserved(launch.engine_args, _RESERVED)
         args: dict[str, Any] = {
             "max_num_seqs": launch.slots,
-            "scheduling_policy": "priority",
+            "scheduling_policy": _POLICY,
             "enable_prompt_tokens_details": True,
             "disable_uvicorn_access_log": True,
             **launch.engine_args,
@@ -64,19 +65,25 @@ class Vllm(EngineAdapter):
             "VLLM_NO_USAGE_STATS": "1",
         }
 
+    def priority_routes(self, launch: Launch) -> frozenset[Route]:
+        return _priority_routes(launch.engine_args.get("scheduling_policy", _POLICY))
+
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
         await _prove_guarded(http)
         status, facts = await http.get_json(_FACTS_PATH)
         if status != 200 or not isinstance(facts, dict):
             raise EngineContractError(f"vLLM did not tell its facts (status {status})")
-        in_force = facts.get("scheduling_policy") == "priority"
         dialect = Dialect(
             engine=self.name,
             priority_values=LOW_FIRST,
-            priority_routes=frozenset(Route) if in_force else frozenset(),
+            priority_routes=_priority_routes(facts.get("scheduling_policy")),
             stream_options=METERED_STREAM,
         )
         return EngineFacts(str(facts.get("version")), facts.get("max_model_len"), dialect)
+
+
+def _priority_routes(policy: object) -> frozenset[Route]:
+    return frozenset(Route) if policy == _POLICY else frozenset()
 
 
 async def _prove_guarded(http: EngineHttp) -> None:

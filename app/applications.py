@@ -1,0 +1,41 @@
+"""The applications of a config file, built as Serve builds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def build_application(application: Mapping[str, Any]) -> Any:
+    """Return the application of an entry under ``applications``, with its own deployments.
+
+    Raises:
+        ImportError, AttributeError, ValueError: ``import_path`` names nothing.
+        SettingsError: ``args`` is wrong.
+    """
+    return builder(application["import_path"])(application.get("args") or {})
+
+
+def builder(import_path: str) -> Callable[[dict[str, Any]], Any]:
+    """Return what an ``import_path`` names.
+
+    Raises:
+        ImportError, AttributeError, ValueError: it names nothing.
+    """
+    module, separator, attribute = import_path.replace(":", ".").rpartition(".")
+    if not separator:
+        raise ValueError("expected `module:attribute`")
+    build: Callable[[dict[str, Any]], Any] = getattr(import_module(module), attribute)
+    return build
+
+
+def deployments_of(application: Any) -> Iterator[Any]:
+    """Yield the deployments that an application is made of, each with what it is bound to."""
+    rest = [application]
+    while rest:
+        deployment = rest.pop()._bound_deployment
+        yield deployment
+        for value in [*deployment.init_args, *deployment.init_kwargs.values()]:
+            inner = value.values() if isinstance(value, dict) else [value]
+            rest += [item for item in inner if isinstance(item, type(application))]

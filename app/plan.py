@@ -1,0 +1,157 @@
+"""``frontline plan``: what a config file would start, before anything does.
+
+The applications are built as Serve builds them, and the deployments are asked themselves: whichever
+has a ``plan`` says what it would launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import yaml
+from ray.serve.config import AutoscalingConfig
+
+from app.applications import build_application, deployments_of
+from app.catalog import MODEL_DEPLOYMENT
+from app.config import ModelArgs, ModelSettings
+from app.redaction import redact, redact_words
+from app.tiers import PriorityMode
+
+_AUTO_MAX: Final = 100
+"""Serve's ``max_replicas`` where ``num_replicas`` is ``auto``."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchPlan:
+    """What one replica starts. Secrets are in it.
+
+    Attributes:
+        engine: the adapter's name.
+        command: the command line, the interpreter first. Port 0 stands for a free one.
+        environment: what is set besides what is inherited.
+        files: the text of each file that is made for it, by the option that names the file.
+        log: where its output goes; a pattern.
+        priority_routes: where it ought to have native priority, started so.
+    """
+
+    engine: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    files: Mapping[str, str]
+    log: str
+    priority_routes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """How many replicas Serve keeps; both are the same where it does not scale."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """One pool.
+
+    Attributes:
+        name: the pool's, and its deployment's.
+        slots: requests at once in each replica.
+        replicas: how many there are to be.
+        ray: what Ray must have for each replica: the options of its actor, and its placement group.
+        launch: what each replica starts, without secrets.
+        priority: what becomes of priority requests that are placed here, in words.
+    """
+
+    name: str
+    slots: int
+    replicas: Replicas
+    ray: Mapping[str, Any]
+    launch: LaunchPlan
+    priority: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model: its application, its name in requests, its pools."""
+
+    application: str
+    id: str
+    priority: PriorityMode
+    flex: bool
+    pools: tuple[PoolPlan, ...]
+
+
+def make_plan(text: str) -> list[ModelPlan]:
+    """Return every model of a config file in which ``app.check`` has found nothing wrong."""
+    applications = yaml.safe_load(text).get("applications") or ()
+    return [model for application in applications for model in _models(application)]
+
+
+def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
+    deployments = {one.name: one for one in deployments_of(build_application(application))}
+    if MODEL_DEPLOYMENT not in deployments:
+        return
+    args = ModelArgs.load(application["args"], "args")
+    options = {one["name"]: one for one in application.get("deployments") or ()}
+    own = options.get(MODEL_DEPLOYMENT, {}).get("user_config") or {}
+    tiers = ModelSettings.load(own, "user_config").tiers
+    pools = tuple(
+        _pool(deployments[pool.name], options.get(pool.name, {}), pool.slots, tiers.priority)
+        for pool in args.pools
+    )
+    yield ModelPlan(application["name"], args.id, tiers.priority, tiers.flex, pools)
+
+
+def _pool(deployment: Any, options: Mapping[str, Any], slots: int, mode: PriorityMode) -> PoolPlan:
+    launch: LaunchPlan = deployment.func_or_class.plan(*deployment.init_args)
+    return PoolPlan(
+        name=deployment.name,
+        slots=slots,
+        replicas=_replicas(options),
+        ray=_ray(deployment, options),
+        launch=_without_secrets(launch),
+        priority=_priority(mode, launch),
+    )
+
+
+def _replicas(options: Mapping[str, Any]) -> Replicas:
+    number, autoscaling = options.get("num_replicas"), options.get("autoscaling_config")
+    if autoscaling is None and number != "auto":
+        return Replicas(number or 1, number or 1)
+    given = {"max_replicas": _AUTO_MAX} if number == "auto" else {}
+    config = AutoscalingConfig.model_validate(given | (autoscaling or {}))
+    return Replicas(config.min_replicas, config.max_replicas)
+
+
+def _ray(deployment: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    actor = options.get("ray_actor_options") or deployment.ray_actor_options or {}
+    # A replica takes one CPU unless something else is said.
+    asked: dict[str, Any] = {"num_cpus": 1, **actor}
+    grouped = {name: value for name, value in options.items() if name.startswith("placement_group")}
+    return asked | grouped
+
+
+def _without_secrets(launch: LaunchPlan) -> LaunchPlan:
+    return LaunchPlan(
+        engine=launch.engine,
+        command=tuple(redact_words(launch.command)),
+        environment=redact(launch.environment),
+        files=redact(launch.files),
+        log=launch.log,
+        priority_routes=launch.priority_routes,
+    )
+
+
+def _priority(mode: PriorityMode, launch: LaunchPlan) -> str:
+    routes = ", ".join(launch.priority_routes)
+    if mode is PriorityMode.OFF:
+        return "served as default: the model does not offer it"
+    if mode is PriorityMode.LINE:
+        also = f"; the engine has it as well on {routes}" if routes else ""
+        return f"delivered by the line alone{also}"
+    if routes:
+        return f"delivered on {routes}, once the running engine has proved it"
+    return "served as default: the engine is started without native priority"

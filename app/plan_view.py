@@ -1,0 +1,71 @@
+"""A plan as ``frontline plan`` shows it: as text that can be read and copied, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from app.plan import ModelPlan, PoolPlan, Replicas
+
+
+def to_json(models: Sequence[ModelPlan]) -> dict[str, Any]:
+    """Return a plan as plain values; their meaning is told by ``app.plan``."""
+    return {"models": [asdict(model) for model in models]}
+
+
+def to_text(models: Sequence[ModelPlan]) -> str:
+    """Return a plan as text, a paragraph for each model and pool."""
+    return "\n".join(line for model in models for line in _model(model))
+
+
+def _model(model: ModelPlan) -> Iterator[str]:
+    flex = "offered" if model.flex else "not offered"
+    yield f"{model.id}  (application {model.application}; priority: {model.priority}, flex {flex})"
+    for pool in model.pools:
+        yield ""
+        yield from _pool(pool)
+    yield ""
+
+
+def _pool(pool: PoolPlan) -> Iterator[str]:
+    launch = pool.launch
+    yield f"  {pool.name}: {launch.engine}, {pool.slots} slots, {_count(pool.replicas)}"
+    yield from _entry("ray", [f"{name}: {_value(value)}" for name, value in pool.ray.items()])
+    yield from _entry("priority", [pool.priority])
+    yield from _entry("command", _command(launch.command))
+    yield from _entry("environment", _assignments(launch.environment))
+    yield from _entry("files", [f"{option} {text}" for option, text in launch.files.items()])
+    yield from _entry("log", [launch.log])
+
+
+def _count(replicas: Replicas) -> str:
+    if replicas.least == replicas.most:
+        return "1 replica" if replicas.most == 1 else f"{replicas.most} replicas"
+    return f"{replicas.least} to {replicas.most} replicas"
+
+
+def _entry(name: str, lines: Sequence[str]) -> Iterator[str]:
+    for place, line in enumerate(lines):
+        yield f"    {name if place == 0 else '':13}{line}"
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """Return a command line with an option and its values on each line, for a shell to join."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(shlex.quote(word))
+    joined = [" ".join(line) for line in lines]
+    return [f"{line} \\" for line in joined[:-1]] + joined[-1:]
+
+
+def _assignments(environment: Mapping[str, str]) -> list[str]:
+    return [f"{name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,65 @@
+"""What is left out of everything that is shown to people: values whose names say they are secret.
+
+It errs on the side of hiding. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+REDACTED: Final = "(not shown)"
+
+_SECRET: Final = re.compile(
+    r"(?:^|[_\W])(?:\w*key|token|secret|passw(?:or)?d|passphrase|credentials?|auth)(?:[_\W]|$)",
+    re.IGNORECASE,
+)
+# The password of a URL: what stands between the first colon after the user and the last "@".
+_PASSWORD: Final = re.compile(r"(?P<user>\w+://[^/\s:@]*):[^/\s]+@")
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting, variable or option of this name holds a secret."""
+    return _SECRET.search(name) is not None
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """Return a value without its secrets, those inside mappings, lists and JSON included.
+
+    Args:
+        value: anything that YAML can hold.
+        name: the name that it has where it stands.
+    """
+    if value is not None and not isinstance(value, bool) and is_secret(name):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {key: redact(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    return _redact_text(value) if isinstance(value, str) else value
+
+
+def redact_words(words: Iterable[str]) -> list[str]:
+    """Return a command line without its secrets."""
+    shown: list[str] = []
+    option = ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            shown.append(f"{name}={redact(value, name)}" if equals else word)
+            option = "" if equals else word
+        else:
+            # An option may have several values: all belong to it.
+            shown.append(redact(word, option))
+    return shown
+
+
+def _redact_text(text: str) -> str:
+    if text.startswith(("{", "[")):
+        try:
+            return json.dumps(redact(json.loads(text)))
+        except ValueError:
+            pass
+    return _PASSWORD.sub(rf"\g<user>:{REDACTED}@", text)

@@ -1,0 +1,123 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import main
+from app.plan import Replicas, make_plan
+from app.plan_view import to_text
+
+pytestmark = pytest.mark.unit
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GPU = sorted((CONFIGS / "gpu").glob("*.yaml"))
+THREE = (CONFIGS / "gpu" / "three-engines.yaml").read_text()
+
+
+def plan(*options):
+    return CliRunner().invoke(main, ["plan", *map(str, options)])
+
+
+def pools(text):
+    return {pool.name: pool for model in make_plan(text) for pool in model.pools}
+
+
+@pytest.mark.parametrize("path", GPU, ids=lambda path: path.stem)
+def test_the_gpu_configs_show_what_they_would_start(path):
+    shown = plan(path)
+    assert shown.exit_code == 0, shown.output
+    for pool in pools(path.read_text()).values():
+        # As many GPUs as the engine is told to use.
+        parallel = re.search(
+            r"--(?:tensor-parallel|tp)[-_]size (\d+)", " ".join(pool.launch.command)
+        )
+        assert pool.ray["num_gpus"] == (int(parallel[1]) if parallel else 1)
+        assert pool.priority.startswith("delivered on chat/completions")
+        assert "CUDA_VISIBLE_DEVICES" not in pool.launch.environment
+
+
+def test_it_is_told_where_each_pool_may_stand():
+    found = pools(THREE)
+    assert found["vllm"].ray == {"num_cpus": 1, "num_gpus": 1, "resources": {"engine_vllm": 1}}
+    assert found["sglang"].ray["label_selector"] == {"frontline/engine": "sglang"}
+
+
+def test_the_command_is_the_one_that_the_adapter_makes():
+    found = pools(THREE)["tensorrt-llm"].launch
+    server = found.command[found.command.index("--") + 1 :]
+    assert server[:3] == ("/models/qwen3-8b", "--max_batch_size", "64")
+    assert found.log.endswith("/Qwen-Qwen3-8B.tensorrt-llm-*.log")
+    file = json.loads(found.files["--extra_llm_api_options"])
+    assert file["scheduler_config"] == {"waiting_queue_policy": "priority"}
+    assert file["kv_cache_config"]["enable_block_reuse"] is True
+
+
+@pytest.mark.parametrize(
+    ("setting", "replicas"),
+    [
+        ("num_replicas: 3", Replicas(3, 3)),
+        ("num_replicas: auto", Replicas(1, 100)),
+        ("autoscaling_config: {min_replicas: 0, max_replicas: 7}", Replicas(0, 7)),
+        ("max_replicas_per_node: 1", Replicas(1, 1)),
+    ],
+)
+def test_how_many_replicas_there_are_to_be(setting, replicas):
+    changed = THREE.replace("- name: vllm\n    num_replicas: 1", f"- name: vllm\n    {setting}")
+    assert changed != THREE
+    assert pools(changed)["vllm"].replicas == replicas
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pool", "words"),
+    [
+        ("priority: auto", 'priority: "off"', "vllm", "does not offer it"),
+        ("priority: auto", "priority: line", "vllm", "by the line alone"),
+        ("max_model_len: 32768", "scheduling_policy: fcfs", "vllm", "without native priority"),
+        ("context_length: 32768", "enable_priority_scheduling: false", "sglang", "without native"),
+        (
+            "enable_chunked_prefill: true",
+            "scheduler_config: {waiting_queue_policy: fcfs}",
+            "tensorrt-llm",
+            "without native",
+        ),
+    ],
+)
+def test_what_becomes_of_priority(old, new, pool, words):
+    assert old in THREE
+    assert words in pools(THREE.replace(old, new))[pool].priority
+
+
+def test_secrets_are_not_shown():
+    pool = "      slots: 64"
+    hidden = "      environment: {HF_TOKEN: s3cr3t, PLAIN: seen}\n" + pool
+    argument = "max_model_len: 32768\n        hf_token: s3cr3t"
+    config = "enable_chunked_prefill: true\n          internal_request_auth_key: s3cr3t"
+    changed = THREE.replace(pool, hidden).replace("max_model_len: 32768", argument)
+    models = make_plan(changed.replace("enable_chunked_prefill: true", config))
+    shown = to_text(models)
+    assert "s3cr3t" not in shown and "PLAIN=seen" in shown
+    assert "FRONTLINE_ENGINE_KEY='(not shown)'" in shown
+
+
+def test_a_path_that_only_the_node_knows_stays_as_it_is():
+    changed = THREE.replace("model: /models/qwen3-8b", "model: ${NODES_MODELS}/qwen3-8b", 1)
+    assert "${NODES_MODELS}/qwen3-8b" in pools(changed)["vllm"].launch.command
+
+
+def test_it_is_shown_as_json_too():
+    shown = json.loads(plan(CONFIGS / "gpu" / "vllm.yaml", "--json").output)
+    [model] = shown["models"]
+    [pool] = model["pools"]
+    assert (model["id"], pool["replicas"]) == ("Qwen/Qwen3-8B", {"least": 1, "most": 1})
+    assert pool["launch"]["command"][1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+
+
+def test_what_is_wrong_is_told_with_its_line(tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text(THREE.replace("max_model_len", "port"))
+    line = next(n for n, text in enumerate(THREE.splitlines(), 1) if "max_model_len" in text)
+    shown = plan(config)
+    assert shown.exit_code == 1
+    assert f"{config}:{line}: applications.1.args.pools.0.engine_args.port" in shown.output
