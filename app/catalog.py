@@ -256,7 +256,8 @@ def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
 
     ``metadata`` follows DeepInfra's models list (``tags``, ``context_length``, ``pricing`` with
     ``input_tokens``, ``output_tokens`` and ``cache_read_tokens`` in USD for a million tokens),
-    with the prices by tier; ``service_tiers`` follows Telnyx's.
+    with the prices by tier; ``service_tiers`` follows Telnyx's. ``state`` is our own
+    (``ModelState``).
     """
     served = snapshot.service_tiers
     return {
@@ -269,6 +270,7 @@ def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
             "tags": _tags(snapshot),
             "context_length": snapshot.context_length,
             "engines": list(snapshot.engines),
+            "state": snapshot.state.value,
             "aliases": list(snapshot.aliases),
             "pricing": _pricing(snapshot),
         },

@@ -183,7 +183,7 @@ def _add_catalog_routes(api: FastAPI, prefix: str, services: Services) -> None:
 
     @api.get(f"{prefix}/health" if prefix != PREFIXES[0] else "/health")
     async def health() -> Response:
-        states = {m.id: "ready" if m.replicas else "starting" for m in catalog.models()}
+        states = {model.id: model.state.value for model in catalog.models()}
         return _json({"status": "ok", "models": states})
 
 

@@ -28,7 +28,7 @@ from app.relay import (
 )
 from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.shares import SharePart
-from app.snapshot import ReplicaStatus
+from app.snapshot import ModelState, ReplicaStatus
 from app.store.records import RecordStore
 from app.ticket import Ticket
 from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
@@ -36,6 +36,8 @@ from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decid
 # While an engine starts, or the store is away, nobody knows how long it will take: this is how
 # often asking is useful.
 _TRY_AGAIN_S: Final = 5.0
+# Somebody has to bring a machine.
+_NO_NODE_S: Final = 60.0
 _NOT_READY: Final = "engine_not_ready"
 
 
@@ -103,6 +105,9 @@ class Passage:
             ApiError: it is not answered; nothing has been sent yet.
         """
         model = self._admission.snapshot
+        if model.state is ModelState.NOT_OFFERED:
+            self._meter.turn_away(State.REFUSED, ModelState.NOT_OFFERED.value)
+            raise self._not_offered()
         if not model.replicas and model.rest is None:
             self._meter.turn_away(State.REFUSED, _NOT_READY)
             raise self._unavailable()
@@ -290,6 +295,13 @@ class Passage:
                 error = self._unavailable()
         error.headers["x-queue-time-ms"] = milliseconds(waited_s)
         return error
+
+    def _not_offered(self) -> errors.Unavailable:
+        return errors.Unavailable(
+            f"No machine here can run the model `{self._inbound.model}` at the moment.",
+            ModelState.NOT_OFFERED.value,
+            _NO_NODE_S,
+        )
 
     def _unavailable(self) -> errors.Unavailable:
         return errors.Unavailable(

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from app.config import ModelSettings, TierSettings
 from app.credits import Grant
@@ -50,6 +52,17 @@ class ReplicaStatus:
         return f"<ReplicaStatus {self.replica_id} of {self.pool}>"
 
 
+class ModelState(StrEnum):
+    """Whether a model can be served now."""
+
+    READY = "ready"
+    ASLEEP = "asleep"
+    """Nobody had asked for it; the first request wakes it."""
+    STARTING = "starting"
+    NOT_OFFERED = "engine_not_offered"
+    """No node of the cluster offers what its engines ask for, and none is about to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rest:
     """That a model has no replica because nobody had asked. Requests wait, and so wake it.
@@ -78,6 +91,8 @@ class ModelSnapshot:
         replicas: the engine replicas that are ready.
         rest: set where there are none because the model sleeps or wakes; not where its engines
             are being deployed or have failed.
+        pools: the names of its pools.
+        missing: by pool, what a replica of it asks for and no node of the cluster offers, in words.
     """
 
     id: str
@@ -87,6 +102,18 @@ class ModelSnapshot:
     settings: ModelSettings
     replicas: tuple[ReplicaStatus, ...]
     rest: Rest | None = None
+    pools: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def state(self) -> ModelState:
+        """Whether it can be served now."""
+        if self.replicas:
+            return ModelState.READY
+        if self.pools and all(pool in self.missing for pool in self.pools):
+            return ModelState.NOT_OFFERED
+        sleeps = self.rest is not None and not self.rest.waking
+        return ModelState.ASLEEP if sleeps else ModelState.STARTING
 
     @property
     def service_tiers(self) -> tuple[Tier, ...]:

@@ -26,6 +26,7 @@ from app.tiers import PriorityMode
 from deployments import replica
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
+from deployments.placement import PlacementWatch
 from deployments.rest import Standing, standing
 
 logger = logging.getLogger("ray.serve")
@@ -56,6 +57,7 @@ class Model:
         self._standings: dict[str, Standing] = {}
         self._life = uuid.uuid4().hex
         self._changes = 0
+        self._placement = PlacementWatch(self._application, self._without_replicas, self._publish)
         self._snapshot = self._make_snapshot()
         self._book = CreditBook(self._life, self._settings.line, time.monotonic())
         self._reports = ReportBook()
@@ -156,6 +158,8 @@ class Model:
             settings=self._settings,
             replicas=tuple(r for pool in self._pools for r in self._replicas.get(pool, ())),
             rest=self._rest(),
+            pools=tuple(self._pools),
+            missing=self._placement.missing,
         )
 
     def _rest(self) -> Rest | None:
@@ -169,6 +173,9 @@ class Model:
             waking=Standing.WAKING in standings,
             start_s=min((status.start_s for status in self._seen.values()), default=None),
         )
+
+    def _without_replicas(self) -> list[str]:
+        return [pool for pool in self._pools if not self._replicas.get(pool)]
 
     async def _watch(self, pool: str) -> None:
         while True:
@@ -219,6 +226,7 @@ class Model:
         tasks = [*self._watchers, *self._probes.values()]
         for task in tasks:
             task.cancel()
+        await self._placement.stop()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
