@@ -62,6 +62,39 @@ def _checked(config: Path) -> str:
 
 
 @main.command()
+def status(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="The Ray cluster, as host:port. Without it: the one on this machine.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, help="A Serve config file, to be compared with what is deployed."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show nodes, applications, models, pools, replicas and lines of a running deployment.
+
+    To be run on a node of the cluster. It only looks on: no request waits for it.
+    """
+    if config is not None:
+        _checked(config)
+    from app.cluster import NothingToShow
+    from app.status import run
+
+    try:
+        run(address, config, as_json=as_json)
+    except NothingToShow as error:
+        typer.echo(f"frontline status: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@main.command()
 def top(
     address: Annotated[
         str | None,

@@ -117,6 +117,7 @@ class ModelFrame:
         headroom: how many free slots the ingresses keep for priority.
         replicas: those that are ready, then those that drain.
         ingresses: those that are not silent.
+        missing: by pool, what no node of the cluster offers of what a replica of it asks for.
     """
 
     application: str
@@ -128,6 +129,7 @@ class ModelFrame:
     headroom: int = 0
     replicas: tuple[ReplicaRow, ...] = ()
     ingresses: tuple[IngressRow, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_frame(now: Look, before: Look) -> list[ModelFrame]:
@@ -156,6 +158,7 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
         headroom=sum(ingress.headroom for ingress in ingresses),
         replicas=replicas,
         ingresses=ingresses,
+        missing=board.snapshot.missing,
     )
 
 

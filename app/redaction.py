@@ -13,7 +13,7 @@ from typing import Any, Final
 REDACTED: Final = "(not shown)"
 
 _SECRET: Final = re.compile(
-    r"(?:^|[_\W])(?:\w*key|token|secret|passw(?:or)?d|passphrase|credentials?|auth)(?:[_\W]|$)",
+    r"(?:^|[_\W])(?:\w*key|token|secret|passw(?:or)?d|passphrase|credentials?)(?:[_\W]|$)",
     re.IGNORECASE,
 )
 # The password of a URL: what stands between the first colon after the user and the last "@".

@@ -102,10 +102,15 @@ def render(address: str, models: Sequence[ModelFrame], trouble: str = "") -> Ren
     if trouble:
         parts.append(Text(trouble, style="red"))
     for model in models:
-        parts += [Text(), _headline(model)]
-        if model.id is not None:
-            parts += [_tiers(model), _replicas(model.replicas)]
+        parts += [Text(), *render_model(model)]
     return Group(*parts)
+
+
+def render_model(model: ModelFrame) -> list[RenderableType]:
+    """Return one model: what it is, its line, its replicas."""
+    if model.id is None:
+        return [_headline(model)]
+    return [_headline(model), _tiers(model), _replicas(model.replicas)]
 
 
 def _headline(model: ModelFrame) -> Text:
@@ -120,7 +125,8 @@ def _headline(model: ModelFrame) -> Text:
     return line.append(told, style="not bold")
 
 
-def _table(*columns: str, left: Sequence[str] = ()) -> Table:
+def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """Return an empty table without lines; numbers stand to the right."""
     table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right")
@@ -129,7 +135,7 @@ def _table(*columns: str, left: Sequence[str] = ()) -> Table:
 
 def _tiers(model: ModelFrame) -> Table:
     columns = ("tier", "running", "waiting", "oldest", "queued", "grants/s", "sheds")
-    table = _table(*columns, left=("tier", "sheds"))
+    table = plain_table(*columns, left=("tier", "sheds"))
     for tier, row in model.tiers.items():
         waiting = Text(str(row.waiting), style="yellow" if row.waiting else "")
         oldest = _seconds(row.oldest_s if row.waiting else None)
@@ -162,7 +168,7 @@ def _replicas(replicas: Sequence[ReplicaRow]) -> RenderableType:
     if not replicas:
         return Text(" no replica is ready", style="yellow")
     columns = ("replica", "pool", "engine", "priority", "running", "credits")
-    table = _table(*columns, left=columns[:4])
+    table = plain_table(*columns, left=columns[:4])
     for replica in replicas[:_MOST_REPLICAS]:
         if replica.draining:
             what = Text("draining", style="yellow")

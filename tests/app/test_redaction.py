@@ -11,7 +11,7 @@ pytestmark = pytest.mark.unit
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "api_key", "--api-key", "AWS_SECRET_ACCESS_KEY", "password", "apikey", "x-auth"],
+    ["HF_TOKEN", "api_key", "--api-key", "AWS_SECRET_ACCESS_KEY", "password", "apikey"],
 )
 def test_names_of_secrets(name):
     assert is_secret(name)
@@ -19,7 +19,7 @@ def test_names_of_secrets(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["max_tokens", "tokenizer", "--tokenizer-mode", "tokens_per_second", "author", "keys_file"],
+    ["max_tokens", "tokenizer", "--tokenizer-mode", "tokens_per_second", "auth", "keys_file"],
 )
 def test_names_of_what_is_no_secret(name):
     assert not is_secret(name)

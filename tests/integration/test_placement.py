@@ -1,7 +1,14 @@
-"""A model whose engine no node of the cluster offers."""
+"""A model whose engine no node of the cluster offers, and `frontline status`, which says so."""
+
+import json
+import os
+import subprocess
+import sys
 
 import openai
 import pytest
+import ray
+import yaml
 
 from tests.serving import eventually, simulated_app
 
@@ -45,3 +52,56 @@ def test_requests_are_told_why_at_once(nowhere):
     assert "engine_nowhere" not in answer.response.text
     [record] = eventually(lambda: nowhere.records(model="test/nowhere"))
     assert (record["state"], record["reason"]) == ("refused", "engine_not_offered")
+
+
+def frontline_status(*options):
+    """Run it in a terminal of its own, as its user does."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
+    address = ray.get_runtime_context().gcs_address
+    ended = subprocess.run(
+        [sys.executable, "-m", "app.cli", "status", "--address", address, *map(str, options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+def test_the_status_shows_what_is_missing_and_what_differs_from_a_file(nowhere, tmp_path):
+    native = simulated_app("native", embedding_dimensions=16)
+    native["deployments"][0]["user_config"] = {"rate_card": {"input": 3}}
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump({"applications": [native]}))
+    status = json.loads(frontline_status("--json", "--config", file))
+
+    [node] = status["nodes"]
+    assert node["head"] and node["resources"]["CPU"][1] == 16 > node["resources"]["CPU"][0] > 0
+    applications = {one["name"]: one for one in status["applications"]}
+    lost = applications["nowhere"]
+    assert lost["model"]["missing"] == {"simulated": "engine_nowhere: 1"}
+    pool = next(one for one in lost["deployments"] if one["name"] == "simulated")
+    assert (pool["running"], pool["wanted"]) == (0, 1)
+    ready = applications["native"]
+    assert (ready["state"], ready["model"]["missing"]) == ("RUNNING", {})
+    [replica] = ready["model"]["replicas"]
+    assert (replica["native_priority"], replica["slots"], replica["running"]) == (True, 8, 0)
+    assert ready["model"]["tiers"].keys() == {"priority", "default", "flex"}
+    [pool] = [one for one in ready["deployments"] if one["name"] == "simulated"]
+    assert (pool["running"], pool["nodes"], pool["state"]) == (1, [node["address"]], "HEALTHY")
+
+    differs = {one["key"]: (one["file"], one["deployed"]) for one in status["differs"]}
+    card = "applications.native.deployments.Model.user_config.rate_card"
+    assert differs.pop(f"{card}.input") == (3, 1)
+    assert differs.pop(f"{card}.output") == ("(not set)", 2)
+    assert differs.pop("applications.nowhere") == ("(not set)", "(set)")
+    assert not any(key.startswith("applications.native.args") for key in differs)
+
+
+def test_the_status_says_it_in_words_too(nowhere):
+    shown = frontline_status()
+    assert "no node offers what pool simulated asks for: engine_nowhere: 1" in shown
+    assert "test/native" in shown and "Ingress" in shown
+    key = nowhere.snapshot("native").replicas[0].key
+    assert key and key not in shown
