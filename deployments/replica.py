@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 import aiohttp
+import ray
 from ray import serve
 
 from app.config import LONGEST_STOP_S, PoolSettings
@@ -20,6 +21,7 @@ from app.snapshot import ReplicaStatus
 from deployments.connections import count_connections
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
+from deployments.guard import LOOPBACK, Guard, needs_guard
 from deployments.launching import environment, log_folder, log_name, make_launch, plan_launch
 from deployments.ports import reserve_port
 from deployments.probe import probe_request
@@ -27,7 +29,6 @@ from deployments.process import EngineProcess, sweep_orphans
 
 logger = logging.getLogger("ray.serve")
 
-_LOOPBACK: Final = "127.0.0.1"
 _READY_POLL_S: Final = 0.2
 _DRAIN_POLL_S: Final = 0.5
 _CHECKS_TO_FAIL: Final = 3
@@ -100,15 +101,16 @@ class EngineReplica:
         self._failed_checks = 0
         self._suspected = self._hangs = False
         self._adapter = adapter_named(pool.engine)
-        self._port = reserve_port(_LOOPBACK)
+        self._port = reserve_port(LOOPBACK)
         self._launch = make_launch(model_id, pool, host=self._port.host, port=self._port.port)
-        self._http = LocalEngine(f"http://{_LOOPBACK}:{self._port.port}", self._launch.key)
+        self._http = LocalEngine(self._launch.base_url, self._launch.key)
         await asyncio.to_thread(sweep_orphans)
         if not self._adapter.port_stays_reserved:
             self._port.close()
         self._process = await _start(self._adapter, self._launch, pool)
         try:
             self._facts = await self._until_ready()
+            self._guard = await _start_guard(self._launch, pool)
         except BaseException:
             await self._process.stop(0.0)
             raise
@@ -122,7 +124,8 @@ class EngineReplica:
 
     async def status(self) -> ReplicaStatus | None:
         """Return what the engine can do; ``None`` once it has ended, and while it may hang."""
-        return self._status if self._process.alive and not self._suspected else None
+        alive = self._process.alive and (self._guard is None or self._guard.alive)
+        return self._status if alive and not self._suspected else None
 
     async def probe(self, replica_id: str, route: str) -> None:
         """Find out whether the engine hangs, if this replica is meant.
@@ -151,6 +154,7 @@ class EngineReplica:
 
         Raises:
             EngineUnhealthy: the engine has ended or hangs.
+            GuardFailed: its guard does.
         """
         self._failed_checks += 1
         if not self._process.alive:
@@ -160,6 +164,8 @@ class EngineReplica:
         timeout_s = self._pool.health_timeout_s
         if not await self._http.answers(self._adapter.health_path, timeout_s):
             raise EngineUnhealthy(f"the engine did not answer within {timeout_s} s")
+        if self._guard is not None:
+            await self._guard.check(timeout_s)
         self._failed_checks = 0
 
     async def _until_ready(self) -> EngineFacts:
@@ -185,7 +191,7 @@ class EngineReplica:
         return ReplicaStatus(
             replica_id=serve.get_replica_context().replica_id.unique_id,
             pool=self._pool.name,
-            base_url=f"http://{_LOOPBACK}:{self._port.port}",
+            base_url=self._guard.base_url if self._guard else self._launch.base_url,
             key=self._launch.key,
             slots=self._pool.slots,
             engine_version=self._facts.version,
@@ -218,6 +224,8 @@ class EngineReplica:
     async def __del__(self) -> None:
         await self._drain()
         await self._process.stop()
+        if self._guard is not None:
+            await self._guard.stop()
         await self._http.close()
         self._port.close()
 
@@ -235,6 +243,14 @@ deployment = serve.deployment(
     max_surge_percent=25,
 )(EngineReplica)
 """The Serve deployment of a pool, to be given the pool's name."""
+
+
+async def _start_guard(launch: Launch, pool: PoolSettings) -> Guard | None:
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    if not needs_guard(address):
+        return None
+    name = log_name(launch.served_name, pool)
+    return await Guard.start(address, launch.port, launch.key, log_folder(), name=name)
 
 
 async def _start(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:

@@ -53,6 +53,11 @@ class Launch:
     python: str
     engine_args: Mapping[str, EngineArg] = field(default_factory=dict)
 
+    @property
+    def base_url(self) -> str:
+        """Where the engine answers on its own machine."""
+        return f"http://{self.host}:{self.port}"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
