@@ -103,7 +103,10 @@ def check_cost(record):
 def check_price(world, seen, record):
     """The prices are those of the card that was in force when its tier was decided."""
     first, last = seen.began, seen.attempts[0].at if seen.attempts else seen.ended
-    moved = len(seen.attempts) != 1 or any(a <= last and first <= b for a, b in world.crashes)
+    # Placed more than once: it went by a dead engine, or left before the second one heard it.
+    moved = [one.replica_id for one in seen.attempts] != [record["replica"]] or any(
+        died <= last and first <= known for died, known in world.crashes
+    )
     if not moved:
         # It was decided after its only wait, and before the engine heard it.
         first += record["queue_s"] - 0.002
@@ -205,14 +208,21 @@ async def make(folder):
     return world
 
 
+class Tally:
+    """What has become of all requests, and what all records cost."""
+
+    def __init__(self):
+        self.counts, self.cost = Counter(), Decimal(0)
+
+
 @pytest.fixture(scope="module")
-def counts(world):
-    """What has become of all requests; printed, and added up against the bill."""
-    counted, cost = Counter(), []
-    yield counted, cost
-    _, total = world.total()
-    print(f"\n{dict(counted)}, {total} USD")
-    assert total == sum(cost, start=Decimal(0))
+def tally(world):
+    """Printed, and added up against the bill."""
+    made = Tally()
+    yield made
+    requests, cost = world.total()
+    print(f"\n{dict(made.counts)}; a bill of {requests} records, {cost} USD")
+    assert cost == made.cost
 
 
 @settings(
@@ -226,16 +236,15 @@ def counts(world):
 @example(script=[ONE_OF_TWO, *[Ask(goes_wrong=(CRASH,))] * 2])
 # Dearer in the middle of a stream, and while others wait.
 @example(script=[(Ask(tokens=25, stream=True),) * 12, Pause(0.005), DEARER, Pause(0.005), DEARER])
-def test_what_is_billed_is_what_was_echoed(loop, world, counts, script):
+def test_what_is_billed_is_what_was_echoed(loop, world, tally, script):
     seen, records = loop.run(play(world, script))
-    counted, cost = counts
-    cost += [Decimal(record["cost"]) for record in records.values()]
+    with localcontext(EXACT):
+        tally.cost += sum(Decimal(record["cost"]) for record in records.values())
     for one in seen:
-        record = records.pop(one.request_id, None)
-        counted[check(world, one, record)] += 1
-        counted["requests"] += 1
-        counted["moved to another replica"] += len(one.attempts) > 1
-        counted["left by their clients"] += one.left
+        tally.counts[check(world, one, records.pop(one.request_id, None))] += 1
+        tally.counts["requests"] += 1
+        tally.counts["moved to another replica"] += len(one.attempts) > 1
+        tally.counts["left by their clients"] += one.left
     assert not records, "records of no request"
 
 

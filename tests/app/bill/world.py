@@ -349,6 +349,7 @@ class World:
 
     async def set(self, model: ModelSettings, engines: Iterable[str]) -> None:
         """Change the model, and return once the ingress knows."""
+        published = time.monotonic()
         up = [self.engines[name] for name in sorted(engines)]
         self._source.publish(model, [engine.status for engine in up if engine.up])
         while (admission := self._catalog.find(MODEL)) is None or (
@@ -356,7 +357,9 @@ class World:
         ):
             await asyncio.sleep(0.001)
         for crash in self.crashes:
-            crash[1] = min(crash[1], time.monotonic())
+            # It still believes in one that has died since.
+            if crash[0] < published:
+                crash[1] = min(crash[1], time.monotonic())
 
     async def restart(self, name: str) -> None:
         """Have an engine that died come back as another replica."""
