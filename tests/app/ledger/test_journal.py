@@ -15,7 +15,7 @@ from app.ledger.flusher import OwnJournal, adopt
 from app.ledger.frames import Kind, Progress, read_segment
 from app.ledger.journal import Entry, Journal
 from app.ledger.record import State
-from app.ledger.segments import bytes_taken, segment_numbers, segment_path
+from app.ledger.segments import SegmentFile, bytes_taken, segment_numbers, segment_path
 from app.ledger.settings import JournalSettings
 from app.pricing import TokenUsage
 from app.store.database import StoreAway
@@ -247,6 +247,29 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
         OwnJournal(ours.journal).flush(store)
     assert list(store.records.values()) == records
     assert "503" in caplog.text
+
+
+def test_a_segments_space_is_written_and_not_only_reserved(tmp_path):
+    """Else each sync would change the file system's own books, and wait for others' writes."""
+    made = SegmentFile(tmp_path, 1, 3 * MIB + 5)
+    with segment_path(tmp_path, 1).open("rb") as file:
+        assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 3 * MIB + 5
+    made.discard()
+
+
+def test_no_record_waits_for_the_making_of_a_segment(tmp_path, monkeypatch):
+    class SlowlyMade(SegmentFile):
+        def __init__(self, journal, number, allocated):
+            if number > 1:
+                time.sleep(1)
+            super().__init__(journal, number, allocated)
+
+    monkeypatch.setattr("app.ledger.journal.SegmentFile", SlowlyMade)
+    with writer(tmp_path) as ours:
+        for _ in range(3):
+            ours.settle(completed())
+            ours.commit(timeout_s=0.9)
+        wait_for_segments(ours.journal, 2)
 
 
 def wait_for_segments(journal, count, timeout_s=5):
