@@ -171,9 +171,9 @@ def check_answer(seen, record):
         assert tokens(usages[-1]) == (record["prompt_tokens"], record["completion_tokens"])
         assert usages[-1]["estimated_cost"] == Decimal(record["cost"])
     elif usages:
-        # More may have been generated than the client got.
+        # More may have been generated than the client got. It may be cheaper all the same: some
+        # engines tell only at the end how much of the prompt was cached.
         assert tokens(usages[-1])[1] <= record["completion_tokens"] <= seen.request.tokens
-        assert usages[-1]["estimated_cost"] <= Decimal(record["cost"])
 
 
 def tokens(usage):
