@@ -21,7 +21,7 @@ from app.snapshot import ReplicaStatus
 from deployments.connections import count_connections
 from deployments.engines.base import EngineAdapter, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
-from deployments.guard import LOOPBACK, Guard, needs_guard
+from deployments.guard import LOOPBACK, Guard, GuardFailed, needs_guard
 from deployments.launching import environment, log_folder, log_name, make_launch, plan_launch
 from deployments.ports import reserve_port
 from deployments.probe import probe_request
@@ -217,7 +217,7 @@ class EngineReplica:
                 logger.info("%s drains: %d connections", self._status, connections)
                 told = connections
             await asyncio.sleep(_DRAIN_POLL_S)
-            with suppress(EngineUnhealthy):
+            with suppress(EngineUnhealthy, GuardFailed):
                 await self.check_health()
         logger.warning("%s does not drain: its engine serves nobody any more", self._status)
 
