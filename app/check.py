@@ -80,6 +80,30 @@ def _application_problems(
             yield Problem((*key, "name"), message)
         yield from _user_config_problems((*key, "user_config"), deployment, host)
     yield from _scaling_problems(where, application)
+    if known:
+        yield from _span_problems(where, application)
+
+
+def _span_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
+    """An engine on several nodes has a bundle of resources reserved on each of them."""
+    deployments = {one["name"]: at for at, one in enumerate(application.get("deployments") or ())}
+    for place, pool in enumerate((application.get("args") or {}).get("pools") or ()):
+        nodes, at = pool.get("nodes", 1), deployments.get(pool["name"])
+        if nodes == 1:
+            continue
+        if at is None:
+            message = f"needs a deployment {pool['name']!r} with placement_group_bundles"
+            yield Problem((*where, "args", "pools", place, "nodes"), message)
+            continue
+        deployment, key = application["deployments"][at], (*where, "deployments", at)
+        bundles = deployment.get("placement_group_bundles") or ()
+        if len(bundles) != nodes:
+            message = f"expected a bundle for each of the pool's {nodes} nodes (got {len(bundles)})"
+            yield Problem((*key, "placement_group_bundles"), message)
+        strategy = deployment.get("placement_group_strategy")
+        if strategy != "STRICT_SPREAD":
+            message = f"expected STRICT_SPREAD, a node for each bundle (got {strategy!r})"
+            yield Problem((*key, "placement_group_strategy"), message)
 
 
 def _scaling_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:

@@ -134,6 +134,15 @@ class PoolSettings(Settings):
     slots: int = Field(
         default=8, gt=0, le=65536, description="Requests that one engine replica runs at once."
     )
+    nodes: int = Field(
+        default=1,
+        gt=0,
+        le=64,
+        description="Nodes that one engine replica runs on, for tensor or pipeline parallelism "
+        "larger than a node (vLLM, SGLang). With more than one, the pool's deployment needs "
+        "`placement_group_bundles`, one for each node, and `placement_group_strategy: "
+        "STRICT_SPREAD`.",
+    )
     weight: float = Field(
         default=1.0,
         gt=0,

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import sys
 from pathlib import Path
+from typing import Final
 
 from app.config import PoolSettings
 from app.paths import expand_path, frontline_home
 from app.plan import LaunchPlan
 from app.settings import SettingsError
-from deployments.engines.base import EngineAdapter, Launch
+from deployments.engines.base import EngineAdapter, Launch, Span
 from deployments.engines.registry import adapter_named
+from deployments.process import EngineProcess
+
+_RAY_THREADS: Final = "OMP_NUM_THREADS"
 
 
-def make_launch(model_id: str, pool: PoolSettings, *, host: str, port: int) -> Launch:
-    """Return the launch of a replica on this machine, with a new key.
+def make_launch(
+    model_id: str,
+    pool: PoolSettings,
+    *,
+    host: str,
+    port: int,
+    key: str | None = None,
+    span: Span = Span(),  # noqa: B008 - frozen
+) -> Launch:
+    """Return the launch of a replica, or of its part on this machine; with a new key by default.
 
     Raises:
         SettingsError: a path names an environment variable that is not set here.
@@ -27,9 +40,30 @@ def make_launch(model_id: str, pool: PoolSettings, *, host: str, port: int) -> L
         host=host,
         port=port,
         slots=pool.slots,
-        key=secrets.token_urlsafe(32),
+        key=key or secrets.token_urlsafe(32),
         python=expand_path(pool.python) if pool.python else sys.executable,
         engine_args=pool.engine_args,
+        span=span,
+    )
+
+
+async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:
+    """Start the engine, or this node's part of it.
+
+    Raises:
+        EngineNotStarted: its command cannot be run.
+        OSError: its log cannot be written.
+    """
+    inherited = dict(os.environ)
+    # Ray sets it to the actor's share of CPUs, which is not the engine's.
+    inherited.pop(_RAY_THREADS, None)
+    rank = f".rank{launch.span.rank}" if launch.span.rank else ""
+    return await EngineProcess.start(
+        adapter.command(launch),
+        inherited | environment(adapter, launch, pool),
+        log_folder(),
+        name=log_name(launch.served_name, pool) + rank,
+        stop_grace_s=pool.stop_grace_s,
     )
 
 

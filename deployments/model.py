@@ -296,7 +296,10 @@ def _check_pool(where: Key, pool: PoolSettings) -> None:
         engine_args=pool.engine_args,
     )
     try:
-        adapter_named(pool.engine).command(launch)
+        adapter = adapter_named(pool.engine)
+        if pool.nodes > 1 and not adapter.spans_nodes:
+            raise SettingsError(Problem(("nodes",), f"{pool.engine} runs on one node only"))
+        adapter.command(launch)
     except SettingsError as error:
         problems = (Problem((*where, *p.key), p.message) for p in error.problems)
         raise SettingsError(*problems) from None

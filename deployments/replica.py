@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
 import aiohttp
-import ray
 from ray import serve
 
 from app.config import LONGEST_STOP_S, PoolSettings
@@ -19,13 +17,20 @@ from app.dialect import Route
 from app.plan import LaunchPlan
 from app.snapshot import ReplicaStatus
 from deployments.connections import count_connections
-from deployments.engines.base import EngineAdapter, EngineFacts, Launch
+from deployments.engines.base import EngineFacts, Launch
 from deployments.engines.registry import adapter_named
 from deployments.guard import LOOPBACK, Guard, GuardFailed, needs_guard
-from deployments.launching import environment, log_folder, log_name, make_launch, plan_launch
+from deployments.launching import (
+    log_folder,
+    log_name,
+    make_launch,
+    plan_launch,
+    start_engine,
+)
 from deployments.ports import reserve_port
 from deployments.probe import probe_request
-from deployments.process import EngineProcess, sweep_orphans
+from deployments.process import sweep_orphans
+from deployments.ranks import OtherRanks, RankEnded, lead, node_address
 
 logger = logging.getLogger("ray.serve")
 
@@ -33,7 +38,6 @@ _READY_POLL_S: Final = 0.2
 _DRAIN_POLL_S: Final = 0.5
 _CHECKS_TO_FAIL: Final = 3
 """Serve's own number, which cannot be set: so many failed checks in a row replace a replica."""
-_RAY_THREADS: Final = "OMP_NUM_THREADS"
 
 
 class EngineFailedToStart(RuntimeError):
@@ -102,17 +106,27 @@ class EngineReplica:
         self._suspected = self._hangs = False
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(LOOPBACK)
-        self._launch = make_launch(model_id, pool, host=self._port.host, port=self._port.port)
+        span, self._meeting_place = lead(pool)
+        self._launch = make_launch(
+            model_id, pool, host=self._port.host, port=self._port.port, span=span
+        )
         self._http = LocalEngine(self._launch.base_url, self._launch.key)
         await asyncio.to_thread(sweep_orphans)
         if not self._adapter.port_stays_reserved:
             self._port.close()
-        self._process = await _start(self._adapter, self._launch, pool)
+        self._process = await start_engine(self._adapter, self._launch, pool)
+        self._ranks: OtherRanks | None = None
         try:
+            if span.nodes > 1:
+                self._ranks = await OtherRanks.start(
+                    model_id, pool, self._launch.key, span, on_end=self._process.kill
+                )
             self._facts = await self._until_ready()
             self._guard = await _start_guard(self._launch, pool)
         except BaseException:
             await self._process.stop(0.0)
+            if self._ranks is not None:
+                await self._ranks.stop()
             raise
         self._status = self._make_status(time.monotonic() - began)
         logger.info("%s is ready: %s", self._status, self._facts)
@@ -154,9 +168,12 @@ class EngineReplica:
 
         Raises:
             EngineUnhealthy: the engine has ended or hangs.
-            GuardFailed: its guard does.
+            RankEnded: a part of it on another node has ended, or does not answer.
+            GuardFailed: its guard has ended or hangs.
         """
         self._failed_checks += 1
+        if self._ranks is not None:
+            await self._ranks.check_answers(self._pool.health_timeout_s)
         if not self._process.alive:
             raise EngineUnhealthy(f"the engine has ended; its last lines:\n{self._process.tail()}")
         if self._hangs:
@@ -176,6 +193,8 @@ class EngineReplica:
         return await self._adapter.inspect(self._launch, self._http)
 
     def _check_starting(self, deadline: float) -> None:
+        if self._ranks is not None:
+            self._ranks.check()
         if not self._process.alive:
             problem = f"ended with status {self._process.returncode} before it was ready"
         elif time.monotonic() > deadline:
@@ -217,17 +236,21 @@ class EngineReplica:
                 logger.info("%s drains: %d connections", self._status, connections)
                 told = connections
             await asyncio.sleep(_DRAIN_POLL_S)
-            with suppress(EngineUnhealthy, GuardFailed):
+            with suppress(EngineUnhealthy, GuardFailed, RankEnded):
                 await self.check_health()
         logger.warning("%s does not drain: its engine serves nobody any more", self._status)
 
     async def __del__(self) -> None:
         await self._drain()
         await self._process.stop()
+        if self._ranks is not None:
+            await self._ranks.stop()
         if self._guard is not None:
             await self._guard.stop()
         await self._http.close()
         self._port.close()
+        if self._meeting_place is not None:
+            self._meeting_place.close()
 
 
 deployment = serve.deployment(
@@ -246,21 +269,8 @@ deployment = serve.deployment(
 
 
 async def _start_guard(launch: Launch, pool: PoolSettings) -> Guard | None:
-    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    address = node_address()
     if not needs_guard(address):
         return None
     name = log_name(launch.served_name, pool)
     return await Guard.start(address, launch.port, launch.key, log_folder(), name=name)
-
-
-async def _start(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:
-    inherited = dict(os.environ)
-    # Ray sets it to the actor's share of CPUs, which is not the engine's.
-    inherited.pop(_RAY_THREADS, None)
-    return await EngineProcess.start(
-        adapter.command(launch),
-        inherited | environment(adapter, launch, pool),
-        log_folder(),
-        name=log_name(launch.served_name, pool),
-        stop_grace_s=pool.stop_grace_s,
-    )

@@ -29,6 +29,31 @@ together with the first."""
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """The nodes that one engine runs on together, and which of its processes this one is.
+
+    Attributes:
+        nodes: how many there are; the engine's ranks are spread over them evenly.
+        rank: the number of this node among them. Number 0 has the engine's HTTP server.
+        here: this node's address.
+        address: the address of number 0, at which all meet.
+        port: the port there, reserved for that.
+    """
+
+    nodes: int = 1
+    rank: int = 0
+    here: str = ""
+    address: str = ""
+    port: int = 0
+
+    @property
+    def meeting_place(self) -> str:
+        """Where all of them meet, as ``HOST:PORT``."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """Everything an adapter needs to know to start one engine server.
 
@@ -42,6 +67,7 @@ class Launch:
         python: the interpreter of the engine's environment.
         engine_args: the operator's own engine arguments, by name, with underscores; they win
             over an adapter's defaults, except for the address, the key and the served name.
+        span: the nodes that the engine runs on; just this one by default.
     """
 
     model: str
@@ -52,6 +78,7 @@ class Launch:
     key: str
     python: str
     engine_args: Mapping[str, EngineArg] = field(default_factory=dict)
+    span: Span = Span()
 
     @property
     def base_url(self) -> str:
@@ -101,9 +128,16 @@ class EngineAdapter(ABC):
     """Whether the engine's port can stay reserved for it while it starts, which takes a server
     that binds with SO_REUSEADDR. If not, the port is free for a moment, for anyone to take."""
 
+    spans_nodes: ClassVar[bool] = False
+    """Whether the engine can run on several nodes together, which takes a ``command`` and an
+    ``environment`` that heed ``launch.span``."""
+
     @abstractmethod
     def command(self, launch: Launch) -> list[str]:
-        """Return the command line that starts the engine's OpenAI server."""
+        """Return the command line that starts the engine's OpenAI server.
+
+        On a node that is not the engine's first it starts that node's part of the engine.
+        """
 
     def environment(self, launch: Launch) -> dict[str, str]:
         """Return environment variables to set for the engine, besides those it inherits."""

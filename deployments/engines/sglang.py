@@ -14,6 +14,7 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
+    Span,
     refuse_reserved,
     render_flags,
 )
@@ -38,12 +39,15 @@ _RESERVED: Final = frozenset(
         "admin_api_key",
         "api_key",
         "config",
+        "dist_init_addr",
         "fastapi_root_path",
         "grpc_mode",
         "grpc_port",
         "host",
         "model",
         "model_path",
+        "nnodes",
+        "node_rank",
         "port",
         "served_model_name",
         "smg_grpc_mode",
@@ -60,6 +64,7 @@ class Sglang(EngineAdapter):
     ready_path = "/ready"
     # Its own /health takes a second, and has a token generated. This one asks the scheduler.
     health_path = "/server_info"
+    spans_nodes = True
 
     def command(self, launch: Launch) -> list[str]:
         refuse_reserved(launch.engine_args, _RESERVED)
@@ -78,6 +83,7 @@ class Sglang(EngineAdapter):
             "served_model_name": launch.served_name,
             # It comes over HTTP without a key; `inspect` does it with the key.
             "skip_server_warmup": True,
+            **_span_args(launch.span),
         }
         return [launch.python, "-m", _LAUNCHER, *render_flags(args)]
 
@@ -112,6 +118,16 @@ class Sglang(EngineAdapter):
 
 def _prioritized(launch: Launch) -> bool:
     return bool(launch.engine_args.get("enable_priority_scheduling", True))
+
+
+def _span_args(span: Span) -> dict[str, Any]:
+    if span.nodes == 1:
+        return {}
+    return {
+        "nnodes": span.nodes,
+        "node_rank": span.rank,
+        "dist_init_addr": span.meeting_place,
+    }
 
 
 async def _prove_guarded(http: EngineHttp) -> None:

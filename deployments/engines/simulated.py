@@ -18,6 +18,7 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
+    Span,
 )
 from deployments.engines.simulated_server import KEY_VARIABLE
 from deployments.engines.simulated_server.settings import DialectName, Policy, SimulatedSettings
@@ -45,6 +46,7 @@ class Simulated(EngineAdapter):
     name: ClassVar[str] = "simulated"
     ready_path: ClassVar[str] = "/ready"
     health_path: ClassVar[str] = "/health"
+    spans_nodes: ClassVar[bool] = True
 
     def command(self, launch: Launch) -> list[str]:
         """Return the command line.
@@ -59,6 +61,7 @@ class Simulated(EngineAdapter):
             *("--host", launch.host, "--port", str(launch.port)),
             *("--model", launch.model, "--served-name", launch.served_name),
             *("--settings", orjson.dumps(settings).decode()),
+            *_span_args(launch.span),
         ]
 
     def environment(self, launch: Launch) -> dict[str, str]:
@@ -82,6 +85,12 @@ class Simulated(EngineAdapter):
         if status != 401:
             raise EngineContractError(f"the key does not guard: /v1/models answered {status}")
         return EngineFacts(report["version"], report["context_length"], _dialect(report))
+
+
+def _span_args(span: Span) -> list[str]:
+    if span.nodes == 1:
+        return []
+    return ["--nodes", str(span.nodes), "--rank", str(span.rank), "--meet", span.meeting_place]
 
 
 def _settings(launch: Launch) -> SimulatedSettings:

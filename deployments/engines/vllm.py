@@ -14,17 +14,33 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
+    Span,
     refuse_reserved,
     render_flags,
 )
 
 _GUARD: Final = "frontline_vllm_guard"
+_HEADLESS: Final = "frontline_vllm_headless"
 _INSIDE: Final = Path(__file__).parent / "inside"
 _POLICY: Final = "priority"
 _FACTS_PATH: Final = "/frontline/facts"
 # Each of them would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
-    {"model", "host", "port", "uds", "api_key", "served_model_name", "root_path", "ssl_keyfile"}
+    {
+        "api_key",
+        "headless",
+        "host",
+        "master_addr",
+        "master_port",
+        "model",
+        "nnodes",
+        "node_rank",
+        "port",
+        "root_path",
+        "served_model_name",
+        "ssl_keyfile",
+        "uds",
+    }
 )
 
 
@@ -34,6 +50,7 @@ class Vllm(EngineAdapter):
     name = "vllm"
     ready_path = "/health"
     health_path = "/health"
+    spans_nodes = True
 
     def command(self, launch: Launch) -> list[str]:
         refuse_reserved(launch.engine_args, _RESERVED)
@@ -47,8 +64,13 @@ class Vllm(EngineAdapter):
             "host": launch.host,
             "port": launch.port,
             "served_model_name": launch.served_name,
+            **_span_args(launch.span),
         }
         own = args.pop("middleware", [])
+        if launch.span.rank:
+            # `python -m vllm.entrypoints.openai.api_server` starts no headless part.
+            flags = render_flags(args | {"headless": True})
+            return [launch.python, "-m", _HEADLESS, "serve", *flags]
         middlewares = [f"{_GUARD}.Guard", *([own] if isinstance(own, str) else own)]
         # The `vllm` script looks for a distribution of that name, which its CPU build is not.
         command = [launch.python, "-m", "vllm.entrypoints.openai.api_server", *render_flags(args)]
@@ -63,6 +85,8 @@ class Vllm(EngineAdapter):
             # By environment and not by flag: other users can read a command line.
             "FRONTLINE_ENGINE_KEY": launch.key,
             "VLLM_NO_USAGE_STATS": "1",
+            # Otherwise its parts look for each other where this machine's name leads.
+            **({"VLLM_HOST_IP": launch.span.here} if launch.span.nodes > 1 else {}),
         }
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
@@ -84,6 +108,17 @@ class Vllm(EngineAdapter):
 
 def _priority_routes(policy: object) -> frozenset[Route]:
     return frozenset(Route) if policy == _POLICY else frozenset()
+
+
+def _span_args(span: Span) -> dict[str, Any]:
+    if span.nodes == 1:
+        return {}
+    return {
+        "nnodes": span.nodes,
+        "node_rank": span.rank,
+        "master_addr": span.address,
+        "master_port": span.port,
+    }
 
 
 async def _prove_guarded(http: EngineHttp) -> None:

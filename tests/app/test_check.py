@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from app.check import check_config
@@ -90,6 +91,37 @@ def test_a_policy_without_a_pool_to_scale_is_a_mistake():
     start = LOCAL.index("  deployments:\n  - name: Model")
     [found] = check_config(LOCAL[:start] + policy + LOCAL[start:])
     assert "nothing to scale" in str(found.problem)
+
+
+def spanning(pool="vllm", **deployment):
+    """The findings in a model whose engine runs on two nodes."""
+    pools = [{"name": "wide", "engine": pool, "model": "m", "nodes": 2}]
+    deployments = [{"name": "wide", **deployment}] if deployment else []
+    application = {
+        "name": "wide",
+        "route_prefix": None,
+        "import_path": "deployments.model:build",
+        "args": {"id": "wide", "pools": pools},
+        "deployments": deployments,
+    }
+    found = check_config(yaml.safe_dump({"applications": [application]}))
+    return [str(finding.problem).removeprefix("applications.0.") for finding in found]
+
+
+def test_an_engine_on_two_nodes_has_resources_reserved_on_both():
+    bundles, strategy = [{"GPU": 8}, {"GPU": 8}], "STRICT_SPREAD"
+    reserved = {"placement_group_bundles": bundles, "placement_group_strategy": strategy}
+    assert not spanning(**reserved) and not spanning("sglang", **reserved)
+    assert spanning("tensorrt_llm", **reserved) == [
+        "args.pools.0.nodes: tensorrt_llm runs on one node only"
+    ]
+    (missing,) = spanning()
+    assert missing.startswith("args.pools.0.nodes: needs a deployment 'wide'")
+    bundles.pop()
+    (few,) = spanning(**reserved)
+    assert few.startswith("deployments.0.placement_group_bundles: expected a bundle for each")
+    (packed,) = spanning(placement_group_bundles=[{"GPU": 8}] * 2)
+    assert packed.startswith("deployments.0.placement_group_strategy: expected STRICT_SPREAD")
 
 
 def test_the_command_fails_and_says_where(tmp_path):

@@ -21,7 +21,13 @@ from app.settings import SettingsError
 from deployments.engines.simulated_server import KEY_VARIABLE, OWNER, VERSION
 from deployments.engines.simulated_server.application import Application
 from deployments.engines.simulated_server.engine import Engine
-from deployments.engines.simulated_server.settings import SimulatedSettings
+from deployments.engines.simulated_server.ranks import Ranks, gather, join
+from deployments.engines.simulated_server.settings import (
+    Change,
+    Failures,
+    RequestFailure,
+    SimulatedSettings,
+)
 
 KEEP_ALIVE_SECONDS = 5
 """How long an idle connection is kept: vLLM's and TensorRT-LLM's default."""
@@ -50,6 +56,8 @@ def main(arguments: list[str]) -> int:
     except (SettingsError, orjson.JSONDecodeError) as error:
         return _complain(str(error))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if options.rank:
+            return runner.run(_follow(options))
         return runner.run(_serve(options, settings, key))
 
 
@@ -60,12 +68,29 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="simulated", help="the model's folder or name")
     parser.add_argument("--served-name", default="simulated", help="the model's id")
     parser.add_argument("--settings", default="{}", help="the settings, as a JSON object")
+    parser.add_argument("--nodes", type=int, default=1, help="parts of the engine")
+    parser.add_argument("--rank", type=int, default=0, help="which of them this is")
+    parser.add_argument("--meet", default="", help="where they meet, as HOST:PORT")
     return parser.parse_args(arguments)
 
 
 def _complain(message: str) -> int:
     print(f"simulated engine {VERSION}: {message}", file=sys.stderr, flush=True)
     return 1
+
+
+def _ranks(options: argparse.Namespace) -> Ranks:
+    return Ranks.parse(options.nodes, options.rank, options.meet)
+
+
+async def _follow(options: argparse.Namespace) -> int:
+    await join(_ranks(options))
+    return _complain("the first part has ended")
+
+
+async def _stop_with(one_gone: asyncio.Event, engine: Engine) -> None:
+    await one_gone.wait()
+    engine.change(Change(failures=Failures(request=RequestFailure.HANG)))
 
 
 async def _serve(options: argparse.Namespace, settings: SimulatedSettings, key: str) -> int:
@@ -85,6 +110,9 @@ async def _serve(options: argparse.Namespace, settings: SimulatedSettings, key: 
         return 0
     if settings.failures.start is not None:
         return _complain(settings.failures.start)
+    if options.nodes > 1:
+        stopping = asyncio.create_task(_stop_with(await gather(_ranks(options)), engine))
+        stopping.add_done_callback(lambda _: print("another part has gone", flush=True))
     application.ready = True
     # A collection over everything loaded so far would show as a hiccup in hundreds of streams.
     gc.freeze()

@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from app.dialect import Route
 from app.settings import SettingsError
 from app.tiers import Tier
-from deployments.engines.base import EngineContractError, Launch
+from deployments.engines.base import EngineContractError, Launch, Span
 from deployments.engines.sglang import Sglang
 
 pytestmark = pytest.mark.unit
@@ -40,6 +42,15 @@ def test_the_command_line():
     bare = {"--enable-priority-scheduling", "--schedule-low-priority-values-first"}
     assert {*bare, "--enable-metrics", "--enable-cache-report"} <= set(command)
     assert "--max-queued-requests" not in command, "the ingress sheds, not the engine"
+
+
+def test_an_engine_on_several_nodes():
+    span = Span(nodes=2, rank=1, here="10.0.0.2", address="10.0.0.1", port=2345)
+    command = Sglang().command(replace(launch(tp_size=16), span=span))
+    assert (flag(command, "--nnodes"), flag(command, "--node-rank")) == ("2", "1")
+    assert flag(command, "--dist-init-addr") == "10.0.0.1:2345"
+    assert flag(command, "--tp-size") == "16"
+    assert "--nnodes" not in Sglang().command(launch())
 
 
 def test_an_operators_arguments_win_over_defaults():

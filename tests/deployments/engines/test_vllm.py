@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from app.dialect import Route
 from app.settings import SettingsError
 from app.tiers import Tier
-from deployments.engines.base import EngineContractError, Launch
+from deployments.engines.base import EngineContractError, Launch, Span
 from deployments.engines.vllm import Vllm
 
 pytestmark = pytest.mark.unit
@@ -38,13 +40,37 @@ def test_the_command_line():
     assert "--enforce-eager" in command and "--seed" not in command
 
 
+SPAN = Span(nodes=2, rank=0, here="10.0.0.1", address="10.0.0.1", port=2345)
+
+
+def test_an_engine_on_several_nodes():
+    first = replace(launch(tensor_parallel_size=16), span=SPAN)
+    command = Vllm().command(first)
+    assert (flag(command, "--nnodes"), flag(command, "--node-rank")) == ("2", "0")
+    assert (flag(command, "--master-addr"), flag(command, "--master-port")) == ("10.0.0.1", "2345")
+    assert "--middleware" in command and "--headless" not in command
+    assert Vllm().environment(first)["VLLM_HOST_IP"] == "10.0.0.1"
+    assert "VLLM_HOST_IP" not in Vllm().environment(launch())
+
+
+def test_the_other_part_of_such_an_engine_has_no_server():
+    other = replace(launch(), span=replace(SPAN, rank=1, here="10.0.0.2"))
+    command = Vllm().command(other)
+    assert command[1:4] == ["-m", "frontline_vllm_headless", "serve"]
+    assert flag(command, "--node-rank") == "1" and "--headless" in command
+    assert flag(command, "--master-addr") == "10.0.0.1" and "--middleware" not in command
+    assert Vllm().environment(other)["VLLM_HOST_IP"] == "10.0.0.2"
+
+
 def test_an_operators_arguments_win_over_defaults():
     command = Vllm().command(launch(scheduling_policy="fcfs", max_num_seqs=3))
     assert flag(command, "--scheduling-policy") == "fcfs"
     assert flag(command, "--max-num-seqs") == "3"
 
 
-@pytest.mark.parametrize("name", ["host", "port", "uds", "api_key", "served_model_name", "model"])
+@pytest.mark.parametrize(
+    "name", ["host", "port", "uds", "api_key", "served_model_name", "model", "nnodes", "headless"]
+)
 def test_what_would_open_the_engine_is_refused(name):
     with pytest.raises(SettingsError, match=f"engine_args.{name}"):
         Vllm().command(launch(**{name: "x"}))
