@@ -50,7 +50,6 @@ class Machine:
         done = subprocess.run(
             [*_enter(self.pid), *command],
             env=os.environ | env,
-            cwd=_ROOT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -174,4 +173,4 @@ def _innermost(process: subprocess.Popen[str]) -> int:
 
 def _enter(pid: int) -> list[str]:
     spaces = ("--user", "--net", "--pid", "--mount", "--preserve-credentials")
-    return ["nsenter", f"--target={pid}", *spaces, "--"]
+    return ["nsenter", f"--target={pid}", *spaces, f"--wd={_ROOT}", "--"]
