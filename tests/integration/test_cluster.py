@@ -63,7 +63,7 @@ def cluster():
     temporary = TemporaryDirectory(prefix="fl-", dir="/tmp")
     with temporary as folder, ray_machines(Path(folder)) as cluster:
         cluster.front, cluster.engines_node = cluster.join_all(
-            n2={"front": 1, "engine_sglang": 1, "wide": 1}, n3={"engine_vllm": 2, "wide": 1}
+            n2={"front": 1, "engine_sglang": 1, "wide": 1}, n3={"engine_vllm": 3, "wide": 1}
         )
         cluster.deploy(INGRESS, ON_VLLM, ON_SGLANG)
         cluster.wait_ready(cluster.front, "one", "two")
@@ -197,7 +197,7 @@ async def test_an_engine_on_two_nodes_lives_and_dies_as_one(cluster, part):
 async def test_a_node_is_replaced_under_load_while_a_model_is_added(cluster):
     old = cluster.engines_node
     async with load(cluster, "one", "two") as (answered, failures):
-        new = await asyncio.to_thread(cluster.join, 4, engine_vllm=2)
+        new = await asyncio.to_thread(cluster.join, 4, engine_vllm=3)
         stream = asyncio.create_task(stream_long(cluster, "one", 10))
         await asyncio.to_thread(cluster.drain, old)
         await asyncio.to_thread(cluster.deploy, INGRESS, ON_VLLM, ON_SGLANG, ADDED)
