@@ -11,21 +11,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
-import aiohttp
-
 from app import errors
+from app.connection import ConnectionLost, Connections, Response
 from app.dialect import Route
 from app.openai_api import stream_error
 from app.snapshot import ReplicaStatus
 from app.sse import Event, EventReader
 
-_CONNECT_TIMEOUT_S = 5.0
-# Below the five seconds after which uvicorn, which the engines stand on, closes an idle
-# connection: the side that writes next must be the one that gives up first.
-_KEEPALIVE_S = 3.0
 _EVENT_STREAM = "text/event-stream"
+_HEAD = (
+    b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
+    b"authorization: Bearer %b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n"
+)
 
 
 class EngineUnreachable(Exception):
@@ -70,14 +70,14 @@ class _Pulse:
     def beat(self) -> None:
         self._at = time.monotonic()
 
-    def missed(self, error: Exception, read_timeout_s: float) -> bool:
+    def missed(self, error: ConnectionLost, read_timeout_s: float) -> bool:
         """Whether a read failed because the replica as a whole was silent for so long.
 
         One request that stands still while others get on is its own misfortune.
         """
         silent_s = time.monotonic() - self._at
         # A little less: the two clocks began one after the other.
-        return isinstance(error, aiohttp.SocketTimeoutError) and silent_s > 0.9 * read_timeout_s
+        return error.silent and silent_s > 0.9 * read_timeout_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class StreamedAnswer:
         self,
         first: list[Event],
         reader: EventReader,
-        response: aiohttp.ClientResponse,
+        response: Response,
         pulse: _Pulse,
         read_timeout_s: float,
     ) -> None:
@@ -116,11 +116,11 @@ class StreamedAnswer:
         """
         yield self._first
         try:
-            async for piece in self._response.content.iter_any():
+            async for piece in self._response:
                 self._pulse.beat()
                 if events := list(self._reader.feed(piece)):
                     yield events
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except ConnectionLost as error:
             silent = self._pulse.missed(error, self._read_timeout_s)
             raise EngineBroke(silent=silent) from error
 
@@ -130,20 +130,11 @@ class EngineClient:
 
     def __init__(self) -> None:
         self._pulses: WeakValueDictionary[str, _Pulse] = WeakValueDictionary()
-        self._session = aiohttp.ClientSession(
-            # An engine's slots bound its connections, so the connector does not.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-            # Engines compress nothing, and what they send is passed on as it is.
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            # The engines' addresses are on this machine or in this cluster: proxies set in the
-            # environment are not for them.
-            trust_env=False,
-        )
+        self._connections = Connections()
 
     async def close(self) -> None:
-        """Close every connection."""
-        await self._session.close()
+        """Close the connections that nobody uses."""
+        self._connections.close()
 
     @asynccontextmanager
     async def send(
@@ -166,29 +157,33 @@ class EngineClient:
             EngineFailed: it answered with a fault of its own.
             ApiError: it refused the request.
         """
-        headers = {
-            "content-type": "application/json",
-            "authorization": f"Bearer {replica.key}",
-            "x-request-id": request_id,
-        }
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=_CONNECT_TIMEOUT_S, sock_read=read_timeout_s
+        url = replica.base_url
+        head = _HEAD % (
+            route.path.encode(),
+            urlsplit(url).netloc.encode(),
+            replica.key.encode(),
+            request_id.encode(),
+            len(body),
         )
         pulse = self._pulses.get(replica.replica_id)
         if pulse is None:
             pulse = self._pulses[replica.replica_id] = _Pulse()
         try:
-            response = await self._session.post(
-                replica.base_url + route.path, data=body, headers=headers, timeout=timeout
-            )
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
-        async with response:
+            connection = await self._connections.take(url)
+        except ConnectionLost as error:
+            raise EngineUnreachable from error
+        try:
+            try:
+                response = await connection.send(head, body, read_timeout_s)
+            except ConnectionLost as error:
+                raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
             yield await _read_answer(response, route, pulse, read_timeout_s)
+        finally:
+            self._connections.give_back(url, connection)
 
 
 async def _read_answer(
-    response: aiohttp.ClientResponse, route: Route, pulse: _Pulse, read_timeout_s: float
+    response: Response, route: Route, pulse: _Pulse, read_timeout_s: float
 ) -> UnaryAnswer | StreamedAnswer:
     try:
         if response.status != 200:
@@ -200,10 +195,10 @@ async def _read_answer(
             pulse.beat()
             return UnaryAnswer(body)
         reader, events = EventReader(), []
-        async for piece in response.content.iter_any():
+        async for piece in response:
             if events := list(reader.feed(piece)):
                 break
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except ConnectionLost as error:
         raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
     if not events:
         raise EngineUnreachable  # the stream ended before its first event

@@ -1,0 +1,294 @@
+"""HTTP/1.1 to engines: one request at a time over a kept connection, as plain as it can be.
+
+A client library makes objects, timers and tasks for whatever an HTTP request may be. Engines get
+one kind of request, and their answers are read for every token: here a read from the socket is
+parsed (``httptools``, which uvicorn stands on too) and handed on as one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Final, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+CONNECT_TIMEOUT_S: Final = 5.0
+# Below the five seconds after which uvicorn, which the engines stand on, closes an idle
+# connection: the side that writes next must be the one that gives up first.
+KEEPALIVE_S: Final = 3.0
+_MOST_UNREAD: Final = 256 * 1024
+"""Bytes of an answer that wait for a slow client before the engine has to wait, too."""
+
+
+class ConnectionLost(Exception):
+    """There is no connection, or it ended before the answer did.
+
+    ``silent``: it was closed from here, because nothing had come for too long.
+    """
+
+    def __init__(self, message: str, *, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
+
+
+class Response:
+    """An answer whose head has come.
+
+    Attributes:
+        status: the HTTP status.
+        content_type: without parameters, in lower case; empty if there is none.
+    """
+
+    def __init__(self, connection: EngineConnection, status: int, content_type: str) -> None:
+        self.status = status
+        self.content_type = content_type
+        self._connection = connection
+
+    async def read(self) -> bytes:
+        """Return the rest of the body.
+
+        Raises:
+            ConnectionLost: the connection ended before.
+        """
+        pieces = []
+        while piece := await self._connection.next_piece():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes; what was read at once comes as one piece.
+
+        Raises:
+            ConnectionLost: the connection ended before the body did.
+        """
+        while piece := await self._connection.next_piece():
+            yield piece
+
+
+class EngineConnection(asyncio.Protocol):
+    """One connection to an engine. Its methods are for one request after the other."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._read_timeout_s = math.inf
+        self._heard = 0.0
+        self.idle_since = 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pieces: list[bytes] = []
+        self._unread = 0
+        self._paused = False
+        self._content_type = b""
+        self._head_came = self._complete = self._keeps_alive = self._lost = False
+        self._silent = False
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request can be sent over it."""
+        transport = self._transport
+        return (
+            self._keeps_alive
+            and not self._lost
+            and not self._pieces
+            and transport is not None
+            and not transport.is_closing()
+        )
+
+    async def send(self, head: bytes, body: bytes, read_timeout_s: float) -> Response:
+        """Send a request and return its answer once the head of that has come.
+
+        Raises:
+            ConnectionLost: the connection ended before, or nothing came for so long.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise ConnectionLost("closed")
+        self._begin()
+        self._heard = self._loop.time()
+        if self._timer is not None and read_timeout_s < self._read_timeout_s:
+            self._timer.cancel()
+            self._timer = None
+        self._read_timeout_s = read_timeout_s
+        if self._timer is None:
+            self._timer = self._loop.call_later(read_timeout_s, self._look)
+        transport.writelines((head, body))
+        while not self._head_came:
+            await self._news()
+        content_type = self._content_type.partition(b";")[0].strip().lower().decode("latin-1")
+        return Response(self, self._parser.get_status_code(), content_type)
+
+    async def next_piece(self) -> bytes:
+        """Return what has come of the body since the last call, or nothing at its end.
+
+        Raises:
+            ConnectionLost: the connection ended before the body did.
+        """
+        while not self._pieces:
+            if self._complete:
+                return b""
+            await self._news()
+        pieces, self._pieces, self._unread = self._pieces, [], 0
+        if self._paused and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def close(self) -> None:
+        """Close it, upon which the engine aborts what it was doing for us."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._transport is not None:
+            self._transport.close()
+
+    async def _news(self) -> None:
+        if self._lost:
+            raise ConnectionLost("the connection ended", silent=self._silent)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _look(self) -> None:
+        """Whether nothing has come for too long. One timer serves many reads."""
+        self._timer = None
+        if self._complete or self._lost:
+            return
+        left_s = self._heard + self._read_timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        elif self._paused:
+            # It is the client that does not read.
+            self._timer = self._loop.call_later(self._read_timeout_s, self._look)
+        else:
+            self._silent = True
+            self._fail()
+
+    def _fail(self) -> None:
+        self._lost = True
+        self.close()
+        self._wake()
+
+    # What the event loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._fail()
+            return
+        if self._unread > _MOST_UNREAD and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        self.close()
+        self._wake()
+
+    # What the parser calls
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(name) == 12 and name.lower() == b"content-type":
+            self._content_type = value
+
+    def on_headers_complete(self) -> None:
+        self._head_came = self._parser.get_status_code() >= 200
+
+    def on_body(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._unread += len(piece)
+
+    def on_message_complete(self) -> None:
+        # An interim answer (1xx) is a message of its own.
+        self._complete = self._head_came
+        self._keeps_alive = self._complete and bool(self._parser.should_keep_alive())
+
+
+class Connections:
+    """The connections of one ingress to the engines of all its models."""
+
+    def __init__(self) -> None:
+        # As many as there are requests under way, which the engines' slots bound.
+        self._idle: dict[str, deque[EngineConnection]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def take(self, base_url: str) -> EngineConnection:
+        """Return a connection to an engine.
+
+        Raises:
+            ConnectionLost: there is none to be had.
+        """
+        idle = self._idle.get(base_url)
+        while idle:
+            # The one that was used last: those that are not needed grow old together.
+            connection = idle.pop()
+            if connection.reusable:
+                return connection
+            connection.close()
+        return await _connect(base_url)
+
+    def give_back(self, base_url: str, connection: EngineConnection) -> None:
+        """Keep a connection for another request, or close it if its answer is not over."""
+        if not connection.reusable:
+            connection.close()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.setdefault(base_url, deque()).append(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep)
+
+    def close(self) -> None:
+        """Close those that nobody uses."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.close()
+        self._idle.clear()
+
+    def _sweep(self) -> None:
+        """Close those that were idle for long."""
+        oldest = self._loop.time() - KEEPALIVE_S * 3 / 4
+        for base_url, idle in list(self._idle.items()):
+            while idle and idle[0].idle_since < oldest:
+                idle.popleft().close()
+            if not idle:
+                del self._idle[base_url]
+        again = bool(self._idle)
+        self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep) if again else None
+
+
+async def _connect(base_url: str) -> EngineConnection:
+    url = urlsplit(base_url)
+    if url.scheme != "http" or url.hostname is None:
+        raise ConnectionLost(f"not an HTTP address: {base_url}")
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await loop.create_connection(
+                EngineConnection, url.hostname, url.port or 80
+            )
+    except (OSError, TimeoutError) as error:
+        raise ConnectionLost(str(error)) from error
+    return connection
