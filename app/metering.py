@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import time
+from typing import Final, Protocol
 
 from app.ledger.ledger import Ledger
 from app.ledger.record import NOTHING_USED, Origin, State, UsageRecord, now_utc
 from app.pricing import TokenUsage
 from app.reply import Place
+
+_LOOK_S: Final = 0.05
+_LOOK_EVENTS: Final = 64
+
+
+class Metered(Protocol):
+    """A stream that tells its usage."""
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The tokens so far; ``None`` while the engine has told none."""
+        ...
 
 
 class Meter:
@@ -17,18 +30,27 @@ class Meter:
     settle it; later ones change nothing. One that is placed again, because its engine was lost
     before it sent anything, has the record of its last place.
 
-    Attributes:
-        usage: the tokens so far, as the engine counts them; ``None`` while it has told none.
     """
 
     def __init__(self, ledger: Ledger, origin: Origin) -> None:
-        self.usage: TokenUsage | None = None
+        self._usage: TokenUsage | None = None
+        self._stream: Metered | None = None
         self._ledger = ledger
         self._origin = origin
         self._began = time.monotonic()
         self._record: UsageRecord | None = None
         self._ttft_s: float | None = None
-        self._is_open = False
+        self._unlooked = 0
+        self._look_at = 0.0
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The tokens so far, as the engine counts them; ``None`` while it has told none."""
+        return self._usage if self._stream is None else self._stream.usage
+
+    @usage.setter
+    def usage(self, usage: TokenUsage | None) -> None:
+        self._usage = usage
 
     def place(self, place: Place) -> None:
         """Take note of where the request goes, and of the decision that everything reads from."""
@@ -41,21 +63,32 @@ class Meter:
             queue_s=place.queue_s,
         )
 
-    async def open(self) -> None:
-        """Make the record of a stream durable, before its first byte leaves."""
+    async def open(self, stream: Metered) -> None:
+        """Make the record of a stream durable, before its first byte leaves.
+
+        From now on the stream tells the usage.
+        """
         assert self._record is not None, "only a placed request is answered"
         self.first_byte()
-        self._is_open = True
+        self._stream = stream
         await self._ledger.open(self._record)
 
     def first_byte(self) -> None:
         """Take note of the time to the first byte."""
         self._ttft_s = time.monotonic() - self._began
 
-    def progress(self, usage: TokenUsage | None) -> None:
-        """Take note of how far a stream has got."""
-        self.usage = usage
-        if self._is_open and self._record is not None and usage is not None:
+    def progress(self, events: int) -> None:
+        """Take note that a stream has got so many events further.
+
+        The usage is read only now and then: what an ingress that is killed can lose of it is
+        bounded by what the ledger writes down, and that is less often.
+        """
+        self._unlooked += events
+        now = time.monotonic()
+        if now < self._look_at and self._unlooked < _LOOK_EVENTS:
+            return
+        self._unlooked, self._look_at = 0, now + _LOOK_S
+        if self._record is not None and (usage := self.usage) is not None:
             self._ledger.progress(self._origin.request_id, usage)
 
     async def settle(self, state: State, reason: str | None = None) -> None:

@@ -5,10 +5,10 @@ Everything else in requests and answers passes through untouched, but for nulls 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from zlib import crc32
 
 import orjson
@@ -16,7 +16,7 @@ import orjson
 from app import errors
 from app.dialect import Dialect, Route
 from app.pricing import TokenUsage, cost
-from app.sse import DONE, Event
+from app.sse import Event
 from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
@@ -218,165 +218,6 @@ def stamp(answer: dict[str, Any], decision: TierDecision) -> TokenUsage | None:
     if tokens is not None and isinstance(usage, dict):
         usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
     return tokens
-
-
-class StreamStamper(Protocol):
-    """Turns an engine's events into those that the client gets."""
-
-    ended: bool
-    """Whether the stream has come to its proper end, or to an error that the engine reported."""
-    failed: bool
-    """Whether it has come to an error that the engine reported."""
-
-    @property
-    def usage(self) -> TokenUsage | None:
-        """The tokens of the stream so far, as far as the engine has told."""
-        ...
-
-    def feed(self, event: Event) -> Iterator[bytes]:
-        """Yield what the client gets for one event of the engine."""
-        ...
-
-    def break_off(self) -> Iterator[bytes]:
-        """Yield what the client gets when the engine is lost in the middle of the stream."""
-        ...
-
-
-def stream_stamper(inbound: Inbound, decision: TierDecision) -> StreamStamper:
-    """Return the stamper for a request's stream."""
-    if inbound.route is Route.RESPONSES:
-        return ResponsesStamper(decision)
-    return ChunkStamper(inbound, decision)
-
-
-class ChunkStamper:
-    """Stamps the chunks of chat completions and completions.
-
-    A client that did not ask for usage gets it on the chunk that finishes the answer, as
-    DeepInfra's service does, and no chunk more than it expects. That chunk is held back until
-    the engine's usage chunk, which follows at once, has come.
-    """
-
-    def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
-        self.ended = self.failed = False
-        self._route = inbound.route
-        self._wants_usage = inbound.wants_usage
-        self._wants_continuous_usage = inbound.wants_continuous_usage
-        self._decision = decision
-        self._id: str | None = None
-        self._held: dict[str, Any] | None = None
-        self._last_usage: dict[str, Any] | None = None
-
-    @property
-    def usage(self) -> TokenUsage | None:
-        return read_usage(self._last_usage)
-
-    def feed(self, event: Event) -> Iterator[bytes]:
-        if event.data == DONE:
-            self.ended = True
-            yield from self._release(self._last_usage)
-            yield event.encode()
-            return
-        chunk = orjson.loads(event.data)
-        if chunk.get("error") is not None:
-            self.ended = self.failed = True
-            yield from self._release(self._last_usage)
-            yield _error_event(chunk, self._route)
-            return
-        yield from self._chunk(chunk)
-
-    def _chunk(self, chunk: dict[str, Any]) -> Iterator[bytes]:
-        choices, usage = chunk.get("choices"), chunk.pop("usage", None)
-        if usage is not None:
-            self._last_usage = usage
-        if self._wants_usage:
-            shown = not choices or self._wants_continuous_usage
-            yield self._stamped(chunk, {"usage": usage if shown else None})
-        elif choices or usage is None:
-            yield from self._release(None)
-            if any(choice.get("finish_reason") is not None for choice in choices or ()):
-                self._held = chunk
-            else:
-                yield self._stamped(chunk, {})
-
-    def _release(self, usage: dict[str, Any] | None) -> Iterator[bytes]:
-        if self._held is not None:
-            yield self._stamped(self._held, {"usage": usage} if usage is not None else {})
-            self._held = None
-
-    def _stamped(self, chunk: dict[str, Any], usage: dict[str, Any]) -> bytes:
-        chunk |= usage
-        # SGLang gives every choice an id of its own; in OpenAI's API a stream has one.
-        self._id = self._id or chunk.get("id")
-        if self._id is not None:
-            chunk["id"] = self._id
-        stamp(chunk, self._decision)
-        return b"data: " + orjson.dumps(chunk) + b"\n\n"
-
-    def break_off(self) -> Iterator[bytes]:
-        yield from self._release(self._last_usage)
-        yield Event(errors.ServerError(_BROKEN_OFF).body()).encode()
-
-
-class ResponsesStamper:
-    """Stamps the events of the Responses route: each that carries the response object."""
-
-    _LAST: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
-
-    def __init__(self, decision: TierDecision) -> None:
-        self.ended = self.failed = False
-        self._usage: TokenUsage | None = None
-        self._decision = decision
-        self._sequence_number = -1
-
-    @property
-    def usage(self) -> TokenUsage | None:
-        return self._usage
-
-    def feed(self, event: Event) -> Iterator[bytes]:
-        if event.data == DONE:
-            self.ended = True
-            yield event.encode()
-            return
-        fields = orjson.loads(event.data)
-        self._sequence_number = fields.get("sequence_number", self._sequence_number)
-        kind = fields.get("type")
-        if kind == "error" or "error" in fields:
-            self.ended = self.failed = True
-            yield self._error(errors.ServerError())
-            return
-        self.ended = self.ended or kind in self._LAST
-        self.failed = self.failed or kind == "response.failed"
-        response = fields.get("response")
-        if not isinstance(response, dict):
-            yield event.encode()
-            return
-        self._usage = stamp(response, self._decision) or self._usage
-        yield Event(orjson.dumps(fields), event.name).encode()
-
-    def break_off(self) -> Iterator[bytes]:
-        yield self._error(errors.ServerError(_BROKEN_OFF))
-
-    def _error(self, error: errors.ApiError) -> bytes:
-        fields = {
-            "type": "error",
-            "code": error.code,
-            "message": error.message,
-            "param": error.param,
-            "sequence_number": self._sequence_number + 1,
-        }
-        return Event(orjson.dumps(fields), b"error").encode()
-
-
-_BROKEN_OFF: Final = "The engine was lost before the answer was complete."
-
-
-def _error_event(chunk: dict[str, Any], route: Route) -> bytes:
-    status = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
-    status = status if isinstance(status, int) and 400 <= status < 600 else 500
-    return Event(
-        errors.from_engine(status, orjson.dumps(chunk), route.prompt_field).body()
-    ).encode()
 
 
 def stream_error(event: Event, route: Route) -> errors.ApiError | None:

@@ -17,7 +17,7 @@ from app.config import IngressSettings
 from app.ledger.ledger import JournalFull, Ledger
 from app.ledger.record import Origin, State, now_utc
 from app.metering import Meter
-from app.openai_api import Inbound, rewrite_request, stamp, stream_stamper
+from app.openai_api import Inbound, rewrite_request, stamp
 from app.relay import (
     EngineBroke,
     EngineClient,
@@ -29,6 +29,7 @@ from app.relay import (
 from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.shares import SharePart
 from app.snapshot import ModelState, ReplicaStatus
+from app.stamper import stream_stamper
 from app.store.records import RecordStore
 from app.ticket import Ticket
 from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
@@ -242,24 +243,23 @@ class Passage:
     async def _forward_stream(self, answer: StreamedAnswer, place: Place) -> None:
         stamper = stream_stamper(self._inbound, place.decision)
         meter, reply = self._meter, self._reply
-        await meter.open()
+        await meter.open(stamper)
         await reply.start(SSE, place)
         try:
             async for events in answer:
-                piece = b"".join(piece for event in events for piece in stamper.feed(event))
-                meter.progress(stamper.usage)
+                piece = stamper.feed(events)
+                meter.progress(len(events))
                 if stamper.failed:
                     await meter.settle(State.INTERRUPTED, "engine_error")
                 elif stamper.ended:
                     await meter.settle(State.COMPLETED)
                 await reply.write(piece)
         except (EngineBroke, orjson.JSONDecodeError) as lost:
-            meter.progress(stamper.usage)
             if isinstance(lost, EngineBroke) and lost.silent:
                 self._admission.suspect(place.replica.replica_id, self._inbound.route)
         last = b""
         if not stamper.ended:
-            last = b"".join(stamper.break_off())
+            last = stamper.break_off()
             await meter.settle(State.INTERRUPTED, "engine_lost")
         await reply.write(last, more=False)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 DONE: Final = b"[DONE]"
 """The data of the event that ends an OpenAI stream."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One event: its ``data`` (lines joined by a newline) and its name, empty if it has none."""
 
     data: bytes

@@ -37,6 +37,22 @@ class FakeLedger:
         self.calls.append(("count", record))
 
 
+class Stream:
+    """Tells its usage, and counts how often it was asked."""
+
+    def __init__(self, usage):
+        self._usage, self.asked = usage, 0
+
+    @property
+    def usage(self):
+        self.asked += 1
+        return self._usage
+
+    @usage.setter
+    def usage(self, usage):
+        self._usage = usage
+
+
 def place(served=Tier.PRIORITY, reason=None):
     return Place(REPLICA, TierDecision(Tier.PRIORITY, served, reason, CARD), 0.5)
 
@@ -49,12 +65,13 @@ def meter():
 async def test_a_stream_is_open_before_its_first_byte_and_settled_once():
     one, calls = meter()
     one.place(place())
-    await one.open()
-    one.progress(TokenUsage(3, 0, 1))
-    one.progress(TokenUsage(3, 0, 2))
+    stream = Stream(TokenUsage(3, 0, 1))
+    await one.open(stream)
+    one.progress(1)
+    stream.usage = TokenUsage(3, 0, 2)
     await one.settle(State.COMPLETED)
     await one.settle(State.INTERRUPTED, "client_gone")
-    assert [name for name, _ in calls] == ["open", "progress", "progress", "settle"]
+    assert [name for name, _ in calls] == ["open", "progress", "settle"]
     record = calls[-1][1]
     assert (record.state, record.reason) == (State.COMPLETED, None)
     assert record.usage == TokenUsage(3, 0, 2)
@@ -96,5 +113,16 @@ async def test_the_record_is_written_even_where_its_client_has_gone():
 async def test_a_unary_answer_has_no_progress():
     one, calls = meter()
     one.place(place())
-    one.progress(TokenUsage(1, 0, 1))
+    one.usage = TokenUsage(1, 0, 1)
     assert calls == []
+
+
+async def test_a_streams_usage_is_read_now_and_then():
+    one, calls = meter()
+    one.place(place())
+    stream = Stream(TokenUsage(3, 0, 1))
+    await one.open(stream)
+    for _ in range(640):
+        one.progress(1)
+    assert 1 <= stream.asked <= 30, "each of them is parsed from the engine's bytes"
+    assert len(calls) == 1 + stream.asked

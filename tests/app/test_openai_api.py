@@ -16,10 +16,9 @@ from app.openai_api import (
     rewrite_request,
     stamp,
     stream_error,
-    stream_stamper,
 )
 from app.pricing import RateCard, TokenUsage
-from app.sse import Event, EventReader
+from app.sse import Event
 from app.tiers import Tier, TierDecision
 
 pytestmark = pytest.mark.unit
@@ -170,110 +169,9 @@ def test_an_answer_is_stamped_with_the_decision():
     assert orjson.dumps(answer["usage"]["estimated_cost"]) == b"0.000045"
 
 
-# --- streams -----------------------------------------------------------------------------------
-
-
-def chunk(content=None, finish=None, usage=None, index=0):
-    fields = {"object": "chat.completion.chunk", "choices": []}
-    if content is not None or finish is not None:
-        fields["choices"] = [
-            {"index": index, "delta": {"content": content}, "finish_reason": finish}
-        ]
-    if usage is not None:
-        fields["usage"] = {"prompt_tokens": 3, "completion_tokens": usage}
-    return Event(json.dumps(fields).encode())
-
-
-DONE = Event(b"[DONE]")
-STREAM = [
-    chunk("a", usage=1),
-    chunk("b", usage=2),
-    chunk("", "stop", usage=2),
-    chunk(usage=2),
-    DONE,
-]
-
-
-def played(events, request, *, broken=False):
-    stamper = stream_stamper(request, PRIORITY)
-    wire = b"".join(piece for event in events for piece in stamper.feed(event))
-    if broken:
-        wire += b"".join(stamper.break_off())
-    got = [event.data for event in EventReader().feed(wire)]
-    return stamper, [data if data == b"[DONE]" else json.loads(data) for data in got]
-
-
-def test_who_did_not_ask_for_usage_gets_no_chunk_more_and_usage_on_the_last_one():
-    stamper, got = played(STREAM, inbound(stream=True))
-    assert [c["choices"][0]["delta"]["content"] for c in got[:-1]] == ["a", "b", ""]
-    assert [("usage" in c) for c in got[:-1]] == [False, False, True]
-    assert got[2]["usage"]["estimated_cost"] == pytest.approx(1.5 * (3 * 0.02 + 2 * 0.04) / 1e6)
-    assert got[-1] == b"[DONE]"
-    assert stamper.usage == TokenUsage(3, 0, 2)
-    assert stamper.ended
-
-
-def test_who_asked_for_usage_gets_it_with_its_cost_on_the_last_chunk():
-    request = inbound(stream=True, stream_options={"include_usage": True})
-    _, got = played(STREAM, request)
-    assert [c["usage"] is None for c in got[:-1]] == [True, True, True, False]
-    assert got[3]["choices"] == []
-    assert got[3]["usage"]["estimated_cost"] > 0
-
-
-def test_a_stream_has_one_id_whatever_the_engine_gives_each_choice():
-    def of(name, index):
-        return Event(json.dumps({**json.loads(chunk("a", index=index).data), "id": name}).encode())
-
-    _, got = played([of("x", 0), of("y", 1), of("x", 0), DONE], inbound(stream=True))
-    assert [c["id"] for c in got[:-1]] == ["x", "x", "x"]
-
-
-def test_who_asked_for_continuous_usage_gets_it_on_every_chunk():
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    _, got = played(STREAM, inbound(stream=True, stream_options=options))
-    assert [c["usage"]["completion_tokens"] for c in got[:-1]] == [1, 2, 2, 2]
-    assert all("estimated_cost" in c["usage"] for c in got[:-1])
-
-
-@given(st.booleans(), st.integers(1, 3), st.integers(0, 8))
-def test_every_chunk_carries_the_tier_wherever_the_stream_stops(wants_usage, answers, length):
-    events = [chunk("x", usage=i + 1, index=i % answers) for i in range(length)]
-    events += [chunk("", "stop", usage=length, index=i) for i in range(answers)]
-    options = {"include_usage": True} if wants_usage else None
-    for stop in range(len(events) + 1):
-        _, got = played(events[:stop], inbound(stream=True, stream_options=options), broken=True)
-        assert got[-1]["error"]["type"] == "server_error"
-        assert len(got) == stop + 1, "no chunk is lost, none is added"
-        assert all(c["service_tier"] == "priority" for c in got[:-1])
-
-
-def test_an_engines_error_in_mid_stream_ends_it_in_openais_shape():
-    error = Event(b'{"error": {"message": "at /opt/x/y.py", "code": 500}}')
-    stamper, got = played([chunk("a"), error], inbound(stream=True))
-    assert got[-1]["error"]["message"] == "The server had an error while processing your request."
-    assert stamper.ended
-
-
-def test_responses_events_are_stamped_where_they_carry_the_response():
-    def event(kind, **fields):
-        return Event(json.dumps({"type": kind, **fields}).encode(), kind.encode())
-
-    usage = {"input_tokens": 3, "output_tokens": 2}
-    events = [
-        event("response.created", response={"service_tier": "auto"}, sequence_number=0),
-        event("response.output_text.delta", delta="a", sequence_number=1),
-        event("response.completed", response={"usage": usage}, sequence_number=2),
-    ]
-    request = inbound(Route.RESPONSES, stream=True)
-    stamper, got = played(events, request)
-    assert got[0]["response"]["service_tier"] == "priority"
-    assert got[1] == {"type": "response.output_text.delta", "delta": "a", "sequence_number": 1}
-    assert got[2]["response"]["usage"]["estimated_cost"] > 0
-    assert stamper.ended and stamper.usage == TokenUsage(3, 0, 2)
-
-    _, got = played(events[:2], request, broken=True)
-    assert (got[-1]["type"], got[-1]["sequence_number"]) == ("error", 2)
+def chunk(content):
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": None}
+    return Event(json.dumps({"object": "chat.completion.chunk", "choices": [choice]}).encode())
 
 
 def test_an_error_as_first_event_is_found_and_ordinary_text_is_not():
