@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from app import errors
@@ -15,6 +15,7 @@ from app.passage import Passage, Services
 from app.reply import Reply, Send
 
 Scope = MutableMapping[str, Any]
+Headers = Mapping[bytes, bytes]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
@@ -32,8 +33,9 @@ class Exchange:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services, reply = self._services, Reply(send)
         try:
-            caller = await identify(services, scope)
-            body = await _read_body(scope, receive, services.settings)
+            headers = dict(scope["headers"])
+            caller = await identify(services, headers)
+            body = await _read_body(headers, receive, services.settings)
             inbound = parse_request(self._route, body)
             admission = services.catalog.find(inbound.model)
             if admission is None:
@@ -43,25 +45,31 @@ class Exchange:
             await reply.refuse(error)
         except ClientGone:
             return
+        except Exception:
+            if not reply.started:
+                await reply.refuse(errors.ServerError(code="internal_error"))
+            # Serve writes it to its log.
+            raise
 
 
-async def identify(services: Services, scope: Scope) -> Caller:
+async def identify(services: Services, headers: Headers) -> Caller:
     """Return who sends a request, once this ingress is ready and before its body is read.
 
     Raises:
         InvalidKey: keys are asked for, and it carries none that works.
     """
-    await services.ready.wait()
+    if not services.ready.is_set():
+        await services.ready.wait()
     if services.accounts is None:
         return NOBODY
-    authorization = dict(scope["headers"]).get(b"authorization")
+    authorization = headers.get(b"authorization")
     text = None if authorization is None else authorization.decode("latin-1")
     return await services.accounts.identify(text)
 
 
-async def _read_body(scope: Scope, receive: Receive, settings: IngressSettings) -> bytes:
+async def _read_body(headers: Headers, receive: Receive, settings: IngressSettings) -> bytes:
     limit = settings.max_body_bytes
-    declared = dict(scope["headers"]).get(b"content-length", b"")
+    declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > limit:
         raise errors.BodyTooLarge(limit)
     pieces, length = [], 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -18,11 +18,12 @@ from app.accounts import Accounts
 from app.catalog import Catalog, ServeSource, model_entry, serve_host
 from app.config import LONGEST_STOP_S, IngressSettings
 from app.dialect import Route
-from app.exchange import Exchange, identify
+from app.exchange import Exchange, Receive, Scope, identify
 from app.ledger.ledger import open_ledger
 from app.limits_deployment import ServeLimits
 from app.passage import Services
 from app.relay import EngineClient
+from app.reply import Send
 from app.settings import Problem, SettingsError
 from app.store.database import connect
 from app.store.keys import KeyStore
@@ -103,8 +104,8 @@ class Ingress:
         await asyncio.gather(*users, return_exceptions=True)
         store.dispose()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._services)
+    def __serve_build_asgi_app__(self) -> Front:
+        return Front(self._services)
 
     async def __del__(self) -> None:
         await self._services.catalog.stop()
@@ -146,17 +147,44 @@ def build(args: dict[str, Any]) -> serve.Application:
     return _deployment.bind(limits_deployment.deployment.bind())
 
 
-def build_api(services: Services) -> FastAPI:
+class Front:
+    """The HTTP application: what engines answer at once, everything else by FastAPI.
+
+    FastAPI takes a request through a dozen layers before it finds its route.
+
+    Attributes:
+        routes: none that Serve could look through for every request, to name it in its metrics.
+    """
+
+    routes: tuple[()] = ()
+
+    def __init__(self, services: Services) -> None:
+        self._exchanges = {
+            f"{prefix}/{route.value}": Exchange(route, services)
+            for prefix in PREFIXES
+            for route in Route
+        }
+        self._api = build_api(services, self._exchanges)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+            exchange = self._exchanges.get(scope["path"])
+            if exchange is not None:
+                await exchange(scope, receive, send)
+                return
+        await self._api(scope, receive, send)
+
+
+def build_api(services: Services, exchanges: Mapping[str, Exchange]) -> FastAPI:
     """Return the HTTP application that serves every route."""
     # FastAPI's own documentation routes describe types that Frontline deliberately leaves open.
     api = FastAPI(
         title="Frontline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
+    # They are here as well for other methods, and for a root path.
+    for path, exchange in exchanges.items():
+        api.router.routes.append(HttpRoute(path, exchange, methods=["POST"]))
     for prefix in PREFIXES:
-        for route in Route:
-            api.router.routes.append(
-                HttpRoute(f"{prefix}/{route.value}", Exchange(route, services), methods=["POST"])
-            )
         _add_catalog_routes(api, prefix, services)
         add_usage_route(api, prefix, services)
     api.add_exception_handler(HTTPException, _answer_http_exception)
@@ -170,12 +198,12 @@ def _add_catalog_routes(api: FastAPI, prefix: str, services: Services) -> None:
 
     @api.get(f"{prefix}/models")
     async def list_models(request: Request) -> Response:
-        await identify(services, request.scope)
+        await identify(services, dict(request.scope["headers"]))
         return _json({"object": "list", "data": [model_entry(m) for m in catalog.models()]})
 
     @api.get(f"{prefix}/models/{{name:path}}")
     async def show_model(request: Request, name: str) -> Response:
-        await identify(services, request.scope)
+        await identify(services, dict(request.scope["headers"]))
         admission = catalog.find(name)
         if admission is None:
             raise errors.ModelNotFound(name)

@@ -47,18 +47,20 @@ class Reply:
 
     ``request_id`` is this request's own, which no other has. ``x-request-id`` is not it: Serve
     adds that header itself, with the client's value if it sent one, and clients repeat values.
-    ``headers`` are sent with whatever answer there is.
+    ``headers`` are sent with whatever answer there is. ``started`` says whether one has begun.
     """
 
     def __init__(self, send: Send) -> None:
         self.request_id = f"req_{uuid.uuid4().hex}"
         self.headers: list[tuple[str, str]] = []
+        self.started = False
         self._send = send
 
     async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Place) -> None:
         """Send status 200 and the headers."""
         own = ((name.encode(), value.encode()) for name, value in self.headers)
         headers = (*headers, *place.headers(), *own)
+        self.started = True
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, piece: bytes, *, more: bool = True) -> None:
@@ -75,6 +77,7 @@ class Reply:
             (b"content-length", str(len(body)).encode()),
             *((name.encode(), value.encode()) for name, value in headers.items()),
         ]
+        self.started = True
         await self._send({"type": "http.response.start", "status": error.status, "headers": fields})
         await self.write(body, more=False)
 
