@@ -7,6 +7,7 @@ wants them and are neither renamed nor repeated here.
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
@@ -224,7 +225,7 @@ class TierSettings(Settings):
     )
     flex: bool = Field(default=True, description="Whether `flex` is offered.")
 
-    @property
+    @cached_property
     def offer(self) -> TierOffer:
         """The same as the value that decisions are made from."""
         return TierOffer(self.priority, self.flex)

@@ -105,7 +105,7 @@ class Ingress:
         store.dispose()
 
     def __serve_build_asgi_app__(self) -> Front:
-        return Front(self._services)
+        return build_api(self._services)
 
     async def __del__(self) -> None:
         await self._services.catalog.stop()
@@ -164,7 +164,7 @@ class Front:
             for prefix in PREFIXES
             for route in Route
         }
-        self._api = build_api(services, self._exchanges)
+        self._api = _others(services, self._exchanges)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
@@ -175,8 +175,12 @@ class Front:
         await self._api(scope, receive, send)
 
 
-def build_api(services: Services, exchanges: Mapping[str, Exchange]) -> FastAPI:
+def build_api(services: Services) -> Front:
     """Return the HTTP application that serves every route."""
+    return Front(services)
+
+
+def _others(services: Services, exchanges: Mapping[str, Exchange]) -> FastAPI:
     # FastAPI's own documentation routes describe types that Frontline deliberately leaves open.
     api = FastAPI(
         title="Frontline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False

@@ -150,6 +150,8 @@ class Line:
 
     def next_expiry(self) -> float:
         """Return when the next request will have waited too long; infinity if none waits."""
+        if not self.count:
+            return math.inf
         return min(
             (
                 oldest.since + self.settings.of(tier).max_wait_s

@@ -290,6 +290,8 @@ class Places:
 
     def next_resume(self) -> float:
         """Return when the next suspension ends; infinity if there is none."""
+        if not self._suspended:
+            return math.inf
         return min((p.suspended_until for p in self._suspended.values()), default=math.inf)
 
     def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from app import errors
 from app.snapshot import ReplicaStatus
-from app.tiers import TierDecision
+from app.tiers import Tier, TierDecision
+
+_TIERS: Final = {tier: tier.value.encode() for tier in Tier}
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -33,7 +35,7 @@ class Place:
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return what every answer says about itself."""
         stamps = [
-            (b"x-service-tier", self.decision.served.value.encode()),
+            (b"x-service-tier", _TIERS[self.decision.served]),
             (b"x-engine", self.replica.dialect.engine.encode()),
             (b"x-queue-time-ms", milliseconds(self.queue_s).encode()),
         ]
@@ -51,7 +53,7 @@ class Reply:
     """
 
     def __init__(self, send: Send) -> None:
-        self.request_id = f"req_{uuid.uuid4().hex}"
+        self.request_id = f"req_{secrets.token_hex(16)}"
         self.headers: list[tuple[str, str]] = []
         self.started = False
         self._send = send
