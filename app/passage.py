@@ -246,9 +246,9 @@ class Passage:
         await meter.open(stamper)
         await reply.start(SSE, place)
         try:
-            async for events in answer:
-                piece = stamper.feed(events)
-                meter.progress(len(events))
+            async for blocks in answer:
+                piece = stamper.feed(blocks)
+                meter.progress(len(blocks))
                 if stamper.failed:
                     await meter.settle(State.INTERRUPTED, "engine_error")
                 elif stamper.ended:

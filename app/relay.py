@@ -19,7 +19,7 @@ from app.connection import ConnectionLost, Connections, Response
 from app.dialect import Route
 from app.openai_api import stream_error
 from app.snapshot import ReplicaStatus
-from app.sse import Event, EventReader
+from app.sse import EventReader, parse_block
 
 _EVENT_STREAM = "text/event-stream"
 _HEAD = (
@@ -90,13 +90,13 @@ class UnaryAnswer:
 class StreamedAnswer:
     """An answer with status 200 whose first events have come.
 
-    Iterating yields them and then the rest, a list for each piece read from the engine, so that
-    what came together leaves together.
+    Iterating yields them and then the rest, as they came (``EventReader.blocks``), a list for each
+    piece read from the engine, so that what came together leaves together.
     """
 
     def __init__(
         self,
-        first: list[Event],
+        first: list[bytes],
         reader: EventReader,
         response: Response,
         pulse: _Pulse,
@@ -108,7 +108,7 @@ class StreamedAnswer:
         self._pulse = pulse
         self._read_timeout_s = read_timeout_s
 
-    async def __aiter__(self) -> AsyncIterator[list[Event]]:
+    async def __aiter__(self) -> AsyncIterator[list[bytes]]:
         """Yield events as they come.
 
         Raises:
@@ -118,8 +118,8 @@ class StreamedAnswer:
         try:
             async for piece in self._response:
                 self._pulse.beat()
-                if events := list(self._reader.feed(piece)):
-                    yield events
+                if blocks := self._reader.blocks(piece):
+                    yield blocks
         except ConnectionLost as error:
             silent = self._pulse.missed(error, self._read_timeout_s)
             raise EngineBroke(silent=silent) from error
@@ -194,18 +194,20 @@ async def _read_answer(
             body = await response.read()
             pulse.beat()
             return UnaryAnswer(body)
-        reader, events = EventReader(), []
+        reader, blocks, first = EventReader(), list[bytes](), None
         async for piece in response:
-            if events := list(reader.feed(piece)):
+            blocks = reader.blocks(piece)
+            first = next((event for block in blocks if (event := parse_block(block))), None)
+            if first is not None:
                 break
     except ConnectionLost as error:
         raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
-    if not events:
+    if first is None:
         raise EngineUnreachable  # the stream ended before its first event
     pulse.beat()
-    if failure := stream_error(events[0], route):
+    if failure := stream_error(first, route):
         raise _fault(failure)
-    return StreamedAnswer(events, reader, response, pulse, read_timeout_s)
+    return StreamedAnswer(blocks, reader, response, pulse, read_timeout_s)
 
 
 def _fault(error: errors.ApiError) -> Exception:

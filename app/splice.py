@@ -13,13 +13,14 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 _USAGE: Final = b',"usage":'
+_DATA: Final = b"data: "
 _DIGITS: Final = b"0123456789"
 _KEPT: Final = 4
 """How many templates a stream has at once: a choice of ``n``, or a delta's kind, has its own."""
 
 
 class _Template(NamedTuple):
-    """Bytes of the engine's chunk around its text and its numbers, and of the client's around it.
+    """Bytes of the engine's block around its text and its numbers, and of the client's around it.
 
     ``shape`` is the usage, and what follows it, without its digits.
     """
@@ -43,13 +44,16 @@ class Splicer:
         self._templates: list[_Template] = []
         self._learned = self._spliced = 0
 
-    def splice(self, data: bytes) -> bytes | None:
-        """Return a chunk's event as the client gets it, or ``None`` where it must be parsed."""
+    def splice(self, block: bytes) -> bytes | None:
+        """Return a chunk's event as the client gets it, or ``None`` where it must be parsed.
+
+        ``block`` is the event as it came, ``data: `` and all.
+        """
         for head, middle, shape, wire_head, wire_tail in self._templates:
-            if not data.startswith(head):
+            if not block.startswith(head):
                 continue
-            place = data.rfind(middle)
-            text, usage = data[len(head) : place], data[place + len(middle) :]
+            place = block.rfind(middle)
+            text, usage = block[len(head) : place], block[place + len(middle) :]
             if (
                 place >= len(head)
                 # A quote may end the text, and a backslash may hide the quote that does.
@@ -66,7 +70,7 @@ class Splicer:
         """Take a chunk as a template.
 
         Args:
-            data: the chunk as it came.
+            data: the chunk as it came, without ``data: ``.
             text: what ``only_text`` finds in it.
             usage: its usage, parsed; ``None`` if it has none.
             event: what the client gets for it.
@@ -107,7 +111,7 @@ def _template(data: bytes, text: str, usage: object, event: bytes) -> _Template 
         if start < len(_USAGE) or not _is(rest[start:-1], usage):
             return None
         rest, shape = rest[:start], rest[start:].translate(None, _DIGITS)
-    return _Template(head, rest, shape, wire_head + b'"', b'"' + wire_rest)
+    return _Template(_DATA + head, rest, shape, wire_head + b'"', b'"' + wire_rest)
 
 
 def _is(json: bytes, value: object) -> bool:

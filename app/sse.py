@@ -22,13 +22,19 @@ class Event(NamedTuple):
 
 
 class EventReader:
-    """Cuts a byte stream, in whatever pieces it arrives, into events."""
+    """Cuts a byte stream, in whatever pieces it arrives, into blocks: events as they came."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, piece: bytes) -> Iterator[Event]:
         """Yield the events that ``piece`` completes. Comments and unknown fields are dropped."""
+        for block in self.blocks(piece):
+            if event := parse_block(block):
+                yield event
+
+    def blocks(self, piece: bytes) -> list[bytes]:
+        """Return the blocks that ``piece`` completes, without the empty lines between them."""
         text, held = self._rest + piece, b""
         if b"\r" in text:
             # A CR that ends the piece may be the first half of a CR LF: it waits for the next.
@@ -36,9 +42,7 @@ class EventReader:
             text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         blocks = text.split(b"\n\n")
         self._rest = blocks.pop() + held
-        for block in blocks:
-            if event := _parse(block):
-                yield event
+        return blocks
 
     @property
     def incomplete(self) -> bool:
@@ -46,7 +50,8 @@ class EventReader:
         return bool(self._rest.strip())
 
 
-def _parse(block: bytes) -> Event | None:
+def parse_block(block: bytes) -> Event | None:
+    """Return the event of a block, or ``None`` if it has no data."""
     if block.startswith(b"data: ") and b"\n" not in block:
         return Event(block[6:])
     name, data = b"", []

@@ -17,7 +17,7 @@ from app.dialect import Route
 from app.openai_api import Inbound, read_usage, stamp
 from app.pricing import TokenUsage
 from app.splice import Splicer, only_text
-from app.sse import DONE, Event
+from app.sse import DONE, Event, parse_block
 from app.tiers import TierDecision
 
 
@@ -34,8 +34,8 @@ class StreamStamper(Protocol):
         """The tokens of the stream so far, as far as the engine has told. Read on demand."""
         ...
 
-    def feed(self, events: Iterable[Event]) -> bytes:
-        """Return what the client gets for some events of the engine; perhaps nothing yet.
+    def feed(self, blocks: Iterable[bytes]) -> bytes:
+        """Return what the client gets for some events, as they came; perhaps nothing yet.
 
         Raises:
             orjson.JSONDecodeError: the engine has sent what is not JSON.
@@ -78,15 +78,15 @@ class ChunkStamper:
     def usage(self) -> TokenUsage | None:
         return read_usage(self._newest_usage())
 
-    def feed(self, events: Iterable[Event]) -> bytes:
+    def feed(self, blocks: Iterable[bytes]) -> bytes:
         wire: list[bytes] = []
         splicer = self._splicer
-        for event in events:
+        for block in blocks:
             # One that is held leaves before the next, whichever that is.
-            spliced = None if splicer is None or self._held else splicer.splice(event.data)
+            spliced = None if splicer is None or self._held else splicer.splice(block)
             if spliced is not None:
                 wire.append(spliced)
-            else:
+            elif event := parse_block(block):
                 wire.extend(self._parsed(event))
         return b"".join(wire)
 
@@ -166,7 +166,8 @@ class ResponsesStamper:
     def usage(self) -> TokenUsage | None:
         return self._usage
 
-    def feed(self, events: Iterable[Event]) -> bytes:
+    def feed(self, blocks: Iterable[bytes]) -> bytes:
+        events = (event for block in blocks if (event := parse_block(block)))
         return b"".join([self._stamped(event) for event in events])
 
     def _stamped(self, event: Event) -> bytes:

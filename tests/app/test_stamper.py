@@ -43,9 +43,13 @@ STREAM = [
 ]
 
 
+def fed(stamper, *events):
+    return stamper.feed(EventReader().blocks(b"".join(event.encode() for event in events)))
+
+
 def played(events, request, *, broken=False):
     stamper = stream_stamper(request, PRIORITY)
-    wire = stamper.feed(events)
+    wire = fed(stamper, *events)
     if broken:
         wire += stamper.break_off()
     got = [event.data for event in EventReader().feed(wire)]
@@ -184,7 +188,7 @@ def test_splicing_a_chunk_comes_to_the_same_as_parsing_it(sent, random, options)
     parsed._splicer = None
     for event in events:
         got, expected = (
-            [json.loads(e.data) for e in EventReader().feed(stamper.feed([event]))]
+            [json.loads(e.data) for e in EventReader().feed(fed(stamper, event))]
             for stamper in (spliced, parsed)
         )
         assert got == expected
@@ -212,7 +216,7 @@ def test_chunks_that_are_nearly_alike_are_told_apart(sent):
     parsed._splicer = None
     for fields in sent:
         event = Event(json.dumps(fields, separators=(",", ":")).encode())
-        assert json.loads(spliced.feed([event])[6:]) == json.loads(parsed.feed([event])[6:])
+        assert json.loads(fed(spliced, event)[6:]) == json.loads(fed(parsed, event)[6:])
         assert spliced.usage == parsed.usage
 
 
@@ -230,7 +234,7 @@ def test_ordinary_chunks_are_not_parsed(monkeypatch):
     loads = orjson.loads
     monkeypatch.setattr("app.stamper.orjson.loads", lambda d: parsed.append(d) or loads(d))
     events = [event("a", None, number) for number in range(99)] + [event("", "stop", 99)]
-    wire = stamper.feed(events)
+    wire = fed(stamper, *events)
     # The first one, which is the template of the others, the proof of that, and the last one.
     assert len([data for data in parsed if b'"usage"' in data]) <= 3
     assert wire.count(b'"service_tier":"priority"') == 99, "the last one waits for the usage"
