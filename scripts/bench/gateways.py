@@ -109,7 +109,7 @@ def until_answers(gateway: Gateway, process: psutil.Process, log: Path) -> None:
                 return
         except (OSError, ValueError):
             pass
-        if not process.is_running() or time.monotonic() > deadline:
+        if process.status() == psutil.STATUS_ZOMBIE or time.monotonic() > deadline:
             last = log.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"{gateway.name} does not answer: {last}")
         time.sleep(0.3)
@@ -343,7 +343,13 @@ def _peer(peer: Peer, installed: Path, folder: Path, engine: Gateway) -> Iterato
     port, log = free_port(), folder / f"{peer.name}.log"
     command = peer.command(installed.resolve(), port, engine.port, folder)
     # Nothing of ours is on its path, and it asks nobody for prices or models.
-    quiet = {"PYTHONPATH": "", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "NODE_ENV": "production"}
+    quiet = {
+        "PYTHONPATH": "",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        # It listens on loopback, for as long as the benchmark runs.
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+        "NODE_ENV": "production",
+    }
     with running(peer.name, command, log, **quiet) as process:
 
         def processes() -> Roles:
