@@ -20,6 +20,7 @@ COMPLETE = "complete"
 CUT = "cut, with an error event"
 TRUNCATED = "cut, without a word"
 REFUSED = "no connection"
+LEFT = "left by the client"
 TIERS = ("priority", "default", "flex")
 
 
@@ -45,12 +46,16 @@ class Truncated(Exception):
     """A stream ended without its end."""
 
 
-async def ask(client: openai.AsyncOpenAI, *, stream: bool, **request: Any) -> Answer:
-    """Send one request and say what has become of it."""
+async def ask(
+    client: openai.AsyncOpenAI, *, stream: bool, enough: asyncio.Event | None = None, **request: Any
+) -> Answer:
+    """Send one request and say what has become of it; a stream is left once there is enough."""
     answer = Answer(time.monotonic(), stream)
     try:
-        await (_read_stream if stream else _read)(client, request, answer)
-        answer.outcome = COMPLETE
+        if stream:
+            await _read_stream(client, request, answer, enough or asyncio.Event())
+        else:
+            await _read(client, request, answer)
     except openai.APIStatusError as error:
         answer.outcome = str(error.status_code)
     except (Truncated, openai.APIConnectionError, httpx.TransportError):
@@ -65,21 +70,28 @@ async def _read(client: openai.AsyncOpenAI, request: dict[str, Any], answer: Ans
     completion = await client.chat.completions.create(**request)
     answer.request_id = completion.id.removeprefix("chatcmpl-")
     answer.tokens = completion.usage.completion_tokens
+    answer.outcome = COMPLETE
 
 
-async def _read_stream(client: openai.AsyncOpenAI, request: dict[str, Any], answer: Answer) -> None:
-    ended, before = False, answer.began
-    async for chunk in await client.chat.completions.create(stream=True, **request):
-        now = time.monotonic()
-        if answer.first_s:
-            answer.gap_s = max(answer.gap_s, now - before)
-        else:
-            answer.first_s = now - answer.began
-        before = now
-        answer.request_id = chunk.id.removeprefix("chatcmpl-")
-        if chunk.choices[0].finish_reason:
-            ended, answer.tokens = True, chunk.usage.completion_tokens
-    if not ended:
+async def _read_stream(
+    client: openai.AsyncOpenAI, request: dict[str, Any], answer: Answer, enough: asyncio.Event
+) -> None:
+    before = answer.began
+    async with await client.chat.completions.create(stream=True, **request) as chunks:
+        async for chunk in chunks:
+            now = time.monotonic()
+            if answer.first_s:
+                answer.gap_s = max(answer.gap_s, now - before)
+            else:
+                answer.first_s = now - answer.began
+            before = now
+            answer.request_id = chunk.id.removeprefix("chatcmpl-")
+            if chunk.choices[0].finish_reason:
+                answer.outcome, answer.tokens = COMPLETE, chunk.usage.completion_tokens
+            elif enough.is_set():
+                answer.outcome = LEFT
+                return
+    if answer.outcome != COMPLETE:
         raise Truncated
 
 

@@ -30,7 +30,7 @@ CLIENTS = 8
 STREAM_TIMEOUT_S = 4
 PROBE_TIMEOUT_S = 2
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,13 @@
 
 import asyncio
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from ray._private import worker
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from tests.faults.clients import COMPLETE, CUT, Clients, check_bill, told
 from tests.serving import engine_processes, eventually, eventually_async, ingress_app, pooled_app
@@ -45,9 +47,12 @@ def spread(cluster):
 
 
 def pools_of(cluster):
+    """The pools that have a replica; none while the Model is away, which may be on that node."""
     if cluster.entry("spread") is None:
         return []
-    return [replica.pool for replica in cluster.snapshot("spread").replicas]
+    with suppress(RayError, RayServeException, TimeoutError):
+        return [replica.pool for replica in cluster.snapshot("spread").replicas]
+    return []
 
 
 def engines():
@@ -62,7 +67,7 @@ async def test_a_worker_node_is_removed(spread):
         await asyncio.sleep(2)
         await asyncio.to_thread(remove_it)
         removed = time.monotonic()
-        await eventually_async(lambda: pools_of(cluster) == ["here"], 60)
+        await eventually_async(lambda: pools_of(cluster) == ["here"], 120)
         took_s = time.monotonic() - removed
         await asyncio.sleep(3)
     print(f"\n| worker node removed | {told(clients.answers)} | {took_s:.1f} s |")
