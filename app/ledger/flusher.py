@@ -56,6 +56,7 @@ class OwnJournal:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
+        self._first = 1
         self._segment, self._offset = 1, 0
 
     def flush(self, store: Records) -> int:
@@ -71,8 +72,13 @@ class OwnJournal:
             moved += self._flush_segment(store, None if behind else written.size)
             if not behind:
                 return moved
-            segment_path(self._journal.path, self._segment).unlink()
             self._segment, self._offset = self._segment + 1, 0
+            self._remove_what_is_not_needed()
+
+    def _remove_what_is_not_needed(self) -> None:
+        for number in range(self._first, min(self._segment, self._journal.needed_from)):
+            segment_path(self._journal.path, number).unlink()
+            self._first = number + 1
 
     def _flush_segment(self, store: Records, size: int | None) -> int:
         path = segment_path(self._journal.path, self._segment)
@@ -145,6 +151,7 @@ class Flusher:
         self.away = False
         """Whether the store could not be reached last time."""
         self._own = OwnJournal(journal)
+        self._turned = journal.turned
         self._folder = folder
         self._settings = settings
         self._store = store
@@ -166,6 +173,7 @@ class Flusher:
     def stop(self) -> None:
         """End the thread, after what it is just doing."""
         self._stop.set()
+        self._turned.set()
         self._thread.join()
 
     def finish(self) -> bool:
@@ -179,8 +187,10 @@ class Flusher:
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._turned.clear()
             self._retrying(self._round)
-            self._pause(self._settings.flush_interval_s)
+            # Streams that write much progress fill segments faster than records come to be moved.
+            self._turned.wait(self._settings.flush_interval_s)
 
     def _pause(self, seconds: float) -> None:
         self._stop.wait(seconds)

@@ -8,7 +8,8 @@ were turned away, is written within ``LAZY_S`` and synced with the next record t
 waits for.
 
 A new segment begins with all records that are still open and their progress. Segments before it
-are then needed for their settled records alone, and go as soon as the store has those.
+are then needed for their settled records alone, and go as soon as the store has those. While so
+much is open that it would take more than half of a segment, segments follow without it, and stay.
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ class Journal:
         self._space_wanted = threading.Event()
         self.written = Position(1, 0)
         """Up to here it can be read."""
+        self.needed_from = 1
+        """The segment that began with all that was open: those before it hold nothing else."""
+        self.turned = threading.Event()
+        """Set when there is a segment more behind, which may not be needed any longer."""
         self._allocate()
         self._thread = threading.Thread(target=self._run, name="ledger-journal", daemon=True)
         self._allocator = threading.Thread(
@@ -215,10 +220,12 @@ class Journal:
     def _note(self, batch: list[Entry]) -> None:
         for entry in batch:
             self._remember(entry)
+        if self._segment.number != self.written.segment:
+            self.turned.set()
         self.written = Position(self._segment.number, self._segment.size)
 
     def _turn(self) -> None:
-        """Go on in a new segment, which begins with what is open."""
+        """Go on in a new segment, which begins with what is open unless that would fill it."""
         self._segment.sync()
         with self._making:
             if not self._spares:
@@ -226,11 +233,16 @@ class Journal:
                 self._spares.append(self._create())
                 self._overdrawn = True
         following = self._spares[0]
-        following.write(b"".join([*self._open.values(), *self._progress.values()]))
+        carried = b"".join([*self._open.values(), *self._progress.values()])
+        worthwhile = len(carried) <= following.left // 2
+        if worthwhile:
+            following.write(carried)
         self._spares.popleft()
         self._segment.close()
         self._segment = following
         following.sync()
+        if worthwhile:
+            self.needed_from = following.number
 
     def _remember(self, entry: Entry) -> None:
         request_id = entry.request_id
