@@ -256,7 +256,8 @@ def test_a_stream_that_breaks_ends_with_an_error_and_without_done(served, needs,
     finally:
         served.fail()
     *events, end = answer.text.split("\n\n")
-    assert end == "" and len(events) >= 3
+    # A connection that is reset takes with it what was not read yet.
+    assert end == "" and len(events) >= 2
     error = json.loads([e for e in events if e != "data: [DONE]"][-1].removeprefix("data: "))
     assert set(error) == {"error"} and set(error["error"]) == {"message", "type", "param", "code"}
     assert error["error"]["type"] == "server_error" and not INSIDE.search(str(error))

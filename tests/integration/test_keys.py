@@ -195,9 +195,11 @@ async def test_a_limit_holds_across_two_ingresses(guarded):
                     return error.code != "rate_limit_exceeded"
                 return True
 
-            answers = []
+            answers, began = [], time.monotonic()
             for _ in range(10):
                 answers += await asyncio.gather(*(admitted() for _ in range(10)))
+            # On a busy machine the first ones may be a minute ago, and some more go.
+            elapsed_s = time.monotonic() - began
     finally:
         await asyncio.to_thread(guarded.deploy, ingress_app(auth="keys"))
-    assert 57 <= sum(answers) <= 60
+    assert 57 <= sum(answers) <= (60 if elapsed_s < 60 else 120)
