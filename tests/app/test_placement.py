@@ -6,7 +6,7 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState
 from app.config import ModelSettings
 from app.dialect import Dialect
 from app.placement import Bundle, Need, Node
-from app.snapshot import ModelSnapshot, ModelState, ReplicaStatus
+from app.snapshot import ModelSnapshot, ModelState, ReplicaStatus, Rest
 from deployments.placement import can_grow
 
 pytestmark = pytest.mark.unit
@@ -125,5 +125,21 @@ REPLICA = ReplicaStatus("r", "p", "http://127.0.0.1:1", "key", 1, "1", None, Dia
 def test_a_model_is_not_offered_once_no_pool_of_it_could_be_placed(replicas, missing, state):
     model = ModelSnapshot(
         "m", (), "us", 0, ModelSettings(), replicas, pools=("p", "q"), missing=missing
+    )
+    assert model.state is state
+
+
+@pytest.mark.parametrize(
+    ("waking", "missing", "state"),
+    [
+        (False, {}, ModelState.ASLEEP),
+        (True, {}, ModelState.STARTING),
+        (True, {"p": "GPU: 1"}, ModelState.NOT_OFFERED),
+    ],
+)
+def test_a_model_is_asleep_until_somebody_asks_for_it(waking, missing, state):
+    rest = Rest((), waking=waking)
+    model = ModelSnapshot(
+        "m", (), "us", 0, ModelSettings(), (), rest=rest, pools=("p",), missing=missing
     )
     assert model.state is state
