@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Protocol
 
-import ray
 from ray import serve
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from app.admission import Admission
+from app.controller import serve_controller
 from app.credits import Demand
 from app.report import LineReport
 from app.snapshot import ModelSnapshot, Renewal
@@ -68,7 +67,8 @@ class ServeSource:
         # `serve.status()` tells this too, but it takes milliseconds of the ingress's event loop
         # for every deployment, as it builds each one's whole configuration.
         if self._controller is None:
-            self._controller = await asyncio.to_thread(_serve_controller)
+            # Ray restarts it under the same handle.
+            self._controller = await asyncio.to_thread(serve_controller)
         deployments = await self._controller.list_deployment_ids.remote()
         return {one.app_name for one in deployments if one.name == MODEL_DEPLOYMENT}
 
@@ -90,14 +90,9 @@ class ServeSource:
         return handle
 
 
-def _serve_controller() -> Any:
-    # Ray restarts it under the same handle.
-    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-
-
 async def serve_host() -> str | None:
     """Return the address that Serve's HTTP front listens on; ``None`` for all of them."""
-    controller = await asyncio.to_thread(_serve_controller)
+    controller = await asyncio.to_thread(serve_controller)
     options = await controller.get_http_config.remote()
     host: str | None = options.host
     return host

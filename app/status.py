@@ -15,10 +15,10 @@ from typing import Any, Final
 import ray
 import yaml
 from ray._private.state import available_resources_per_node
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from rich.console import Console
 
 from app.cluster import Cluster, NothingToShow, connect, silence_ray
+from app.controller import serve_controller
 from app.differences import Difference, differences
 from app.frame import ModelFrame, make_frame
 from app.report import REPORT_S
@@ -152,8 +152,7 @@ async def _models(cluster: Cluster) -> list[ModelFrame]:
 
 def _details(address: str) -> dict[str, Any]:
     try:
-        controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        answer = controller.get_serve_instance_details.remote()
+        answer = serve_controller().get_serve_instance_details.remote()
         details: dict[str, Any] = ray.get(answer, timeout=_ANSWER_S)
     except (ValueError, ray.exceptions.RayError):
         raise NothingToShow(f"no Serve on the Ray cluster at {address}") from None

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import ray
 from ray.core.generated import autoscaler_pb2
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.generated import serve_pb2
 
+from app.controller import serve_controller
 from app.placement import Need, Node
 
 logger = logging.getLogger("ray.serve")
@@ -75,9 +75,7 @@ class PlacementWatch:
 
     async def _need(self, pool: str) -> Need:
         # A new handle each time: the controller may have been started anew.
-        controller: Any = await asyncio.to_thread(
-            ray.get_actor, SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE
-        )
+        controller = await asyncio.to_thread(serve_controller)
         answer = await controller.get_deployment_info.remote(pool, self._application)
         route: Any = serve_pb2.DeploymentRoute.FromString(answer)  # type: ignore[attr-defined]
         config = DeploymentInfo.from_proto(route.deployment_info).replica_config

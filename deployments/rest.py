@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
-import ray
 from ray.serve._private.common import (
     DeploymentStatus,
     DeploymentStatusInfo,
     DeploymentStatusTrigger,
 )
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.generated.serve_pb2 import (  # type: ignore[attr-defined]
     DeploymentStatusInfo as StatusProto,
 )
+
+from app.controller import serve_controller
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,7 +38,7 @@ async def standing(application: str, pool: str) -> Standing:
     """Ask Serve why a pool has no replica; where it does not answer, something is wrong."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
-            controller = await asyncio.to_thread(_controller)
+            controller = await asyncio.to_thread(serve_controller)
             told = await controller.get_deployment_status.remote(pool, application)
     except Exception as error:
         logger.info("cannot ask Serve about pool %s: %s", pool, type(error).__name__)
@@ -59,7 +59,3 @@ def read_standing(told: DeploymentStatusInfo) -> Standing:
     if told.status is DeploymentStatus.UPSCALING and scaled:
         return Standing.WAKING
     return Standing.AWAY
-
-
-def _controller() -> Any:
-    return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
