@@ -7,7 +7,7 @@ Adding an engine is one module with a subclass of ``EngineAdapter`` and one line
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
@@ -165,6 +165,18 @@ class EngineAdapter(ABC):
 
 class EngineContractError(RuntimeError):
     """A running engine does not do what its adapter relies on."""
+
+
+async def prove_guarded(http: EngineHttp, engine: str, paths: Iterable[str]) -> None:
+    """Check that nothing but the key opens an engine: not even these paths.
+
+    Raises:
+        EngineContractError: one of them is answered without the key.
+    """
+    for path in paths:
+        status, _ = await http.get_json(path, authorized=False)
+        if status != 401:
+            raise EngineContractError(f"{engine} answers {path} without the key (status {status})")
 
 
 def reserved_problems(args: Mapping[str, EngineArg], reserved: frozenset[str]) -> list[Problem]:

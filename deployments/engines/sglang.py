@@ -15,6 +15,7 @@ from deployments.engines.base import (
     EngineHttp,
     Launch,
     Span,
+    prove_guarded,
     refuse_reserved,
     render_flags,
 )
@@ -100,7 +101,8 @@ class Sglang(EngineAdapter):
         return PRIORITY_ROUTES if _prioritized(launch) else frozenset()
 
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
-        await _prove_guarded(http)
+        # SGLang's own ``--api-key`` leaves health, readiness, metrics and its websocket route open.
+        await prove_guarded(http, "SGLang", ("/v1/models", "/health_generate", "/metrics"))
         status, info = await http.get_json("/server_info")
         if status != 200 or not isinstance(info, dict):
             raise EngineContractError(f"SGLang did not tell its facts (status {status})")
@@ -128,17 +130,6 @@ def _span_args(span: Span) -> dict[str, Any]:
         "node_rank": span.rank,
         "dist_init_addr": span.meeting_place,
     }
-
-
-async def _prove_guarded(http: EngineHttp) -> None:
-    """Check that nothing but the key opens the engine.
-
-    SGLang's own ``--api-key`` leaves health, readiness, metrics and its websocket route open.
-    """
-    for path in ("/v1/models", "/health_generate", "/metrics"):
-        status, _ = await http.get_json(path, authorized=False)
-        if status != 401:
-            raise EngineContractError(f"SGLang answers {path} without the key (status {status})")
 
 
 def _low_goes_first(schedulers: object) -> bool | None:

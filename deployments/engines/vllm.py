@@ -15,6 +15,7 @@ from deployments.engines.base import (
     EngineHttp,
     Launch,
     Span,
+    prove_guarded,
     refuse_reserved,
     render_flags,
 )
@@ -93,7 +94,8 @@ class Vllm(EngineAdapter):
         return _priority_routes(launch.engine_args.get("scheduling_policy", _POLICY))
 
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
-        await _prove_guarded(http)
+        # vLLM's own ``--api-key`` leaves ``/invocations``, which answers chats, and others open.
+        await prove_guarded(http, "vLLM", ("/v1/models", "/invocations", "/metrics"))
         status, facts = await http.get_json(_FACTS_PATH)
         if status != 200 or not isinstance(facts, dict):
             raise EngineContractError(f"vLLM did not tell its facts (status {status})")
@@ -119,14 +121,3 @@ def _span_args(span: Span) -> dict[str, Any]:
         "master_addr": span.address,
         "master_port": span.port,
     }
-
-
-async def _prove_guarded(http: EngineHttp) -> None:
-    """Check that nothing but the key opens the engine.
-
-    vLLM's own ``--api-key`` leaves ``/invocations``, which answers chats, and others open.
-    """
-    for path in ("/v1/models", "/invocations", "/metrics"):
-        status, _ = await http.get_json(path, authorized=False)
-        if status != 401:
-            raise EngineContractError(f"vLLM answers {path} without the key (status {status})")
