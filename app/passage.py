@@ -28,7 +28,7 @@ from app.relay import (
 )
 from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.shares import SharePart
-from app.snapshot import ModelState, ReplicaStatus
+from app.snapshot import Availability, ReplicaStatus
 from app.stamper import stream_stamper
 from app.store.records import RecordStore
 from app.ticket import Ticket
@@ -106,8 +106,8 @@ class Passage:
             ApiError: it is not answered; nothing has been sent yet.
         """
         model = self._admission.snapshot
-        if model.state is ModelState.NOT_OFFERED:
-            self._meter.turn_away(State.REFUSED, ModelState.NOT_OFFERED.value)
+        if model.state is Availability.NOT_OFFERED:
+            self._meter.turn_away(State.REFUSED, Availability.NOT_OFFERED.value)
             raise self._not_offered()
         if not model.replicas and model.rest is None:
             self._meter.turn_away(State.REFUSED, _NOT_READY)
@@ -299,7 +299,7 @@ class Passage:
     def _not_offered(self) -> errors.Unavailable:
         return errors.Unavailable(
             f"No machine here can run the model `{self._inbound.model}` at the moment.",
-            ModelState.NOT_OFFERED.value,
+            Availability.NOT_OFFERED.value,
             _NO_NODE_S,
         )
 

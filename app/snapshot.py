@@ -52,7 +52,7 @@ class ReplicaStatus:
         return f"<ReplicaStatus {self.replica_id} of {self.pool}>"
 
 
-class ModelState(StrEnum):
+class Availability(StrEnum):
     """Whether a model can be served now."""
 
     READY = "ready"
@@ -106,14 +106,14 @@ class ModelSnapshot:
     missing: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def state(self) -> ModelState:
+    def state(self) -> Availability:
         """Whether it can be served now."""
         if self.replicas:
-            return ModelState.READY
+            return Availability.READY
         if self.pools and all(pool in self.missing for pool in self.pools):
-            return ModelState.NOT_OFFERED
+            return Availability.NOT_OFFERED
         sleeps = self.rest is not None and not self.rest.waking
-        return ModelState.ASLEEP if sleeps else ModelState.STARTING
+        return Availability.ASLEEP if sleeps else Availability.STARTING
 
     @property
     def service_tiers(self) -> tuple[Tier, ...]:

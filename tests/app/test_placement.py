@@ -6,7 +6,7 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState
 from app.config import ModelSettings
 from app.dialect import Dialect
 from app.placement import Bundle, Need, Node
-from app.snapshot import ModelSnapshot, ModelState, ReplicaStatus, Rest
+from app.snapshot import Availability, ModelSnapshot, ReplicaStatus, Rest
 from deployments.placement import can_grow
 
 pytestmark = pytest.mark.unit
@@ -116,10 +116,10 @@ REPLICA = ReplicaStatus("r", "p", "http://127.0.0.1:1", "key", 1, "1", None, Dia
 @pytest.mark.parametrize(
     ("replicas", "missing", "state"),
     [
-        ((), {}, ModelState.STARTING),
-        ((), {"p": "GPU: 1"}, ModelState.STARTING),
-        ((), {"p": "GPU: 1", "q": "GPU: 1"}, ModelState.NOT_OFFERED),
-        ((REPLICA,), {"q": "GPU: 1"}, ModelState.READY),
+        ((), {}, Availability.STARTING),
+        ((), {"p": "GPU: 1"}, Availability.STARTING),
+        ((), {"p": "GPU: 1", "q": "GPU: 1"}, Availability.NOT_OFFERED),
+        ((REPLICA,), {"q": "GPU: 1"}, Availability.READY),
     ],
 )
 def test_a_model_is_not_offered_once_no_pool_of_it_could_be_placed(replicas, missing, state):
@@ -132,9 +132,9 @@ def test_a_model_is_not_offered_once_no_pool_of_it_could_be_placed(replicas, mis
 @pytest.mark.parametrize(
     ("waking", "missing", "state"),
     [
-        (False, {}, ModelState.ASLEEP),
-        (True, {}, ModelState.STARTING),
-        (True, {"p": "GPU: 1"}, ModelState.NOT_OFFERED),
+        (False, {}, Availability.ASLEEP),
+        (True, {}, Availability.STARTING),
+        (True, {"p": "GPU: 1"}, Availability.NOT_OFFERED),
     ],
 )
 def test_a_model_is_asleep_until_somebody_asks_for_it(waking, missing, state):
