@@ -224,6 +224,13 @@ def small_disk(folder, size):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def wait_refused(told, many):
+    deadline = time.monotonic() + 120
+    while told.refused < many:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_full_disk_refuses_and_recovers(tmp_path, postgres):
     told = Told()
     with small_disk(tmp_path / "disk", "6m") as disk:
@@ -231,17 +238,11 @@ def test_a_full_disk_refuses_and_recovers(tmp_path, postgres):
         with writer(folder, postgres.url, told, max_mb=64):
             wait_for_load(told)
             postgres.kill()
-            deadline = time.monotonic() + 120
-            while told.refused < 50:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_refused(told, 50)
             served = len(told.settled)
             (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free))
             assert shutil.disk_usage(disk).free == 0
-            refused = told.refused
-            while told.refused < refused + 50:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            wait_refused(told, told.refused + 50)
             # Space comes back from the journal alone.
             postgres.start()
             wait_for_load(told, more=100)
@@ -254,10 +255,7 @@ def test_a_full_journal_refuses_and_recovers(tmp_path, postgres):
     with writer(folder, postgres.url, told, max_mb=8):
         wait_for_load(told)
         postgres.kill()
-        deadline = time.monotonic() + 120
-        while told.refused < 50:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_refused(told, 50)
         served = len(told.settled)
         postgres.start()
         wait_for_load(told, more=100)
