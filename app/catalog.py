@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 
 from ray import serve
 
+from app import errors
 from app.admission import Admission
 from app.controller import serve_controller
 from app.credits import Demand
@@ -26,6 +28,9 @@ _CALL_TIMEOUT_S = 5.0
 # Well below the silence after which credits are lost: a Model that is away must be noticed before.
 _RENEWAL_TIMEOUT_S = 1.0
 _LISTEN_AGAIN_S = 1.0
+# A model that has not told its names for this long is none that a request can wait for.
+_NAMELESS_S = 30.0
+_TRY_AGAIN_S = 1.0
 
 
 class ModelSource(Protocol):
@@ -108,6 +113,7 @@ class Catalog:
         self._admissions: dict[str, Admission] = {}
         self._by_name: dict[str, Admission] = {}
         self._followers: dict[str, asyncio.Task[None]] = {}
+        self._found: dict[str, float] = {}
         self._discoverer: asyncio.Task[None] | None = None
         self._discovered = False
         self._news = asyncio.Event()
@@ -152,6 +158,25 @@ class Catalog:
         """Return the model with this id or alias."""
         return self._by_name.get(name)
 
+    def require(self, name: str) -> Admission:
+        """Return the model with this id or alias.
+
+        Raises:
+            ModelNotFound: there is none.
+            Unavailable: it may be that of an application that has not told its names yet.
+        """
+        admission = self._by_name.get(name)
+        if admission is not None:
+            return admission
+        if not self._discovered or any(map(self._nameless, self._found)):
+            raise errors.unlisted(name, _TRY_AGAIN_S)
+        raise errors.ModelNotFound(name)
+
+    def _nameless(self, application: str) -> bool:
+        admission = self._admissions.get(application)
+        recent = time.monotonic() - self._found[application] < _NAMELESS_S
+        return recent and (admission is None or not admission.known)
+
     def models(self) -> list[ModelSnapshot]:
         """Return every model, by id."""
         return sorted(
@@ -174,9 +199,11 @@ class Catalog:
     def _follow_only(self, applications: set[str]) -> None:
         for gone in self._followers.keys() - applications:
             self._followers.pop(gone).cancel()
+            del self._found[gone]
             self._admissions.pop(gone).close()
             self._reindex()
         for new in applications - self._followers.keys():
+            self._found[new] = time.monotonic()
             self._followers[new] = asyncio.create_task(self._follow(new))
 
     async def _follow(self, application: str) -> None:
@@ -252,7 +279,7 @@ def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
     ``metadata`` follows DeepInfra's models list (``tags``, ``context_length``, ``pricing`` with
     ``input_tokens``, ``output_tokens`` and ``cache_read_tokens`` in USD for a million tokens),
     with the prices by tier; ``service_tiers`` follows Telnyx's. ``state`` is our own
-    (``ModelState``).
+    (``Availability``).
     """
     served = snapshot.service_tiers
     return {

@@ -93,9 +93,8 @@ class ModelNotFound(InvalidRequest):
     status = 404
 
     def __init__(self, model: str) -> None:
-        shown = model if len(model) <= 200 else model[:200] + "..."
         super().__init__(
-            f"The model `{shown}` does not exist or you do not have access to it.",
+            f"The model `{_shown(model)}` does not exist or you do not have access to it.",
             code="model_not_found",
             param="model",
         )
@@ -199,6 +198,19 @@ class Unavailable(ServerError):
     def __init__(self, message: str, code: str, retry_after_s: float) -> None:
         super().__init__(message, code=code)
         self.headers |= _retry_headers(retry_after_s)
+
+
+def unlisted(model: str, retry_after_s: float) -> Unavailable:
+    """Return what a request gets that names what may be a model, but not known here yet."""
+    return Unavailable(
+        f"It is not known yet whether the model `{_shown(model)}` exists. Try again in a moment.",
+        "engine_not_ready",
+        retry_after_s,
+    )
+
+
+def _shown(model: str) -> str:
+    return model if len(model) <= 200 else model[:200] + "..."
 
 
 def _retry_headers(seconds: float) -> dict[str, str]:

@@ -37,9 +37,7 @@ class Exchange:
             caller = await identify(services, headers)
             body = await _read_body(headers, receive, services.settings)
             inbound = parse_request(self._route, body)
-            admission = services.catalog.find(inbound.model)
-            if admission is None:
-                raise errors.ModelNotFound(inbound.model)
+            admission = services.catalog.require(inbound.model)
             await Passage(services, admission, caller, inbound, reply).run()
         except errors.ApiError as error:
             await reply.refuse(error)

@@ -208,10 +208,7 @@ def _add_catalog_routes(api: FastAPI, prefix: str, services: Services) -> None:
     @api.get(f"{prefix}/models/{{name:path}}")
     async def show_model(request: Request, name: str) -> Response:
         await identify(services, dict(request.scope["headers"]))
-        admission = catalog.find(name)
-        if admission is None:
-            raise errors.ModelNotFound(name)
-        return _json(model_entry(admission.snapshot))
+        return _json(model_entry(catalog.require(name).snapshot))
 
     @api.get(f"{prefix}/health" if prefix != PREFIXES[0] else "/health")
     async def health() -> Response:

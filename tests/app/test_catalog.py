@@ -4,6 +4,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from app import errors
 from app.catalog import Catalog, model_entry
 from app.config import ModelSettings
 from app.credits import RENEWAL_S, Grant
@@ -31,6 +32,7 @@ class FakeSource:
         self.models = {}
         self.broken = False
         self.reports = []
+        self.silent, self.asked = set(), set()
         self.nudge = asyncio.Event()
 
     async def applications(self):
@@ -41,6 +43,9 @@ class FakeSource:
     async def renew(self, application, demand, report, known):
         if self.broken:
             raise ConnectionError
+        self.asked.add(application)
+        if application in self.silent:
+            raise TimeoutError
         self.reports.append(report)
         model = self.models[application]
         version = str(id(model))
@@ -111,6 +116,41 @@ async def test_an_ingress_can_wait_until_it_knows_every_model():
         start = time.monotonic()
         await catalog.wait_known(0.1)
         assert time.monotonic() - start < 0.5 and catalog.models() == []
+
+
+async def test_a_name_is_unknown_only_once_every_model_has_told_its_own():
+    source = FakeSource()
+    source.models = {"a": snapshot("m")}
+    source.broken = True
+    async with following(source) as catalog:
+        with pytest.raises(errors.Unavailable):
+            catalog.require("m")
+        source.broken = False
+        await eventually(lambda: catalog.find("m"))
+        assert catalog.require("m") is catalog.find("m")
+        with pytest.raises(errors.ModelNotFound):
+            catalog.require("n")
+
+        source.silent.add("b")
+        source.models["b"] = snapshot("n")
+        await eventually(lambda: "b" in source.asked)
+        with pytest.raises(errors.Unavailable) as raised:
+            catalog.require("n")
+        assert raised.value.status == 503 and raised.value.headers["retry-after"] == "1"
+        assert catalog.require("m"), "the others are served meanwhile"
+        source.silent.clear()
+        await eventually(lambda: catalog.find("n"))
+
+
+async def test_a_model_that_never_tells_its_name_does_not_make_every_name_possible(monkeypatch):
+    monkeypatch.setattr("app.catalog._NAMELESS_S", 0.05)
+    source = FakeSource()
+    source.models, source.silent = {"b": snapshot("n")}, {"b"}
+    async with following(source) as catalog:
+        await eventually(lambda: "b" in source.asked)
+        await asyncio.sleep(0.06)
+        with pytest.raises(errors.ModelNotFound):
+            catalog.require("n")
 
 
 async def test_not_every_renewal_carries_a_report():
