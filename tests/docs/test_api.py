@@ -1,0 +1,67 @@
+"""docs/api.md names every error code, reason and header that there is, and no other."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from app.ticket import ShedReason
+from app.tiers import Reason
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "api.md").read_text()
+SOURCES = {path: path.read_text() for path in (ROOT / "app").rglob("*.py")}
+
+
+def rows(section, table=0):
+    """Return the cells of a section's table, without its head."""
+    [text] = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    lines = tables[table].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def quoted(cell):
+    return set(re.findall(r"`([a-z_-]+)`", cell))
+
+
+def codes_in_sources():
+    """Return every literal that is given as an error's ``code``, or is a default of it."""
+    found = set()
+    for text in SOURCES.values():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.keyword) and node.arg == "code":
+                found.add(getattr(node.value, "value", None))
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Unavailable":
+                found.add(getattr(node.args[1], "value", None))
+            elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                defaults = zip(reversed(node.args.args), reversed(node.args.defaults), strict=False)
+                found |= {d.value for a, d in defaults if a.arg == "code"}
+    return {code for code in found if isinstance(code, str)}
+
+
+def test_every_error_code_is_documented():
+    documented = set().union(*(quoted(code) for _, code, *_ in rows("Errors")))
+    assert codes_in_sources() >= {"invalid_api_key", "engine_error", "ledger_unavailable"}
+    assert codes_in_sources() <= documented
+
+
+def test_no_error_code_is_documented_that_there_is_not():
+    documented = set().union(*(quoted(code) for _, code, *_ in rows("Errors"))) - {"null"}
+    text = "\n".join(SOURCES.values())
+    assert [code for code in documented if f'"{code}"' not in text] == []
+
+
+def test_every_reason_is_documented():
+    assert [quoted(cell) for cell, _ in rows("Answers", 1)] == [{reason.value} for reason in Reason]
+    assert {cell.strip("`") for cell, _ in rows("Errors", 1)} == {r.value for r in ShedReason}
+
+
+def test_every_header_is_documented():
+    text = (ROOT / "app" / "reply.py").read_text() + (ROOT / "app" / "passage.py").read_text()
+    headers = set(re.findall(r'"(x-[a-z-]+)"', text)) - {"x-accel-buffering"}
+    assert "x-service-tier" in headers
+    assert [header for header in headers if f"`{header}`" not in PAGE] == []
