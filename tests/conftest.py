@@ -31,14 +31,12 @@ def _haproxy_folder() -> dict[str, str]:
     """Return settings that give HAProxy a folder of this process's own."""
     folder = Path(mkdtemp(prefix="fl-"))  # a Unix socket's path must be short
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    paths = {
-        "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
-        "METRICS_SOCKET_PATH": "metrics.sock",
-        "SERVER_STATE_BASE": "",
-        "SERVER_STATE_FILE": "server-state",
+    shared = str(Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent)
+    return {
+        name: value.replace(shared, str(folder), 1)
+        for name, value in os.environ.items()
+        if name.startswith("RAY_SERVE_HAPROXY_") and value.startswith(shared)
     }
-    return {f"RAY_SERVE_HAPROXY_{name}": str(folder / path) for name, path in paths.items()}
 
 
 def _replicas_ports() -> dict[str, str]:
