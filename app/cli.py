@@ -15,6 +15,14 @@ main.add_typer(cli_store.keys, name="keys")
 main.add_typer(cli_store.ledger, name="ledger")
 main.command()(cli_store.usage)
 
+_Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="The Ray cluster, as host:port. Without it: the one on this machine.",
+    ),
+]
+
 
 @main.callback()
 def frontline() -> None:
@@ -63,13 +71,7 @@ def _checked(config: Path) -> str:
 
 @main.command()
 def status(
-    address: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            help="The Ray cluster, as host:port. Without it: the one on this machine.",
-        ),
-    ] = None,
+    address: _Address = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -96,13 +98,7 @@ def status(
 
 @main.command()
 def top(
-    address: Annotated[
-        str | None,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            help="The Ray cluster, as host:port. Without it: the one on this machine.",
-        ),
-    ] = None,
+    address: _Address = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one frame as JSON.")] = False,
     interval: Annotated[
