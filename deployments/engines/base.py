@@ -6,6 +6,7 @@ Adding an engine is one module with a subclass of ``EngineAdapter`` and one line
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -203,8 +204,6 @@ def render_flags(args: Mapping[str, EngineArg]) -> list[str]:
     ``max_model_len: 4096`` becomes ``--max-model-len 4096``, ``True`` a bare flag, ``False`` and
     ``None`` nothing, a list one flag with several values, and a mapping its JSON.
     """
-    import json
-
     flags: list[str] = []
     for name, value in args.items():
         flag = "--" + name.replace("_", "-")
