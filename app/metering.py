@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final, Protocol
 
-from app.ledger.ledger import Ledger
+from app.ledger.ledger import Ledger, Opening
 from app.ledger.record import NOTHING_USED, Origin, State, UsageRecord, now_utc
 from app.pricing import TokenUsage
 from app.reply import Place
@@ -39,6 +39,7 @@ class Meter:
         self._origin = origin
         self._began = time.monotonic()
         self._record: UsageRecord | None = None
+        self._opening: Opening | None = None
         self._ttft_s: float | None = None
         self._unlooked = 0
         self._look_at = 0.0
@@ -55,6 +56,7 @@ class Meter:
     def place(self, place: Place) -> None:
         """Take note of where the request goes, and of the decision that everything reads from."""
         replica = place.replica
+        self._opening = None
         self._record = UsageRecord.open(
             self._origin,
             place.decision,
@@ -63,15 +65,28 @@ class Meter:
             queue_s=place.queue_s,
         )
 
-    async def open(self, stream: Metered) -> None:
-        """Make the record of a stream durable, before its first byte leaves.
+    def open(self) -> None:
+        """Begin to write down that a stream begins, while its engine is asked.
 
-        From now on the stream tells the usage.
+        The disk takes its time whether or not the engine works meanwhile.
         """
         assert self._record is not None, "only a placed request is answered"
+        self._opening = self._ledger.open(self._record)
+
+    async def opened(self, stream: Metered) -> None:
+        """Return once the record of a stream is durable, before its first byte leaves.
+
+        From then on the stream tells the usage.
+
+        Raises:
+            DiskRefuses: it is not, so nothing may leave; ``write_off`` is to be called.
+        """
+        if self._opening is None:
+            self.open()
+        assert self._opening is not None
+        await self._opening
         self.first_byte()
         self._stream = stream
-        await self._ledger.open(self._record)
 
     def first_byte(self) -> None:
         """Take note of the time to the first byte."""
@@ -107,6 +122,17 @@ class Meter:
         )
         self._record = None
         await self._ledger.settle(settled)
+
+    def write_off(self, reason: str) -> None:
+        """Note that a placed request is not answered because the disk refused its record.
+
+        It costs nothing, whatever the engine has done for it. Nobody waits for that.
+        """
+        if self._record is None:
+            return
+        settled = self._record.settle(State.FAILED, NOTHING_USED, ended=now_utc(), reason=reason)
+        self._record = None
+        self._ledger.write_off(settled)
 
     def turn_away(self, state: State, reason: str) -> None:
         """Count a request that no engine has seen. Nobody waits for that."""

@@ -14,7 +14,7 @@ from app.accounts import Accounts, Caller
 from app.admission import Admission, ModelGone, Shed
 from app.catalog import Catalog
 from app.config import IngressSettings
-from app.ledger.ledger import JournalFull, Ledger
+from app.ledger.ledger import Ledger, Unrecordable
 from app.ledger.record import Origin, State, now_utc
 from app.metering import Meter
 from app.openai_api import Inbound, rewrite_request, stamp
@@ -151,8 +151,10 @@ class Passage:
             # Only now: those who wait need no room in the journal, and may be very many.
             with self._ledger.reserved():
                 await self._answer(replica)
-        except JournalFull:
-            raise _unrecordable() from None
+        except Unrecordable:
+            refusal = _unrecordable()
+            self._meter.write_off(_reason(refusal))
+            raise refusal from None
         except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
             error = self._error_of(failure)
             await self._meter.settle(State.FAILED, _reason(error))
@@ -211,6 +213,8 @@ class Passage:
         inbound, dialect = self._inbound, replica.dialect
         place = Place(replica, decision, self._ticket.placed - self._ticket.arrived)
         self._meter.place(place)
+        if inbound.stream:
+            self._meter.open()
         async with self._engines.send(
             replica,
             inbound.route,
@@ -243,7 +247,7 @@ class Passage:
     async def _forward_stream(self, answer: StreamedAnswer, place: Place) -> None:
         stamper = stream_stamper(self._inbound, place.decision)
         meter, reply = self._meter, self._reply
-        await meter.open(stamper)
+        await meter.opened(stamper)
         await reply.start(SSE, place)
         try:
             async for blocks in answer:

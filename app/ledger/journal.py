@@ -69,12 +69,19 @@ class Position:
 class Journal:
     """The journal of this process. ``durable`` is called, on its thread, with who has waited.
 
+    ``refused`` is called there, too, each time the disk has refused to write: with those who wait
+    for open records, which need not be served. Their entries are written all the same, later.
+
     Raises:
         OSError: the folder cannot be written, or there is no space for the first segment.
     """
 
     def __init__(
-        self, folder: Path, settings: JournalSettings, durable: Callable[[list[Any]], None]
+        self,
+        folder: Path,
+        settings: JournalSettings,
+        durable: Callable[[list[Any]], None],
+        refused: Callable[[list[Any]], None],
     ) -> None:
         self.path, self._lock = create_journal(folder)
         self.failing = False
@@ -84,6 +91,7 @@ class Journal:
         self._folder = folder
         self._settings = settings
         self._durable = durable
+        self._refused = refused
         self._entries: deque[Entry] = deque()
         self._wakes: SimpleQueue[bool] = SimpleQueue()
         self._open: dict[str, bytes] = {}
@@ -185,6 +193,9 @@ class Journal:
         """Write a batch, however long the disk refuses it: these requests have been served."""
         pause, longest = _RETRY_S
         while not self._try_to_write(batch):
+            # Those that came meanwhile, too: what is appended from now on finds it failing.
+            behind = (*batch, *tuple(self._entries))
+            self._refused([entry.waiter for entry in behind if entry.kind is Kind.OPEN])
             if self._closing:
                 _log.error("the journal ends without %d entries", len(batch))
                 return False

@@ -2,20 +2,22 @@
 
     reserve ─> open ─> progress … ─> settle      a stream
     reserve ─> settle                            a unary answer
+    reserve ─> open ─> write_off                 a stream whose open record the disk refused
     count                                        a request that was turned away
 
-``open`` and ``settle`` return once the record survives the death of any process and a loss of
-power. None of it waits for the database (``app.ledger.flusher``) or costs a task.
+Awaiting what ``open`` returns, and ``settle``, ends once the record survives the death of any
+process and a loss of power. None of it waits for the database (``app.ledger.flusher``) or costs a
+task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import Engine
 
@@ -29,17 +31,43 @@ from app.pricing import TokenUsage
 from app.store.records import RecordStore
 
 RESERVED_BYTES: Final = 4096
-"""Room that a request needs in the journal: two records, a copy of one in the next segment, and a
-few steps of progress, 600 bytes a record with names of usual length."""
+"""Room that a request needs in the journal: two records, another open one where its engine was
+lost, a copy of that in the next segment, and a few steps of progress, 600 bytes a record with names
+of usual length."""
 _WAKE_EVERY: Final = 256
 # Space is taken ahead for twice as many requests as are under way: a burst must not outrun it.
 
 
-class JournalFull(Exception):
-    """There is no room for another record, so the request must not be served.
+class Unrecordable(Exception):
+    """What a request costs cannot be written down, so it must not be served."""
 
-    The store has been away for long, or the disk is full.
+
+class JournalFull(Unrecordable):
+    """There is no room for another record.
+
+    The store has been away for long, or the disk is full or fails.
     """
+
+
+class DiskRefuses(Unrecordable):
+    """The disk has refused an open record after there was room for it."""
+
+
+class Opening:
+    """An open record on its way to the disk; awaited before the first byte of an answer leaves.
+
+    Raises, when awaited:
+        DiskRefuses: the disk has refused it, or refuses everything now.
+    """
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, kept: asyncio.Future[bool]) -> None:
+        self._kept = kept
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if not (yield from self._kept.__await__()):
+            raise DiskRefuses
 
 
 class Ledger:
@@ -60,7 +88,7 @@ class Ledger:
         self._lazy_at: asyncio.TimerHandle | None = None
         # Tokens and time of the last step written down, by open stream.
         self._steps: dict[str, tuple[int, float]] = {}
-        self._journal = Journal(folder, settings, self._durable)
+        self._journal = Journal(folder, settings, self._durable, self._refused)
         self._flusher = Flusher(self._journal, folder, settings, store, self._journal.wake)
 
     @property
@@ -95,12 +123,19 @@ class Ledger:
         if change > 0 and self._in_flight % _WAKE_EVERY == 0:
             self._journal.wake()
 
-    async def open(self, record: UsageRecord) -> None:
-        """Write down that a stream begins; its first byte may leave when this returns."""
+    def open(self, record: UsageRecord) -> Opening:
+        """Begin to write down that a stream begins; its engine can be asked meanwhile.
+
+        Whatever becomes of the stream, it is then to be settled. A request that is moved to another
+        replica is opened again, and that record takes the place of the first.
+        """
         assert record.state is State.OPEN
         request_id = record.origin.request_id
         self._steps[request_id] = (0, time.monotonic())
-        await self._write(Kind.OPEN, request_id, record.to_json())
+        kept = self._write(Kind.OPEN, request_id, record.to_json())
+        if self._journal.failing and not kept.done():
+            kept.set_result(False)
+        return Opening(kept)
 
     def progress(self, request_id: str, usage: TokenUsage) -> None:
         """Take note of how far an open stream has got; written down now and then."""
@@ -127,6 +162,16 @@ class Ledger:
         self._steps.pop(request_id, None)
         await self._write(Kind.SETTLED, request_id, record.to_json())
 
+    def write_off(self, record: UsageRecord) -> None:
+        """Write down what became of a stream whose open record was refused; nobody waits for it.
+
+        Nothing of its answer has left, so whoever opens the journal without this finds the same.
+        """
+        assert record.state.served and not record.cost
+        request_id = record.origin.request_id
+        self._steps.pop(request_id, None)
+        self._write_lazily(Entry.of(Kind.SETTLED, request_id, record.to_json()))
+
     def count(self, record: UsageRecord) -> None:
         """Write down that a request was turned away; nobody waits for it."""
         assert not record.state.served
@@ -152,11 +197,12 @@ class Ledger:
         done = self._flusher.finish() and not self._journal.has_open
         self._journal.release(remove=done)
 
-    async def _write(self, kind: Kind, request_id: str, body: bytes) -> None:
-        waiter: asyncio.Future[None] = self._loop.create_future()
+    def _write(self, kind: Kind, request_id: str, body: bytes) -> asyncio.Future[bool]:
+        """Have an entry written now; the result is whether it is durable, or was refused."""
+        waiter: asyncio.Future[bool] = self._loop.create_future()
         self._journal.append(Entry.of(kind, request_id, body, waiter))
         self._journal.wake()
-        await waiter
+        return waiter
 
     def _write_lazily(self, entry: Entry) -> None:
         self._journal.append(entry)
@@ -167,10 +213,15 @@ class Ledger:
         self._lazy_at = None
         self._journal.wake()
 
-    def _durable(self, waiters: list[asyncio.Future[None]]) -> None:
+    def _durable(self, waiters: list[asyncio.Future[bool]]) -> None:
         """Called on the journal's thread."""
         if waiters and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_resolve, waiters)
+            self._loop.call_soon_threadsafe(_resolve, waiters, True)
+
+    def _refused(self, waiters: list[asyncio.Future[bool]]) -> None:
+        """Called on the journal's thread."""
+        if waiters and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_resolve, waiters, False)
 
 
 def open_ledger(store: Engine, settings: JournalSettings) -> Ledger:
@@ -183,7 +234,7 @@ def open_ledger(store: Engine, settings: JournalSettings) -> Ledger:
     return Ledger(Path(expand_path(settings.folder)), settings, RecordStore(store))
 
 
-def _resolve(waiters: list[asyncio.Future[None]]) -> None:
+def _resolve(waiters: list[asyncio.Future[bool]], durable: bool) -> None:
     for waiter in waiters:
         if not waiter.done():
-            waiter.set_result(None)
+            waiter.set_result(durable)

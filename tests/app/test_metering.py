@@ -3,6 +3,7 @@ import asyncio
 import pytest
 
 from app.dialect import Dialect
+from app.ledger.ledger import DiskRefuses, Opening
 from app.ledger.record import Origin, State, now_utc
 from app.metering import Meter
 from app.pricing import RateCard, TokenUsage
@@ -22,9 +23,16 @@ class FakeLedger:
 
     def __init__(self):
         self.calls = []
+        self.refuses = False
 
-    async def open(self, record):
+    def open(self, record):
         self.calls.append(("open", record))
+        kept = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(kept.set_result, not self.refuses)
+        return Opening(kept)
+
+    def write_off(self, record):
+        self.calls.append(("write_off", record))
 
     async def settle(self, record):
         self.calls.append(("settle", record))
@@ -66,7 +74,7 @@ async def test_a_stream_is_open_before_its_first_byte_and_settled_once():
     one, calls = meter()
     one.place(place())
     stream = Stream(TokenUsage(3, 0, 1))
-    await one.open(stream)
+    await one.opened(stream)
     one.progress(1)
     stream.usage = TokenUsage(3, 0, 2)
     await one.settle(State.COMPLETED)
@@ -77,6 +85,42 @@ async def test_a_stream_is_open_before_its_first_byte_and_settled_once():
     assert record.usage == TokenUsage(3, 0, 2)
     assert record.cost == CARD.at(Tier.PRIORITY).cost(record.usage)
     assert record.ttft_s is not None and record.queue_s == 0.5
+
+
+async def test_a_stream_can_be_opened_before_its_engine_has_begun():
+    one, calls = meter()
+    one.place(place())
+    one.open()
+    assert [name for name, _ in calls] == ["open"]
+    await one.opened(Stream(TokenUsage(3, 0, 1)))
+    assert [name for name, _ in calls] == ["open"]
+
+
+async def test_a_stream_that_is_moved_is_opened_again_at_its_new_place():
+    one, calls = meter()
+    one.place(place())
+    one.open()
+    one.place(place(Tier.DEFAULT, Reason.NO_REPLICA_HONOURS_PRIORITY))
+    one.open()
+    await one.opened(Stream(TokenUsage(3, 0, 1)))
+    assert [record.served for _, record in calls] == [Tier.PRIORITY, Tier.DEFAULT]
+
+
+async def test_a_stream_whose_record_is_refused_costs_nothing_whatever_its_engine_says():
+    ledger = FakeLedger()
+    ledger.refuses = True
+    one = Meter(ledger, ORIGIN)
+    one.place(place())
+    one.open()
+    with pytest.raises(DiskRefuses):
+        await one.opened(Stream(TokenUsage(3, 0, 1)))
+    assert one.usage is None
+    one.write_off("ledger_unavailable")
+    await one.settle(State.FAILED, "another")
+    assert [name for name, _ in ledger.calls] == ["open", "write_off"]
+    record = ledger.calls[-1][1]
+    assert (record.state, record.reason, record.cost) == (State.FAILED, "ledger_unavailable", 0)
+    assert (record.usage, record.ttft_s) == (TokenUsage(0, 0, 0), None)
 
 
 async def test_the_record_is_that_of_the_last_place():
@@ -121,7 +165,7 @@ async def test_a_streams_usage_is_read_now_and_then():
     one, calls = meter()
     one.place(place())
     stream = Stream(TokenUsage(3, 0, 1))
-    await one.open(stream)
+    await one.opened(stream)
     for _ in range(640):
         one.progress(1)
     assert 1 <= stream.asked <= 30, "each of them is parsed from the engine's bytes"

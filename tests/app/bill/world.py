@@ -173,6 +173,11 @@ class SimulatedEngine:
             facts.context_length, facts.dialect,
         )  # fmt: skip
 
+    @property
+    def running(self) -> int:
+        """How many requests it is working on."""
+        return self._app.engine.scheduler.running
+
     def stop(self) -> None:
         """Die at once: every connection breaks, and none is taken any more."""
         if not self.up:
@@ -360,6 +365,12 @@ class World:
             # It still believes in one that has died since.
             if crash[0] < published:
                 crash[1] = min(crash[1], time.monotonic())
+
+    def taken(self) -> int:
+        """How many slots are taken, as the ingress believes."""
+        admission = self._catalog.find(MODEL)
+        assert admission is not None
+        return sum(admission.demand().running.values())
 
     async def restart(self, name: str) -> None:
         """Have an engine that died come back as another replica."""

@@ -48,10 +48,13 @@ class Writer:
 
     def __init__(self, folder, settings=None):
         self.acknowledged = []
+        self.refused = []
         self._all_done = threading.Event()
         self._waiting = 0
         self.folder = folder
-        self.journal = Journal(folder, settings or SmallSegments(), self._durable)
+        self.journal = Journal(
+            folder, settings or SmallSegments(), self._durable, self.refused.extend
+        )
 
     def _durable(self, waiters):
         self.acknowledged += waiters
@@ -239,6 +242,7 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
         with pytest.raises(AssertionError):
             ours.commit(timeout_s=0.3)
         assert ours.journal.failing and ours.journal.room == 0
+        assert ours.refused == []
         assert ours.acknowledged == [(Kind.SETTLED, records[0].origin.request_id)]
         disk.fails = ""
         ours.commit()
@@ -247,6 +251,36 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
         OwnJournal(ours.journal).flush(store)
     assert list(store.records.values()) == records
     assert "503" in caplog.text
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+def test_a_failing_disk_refuses_those_who_wait_for_open_records_alone(tmp_path, monkeypatch, call):
+    disk, store = FailingDisk(monkeypatch), MemoryStore()
+    with writer(tmp_path) as ours:
+        ours.settle(completed("before"))
+        ours.commit()
+        wait_for_segments(ours.journal, 2)
+        disk.fails = call
+        stream, unary = opened("stream"), completed("unary")
+        ours.open(stream)
+        ours.settle(unary)
+        ours.journal.wake()
+        wait_until(lambda: (Kind.OPEN, "stream") in ours.refused)
+        # One that comes behind the batch that cannot be written.
+        ours.open(opened("behind"))
+        wait_until(lambda: (Kind.OPEN, "behind") in ours.refused)
+        assert {name for _, name in ours.refused} == {"stream", "behind"}
+        assert ours.acknowledged == [(Kind.SETTLED, "before")]
+        disk.fails = ""
+        ours.settle(stream.settle(State.FAILED, TokenUsage(0, 0, 0), ended=NOON, reason="disk"))
+        ours.commit()
+        OwnJournal(ours.journal).flush(store)
+        assert set(store.records) == {"before", "unary", "stream"}
+    adopt(tmp_path, store)
+    assert {name: r.state for name, r in store.records.items()} == {
+        "before": State.COMPLETED, "unary": State.COMPLETED, "stream": State.FAILED,
+        "behind": State.INTERRUPTED,
+    }  # fmt: skip
 
 
 def test_a_segments_space_is_written_and_not_only_reserved(tmp_path):
@@ -272,10 +306,14 @@ def test_no_record_waits_for_the_making_of_a_segment(tmp_path, monkeypatch):
         wait_for_segments(ours.journal, 2)
 
 
-def wait_for_segments(journal, count, timeout_s=5):
+def wait_for_segments(journal, count):
     """Space is taken aside."""
+    wait_until(lambda: len(segment_numbers(journal.path)) >= count)
+
+
+def wait_until(condition, timeout_s=5):
     deadline = time.monotonic() + timeout_s
-    while len(segment_numbers(journal.path)) < count:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

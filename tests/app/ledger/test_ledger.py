@@ -1,4 +1,6 @@
 import asyncio
+import errno
+import os
 import time
 from contextlib import ExitStack, asynccontextmanager
 
@@ -6,7 +8,7 @@ import pytest
 
 from app.ledger.flusher import adopt
 from app.ledger.frames import INGRESS_LOST, Kind, read_segment
-from app.ledger.ledger import RESERVED_BYTES, JournalFull, Ledger, open_ledger
+from app.ledger.ledger import RESERVED_BYTES, DiskRefuses, JournalFull, Ledger, open_ledger
 from app.ledger.record import State
 from app.ledger.segments import segment_numbers, segment_path
 from app.ledger.settings import JournalSettings
@@ -68,8 +70,6 @@ async def test_records_are_in_the_file_when_settle_returns_and_in_the_store_soon
 
 
 async def test_many_at_once_share_syncs(tmp_path, monkeypatch):
-    import os
-
     syncs, real = [], os.fdatasync
     monkeypatch.setattr(
         "app.ledger.segments.os.fdatasync", lambda file: (syncs.append(file), real(file))
@@ -132,6 +132,41 @@ async def test_open_streams_of_an_ingress_that_stops_are_settled_by_another(tmp_
     async with ledger(tmp_path, store):
         await until(lambda: store.records)
     assert store.records["stream"].reason == INGRESS_LOST
+
+
+async def test_an_open_record_that_the_disk_refuses_is_not_waited_for(tmp_path, monkeypatch):
+    broken, real = [True], os.fdatasync
+
+    def sync(file):
+        if broken:
+            raise OSError(errno.EIO, "broken")
+        real(file)
+
+    monkeypatch.setattr("app.ledger.segments.os.fdatasync", sync)
+    store, record = MemoryStore(), opened("stream")
+    async with ledger(tmp_path, store) as ours:
+        begun, ended = ours.open(record), asyncio.create_task(ours.settle(completed("unary")))
+        with pytest.raises(DiskRefuses):
+            async with asyncio.timeout(5):
+                await begun
+        with pytest.raises(DiskRefuses):
+            await ours.open(opened("later"))
+        with pytest.raises(JournalFull), ours.reserved():
+            pass
+        for one in (record, opened("later")):
+            usage = TokenUsage(0, 0, 0)
+            ours.write_off(one.settle(State.FAILED, usage, ended=NOON, reason="disk"))
+        assert not ended.done(), "it has been served, and waits for its record"
+        broken.clear()
+        async with asyncio.timeout(5):
+            await ended
+            await ours.open(opened("after"))
+        await until(lambda: len(store.records) == 3)
+    assert {name: (r.state, r.cost) for name, r in store.records.items()} == {
+        "unary": (State.COMPLETED, completed().cost),
+        "stream": (State.FAILED, 0),
+        "later": (State.FAILED, 0),
+    }
 
 
 async def test_without_room_nobody_is_served_and_room_comes_back(tmp_path):
