@@ -1,82 +1,63 @@
-"""What a RayService may hold, as far as the manifests in configs/kuberay use it.
+"""KubeRay's own definition of a RayService, as a JSON schema as strict as Kubernetes can be.
 
-Written from the reference of KubeRay 1.7's API (``ray.io/v1``), whose own definitions are far
-larger: every pod template is in them several times. Pod templates are left to Kubernetes' own
-schema. A field that is not named here is refused. ``test_kuberay.py`` also compares it, and the
-manifests, with KubeRay's own definition where that is given.
+Kubernetes drops fields that a definition does not know, or refuses them with
+``--validate=strict``; here they are refused. What JSON Schema has no word for is put into its
+words: numbers that may be written as text, lists whose entries must differ in some of their fields.
 """
 
-from collections.abc import Mapping
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-STRING = {"type": "string"}
-COUNT = {"type": "integer", "minimum": 0}
-WORDS = {"type": "object", "additionalProperties": STRING}
-POD_TEMPLATE = "io.k8s.api.core.v1.PodTemplateSpec"
-RESOURCES = "io.k8s.api.core.v1.ResourceRequirements"
-SECRET_SOURCE = "io.k8s.api.core.v1.EnvVarSource"
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.validators import extend
+
+DEFINITION = Path(__file__).parent / "third_party" / "kuberay" / "ray.io_rayservices.yaml.gz"
+_KEYS = "x-kubernetes-list-map-keys"
 
 
-def rayservice_schema(definitions: str) -> Mapping[str, Any]:
-    """Return the JSON schema; ``definitions`` is the address of Kubernetes' own."""
+def rayservice_schema(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of the version that Kubernetes stores.
 
-    def kubernetes(name: str) -> dict[str, Any]:
-        return {"$ref": f"{definitions}#/$defs/{name}"}
+    Args:
+        metadata: the schema of every object's, which a definition does not repeat.
+    """
+    definition = yaml.load(gzip.decompress(DEFINITION.read_bytes()), yaml.CSafeLoader)["spec"]
+    [stored] = [one for one in definition["versions"] if one["storage"]]
+    schema: dict[str, Any] = _strict(stored["schema"]["openAPIV3Schema"])
+    schema["required"] = ["apiVersion", "kind", "metadata", "spec"]
+    schema["properties"] |= {
+        "apiVersion": {"const": f"{definition['group']}/{stored['name']}"},
+        "kind": {"const": definition["names"]["kind"]},
+        "metadata": metadata,
+    }
+    return schema
 
-    def fields(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
-        return {
-            "type": "object",
-            "additionalProperties": False,
-            "required": list(required),
-            "properties": properties,
-        }
 
-    secret = fields(value=STRING, valueFrom=kubernetes(SECRET_SOURCE))
-    fault_tolerance = fields(
-        backend={"enum": ["redis", "rocksdb"]},
-        redisAddress=STRING,
-        redisPassword=secret,
-        storage=fields(size=STRING, deletionPolicy={"enum": ["DeleteWithCluster", "Retain"]}),
-    )
-    autoscaler = fields(
-        version={"enum": ["v1", "v2"]},
-        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
-        idleTimeoutSeconds=COUNT,
-        resources=kubernetes(RESOURCES),
-    )
-    group = {"rayStartParams": WORDS, "labels": WORDS, "template": kubernetes(POD_TEMPLATE)}
-    worker = fields(
-        ("groupName", "template", "minReplicas", "maxReplicas"),
-        groupName=STRING,
-        replicas=COUNT,
-        minReplicas=COUNT,
-        maxReplicas={"type": "integer", "minimum": 1},
-        **group,
-    )
-    cluster = fields(
-        ("headGroupSpec", "rayVersion"),
-        rayVersion=STRING,
-        authOptions=fields(mode={"enum": ["disabled", "token"]}),
-        gcsFaultToleranceOptions=fault_tolerance,
-        enableInTreeAutoscaling={"type": "boolean"},
-        autoscalerOptions=autoscaler,
-        headGroupSpec=fields(("template",), **group),
-        workerGroupSpecs={"type": "array", "items": worker},
-    )
-    spec = fields(
-        ("rayClusterConfig",),
-        upgradeStrategy=fields(type={"enum": ["NewCluster", "None"]}),
-        rayClusterDeletionDelaySeconds=COUNT,
-        serviceUnhealthySecondThreshold=COUNT,
-        deploymentUnhealthySecondThreshold=COUNT,
-        excludeHeadPodFromServeSvc={"type": "boolean"},
-        serveConfigV2=STRING,
-        rayClusterConfig=cluster,
-    )
-    return fields(
-        ("apiVersion", "kind", "metadata", "spec"),
-        apiVersion={"const": "ray.io/v1"},
-        kind={"const": "RayService"},
-        metadata=kubernetes("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"),
-        spec=spec,
-    )
+def _strict(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_strict(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    own = {name: _strict(inner) for name, inner in schema.items()}
+    if own.get("x-kubernetes-int-or-string"):
+        own["type"] = ["integer", "string"]
+    if own.get("nullable") is True:
+        own["type"] = [own["type"], "null"]
+    if own.get("x-kubernetes-list-type") == "set":
+        own["uniqueItems"] = True
+    if isinstance(own.get("properties"), dict):
+        own.setdefault("additionalProperties", False)
+    return own
+
+
+def _differ(_: Any, keys: list[str], entries: Any, __: Any) -> Iterator[ValidationError]:
+    seen = [tuple(entry.get(key) for key in keys) for entry in entries]
+    for entry in {one for one in seen if seen.count(one) > 1}:
+        yield ValidationError(f"more than one entry has {', '.join(keys)} {entry}")
+
+
+Validator = extend(Draft202012Validator, {_KEYS: _differ})
+"""Checks lists of named entries, too, as Kubernetes does."""

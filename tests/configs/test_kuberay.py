@@ -1,19 +1,18 @@
 """The manifests of configs/kuberay against schemas, and what must hold between them."""
 
 import json
-import os
-from functools import cache
+from functools import cache, reduce
 from importlib.resources import files
+from operator import getitem
 from pathlib import Path
 
 import pytest
 import yaml
-from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from app.check import check_config
-from tests.configs.kuberay_schema import rayservice_schema
+from tests.configs.kuberay_schema import Validator, rayservice_schema
 
 pytestmark = pytest.mark.unit
 
@@ -23,9 +22,6 @@ ENVIRONMENTS = ["staging", "production"]
 # Strict: fields that Kubernetes does not know are refused, as a typing error would be.
 SCHEMAS = files("kubernetes_validate") / "kubernetes-json-schema" / "v1.34.0-local-strict"
 DEFINITIONS = "https://kubernetes.io/api/_definitions.json"
-CRD = os.environ.get("FRONTLINE_KUBERAY_CRD")
-"""KubeRay's own definition of a RayService, as `kubectl get crd rayservices.ray.io -o yaml`
-prints it."""
 
 
 def manifests(name):
@@ -53,17 +49,26 @@ def problems(schema, value):
     registry = Registry().with_resource(
         DEFINITIONS, Resource.from_contents(definitions(), default_specification=DRAFT202012)
     )
-    found = Draft202012Validator(schema, registry=registry).iter_errors(value)
+    found = Validator(schema, registry=registry).iter_errors(value)
     return [f"{'.'.join(map(str, one.absolute_path))}: {one.message[:300]}" for one in found]
+
+
+def definition(name):
+    return {"$ref": f"{DEFINITIONS}#/$defs/{name}"}
+
+
+@cache
+def kuberay():
+    return rayservice_schema(definition("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"))
 
 
 def kind_schema(manifest):
     """Kubernetes' own schema of a manifest's kind."""
     group, _, version = manifest["apiVersion"].rpartition("/")
     wanted = {"group": group, "kind": manifest["kind"], "version": version}
-    for name, definition in definitions()["$defs"].items():
-        if wanted in definition.get("x-kubernetes-group-version-kind", []):
-            return {"$ref": f"{DEFINITIONS}#/$defs/{name}"}
+    for name, known in definitions()["$defs"].items():
+        if wanted in known.get("x-kubernetes-group-version-kind", []):
+            return definition(name)
     raise AssertionError(f"Kubernetes knows no {wanted}")
 
 
@@ -73,44 +78,65 @@ def test_kubernetes_takes_what_all_environments_share(manifest):
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_a_rayservice_is_one(environment):
-    assert problems(rayservice_schema(DEFINITIONS), rayservice(environment)) == []
-
-
-def test_mistakes_would_be_found():
-    manifest = rayservice("staging")
-    worker = manifest["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
-    worker["maxReplica"] = 3
-    worker["template"]["spec"]["containers"][0]["image"] = 7
-    worker["template"]["spec"]["terminationGracePeriod"] = 7
-    found = "\n".join(problems(rayservice_schema(DEFINITIONS), manifest))
-    assert "maxReplica" in found and "7 is not of type" in found
-    assert "terminationGracePeriod" in found
-
-
-@pytest.mark.skipif(CRD is None, reason="FRONTLINE_KUBERAY_CRD names no definition")
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_kuberays_own_definition_takes_them(environment):
-    versions = yaml.safe_load(Path(CRD).read_text())["spec"]["versions"]
-    [v1] = [one for one in versions if one["name"] == "v1"]
-    schema = strict(v1["schema"]["openAPIV3Schema"])
-    # That of every object, which a definition does not repeat.
-    schema["properties"]["metadata"] = {"type": "object"}
-    assert problems(schema, rayservice(environment)) == []
+    assert problems(kuberay(), rayservice(environment)) == []
 
 
-def strict(schema):
-    """Let a definition refuse fields that it does not know, which Kubernetes drops in silence."""
-    if isinstance(schema, list):
-        return [strict(inner) for inner in schema]
-    if not isinstance(schema, dict):
-        return schema
-    own = {name: strict(inner) for name, inner in schema.items()}
-    if own.get("x-kubernetes-int-or-string"):
-        return {}
-    if "properties" in own and not own.get("x-kubernetes-preserve-unknown-fields"):
-        own.setdefault("additionalProperties", False)
-    return own
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_kubernetes_takes_their_pods(environment):
+    """In the release that is named above; KubeRay's definition has pods of an older one."""
+    for template in pod_templates(environment).values():
+        assert problems(definition("io.k8s.api.core.v1.PodTemplateSpec"), template) == []
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_kuberays_operator_takes_what_its_definition_leaves_open(environment):
+    """What it refuses by itself, from ``ValidateRayServiceSpec`` of the same release."""
+    spec = rayservice(environment)["spec"]
+    assert spec["upgradeStrategy"]["type"] in ("NewCluster", "None")
+    gcs = spec["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    other = {"redis": {"storage"}, "rocksdb": {"redisAddress", "redisPassword"}}
+    assert not gcs.keys() & other[gcs["backend"]]
+    for template in pod_templates(environment).values():
+        # The autoscaler replaces pods; they do not restart.
+        assert template["spec"].get("restartPolicy", "Never") == "Never"
+    groups = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert len({group["groupName"] for group in groups}) == len(groups)
+    for group in groups:
+        assert "labels" not in group["rayStartParams"] and "resources" not in group
+
+
+CONTAINER = "rayClusterConfig.workerGroupSpecs.0.template.spec.containers.0"
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        ("serveConfig", "applications: []", "'serveConfig' was unexpected"),
+        ("rayClusterConfig.workerGroupSpecs.0.maxReplica", 3, "'maxReplica' was unexpected"),
+        ("rayClusterConfig.workerGroupSpecs.0.maxReplicas", "3", "'3' is not of type 'integer'"),
+        (f"{CONTAINER}.ports.1.containerPort", 8000, "more than one entry has containerPort"),
+        ("rayClusterConfig.workerGroupSpecs.1.groupName", None, "None is not of type 'string'"),
+        ("rayClusterConfig.headGroupSpec", {}, "'template' is a required property"),
+        ("rayClusterConfig.autoscalerOptions.version", "v3", "'v3' is not one of"),
+        ("rayClusterConfig.gcsFaultToleranceOptions.backend", "etcd", "'etcd' is not one of"),
+        (f"{CONTAINER}.image", 7, "7 is not of type 'string'"),
+        (f"{CONTAINER}.imagePullPolice", "Always", "'imagePullPolice' was unexpected"),
+        (f"{CONTAINER}.resources.limits.memory", "8 GB", "'8 GB' does not match"),
+        (f"{CONTAINER}.resources.limits.memory", 0.5, "0.5 is not of type"),
+    ],
+)
+def test_a_mistake_is_found(where, value, words):
+    manifest = rayservice("staging")
+    *path, last = (int(word) if word.isdigit() else word for word in where.split("."))
+    reduce(getitem, path, manifest["spec"])[last] = value
+    found = problems(kuberay(), manifest)
+    assert any(words in one for one in found), found
+
+
+def test_another_kind_of_manifest_is_refused():
+    manifest = rayservice("staging") | {"apiVersion": "ray.io/v1alpha1", "kind": "RayCluster"}
+    assert len(problems(kuberay(), manifest)) == 2
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
