@@ -7,7 +7,7 @@ has a ``plan`` says what it would launch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import yaml
@@ -24,16 +24,57 @@ _AUTO_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
+class RankPlan:
+    """A further part of an engine on several nodes; the replica itself starts part 0.
+
+    Attributes:
+        rank: its number.
+        command: its command line.
+        environment: what is set besides what is inherited.
+        log: where its output goes; a pattern, on its own node.
+    """
+
+    rank: int
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    log: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPort:
+    """A port that a replica opens on its node's own address; everything else is on loopback.
+
+    Attributes:
+        name: what listens there.
+        where: at which address, in words.
+        lets_in: who comes in, in words.
+        method: the only HTTP method that does; empty where it is not HTTP.
+        paths: the only paths that do.
+        port: 0, which stands for a free one.
+    """
+
+    name: str
+    where: str
+    lets_in: str
+    method: str = ""
+    paths: tuple[str, ...] = ()
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LaunchPlan:
     """What one replica starts. Secrets are in it.
 
     Attributes:
         engine: the adapter's name.
-        command: the command line, the interpreter first. Port 0 stands for a free one.
+        command: the command line, the interpreter first. Port 0 stands for a free one, ``NODE_n``
+            for the address of the node that part n of the engine runs on.
         environment: what is set besides what is inherited.
         files: the text of each file that is made for it, by the option that names the file.
         log: where its output goes; a pattern.
         priority_routes: where it ought to have native priority, started so.
+        ranks: its further parts, where the engine runs on several nodes.
+        opens: what other nodes reach of it.
     """
 
     engine: str
@@ -42,6 +83,8 @@ class LaunchPlan:
     files: Mapping[str, str]
     log: str
     priority_routes: tuple[str, ...]
+    ranks: tuple[RankPlan, ...] = ()
+    opens: tuple[OpenPort, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +178,20 @@ def _ray(deployment: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_secrets(launch: LaunchPlan) -> LaunchPlan:
-    return LaunchPlan(
-        engine=launch.engine,
+    ranks = (
+        replace(
+            rank,
+            command=tuple(redact_words(rank.command)),
+            environment=redact(rank.environment),
+        )
+        for rank in launch.ranks
+    )
+    return replace(
+        launch,
         command=tuple(redact_words(launch.command)),
         environment=redact(launch.environment),
         files=redact(launch.files),
-        log=launch.log,
-        priority_routes=launch.priority_routes,
+        ranks=tuple(ranks),
     )
 
 

@@ -6,9 +6,12 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
-from app.plan import ModelPlan, PoolPlan, Replicas
+from app.plan import ModelPlan, OpenPort, PoolPlan, RankPlan, Replicas
+
+_NAMES: Final = 15
+"""Columns that the names of entries take."""
 
 
 def to_json(models: Sequence[ModelPlan]) -> dict[str, Any]:
@@ -39,6 +42,22 @@ def _pool(pool: PoolPlan) -> Iterator[str]:
     yield from _entry("environment", _assignments(launch.environment))
     yield from _entry("files", [f"{option} {text}" for option, text in launch.files.items()])
     yield from _entry("log", [launch.log])
+    for port in launch.opens:
+        yield from _entry(port.name, _port(port))
+    for rank in launch.ranks:
+        yield from _rank(rank)
+
+
+def _port(port: OpenPort) -> list[str]:
+    paths = [f"{port.method} {', '.join(port.paths)}"] if port.paths else []
+    return [f"port {port.port} of {port.where}", *paths, f"for {port.lets_in}"]
+
+
+def _rank(rank: RankPlan) -> Iterator[str]:
+    yield from _entry(f"part {rank.rank}", [f"on NODE_{rank.rank}, beside no other part"])
+    yield from _entry("  command", _command(rank.command))
+    yield from _entry("  environment", _assignments(rank.environment))
+    yield from _entry("  log", [rank.log])
 
 
 def _count(replicas: Replicas) -> str:
@@ -49,7 +68,7 @@ def _count(replicas: Replicas) -> str:
 
 def _entry(name: str, lines: Sequence[str]) -> Iterator[str]:
     for place, line in enumerate(lines):
-        yield f"    {name if place == 0 else '':13}{line}"
+        yield f"    {name if place == 0 else '':{_NAMES}}{line}"
 
 
 def _command(words: Sequence[str]) -> list[str]:

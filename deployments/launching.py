@@ -11,13 +11,19 @@ from typing import Final
 
 from app.config import PoolSettings
 from app.paths import expand_path, frontline_home
-from app.plan import LaunchPlan
+from app.plan import LaunchPlan, OpenPort, RankPlan
 from app.settings import SettingsError
 from deployments.engines.base import EngineAdapter, Launch, Span
 from deployments.engines.registry import adapter_named
+from deployments.guard import LOOPBACK, plan_guard
 from deployments.process import EngineProcess
 
 _RAY_THREADS: Final = "OMP_NUM_THREADS"
+_MEETING_PLACE: Final = OpenPort(
+    name="meeting place",
+    where="NODE_0; once they have met, the parts open more ports to each other, by torch's choice",
+    lets_in="whoever reaches it: torch asks for no key",
+)
 
 
 def make_launch(
@@ -57,12 +63,11 @@ async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSetting
     inherited = dict(os.environ)
     # Ray sets it to the actor's share of CPUs, which is not the engine's.
     inherited.pop(_RAY_THREADS, None)
-    rank = f".rank{launch.span.rank}" if launch.span.rank else ""
     return await EngineProcess.start(
         adapter.command(launch),
         inherited | environment(adapter, launch, pool),
         log_folder(),
-        name=log_name(launch.served_name, pool) + rank,
+        name=log_name(launch.served_name, pool, launch.span.rank),
         stop_grace_s=pool.stop_grace_s,
     )
 
@@ -77,37 +82,58 @@ def log_folder() -> Path:
     return frontline_home() / "logs"
 
 
-def log_name(model_id: str, pool: PoolSettings) -> str:
+def log_name(model_id: str, pool: PoolSettings, rank: int = 0) -> str:
     """What the names of a pool's logs begin with."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{model_id}.{pool.name}")
+    part = f".rank{rank}" if rank else ""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{model_id}.{pool.name}{part}")
 
 
 def plan_launch(model_id: str, pool: PoolSettings) -> LaunchPlan:
     """Return what a replica of a pool would start, as far as it is known before.
 
-    Nothing is reserved or made: the port is 0, the key a word. Paths are expanded as on this
-    machine, but for variables that are set on the replica's node alone.
+    Nothing is reserved or made: the port is 0, the key a word, and ``NODE_n`` the address of the
+    node of part n, where the engine has several. Paths are expanded as on this machine, but for
+    variables that are set on the replica's node alone.
     """
     adapter = adapter_named(pool.engine)
-    launch = Launch(
+    first, *others = (_planned(model_id, pool, rank) for rank in range(pool.nodes))
+    return LaunchPlan(
+        engine=pool.engine,
+        command=tuple(adapter.command(first)),
+        environment=environment(adapter, first, pool),
+        files=adapter.files(first),
+        log=_log_pattern(first, pool),
+        priority_routes=tuple(sorted(route.value for route in adapter.priority_routes(first))),
+        ranks=tuple(
+            RankPlan(
+                rank=launch.span.rank,
+                command=tuple(adapter.command(launch)),
+                environment=environment(adapter, launch, pool),
+                log=_log_pattern(launch, pool),
+            )
+            for launch in others
+        ),
+        opens=(plan_guard(), *([_MEETING_PLACE] if others else [])),
+    )
+
+
+def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
+    return Launch(
         model=_expanded(pool.model),
         served_name=model_id,
-        host="127.0.0.1",
+        host=LOOPBACK,
         port=0,
         slots=pool.slots,
         key="made anew for every replica",
         # That of Ray's worker; which one that is only its node knows.
         python=_expanded(pool.python) if pool.python else "python",
         engine_args=pool.engine_args,
+        span=Span(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else Span(),
     )
-    return LaunchPlan(
-        engine=pool.engine,
-        command=tuple(adapter.command(launch)),
-        environment=environment(adapter, launch, pool),
-        files=adapter.files(launch),
-        log=f"{log_folder() / log_name(model_id, pool)}-*.log",
-        priority_routes=tuple(sorted(route.value for route in adapter.priority_routes(launch))),
-    )
+
+
+def _log_pattern(launch: Launch, pool: PoolSettings) -> str:
+    return f"{log_folder() / log_name(launch.served_name, pool, launch.span.rank)}-*.log"
 
 
 def _expanded(path: str) -> str:

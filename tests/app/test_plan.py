@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from pathlib import Path
 
@@ -6,13 +7,17 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import main
+from app.dialect import Route
 from app.plan import Replicas, make_plan
 from app.plan_view import to_text
+from app.redaction import redact
 
 pytestmark = pytest.mark.unit
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GPU = sorted((CONFIGS / "gpu").glob("*.yaml"))
+CLUSTER = CONFIGS / "cluster.yaml"
+SEVERAL_NODES = (CONFIGS / "gpu" / "several-nodes.yaml").read_text()
 THREE = (CONFIGS / "gpu" / "three-engines.yaml").read_text()
 
 
@@ -29,11 +34,13 @@ def test_the_gpu_configs_show_what_they_would_start(path):
     shown = plan(path)
     assert shown.exit_code == 0, shown.output
     for pool in pools(path.read_text()).values():
-        # As many GPUs as the engine is told to use.
-        parallel = re.search(
-            r"--(?:tensor-parallel|tp)[-_]size (\d+)", " ".join(pool.launch.command)
+        # As many GPUs as the engine is told to use, on its nodes together.
+        parallel = re.findall(
+            r"--(?:tensor-parallel|pipeline-parallel|tp)[-_]size (\d+)",
+            " ".join(pool.launch.command),
         )
-        assert pool.ray["num_gpus"] == (int(parallel[1]) if parallel else 1)
+        nodes = 1 + len(pool.launch.ranks)
+        assert pool.ray["num_gpus"] * nodes == math.prod(map(int, parallel))
         assert pool.priority.startswith("delivered on chat/completions")
         assert "CUDA_VISIBLE_DEVICES" not in pool.launch.environment
 
@@ -42,6 +49,64 @@ def test_it_is_told_where_each_pool_may_stand():
     found = pools(THREE)
     assert found["vllm"].ray == {"num_cpus": 1, "num_gpus": 1, "resources": {"engine_vllm": 1}}
     assert found["sglang"].ray["label_selector"] == {"frontline/engine": "sglang"}
+
+
+@pytest.mark.parametrize("path", [CLUSTER, *GPU], ids=lambda path: path.stem)
+def test_it_is_told_what_other_nodes_reach(path):
+    shown = plan(path).output
+    for pool in pools(path.read_text()).values():
+        guard, *others = pool.launch.opens
+        assert (guard.name, guard.method, guard.port) == ("guard", "POST", 0)
+        assert set(guard.paths) == {route.path for route in Route}
+        assert "unless that is 127.0.0.1" in guard.where and "key" in guard.lets_in
+        # Two parts of an engine have to meet somewhere; one has nobody to meet.
+        assert [port.name for port in others] == ["meeting place"] * bool(pool.launch.ranks)
+        # The engine itself is on loopback.
+        command = pool.launch.command
+        assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "guard          port 0 of the node's address" in shown
+    assert f"POST {', '.join(guard.paths)}" in shown
+    assert ("meeting place  port 0 of NODE_0" in shown) is bool(others)
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "common"),
+    [
+        ("vllm", ["--node-rank"], ["--nnodes", "--master-addr", "--master-port"]),
+        ("sglang", ["--node-rank"], ["--nnodes", "--dist-init-addr"]),
+    ],
+)
+def test_every_part_of_an_engine_on_several_nodes_has_its_command(name, own, common):
+    launch = pools(SEVERAL_NODES)[name].launch
+    [part] = launch.ranks
+
+    def value(command, flag):
+        return command[command.index(flag) + 1]
+
+    assert [
+        [value(command, flag) for flag in own] for command in (launch.command, part.command)
+    ] == [
+        ["0"],
+        ["1"],
+    ]
+    for flag in common:
+        assert value(part.command, flag) == value(launch.command, flag)
+    assert value(part.command, "--nnodes") == "2"
+    assert any(word.startswith("NODE_0") for word in part.command)
+    assert part.log != launch.log and ".rank1-" in part.log
+    # Which address is whose.
+    assert part.environment == launch.environment | (
+        {"VLLM_HOST_IP": "NODE_1"} if name == "vllm" else {}
+    )
+
+
+def test_the_parts_are_shown_with_their_commands():
+    shown = to_text(make_plan(SEVERAL_NODES))
+    assert shown.count("part 1         on NODE_1") == 2
+    assert shown.count("--node-rank 1") == shown.count("--node-rank 0") == 2
+    assert "-m frontline_vllm_headless serve" in shown and "VLLM_HOST_IP=NODE_1" in shown
+    three = SEVERAL_NODES.replace("nodes: 2", "nodes: 3")
+    assert [part.rank for part in pools(three)["vllm"].launch.ranks] == [1, 2]
 
 
 def test_the_command_is_the_one_that_the_adapter_makes():
@@ -99,6 +164,17 @@ def test_secrets_are_not_shown():
     shown = to_text(models)
     assert "s3cr3t" not in shown and "PLAIN=seen" in shown
     assert "FRONTLINE_ENGINE_KEY='(not shown)'" in shown
+
+
+def test_secrets_of_further_parts_are_not_shown_either():
+    hidden = SEVERAL_NODES.replace(
+        "        max_model_len: 65536",
+        "        hf_token: s3cr3t\n      environment: {HF_TOKEN: s3cr3t}",
+    )
+    [part] = pools(hidden)["vllm"].launch.ranks
+    assert "--hf-token" in part.command and "HF_TOKEN" in part.environment
+    assert "s3cr3t" not in to_text(make_plan(hidden))
+    assert part.environment == redact(part.environment)
 
 
 def test_a_path_that_only_the_node_knows_stays_as_it_is():

