@@ -19,7 +19,7 @@ from app.gate import Gate
 from app.line_settings import LineSettings
 from app.places import Offer
 from app.report import REPORT_S, LineReport, Tally
-from app.snapshot import ModelSnapshot, ReplicaStatus, Rest
+from app.snapshot import Availability, ModelSnapshot, ReplicaStatus, Rest
 from app.ticket import Ticket, TicketState
 from app.tiers import Tier
 
@@ -73,6 +73,10 @@ class Admission:
         now = time.monotonic()
         self._snapshot = snapshot
         self._rest(snapshot.rest, now)
+        if snapshot.state is Availability.NOT_OFFERED:
+            self._gate.withdraw(now)
+        else:
+            self._gate.offer()
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
         self._call(self._gate.configure(snapshot.settings.line, now))
         offers = [_offer(status) for status in snapshot.replicas]

@@ -25,6 +25,11 @@ SUSPENSION_S = 2.0
 """How long nothing is placed on a replica after its engine could not be reached: longer than it
 takes a model to notice that an engine has died, short for one that only hiccuped."""
 
+GIVE_UP_S = 10.0
+"""How long who waits goes on waiting once no node offers what the model's engines ask for. Whether
+one does is looked at every two seconds: neither one bad look nor a node that is started anew at
+once turns anybody away."""
+
 # An engine that takes longer to start than the last time is given a tenth more, again and again.
 _OVERDUE = 0.1
 _PLACED = TicketState.PLACED
@@ -39,6 +44,8 @@ class Gate:
         self.credits = Credits(ingress)
         # When an engine will be ready, where the model rests until then; ``None`` if it does not.
         self._opens: Callable[[float], float] | None = None
+        # When whoever waits is turned away, as there is no node for an engine.
+        self._gives_up_at = math.inf
         self._places = self.credits.places
         self._places.slack = settings.affinity_slack
 
@@ -122,6 +129,15 @@ class Gate:
         """Note that the model does not rest."""
         self._opens = None
 
+    def withdraw(self, now: float) -> None:
+        """Note that no node offers what the model's engines ask for; again has no effect."""
+        if self._gives_up_at == math.inf:
+            self._gives_up_at = now + GIVE_UP_S
+
+    def offer(self) -> None:
+        """Note that there are nodes for the model's engines, or may be."""
+        self._gives_up_at = math.inf
+
     def configure(self, settings: LineSettings, now: float) -> list[Ticket]:
         """Take over changed settings."""
         self._configure(settings)
@@ -136,7 +152,8 @@ class Gate:
 
         A request that begins to starve is seen at the next event, and needs no tick.
         """
-        return min(self.line.next_expiry(), self.credits.next_change())
+        gives_up_at = self._gives_up_at if self.line.count else math.inf
+        return min(self.line.next_expiry(), self.credits.next_change(), gives_up_at)
 
     def renewal_at(self) -> float:
         """Return when the next demand is due; an event may advance it."""
@@ -178,6 +195,10 @@ class Gate:
             for ticket in self.line.expire(now):
                 self._shed(ticket, ShedReason.WAITED_TOO_LONG, now)
                 called.append(ticket)
+            if now >= self._gives_up_at:
+                for ticket in self.line.clear():
+                    self._shed(ticket, ShedReason.NOT_OFFERED, now)
+                    called.append(ticket)
         if self.credits.advance(now):
             self._dispatch(now, called)
         return called
@@ -188,8 +209,9 @@ class Gate:
             self.line.granted(ticket, now)
             # It may have been the last one before a starving request's turn.
             return self._dispatch(now, called)
-        if ticket.fail_fast:
-            self._shed(ticket, ShedReason.FAIL_FAST, now)
+        hopeless = now >= self._gives_up_at
+        if hopeless or ticket.fail_fast:
+            self._shed(ticket, ShedReason.NOT_OFFERED if hopeless else ShedReason.FAIL_FAST, now)
             return called
         ticket.needs = (ticket.route if ticket.tier is Tier.PRIORITY else None, ticket.without)
         ticket.state = _WAITING

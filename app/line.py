@@ -148,6 +148,13 @@ class Line:
                 self.leave(oldest)
                 yield oldest
 
+    def clear(self) -> Iterator[Ticket]:
+        """Take out and yield every waiting request."""
+        for lane in self._lanes.values():
+            while (oldest := lane.oldest) is not None:
+                self.leave(oldest)
+                yield oldest
+
     def next_expiry(self) -> float:
         """Return when the next request will have waited too long; infinity if none waits."""
         if not self.count:

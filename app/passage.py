@@ -31,7 +31,7 @@ from app.shares import SharePart
 from app.snapshot import Availability, ReplicaStatus
 from app.stamper import stream_stamper
 from app.store.records import RecordStore
-from app.ticket import Ticket
+from app.ticket import ShedReason, Ticket
 from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
 
 # While an engine starts, or the store is away, nobody knows how long it will take: this is how
@@ -287,6 +287,8 @@ class Passage:
             case Shed():
                 waited_s = time.monotonic() - ticket.arrived
                 error: errors.ApiError = errors.Overloaded(ticket.retry_after_s)
+                if ticket.shed is ShedReason.NOT_OFFERED:
+                    error = self._not_offered()
                 if ticket.shed is not None:
                     error.headers["x-shed-reason"] = ticket.shed.value
             case ModelGone():

@@ -10,7 +10,7 @@ from app.tiers import Tier
 
 
 class ShedReason(StrEnum):
-    """Why a request is turned away; HTTP's 429 is made from it elsewhere."""
+    """Why a request is turned away; HTTP's 429, or 503, is made from it elsewhere."""
 
     LINE_FULL = "line_full"
     """As many requests wait as the line takes at this tier, and none of a lower tier."""
@@ -20,6 +20,8 @@ class ShedReason(StrEnum):
     """It made room in a full line for a request of a higher tier."""
     FAIL_FAST = "fail_fast"
     """No slot was free, and the client asked not to wait."""
+    NOT_OFFERED = "engine_not_offered"
+    """No node of the cluster offers what the model's engines ask for, and has not for a while."""
 
 
 class TicketState(StrEnum):

@@ -113,6 +113,36 @@ async def test_who_does_not_want_to_wait_is_shed_at_once():
     assert caught.value.ticket.shed is ShedReason.FAIL_FAST
 
 
+async def test_who_waits_for_a_model_that_no_node_can_run_is_told_without_any_other_event(
+    monkeypatch,
+):
+    monkeypatch.setattr("app.gate.GIVE_UP_S", 0.05)
+    made = admission(model())
+    nowhere = replace(model(), pools=("pool",), missing={"pool": "GPU: 1"})
+    early, patient = await standing(made, ticket(), ticket(Tier.FLEX))
+    made.update(nowhere)
+    start = time.monotonic()
+    with pytest.raises(Shed) as caught:
+        await early
+    assert caught.value.ticket.shed is ShedReason.NOT_OFFERED
+    assert 0.04 < time.monotonic() - start < 1
+    with pytest.raises(Shed):
+        await patient
+
+
+async def test_a_look_that_finds_no_node_once_turns_nobody_away(monkeypatch):
+    monkeypatch.setattr("app.gate.GIVE_UP_S", 0.05)
+    made = admission(model())
+    [waiting] = await standing(made, ticket())
+    made.update(replace(model(), pools=("pool",), missing={"pool": "GPU: 1"}))
+    made.update(replace(model(), pools=("pool",)))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    made.update(model("one"))
+    grant(made, one=1)
+    assert (await waiting).replica_id == "one"
+
+
 async def test_who_is_displaced_is_told():
     one = {"max_waiting": 1}
     made = admission(model("one", slots=1, flex=one, default=one, priority=one))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.credits import SILENCE_S, Grant
-from app.gate import SUSPENSION_S, Gate
+from app.gate import GIVE_UP_S, SUSPENSION_S, Gate
 from app.line_settings import LineSettings
 from app.places import Offer
 from app.ticket import ShedReason, Ticket, TicketState
@@ -199,6 +199,54 @@ def test_a_wait_that_is_too_long_ends():
     assert floor.gate.tick(5) == [ticket]
     assert ticket.shed is ShedReason.WAITED_TOO_LONG
     assert floor.gate.next_tick() == math.inf
+
+
+def test_who_waits_is_turned_away_once_there_has_been_no_node_for_an_engine_for_a_while():
+    floor = Floor()
+    priority, flex = floor.wait(P), floor.wait(F)
+    floor.now = 1.0
+    floor.gate.withdraw(floor.now)
+    later = floor.wait(D)
+    floor.now = 2.0
+    floor.gate.withdraw(floor.now)  # said again, it counts from the first time
+    assert floor.gate.next_tick() == 1.0 + GIVE_UP_S
+    assert floor.gate.tick(1.0 + GIVE_UP_S - 0.1) == []
+    floor.now = 1.0 + GIVE_UP_S
+    turned_away = floor.gate.tick(floor.now)
+    assert set(turned_away) == {priority, later, flex} and floor.gate.line.count == 0
+    assert {ticket.shed for ticket in turned_away} == {ShedReason.NOT_OFFERED}
+    assert floor.gate.next_tick() == math.inf
+    # Nor does anybody begin to wait, not even who does not want to.
+    for newcomer in (floor.arrive(P)[0], floor.arrive(fail_fast=True)[0]):
+        assert newcomer.shed is ShedReason.NOT_OFFERED
+
+
+def test_who_waits_stays_where_a_node_comes_in_time():
+    floor = Floor()
+    ticket = floor.wait()
+    floor.gate.withdraw(0.0)
+    floor.now = GIVE_UP_S - 0.1
+    floor.gate.offer()
+    assert floor.gate.next_tick() > GIVE_UP_S
+    floor.now = 2 * GIVE_UP_S
+    assert floor.gate.tick(floor.now) == [] and ticket.state is WAITING
+    # The next time counts from its own beginning.
+    floor.gate.withdraw(floor.now)
+    assert floor.gate.next_tick() == 3 * GIVE_UP_S
+    assert floor.add("one", 1) == [ticket] and ticket.state is PLACED
+
+
+def test_what_runs_goes_on_where_no_node_is_offered_but_is_not_replayed():
+    floor = Floor()
+    floor.add("one", 2)
+    running, lost = floor.place(), floor.place()
+    floor.gate.withdraw(0.0)
+    floor.now = GIVE_UP_S
+    assert floor.gate.tick(floor.now) == []
+    assert running.state is PLACED
+    floor.gate.lost(lost, floor.now)
+    assert lost.shed is ShedReason.NOT_OFFERED
+    assert floor.end(running) == [] and running.state is ENDED
 
 
 def test_a_client_that_goes_while_it_waits_leaves_the_line_at_once():
@@ -400,6 +448,7 @@ class GateMachine(RuleBasedStateMachine):
             flex={"max_waiting": 4, "max_wait_s": 30, "starvation_age_s": 8, "reserved": 0},
         )
         self.floor.fresh_until = -math.inf
+        self.floor.gives_up_at = math.inf
         self.floor.suspended = {}
         self.names = 0
         self.tickets = []
@@ -463,11 +512,23 @@ class GateMachine(RuleBasedStateMachine):
         called = floor.gate.arrive(ticket, floor.now)
         if room and ticket.tier is tier:
             assert ticket.state is PLACED and ticket.replica_id in room
-        if ticket.state is SHED:
+        if ticket.state is SHED and floor.now >= floor.gives_up_at:
+            assert ticket.shed is ShedReason.NOT_OFFERED
+        elif ticket.state is SHED:
             assert fail_fast or ticket.shed is ShedReason.LINE_FULL
         assert ticket.state is not WAITING or not fail_fast
         self.tickets.append(ticket)
         self.settle(ticket, called)
+
+    @rule(offered=st.sampled_from([True, True, False]))
+    def nodes_change(self, offered):
+        floor = self.floor
+        if offered:
+            floor.gate.offer()
+            floor.gives_up_at = math.inf
+        else:
+            floor.gate.withdraw(floor.now)
+            floor.gives_up_at = min(floor.gives_up_at, floor.now + GIVE_UP_S)
 
     @precondition(lambda self: self.placed)
     @rule(data=st.data(), tokens=st.none() | st.integers(1, 100))
@@ -575,6 +636,7 @@ class GateMachine(RuleBasedStateMachine):
             mine = [t for t in self.waiting if t.tier.rank >= tier.rank and not t.replayed]
             assert len(mine) <= most
             assert all(self.floor.now - t.since < longest for t in self.waiting if t.tier is tier)
+        assert not self.waiting or self.floor.now < self.floor.gives_up_at
 
     def teardown(self):
         if not hasattr(self, "floor"):

@@ -1,21 +1,26 @@
 """A worker node is removed under load: its replica and its engine with it."""
 
 import asyncio
+import os
 import time
 from contextlib import contextmanager, suppress
 
+import openai
 import pytest
 from ray._private import worker
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from app.gate import GIVE_UP_S
 from tests.faults.clients import COMPLETE, CUT, Clients, check_bill, told
 from tests.serving import engine_processes, eventually, eventually_async, ingress_app, pooled_app
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
 AWAY = "away"
+LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
+NO_HEADROOM = {"line": {"headroom": 0}}
 
 
 @contextmanager
@@ -23,7 +28,7 @@ def another_node():
     """A worker node beside the head node that the tests' cluster has."""
     nodes = Cluster()
     nodes.head_node = worker._global_node
-    node = nodes.add_node(num_cpus=4, resources={AWAY: 1})
+    node = nodes.add_node(num_cpus=4, resources={AWAY: 2})
     try:
         yield lambda: nodes.remove_node(node, allow_graceful=False)
     finally:
@@ -33,17 +38,24 @@ def another_node():
 
 @pytest.fixture
 def spread(cluster):
-    """A model with one replica on each of two nodes; with it comes what removes the second."""
+    """A model with one replica on each of two nodes, and what removes the second.
+
+    In the long form a model, too, that is on the second alone.
+    """
     with another_node() as remove_it:
         pools = {pool: {"tokens_per_second": 60} for pool in ("here", AWAY)}
-        app = pooled_app("spread", pools)
-        for options in app["deployments"]:
+        spread = pooled_app("spread", pools)
+        alone = pooled_app("alone", {AWAY: {"tokens_per_second": 20, "slots": 1}}, NO_HEADROOM)
+        for options in (*spread["deployments"], *alone["deployments"]):
             if options["name"] == AWAY:
                 options["ray_actor_options"]["resources"] = {AWAY: 1}
-        cluster.deploy(ingress_app(), app)
+        apps = [spread, alone] if LONG else [spread]
+        cluster.deploy(ingress_app(), *apps)
         eventually(lambda: pools_of(cluster) == ["here", AWAY], 60, "not ready")
+        cluster.wait_ready(*(app["name"] for app in apps))
         yield cluster, remove_it
-        cluster.remove("spread")
+        for app in apps:
+            cluster.remove(app["name"])
 
 
 def pools_of(cluster):
@@ -60,16 +72,47 @@ def engines():
     return [one for one in words if "test/spread" in one and "reaper" not in str(one)]
 
 
+async def wait_in_line(client):
+    """A request that waits for the only slot of the model that is on the second node alone."""
+    hello = {"model": "alone", "messages": [{"role": "user", "content": "hello"}]}
+    long = await client.chat.completions.create(**hello, stream=True, max_tokens=4000)
+    waiting = asyncio.create_task(client.chat.completions.create(**hello))
+    await asyncio.sleep(0.5)
+    assert not waiting.done()
+    return long, waiting
+
+
+async def check_told_at_last(cluster, long, waiting, removed):
+    """What runs on the node breaks off; who waits for it is told that there is no such node."""
+    with pytest.raises(openai.APIError):
+        async for _ in long:
+            pass
+    with pytest.raises(openai.InternalServerError) as refused:
+        await waiting
+    answer = refused.value
+    assert (answer.status_code, answer.code) == (503, "engine_not_offered")
+    assert answer.response.headers["retry-after"] == "60"
+    waited_s = time.monotonic() - removed
+    assert GIVE_UP_S < waited_s < GIVE_UP_S + 30
+    print(f"who waited in vain was told after {waited_s:.1f} s")
+    [record] = cluster.records(reason="engine_not_offered")
+    assert (record["state"], record["model"]) == ("shed", "test/alone")
+
+
 async def test_a_worker_node_is_removed(spread):
     cluster, remove_it = spread
     clients = Clients(cluster, "spread")
-    async with clients.asking():
+    async with clients.asking(), cluster.async_client() as client:
+        in_vain = await wait_in_line(client) if LONG else None
         await asyncio.sleep(2)
         await asyncio.to_thread(remove_it)
         removed = time.monotonic()
         await eventually_async(lambda: pools_of(cluster) == ["here"], 120)
         took_s = time.monotonic() - removed
-        await asyncio.sleep(3)
+        if in_vain is None:
+            await asyncio.sleep(3)
+        else:
+            await check_told_at_last(cluster, *in_vain, removed)
     print(f"\n| worker node removed | {told(clients.answers)} | {took_s:.1f} s |")
     assert set(clients.outcomes()) <= {COMPLETE, CUT}
     assert len(clients.answers) - len(clients.complete()) <= clients.count

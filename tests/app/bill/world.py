@@ -260,9 +260,11 @@ class Source:
         self._news.clear()
         return True
 
-    def publish(self, settings: ModelSettings, replicas: Iterable[ReplicaStatus]) -> None:
+    def publish(
+        self, settings: ModelSettings, replicas: Iterable[ReplicaStatus], **more: Any
+    ) -> None:
         self._changes += 1
-        self.snapshot = replace(self.snapshot, settings=settings, replicas=tuple(replicas))
+        self.snapshot = replace(self.snapshot, settings=settings, replicas=tuple(replicas), **more)
         self._book.configure(settings.line)
         self._book.set_replicas(
             Capacity(one.replica_id, one.pool, one.slots, one.dialect.native_priority)
@@ -352,11 +354,11 @@ class World:
             await engine.ended()
         self._engine.dispose()
 
-    async def set(self, model: ModelSettings, engines: Iterable[str]) -> None:
-        """Change the model, and return once the ingress knows."""
+    async def set(self, model: ModelSettings, engines: Iterable[str], **more: Any) -> None:
+        """Change the model, and return once the ingress knows; ``more`` is of its snapshot."""
         published = time.monotonic()
         up = [self.engines[name] for name in sorted(engines)]
-        self._source.publish(model, [engine.status for engine in up if engine.up])
+        self._source.publish(model, [engine.status for engine in up if engine.up], **more)
         while (admission := self._catalog.find(MODEL)) is None or (
             admission.snapshot is not self._source.snapshot
         ):
