@@ -27,7 +27,7 @@ from deployments import replica
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
 from deployments.placement import PlacementWatch
-from deployments.rest import Standing, standing
+from deployments.rest import Standing, Wakings, standing
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,6 +55,7 @@ class Model:
         # What each pool was like when it last had a replica, and what those do that have none.
         self._seen: dict[str, ReplicaStatus] = {}
         self._standings: dict[str, Standing] = {}
+        self._wakings = Wakings()
         self._life = uuid.uuid4().hex
         self._changes = 0
         self._placement = PlacementWatch(self._application, self._without_replicas, self._publish)
@@ -171,8 +172,12 @@ class Model:
         return Rest(
             tiers=served_tiers(self._settings.tiers, native=native),
             waking=Standing.WAKING in standings,
-            start_s=min((status.start_s for status in self._seen.values()), default=None),
+            start_s=min(map(self._wakes_s, self._seen), default=None),
         )
+
+    def _wakes_s(self, pool: str) -> float:
+        """Return how long a pool takes to wake, as it did the last time."""
+        return max(self._seen[pool].start_s, self._wakings.took_s(pool))
 
     def _without_replicas(self) -> list[str]:
         return [pool for pool in self._pools if not self._replicas.get(pool)]
@@ -189,6 +194,7 @@ class Model:
             now = await standing(self._application, pool)
         elif replicas:
             self._seen[pool] = max(replicas, key=lambda status: status.start_s)
+        self._wakings.note(pool, None if replicas else now, time.monotonic())
         self._replicas[pool], self._standings[pool] = replicas or (), now
         self._publish()
 

@@ -1,4 +1,7 @@
-"""Why a pool has no replica: it sleeps, it wakes, or something is wrong."""
+"""Why a pool has no replica, and how long it took to wake.
+
+It sleeps, it wakes, or something is wrong.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,33 @@ class Standing(StrEnum):
     """It was scaled up from zero, and its first engine starts."""
     AWAY = "away"
     """It is being deployed, or its engines have failed."""
+
+
+class Wakings:
+    """How long pools took to wake: from when Serve was told until a replica was ready.
+
+    That is more than its engine's start where the replica waited for a node.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+        self._took: dict[str, float] = {}
+
+    def note(self, pool: str, standing: Standing | None, now: float) -> None:
+        """Take note of what a pool without a replica does; ``None``: it has one.
+
+        A start that failed, or of which nobody told for a moment, counts with the next one.
+        """
+        if standing is Standing.WAKING:
+            self._since.setdefault(pool, now)
+        elif standing is Standing.ASLEEP:
+            self._since.pop(pool, None)
+        elif standing is None and pool in self._since:
+            self._took[pool] = now - self._since.pop(pool)
+
+    def took_s(self, pool: str) -> float:
+        """Return how long a pool took the last time; 0 if that was not seen."""
+        return self._took.get(pool, 0.0)
 
 
 async def standing(application: str, pool: str) -> Standing:

@@ -40,7 +40,8 @@ class PoolReport:
         honours: 1 if priority is delivered there, 0 if not. A pool of which no replica was seen
             yet counts as honouring.
         cost: what a replica costs an hour; only compared.
-        start_s: how long its engine took to start, of the last one that did; 0 if none was seen.
+        start_s: how long its engine took to start, once its replica had a place; the longest of
+            those that are ready, or were last; 0 if none was seen.
     """
 
     slots: float

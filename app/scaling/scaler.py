@@ -17,6 +17,7 @@ from app.scaling.forecast import Counted, forecast, sudden, window_for
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.settings import ScalingSettings
+from app.scaling.starts import Starts
 from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
 from app.tiers import Tier
 
@@ -59,6 +60,7 @@ class Scaler:
         self._started: float | None = None
         self._asked = -math.inf
         self._arrived = math.nan
+        self._starts: dict[str, Starts] = {}
         self._plans: dict[str, _Highest] = {}
         self._for_priority = _Highest()
 
@@ -75,7 +77,7 @@ class Scaler:
         if self._started is None:
             self._started = self._asked = now
         scaled = [name for name in report.pools if name in bounds]
-        start_s = max((report.pools[name].start_s for name in scaled), default=0.0)
+        start_s = max((self._start_s(report, bounds, name, now) for name in scaled), default=0.0)
         state = self._state(report, bounds, start_s, now)
         if not scaled:
             stay = {name: one.target for name, one in bounds.items()}
@@ -95,6 +97,16 @@ class Scaler:
                 kept[name], reasons[name] = pool.replicas, Reason.PRIORITY_WAITS
         stay = {name: one.target for name, one in bounds.items() if name not in kept}
         return Decision(kept | stay, reasons, _explain(state, planned, kept))
+
+    def _start_s(
+        self, report: ScalingReport, bounds: Mapping[str, Bounds], name: str, now: float
+    ) -> float:
+        """Return how long a replica takes until it serves, from the decision that there be one."""
+        pool = report.pools[name]
+        starts = self._starts.setdefault(name, Starts())
+        starts.note(now, bounds[name].target, round(pool.ready))
+        # Before one was seen to start, its engine's own time is known.
+        return max(pool.start_s, starts.took_s)
 
     def _state(
         self,

@@ -74,7 +74,7 @@ class ModelState:
         pools: its pools, at least one.
         headroom: the share of slots that its line keeps for priority.
         awake: whether somebody has asked lately, so that it may not sleep.
-        start_s: how long an engine takes to start.
+        start_s: how long a replica takes from the decision until it serves.
         remembered: how many slots priority has needed lately, and so may need again at once.
     """
 

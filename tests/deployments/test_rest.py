@@ -8,7 +8,7 @@ from ray.serve._private.common import (
     DeploymentStatusTrigger,
 )
 
-from deployments.rest import Standing, read_standing
+from deployments.rest import Standing, Wakings, read_standing
 
 pytestmark = pytest.mark.unit
 
@@ -34,3 +34,26 @@ def test_what_has_happened_tells_why_nobody_is_there(events, expected):
     for event in events:
         told = told.handle_transition(trigger=event)
     assert read_standing(told) is expected
+
+
+def test_how_long_it_took_to_wake_counts_from_when_serve_was_told():
+    wakings = Wakings()
+    course = [
+        (0.0, None),
+        (10.0, Standing.ASLEEP),
+        (20.0, Standing.WAKING),
+        (30.0, Standing.AWAY),
+        (40.0, Standing.WAKING),
+        (320.0, None),
+        (330.0, None),
+    ]
+    for now, standing in course:
+        wakings.note("vllm", standing, now)
+        assert wakings.took_s("vllm") == (300.0 if now >= 320.0 else 0.0)
+    assert wakings.took_s("sglang") == 0.0
+    # Put to sleep again before it was ready: that is no start.
+    for now, standing in (
+        (400.0, Standing.WAKING), (410.0, Standing.ASLEEP), (420.0, Standing.WAKING), (425.0, None),
+    ):  # fmt: skip
+        wakings.note("vllm", standing, now)
+    assert wakings.took_s("vllm") == 5.0

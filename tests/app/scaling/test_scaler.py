@@ -26,7 +26,7 @@ class Life:
         self.least, self.most, self.start_s = least, most, start_s
         self.arrived = dict.fromkeys(Tier, 0.0)
 
-    def go(self, seconds, *, waiting=None, **rates):
+    def go(self, seconds, *, waiting=None, ready=0, **rates):
         """Let time pass, and return the targets second by second."""
         targets = []
         for _ in range(int(seconds)):
@@ -44,7 +44,7 @@ class Life:
                     served_s=count * SERVICE_S,
                 )
             report = ScalingReport(
-                tiers, {"pool": PoolReport(8, start_s=self.start_s)}, settings=self.settings
+                tiers, {"pool": PoolReport(8, ready, start_s=self.start_s)}, settings=self.settings
             )
             bounds = Bounds(self.replicas, self.least, self.most)
             decision = self.scaler.decide(report, {"pool": bounds}, self.now)
@@ -120,6 +120,20 @@ def test_a_rise_is_looked_ahead():
         for step in range(100):
             targets[start_s] = life.go(30, default=1.0 + step / 20)[-1]
     assert targets[300.0] > targets[10.0]
+
+
+def test_it_looks_ahead_by_the_wait_for_a_node_too():
+    targets = []
+    for waited_s in (0, 600):
+        life = Life(start_s=10.0, least=1)
+        life.go(10, ready=1, default=0.1)
+        # One replica more, which is ready after ten seconds, or once a node has come up.
+        life.go(10 + waited_s, ready=1, waiting={"priority": 8}, default=0.1)
+        life.go(900, ready=2, default=0.1)
+        for step in range(100):
+            targets_of = life.go(30, ready=2, default=1.0 + step / 20)
+        targets.append(targets_of[-1])
+    assert targets[1] > targets[0]
 
 
 @trying(max_examples=40)
