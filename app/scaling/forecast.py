@@ -19,6 +19,11 @@ _SUDDEN_S = (5.0, 15.0, 30.0)
 _MOST_GROWTH = 3.0
 # So many arrivals in a window leave an eighth of them to chance.
 _ENOUGH = 64
+# By so much a window is widened at a time.
+_WIDER = 1.5
+# Two counts must differ by so many standard deviations to be of different rates. Some ten windows
+# are tried at each decision, so two would often be chance.
+_CHANGED_SIGMAS = 2.5
 _EVERY_S = 1.0
 _TRIM = 256
 
@@ -66,11 +71,25 @@ class Counted:
 
 
 def window_for(counted: Counted, now: float, *, least_s: float, most_s: float) -> float:
-    """Return over how long a rate is to be measured, so that chance does not rule it."""
+    """Return over how long a rate is to be measured, so that chance does not rule it.
+
+    It is not measured back beyond a time at which it has clearly changed.
+    """
     window_s = least_s
-    while window_s < most_s and counted.grown(now - window_s, now) < _ENOUGH:
-        window_s *= 1.5
+    while window_s < most_s and (newer := counted.grown(now - window_s, now)) < _ENOUGH:
+        older_s = (_WIDER - 1) * window_s
+        older = counted.grown(now - window_s - older_s, now - window_s)
+        if _differ(older, older_s, newer, window_s) and now - window_s > counted.began:
+            break
+        window_s += older_s
     return min(window_s, most_s)
+
+
+def _differ(one: float, one_s: float, other: float, other_s: float) -> bool:
+    """Return whether two counts, each over its time, are of different rates, and not by chance."""
+    pooled = (one + other) / (one_s + other_s)
+    chance = math.sqrt(pooled * (1 / one_s + 1 / other_s))
+    return abs(one / one_s - other / other_s) > _CHANGED_SIGMAS * chance
 
 
 def forecast(counted: Counted, now: float, *, window_s: float, ahead_s: float) -> float:

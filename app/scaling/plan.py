@@ -59,7 +59,8 @@ def _for_priority(
     """Return how many slots of pools that honour it priority needs."""
     if not priority.present and not priority.rate:
         return 0
-    others = default.load + max(flex.load, flex.present)
+    # Flex that waits fills all that it may use, however little of it comes.
+    others = default.load + (max(flex.load, flex.present) if flex.waiting else flex.load)
     # Other requests use the other pools as well, by what these have.
     elsewhere = sum(pool.replicas * pool.slots for pool in state.pools if not pool.honours)
 

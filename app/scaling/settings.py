@@ -32,9 +32,9 @@ class ScalingSettings(Settings):
     smoothing_s: float = Field(
         default=60.0,
         gt=0,
-        description="Over how many seconds arrival rates are measured, at least; over up to ten "
-        "times as many where engines start slowly or few requests come. A sudden rise of priority "
-        "is seen at once all the same.",
+        description="Over how many seconds arrival rates are measured, at least; over up to twenty "
+        "times as many where engines start slowly or few requests come, though not back beyond a "
+        "clear change. A sudden rise of priority is seen at once all the same.",
     )
     priority_memory_s: float = Field(
         default=3600.0,

@@ -160,6 +160,13 @@ def test_where_flex_takes_all_that_is_idle_priority_needs_more_headroom():
     assert (alone, beside) == (1, 3)
 
 
+def test_flex_that_does_not_wait_counts_by_what_comes_and_not_by_what_is_there():
+    priority = TierDemand(rate=0.01, service_s=10.0)
+    flex = TierDemand(running=7, rate=0.1, service_s=10.0)
+    assert replicas(one_pool(), priority=priority, flex=flex) == 1
+    assert replicas(one_pool(), priority=priority, flex=replace(flex, waiting=1)) == 2
+
+
 def test_priority_counts_at_once_and_with_headroom():
     demand = TierDemand(waiting=12, running=8, rate=0.0, service_s=10.0)
     # Twenty slots are used and a tenth is kept free besides.

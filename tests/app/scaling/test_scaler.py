@@ -1,11 +1,13 @@
 """Decisions over time: growing at once, looking ahead, going down late, sleeping."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import settings as trying
 from hypothesis import strategies as st
 
-from app.scaling.forecast import Counted, forecast, sudden
+from app.scaling.forecast import Counted, forecast, sudden, window_for
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.scaler import Bounds, Scaler
 from app.scaling.settings import ScalingSettings
@@ -211,6 +213,37 @@ def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
     found = forecast(counted, now, window_s=window_s, ahead_s=ahead_s)
     assert found == pytest.approx(rate, rel=0.02)
     assert sudden(counted, now, window_s=window_s) <= rate + 1e-9
+
+
+def counted(*steps):
+    """What was counted where rates a second held for some seconds each, and when that ended."""
+    counted, now, count = Counted(3600), 0.0, 0.0
+    for seconds, rate in steps:
+        for _ in range(seconds):
+            counted.add(now, math.floor(count))
+            now, count = now + 1, count + rate
+    return counted, now
+
+
+def test_few_arrivals_are_measured_over_long_and_not_beyond_where_their_rate_changed():
+    bounds = {"least_s": 60.0, "most_s": 1200.0}
+    assert window_for(*counted((3000, 0.02)), **bounds) == 1200.0
+    assert window_for(*counted((3000, 1.0)), **bounds) < 120.0
+    # A burst that has been over for seven minutes does not count any more.
+    fell, now = counted((3000, 0.004), (600, 0.04), (420, 0.004))
+    window_s = window_for(fell, now, **bounds)
+    assert window_s < 600
+    assert forecast(fell, now, window_s=window_s, ahead_s=10.0) < 0.02
+    rose, now = counted((3000, 0.004), (600, 0.04))
+    window_s = window_for(rose, now, **bounds)
+    assert forecast(rose, now, window_s=window_s, ahead_s=10.0) > 0.03
+
+
+def test_where_little_is_known_a_rate_is_measured_over_all_of_it():
+    short, now = counted((100, 0.05))
+    assert forecast(
+        short, now, window_s=window_for(short, now, least_s=60.0, most_s=1200.0), ahead_s=0.0
+    ) == pytest.approx(0.05, rel=0.25)
 
 
 def test_reports_survive_the_way_as_numbers():
