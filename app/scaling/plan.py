@@ -5,7 +5,8 @@
   headroom besides, nor less than it has needed lately, where engines start slowly.
 - **Default** gets as many, on whatever pool, that it waits no longer than a set time on the
   average; what waits counts the more, the longer it has waited.
-- **Flex** fills what is idle. Alone it keeps a set number of replicas at the most.
+- **Flex** fills what is idle. Alone it keeps a set number of replicas at the most, and adds
+  another to what the others need.
 - Where no pool honours priority it is served as default, and counts as such.
 - The cheapest pools come first, by the cost of a slot.
 """
@@ -20,6 +21,10 @@ from app.scaling.queueing import Crowd, crowd
 from app.scaling.settings import ScalingSettings
 from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
 from app.tiers import Tier
+
+# How long flex may wait on the average, where replicas may be added for it: half of its longest
+# wait in line, so that few have to be turned away.
+_FLEX_WAIT_S = 300.0
 
 
 def plan(state: ModelState, settings: ScalingSettings) -> Plan:
@@ -36,6 +41,8 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
     lately = state.remembered if state.awake else 0
     fleet.grow(honouring, max(for_priority, lately), Reason.PRIORITY)
     fleet.grow(state.pools, for_default, Reason.DEFAULT)
+    beside = _beside_others(state, priority, default, flex) if settings.flex_extra_replicas else 0
+    fleet.grow(state.pools, beside, Reason.FLEX, at_most=settings.flex_extra_replicas)
     fleet.keep(for_flex, Reason.FLEX)
     fleet.keep(int(state.awake), Reason.AWAKE)
     reasons = {
@@ -43,6 +50,7 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
         f"priority needed {lately} lately": int(lately > for_priority),
         f"default needs {for_default} slots ({_describe(default)})": for_default,
         f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
+        f"with flex all need {beside} slots": beside,
     }
     why = [words for words, needed in reasons.items() if needed]
     nobody = "nobody waits" if state.awake else "nobody asks"
@@ -104,6 +112,24 @@ def _for_flex(state: ModelState, flex: TierDemand, settings: ScalingSettings) ->
     return min(max(1, math.ceil(flex.load / cheapest.slots)), settings.flex_replicas)
 
 
+def _beside_others(
+    state: ModelState, priority: TierDemand, default: TierDemand, flex: TierDemand
+) -> int:
+    """Return how many slots all need so that flex, which is served last, is served in time."""
+    if not flex.load:
+        return 0
+    load = default.load + flex.load
+    work_s = default.load * (default.service_s or 0.0) + flex.load * (flex.service_s or 0.0)
+    # On the average of both; nearly all of the waiting is flex's.
+    service_s, wait_s = work_s / load, _FLEX_WAIT_S * flex.load / load
+
+    def enough(slots: int) -> bool:
+        met = _crowd(state, slots, priority.load, load)
+        return met.spare > 0 and met.others_wait * service_s / met.spare <= wait_s
+
+    return _least(enough, _most(state.pools))
+
+
 def _crowd(state: ModelState, slots: int, priority: float, others: float) -> Crowd:
     return crowd(slots, headroom_of(state.headroom, slots), priority, others)
 
@@ -149,13 +175,18 @@ class _Fleet:
         self.replicas = {pool.name: pool.least for pool in self._pools}
         self.reasons = dict.fromkeys(self.replicas, Reason.LEAST)
 
-    def grow(self, pools: Iterable[PoolState], slots: int, reason: Reason) -> None:
+    def grow(
+        self, pools: Iterable[PoolState], slots: int, reason: Reason, at_most: float = math.inf
+    ) -> None:
         """Add replicas, the cheapest first, until these pools have so many slots."""
         pools = _cheapest_first(pools)
         missing = slots - sum(self.replicas[pool.name] * pool.slots for pool in pools)
         for pool in pools:
             if missing > 0:
-                missing -= self._add(pool, math.ceil(missing / pool.slots), reason) * pool.slots
+                wanted = int(min(math.ceil(missing / pool.slots), at_most))
+                added = self._add(pool, wanted, reason)
+                missing -= added * pool.slots
+                at_most -= added
 
     def keep(self, replicas: int, reason: Reason) -> None:
         """Add replicas, the cheapest first, until there are so many in all."""

@@ -63,3 +63,10 @@ class ScalingSettings(Settings):
         description="How many replicas flex alone may keep running: it fills what is idle, and "
         "does not scale up. One, so that a model that sleeps answers flex requests too.",
     )
+    flex_extra_replicas: int = Field(
+        default=0,
+        ge=0,
+        description="How many replicas may be added to what priority and default need, so that "
+        "flex waits for no longer than five minutes on the average. None, as its lower price is "
+        "for what is idle; where load is steady that is little, and most of flex is turned away.",
+    )

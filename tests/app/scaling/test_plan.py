@@ -126,6 +126,30 @@ def test_flex_adds_nothing_to_what_default_needs(state, flex):
     assert sum(after.values()) <= max(sum(before.values()), 1)
 
 
+@given(states, st.integers(0, 5))
+def test_flex_adds_no_more_replicas_to_what_others_need_than_is_configured(state, extra):
+    settings = SETTINGS.model_copy(update={"flex_extra_replicas": extra})
+    before, after = (plan(state, one).replicas for one in (SETTINGS, settings))
+    assert sum(before.values()) <= sum(after.values()) <= sum(before.values()) + extra
+    assert all(after[pool.name] <= pool.most for pool in state.pools)
+
+
+def test_flex_gets_replicas_beside_others_where_that_is_configured():
+    default = TierDemand(rate=3.0, service_s=10.0)
+    flex = TierDemand(waiting=100, rate=1.5, service_s=10.0)
+    alone, some, enough = (
+        replicas(
+            one_pool(),
+            SETTINGS.model_copy(update={"flex_extra_replicas": extra}),
+            default=default,
+            flex=flex,
+        )
+        for extra in (0, 1, 50)
+    )
+    # 30 slots and the headroom for default; 45 and the headroom with flex.
+    assert (alone, some, enough) == (5, 6, 7)
+
+
 @given(demands)
 def test_without_a_pool_that_honours_it_priority_counts_as_default(demand):
     state = one_pool(honours=False)
