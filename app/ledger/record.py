@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -177,15 +177,12 @@ class UsageRecord:
         if self.state is not State.OPEN or not state.served or state is State.OPEN:
             raise ValueError(f"a record that is {self.state} cannot become {state}")
         assert self.prices is not None
-        return replace(
-            self,
-            state=state,
-            usage=usage,
-            cost=self.prices.cost(usage),
-            ended=max(ended, self.origin.arrived),
-            ttft_s=ttft_s,
-            reason=reason or self.reason,
-        )
+        # Not `replace`, which looks through the fields for every request.
+        return type(self)(
+            self.origin, state, self.served, reason or self.reason, self.engine, self.replica,
+            usage, self.prices, self.rate_card, self.prices.cost(usage), self.queue_s, ttft_s,
+            max(ended, self.origin.arrived),
+        )  # fmt: skip
 
     @property
     def duration_s(self) -> float | None:
