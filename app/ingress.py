@@ -19,6 +19,7 @@ from app.catalog import Catalog, ServeSource, model_entry, serve_host
 from app.config import LONGEST_STOP_S, IngressSettings
 from app.dialect import Route
 from app.exchange import Exchange, Receive, Scope, identify
+from app.interpreter import settle_in
 from app.ledger.ledger import open_ledger
 from app.limits_deployment import ServeLimits
 from app.passage import Services
@@ -74,6 +75,7 @@ class Ingress:
         self._services.catalog.set_interval(settings.catalog_interval_s)
         if not self._services.ready.is_set():
             await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
+            settle_in()
             self._services.ready.set()
 
     def _open_ledger(self, store: Engine, settings: IngressSettings) -> None:

@@ -30,6 +30,8 @@ def stores(monkeypatch):
     async def loopback():
         return "127.0.0.1"
 
+    # It would be of the whole test run.
+    monkeypatch.setattr("app.ingress.settle_in", lambda: None)
     monkeypatch.setattr("app.ingress.connect", noted)
     monkeypatch.setattr("app.ingress.serve_host", loopback)
     monkeypatch.setattr("app.ingress.ServeSource", NoModels)
