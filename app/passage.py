@@ -249,23 +249,27 @@ class Passage:
         meter, reply = self._meter, self._reply
         await meter.opened(stamper)
         await reply.start(SSE, place)
+        over = False
         try:
             async for blocks in answer:
+                if over:
+                    # Read to the end all the same: the connection is then good for another.
+                    continue
                 piece = stamper.feed(blocks)
                 meter.progress(len(blocks))
                 if stamper.failed:
                     await meter.settle(State.INTERRUPTED, "engine_error")
                 elif stamper.ended:
                     await meter.settle(State.COMPLETED)
-                await reply.write(piece)
+                over = stamper.ended
+                await reply.write(piece, more=not over)
         except (EngineBroke, orjson.JSONDecodeError) as lost:
             if isinstance(lost, EngineBroke) and lost.silent:
                 self._admission.suspect(place.replica.replica_id, self._inbound.route)
-        last = b""
-        if not stamper.ended:
+        if not over:
             last = stamper.break_off()
             await meter.settle(State.INTERRUPTED, "engine_lost")
-        await reply.write(last, more=False)
+            await reply.write(last, more=False)
 
     def _origin(self) -> Origin:
         return Origin(

@@ -86,6 +86,7 @@ async def test_it_is_refused_and_its_engine_stopped_and_nothing_billed(world, mo
     again, asking = ask(world, max_tokens=3)
     await asyncio.wait_for(asking, 5)
     assert (again.status, again.whole) == (200, True)
+    assert again.last.endswith(b"data: [DONE]\n\n"), "the end needs no message of its own"
     records = await world.new_records()
     assert set(records) == {seen.request_id, again.request_id}
     refused = records[seen.request_id]

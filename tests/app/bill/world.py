@@ -109,6 +109,7 @@ class Seen:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     pieces: int = 0
+    last: bytes = b""
     whole: bool = False
     left: bool = False
     began: float = 0.0
@@ -405,6 +406,7 @@ class World:
             else:
                 seen.body += message.get("body", b"")
                 seen.pieces += 1
+                seen.last = message.get("body", b"")
                 seen.whole = not message.get("more_body", False)
             seen.changed.set()
 
