@@ -2,7 +2,10 @@
 """What control costs as replicas grow: the Model's and the ingresses' work when nobody asks.
 
     scripts/bench/scale.py            the decisions alone, in this process, up to 1,000 replicas
-    scripts/bench/scale.py --ray      and the whole of it on Ray, up to 32 replicas (4 minutes)
+    scripts/bench/scale.py --ray      the whole of it on Ray, up to 64 replicas (10 minutes)
+    scripts/bench/scale.py --ray --sizes 16x2 16x1x8
+                                      with 16 replicas and 2 ingresses; then with 16 and 1, where
+                                      the Model asks its replicas 8 times as often as it does
 
 Replicas are stand-ins without an engine: they tell the Model that they are ready, as an
 EngineReplica does. Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
@@ -43,7 +46,14 @@ STATUS_S = 2
 _GRACE_S = 30.0
 _SETTLE_S = 4.0
 _WINDOW_S = 10.0
-_ON_RAY = ((1, 1), (4, 1), (16, 1), (32, 1), (16, 2), (16, 4))
+_ON_RAY = ("1x1", "4x1", "16x1", "16x2", "16x4", "32x1", "64x1", "16x1x8", "16x1x32")
+_READY_S = 280.0
+_TITLES = {
+    "model": "ray::ServeReplica:stand-ins:Model",
+    "ingress": "ray::ServeReplica:ingress:Ingress",
+    "replica": "ray::ServeReplica:stand-ins:pool",
+    "controller": "ray::ServeController",
+}
 _IN_PROCESS = ((1, 1), (16, 1), (64, 1), (64, 4), (256, 16), (1000, 16), (1000, 64))
 
 
@@ -144,30 +154,51 @@ def _occupy(gates: list[Gate], each: int, now: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OnRay:
-    """Cores in use while nobody asks.
+    """Messages and cores in use while nobody asks.
 
     Attributes:
-        model: of the Model's process.
+        faster: how many times as often as it does the Model asks its replicas.
+        asks: answers a second that the Model got from its replicas, all together.
+        renewals: a second, of all ingresses together.
+        model: cores, of the Model's process.
         ingress: of one ingress, on average.
+        replica: of one stand-in, on average.
         controller: of Serve's controller, which watches every replica.
+        ready_s: how long it took until all were ready.
     """
 
     replicas: int
     ingresses: int
+    faster: int
+    asks: float
+    renewals: float
     model: float
     ingress: float
+    replica: float
     controller: float
+    ready_s: float
 
 
 def build(args: dict[str, Any]) -> Any:
     """Return a model application on stand-ins; ``args`` tells how many."""
     from ray import serve
 
-    from deployments.model import _deployment
+    from deployments import model
 
     class StandIn:
+        asked = 0
+
         async def status(self) -> ReplicaStatus:
+            self.asked += 1
             return status(0, serve.get_replica_context().replica_id.unique_id)
+
+        async def count(self) -> int:
+            return self.asked
+
+    class FasterModel(model.Model):
+        async def __init__(self, *more: Any) -> None:
+            model._STATUS_PERIOD_S /= args["faster"]
+            await super().__init__(*more)
 
     pool = serve.deployment(
         name="pool",
@@ -177,48 +208,71 @@ def build(args: dict[str, Any]) -> Any:
     )(StandIn)
     described = {"name": "pool", "engine": "simulated", "model": "none", "slots": SLOTS}
     settings = ModelArgs.load({"id": "bench/stand-ins", "pools": [described]}, "args")
-    return _deployment.bind(settings, {"pool": pool.bind()})
+    return model._deployment.options(FasterModel).bind(settings, {"pool": pool.bind()})
 
 
-def on_ray() -> Iterator[OnRay]:
+def on_ray(sizes: list[str]) -> Iterator[OnRay]:
     """Deploy each size in turn, and measure it."""
     # It sets what Ray reads when it is imported, so it comes first.
     import tests.conftest  # noqa: F401
     from tests import serving
 
     with serving.local_serve() as deployment:
-        for replicas, ingresses in _ON_RAY:
+        for size in sizes:
+            replicas, ingresses, faster = (*map(int, size.split("x")), 1)[:3]
             application = {
                 "name": "stand-ins",
                 "route_prefix": None,
                 "import_path": "scripts.bench.scale:build",
-                "args": {"replicas": replicas},
+                "args": {"replicas": replicas, "faster": faster},
             }
             ingress = serving.ingress_app(replicas=ingresses, catalog_interval_s=2.0)
+            began = time.monotonic()
             deployment.deploy(ingress, application)
-            yield _measure(serving, deployment, replicas, ingresses)
+            _wait_ready(serving, deployment, replicas, ingresses)
+            ready_s = time.monotonic() - began
+            time.sleep(_SETTLE_S)
+            measured = _measure(serving, deployment)
+            yield OnRay(replicas, ingresses, faster, **measured, ready_s=ready_s)
 
 
-def _measure(serving: Any, deployment: Any, replicas: int, ingresses: int) -> OnRay:
+def _wait_ready(serving: Any, deployment: Any, replicas: int, ingresses: int) -> None:
     def ready() -> bool:
         with suppress(Exception):
-            known = len(deployment.snapshot("stand-ins").replicas)
-            return known == replicas and len(serving.ingress_processes()) == ingresses
+            board = deployment.board("stand-ins")
+            known = len(board.snapshot.replicas), len(board.ingresses)
+            titles = (_TITLES["replica"], _TITLES["ingress"])
+            running = tuple(len(serving.actors_titled(title)) for title in titles)
+            return known == running == (replicas, ingresses)
         return False
 
-    serving.eventually(ready, 120, f"{replicas} stand-ins were not ready")
-    time.sleep(_SETTLE_S)
-    titles = {
-        "model": "ray::ServeReplica:stand-ins:Model",
-        "ingress": "ray::ServeReplica:ingress:Ingress",
-        "controller": "ray::ServeController",
-    }
-    processes = {name: serving.actors_titled(title) for name, title in titles.items()}
+    serving.eventually(ready, _READY_S, f"{replicas} stand-ins were not ready")
+
+
+def _measure(serving: Any, deployment: Any) -> dict[str, float]:
+    processes = {name: serving.actors_titled(title) for name, title in _TITLES.items()}
     before = {name: _cpu_s(those) for name, those in processes.items()}
+    messages, began = _messages(deployment), time.monotonic()
     time.sleep(_WINDOW_S)
-    cores = {name: (_cpu_s(p) - before[name]) / _WINDOW_S for name, p in processes.items()}
-    cores["ingress"] /= ingresses
-    return OnRay(replicas, ingresses, **cores)
+    seconds = time.monotonic() - began
+    rates = {name: (n - messages[name]) / seconds for name, n in _messages(deployment).items()}
+    cores = {
+        name: (_cpu_s(those) - before[name]) / seconds / len(those)
+        for name, those in processes.items()
+    }
+    return rates | cores
+
+
+def _messages(deployment: Any) -> dict[str, int]:
+    """How many questions replicas have answered, and how many renewals there have been."""
+    from ray import serve
+
+    pool = serve.get_deployment_handle("pool", app_name="stand-ins")
+    board = deployment.board("stand-ins")
+    return {
+        "asks": sum(pool.broadcast("count").results(timeout_s=30)),
+        "renewals": sum(one.demand.number for one in board.ingresses),
+    }
 
 
 def _cpu_s(processes: list[Any]) -> float:
@@ -240,7 +294,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ray", action="store_true", help="on Ray, too")
+    parser.add_argument("--ray", action="store_true", help="on Ray instead")
+    parser.add_argument("--sizes", nargs="+", default=_ON_RAY, help="replicas x ingresses, on Ray")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     options = parser.parse_args()
     if options.ray and "FRONTLINE_BENCH_CONTAINED" not in os.environ:
@@ -248,17 +303,19 @@ def main() -> None:
 
         os.environ["FRONTLINE_BENCH_CONTAINED"] = "1"
         sys.exit(Containment([sys.executable, *sys.argv], _GRACE_S).run())
-    alone = [decisions(*size) for size in _IN_PROCESS]
-    show(alone)
-    cluster = []
-    for row in on_ray() if options.ray else ():
-        cluster.append(row)
+    rows: list[Any] = []
+    measured = on_ray(options.sizes) if options.ray else _decisions()
+    for row in measured:
+        rows.append(row)
         print(row, flush=True)
-    if cluster:
-        show(cluster)
+    show(rows)
     options.out.mkdir(parents=True, exist_ok=True)
-    results = {"decisions": [asdict(r) for r in alone], "on_ray": [asdict(r) for r in cluster]}
-    (options.out / "scale.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = options.out / ("scale-on-ray.json" if options.ray else "scale-decisions.json")
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def _decisions() -> Iterator[Decisions]:
+    return (decisions(*size) for size in _IN_PROCESS)
 
 
 if __name__ == "__main__":
