@@ -247,8 +247,16 @@ test_run_processes.__test__ = False  # type: ignore[attr-defined]
 
 def actors_titled(title: str) -> list[psutil.Process]:
     """Those of them that are actors of this title, such as ``ray::ServeReplica:app:Deployment``."""
-    processes = ((process, process.cmdline()) for process in test_run_processes())
+    processes = ((process, command_line(process)) for process in test_run_processes())
     return [process for process, words in processes if words and words[0].startswith(title)]
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """The words of a process's command line; none where it has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def ingress_processes() -> list[psutil.Process]:

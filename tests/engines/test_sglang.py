@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from app.paths import frontline_home
-from tests.serving import engine_processes, eventually, eventually_async
+from tests.serving import command_line, engine_processes, eventually, eventually_async
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -194,7 +194,7 @@ def test_the_engine_is_reached_from_this_machine_alone_and_its_key_is_told_to_no
     assert len(processes) >= 3
     sockets = [c for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"]
     assert sockets and {connection.laddr.ip for connection in sockets} == {"127.0.0.1"}
-    assert not [p for p in processes if status.key in " ".join(p.cmdline())]
+    assert not [p for p in processes if status.key in " ".join(command_line(p))]
     log = max(Path(frontline_home(), "logs").glob("test-sglang.sglang-*"), key=lambda p: p.name)
     assert "sglang" in log.read_text() and status.key not in log.read_text()
 
@@ -202,7 +202,7 @@ def test_the_engine_is_reached_from_this_machine_alone_and_its_key_is_told_to_no
 def processes_of(status):
     """The engine's processes: the main one, which names the port, and all below it."""
     port = status.base_url.rsplit(":", 1)[1]
-    [main] = [p for p in engine_processes() if port in p.cmdline()]
+    [main] = [p for p in engine_processes() if port in command_line(p)]
     return [main, *main.children(recursive=True)]
 
 
@@ -215,7 +215,7 @@ def test_an_idle_engine_rests(sglang):
 
 
 def named(processes, part):
-    return [p for p in processes if part in p.name() or part in " ".join(p.cmdline())]
+    return [p for p in processes if part in p.name() or part in " ".join(command_line(p))]
 
 
 def test_an_engine_that_lost_its_scheduler_is_replaced(sglang):

@@ -4,12 +4,11 @@ import asyncio
 import time
 from collections import Counter
 
-import psutil
 import pytest
 import yaml
 
 from tests.engines.pools import CONFIGS
-from tests.serving import engine_processes, eventually, eventually_async, ingress_app
+from tests.serving import command_line, engine_processes, eventually, eventually_async, ingress_app
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -89,10 +88,7 @@ async def test_a_real_engine_that_dies_is_covered_by_the_others(three):
 def processes_of(engine):
     found = []
     for process in engine_processes():
-        try:
-            words = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
+        words = " ".join(command_line(process))
         if f"test/{MODEL}" in words and engine in words and "reaper" not in words:
             found.append(process)
     return found

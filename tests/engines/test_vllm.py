@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import engine_processes, eventually, eventually_async
+from tests.serving import command_line, engine_processes, eventually, eventually_async
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -261,8 +261,8 @@ async def test_a_disconnected_request_is_aborted_in_the_engine(local):
 def test_a_killed_engine_comes_back(local):
     before = local.snapshot("smollm2").replicas[0]
     port = before.base_url.rsplit(":", 1)[1]
-    old = [p for p in engine_processes() if port in p.cmdline() or "VLLM" in p.name()]
-    [main] = [p for p in old if port in p.cmdline()]
+    old = [p for p in engine_processes() if port in command_line(p) or "VLLM" in p.name()]
+    [main] = [p for p in old if port in command_line(p)]
     with ThreadPoolExecutor(1) as aside:
         # It has begun, and nothing of its answer has left: it is replayed once the engine is back.
         long = {"max_tokens": 300, "extra_body": {"ignore_eos": True}}

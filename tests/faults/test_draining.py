@@ -9,6 +9,7 @@ import pytest
 from app.frame import Sight, make_frame
 from tests.faults.clients import COMPLETE, LEFT, Clients, ask, check_bill, told
 from tests.serving import (
+    command_line,
     engine_processes,
     eventually,
     eventually_async,
@@ -176,7 +177,7 @@ def price(cluster):
 
 
 def servers():
-    words = [process.cmdline() for process in engine_processes()]
+    words = [command_line(process) for process in engine_processes()]
     return [one for one in words if "test/steady" in one and "reaper" not in str(one)]
 
 

@@ -10,12 +10,12 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.faults.clients import COMPLETE, CUT, REFUSED, TRUNCATED, Clients, check_bill, told
 from tests.serving import (
     actors_titled,
+    command_line,
     engine_processes,
     eventually,
     eventually_async,
@@ -75,10 +75,7 @@ def networks():
 
 def _by_port(what):
     for process in engine_processes():
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
+        words = command_line(process)
         if "test/matrix" not in words or "reaper" in " ".join(words):
             continue
         is_network = any(word.endswith("/cuttable") for word in words)

@@ -14,7 +14,14 @@ from ray.serve.exceptions import RayServeException
 
 from app.gate import GIVE_UP_S
 from tests.faults.clients import COMPLETE, CUT, Clients, check_bill, told
-from tests.serving import engine_processes, eventually, eventually_async, ingress_app, pooled_app
+from tests.serving import (
+    command_line,
+    engine_processes,
+    eventually,
+    eventually_async,
+    ingress_app,
+    pooled_app,
+)
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
@@ -68,7 +75,7 @@ def pools_of(cluster):
 
 
 def engines():
-    words = [process.cmdline() for process in engine_processes()]
+    words = [command_line(process) for process in engine_processes()]
     return [one for one in words if "test/spread" in one and "reaper" not in str(one)]
 
 

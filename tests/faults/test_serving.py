@@ -6,17 +6,17 @@ import os
 import random
 import time
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 
-import psutil
 import pytest
 from typer.testing import CliRunner
 
 from app.cli import main
 from tests.serving import (
+    command_line,
     engine_processes,
     eventually,
     eventually_async,
@@ -143,13 +143,9 @@ def kill_an_ingress():
 
 
 def kill_an_engine():
-    found = []
-    for process in engine_processes():
-        with suppress(psutil.Error):
-            words = process.cmdline()
-            if "test/hammered" in words and "--settings" in words and "reaper" not in str(words):
-                found.append(process)
-    random.choice(found).kill()
+    found = {process: command_line(process) for process in engine_processes()}
+    of_model = [p for p, words in found.items() if {"test/hammered", "--settings"} <= {*words}]
+    random.choice([p for p in of_model if "reaper" not in str(found[p])]).kill()
 
 
 @pytest.mark.parametrize("kill", [kill_an_ingress, kill_an_engine])
