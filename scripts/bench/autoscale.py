@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Autoscaling by simulation: Frontline's policy, Ray Serve's own, and a fixed fleet.
+"""Autoscaling by simulation: Frontline's policy, Ray Serve's own, a fixed fleet, and foresight.
 
 Each trace (`scripts/bench/traces.py`) is played to each policy (`scripts/bench/policies.py`) on the
 same simulated engines and line (`scripts/bench/fleet.py`). Frontline's is the code that decides in
 production, with its default settings. Serve's is the installed Ray's own code, with its default
 delays; which `target_ongoing_requests` suits is not known beforehand, so it is run with several.
+What the goal would ask of anybody shows by *ideal*: Frontline's plan for one who knows every rate.
 
     scripts/bench/autoscale.py                         every trace: about six minutes of one core
     scripts/bench/autoscale.py --only "burst, 20"      those whose name contains this
@@ -19,7 +20,7 @@ import math
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from app.line_settings import LineSettings
 from app.scaling.settings import ScalingSettings
 from scripts.bench.fleet import Fleet, Outcome, Policy, Simulation
-from scripts.bench.policies import Fixed, PriorityAware, ServesOwn
+from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn
 from scripts.bench.traces import MIX, SLOTS, Trace, traces
 
 SLO_S = 1.0
@@ -41,7 +42,7 @@ MIDDLE = 0.7
 """The one to compare with: Serve's own defaults (2 of 5) are 0.4, a full replica is 1. It leaves
 the room for bursts that one leaves who has to choose without knowing them."""
 FEWER_HOURS, FEWER_VIOLATIONS, SAME = 0.30, 5.0, 1.02
-OURS, FIXED = "Frontline", "fixed"
+OURS, IDEAL, FIXED = "Frontline", "ideal", "fixed"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def serves(share: float) -> str:
 
 def policies(trace: Trace) -> list[str]:
     """Return the names of the policies to try on a trace."""
-    return [FIXED, *map(serves, SERVE_TARGETS), OURS]
+    return [FIXED, *map(serves, SERVE_TARGETS), OURS, IDEAL]
 
 
 def play(trace: Trace, name: str) -> Row:
@@ -85,6 +86,8 @@ def play(trace: Trace, name: str) -> Row:
         policy = Fixed(peak)
     elif name == OURS:
         policy = PriorityAware(ScalingSettings(), most)
+    elif name == IDEAL:
+        policy = Foresight(trace, ScalingSettings(), most, LineSettings().headroom)
     else:
         [share] = [share for share in SERVE_TARGETS if serves(share) == name]
         policy = ServesOwn(share * SLOTS, most)
@@ -139,7 +142,7 @@ def table(rows: Sequence[Row]) -> str:
         "default sheds | flex sheds |"
     )
     lines = [head, "| --- | --- | --: | --: | --: | --: | --: | --: |"]
-    shown = (FIXED, serves(MIDDLE), OURS)
+    shown = (FIXED, serves(MIDDLE), OURS, IDEAL)
     lines += [
         f"| {r.trace if r.policy == FIXED else ''} | {r.policy} | {r.replica_hours:.1f} | "
         f"{r.priority_ttft_p99_s:.2f} s | {r.violations} ({r.violations / r.priority_requests:.2%})"
@@ -154,19 +157,23 @@ def table(rows: Sequence[Row]) -> str:
 def goals(by_trace: Sequence[Sequence[Row]]) -> str:
     """Return what became of the goals, by trace."""
     lines = [
-        f"| trace | Frontline against {serves(MIDDLE)} | goal | the cheapest of Serve's that "
-        "has no more violations |",
-        "| --- | --- | --- | --- |",
+        f"| trace | Frontline against {serves(MIDDLE)} | goal | ideal against {serves(MIDDLE)} | "
+        "goal | the cheapest of Serve's that has no more violations |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for rows in by_trace:
         named = {row.policy: row for row in rows}
         met, words = verdict(named[OURS], named[serves(MIDDLE)])
+        within, ideally = verdict(named[IDEAL], named[serves(MIDDLE)])
         best = hindsight(rows)
         other = "none"
         if best is not None:
             change = named[OURS].replica_hours / best.replica_hours - 1
             other = f"{best.policy}: {best.violations} violations; Frontline {change:+.0%} hours"
-        lines.append(f"| {rows[0].trace} | {words} | {'met' if met else '**missed**'} | {other} |")
+        lines.append(
+            f"| {rows[0].trace} | {words} | {'met' if met else '**missed**'} | {ideally} | "
+            f"{'met' if within else 'missed'} | {other} |"
+        )
     return "\n".join(lines)
 
 
@@ -224,11 +231,12 @@ def draw(path: Path, by_trace: Sequence[Sequence[Row]]) -> None:
 
 def main(
     only: Annotated[str, typer.Option(help="Play traces whose name contains this.")] = "",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench"),
     jobs: Annotated[int, typer.Option(help="How many processes simulate.")] = 1,
 ) -> None:
     """Simulate, and print what each policy costs and what it leads to."""
-    chosen = [trace for trace in traces() if only in trace.name]
+    chosen = [replace(trace, seed=seed) for trace in traces() if only in trace.name]
     if not chosen:
         raise typer.BadParameter("no trace has that in its name", param_hint="--only")
     runs = [(trace, name) for trace in chosen for name in policies(trace)]

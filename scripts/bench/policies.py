@@ -1,12 +1,17 @@
-"""The policies that are put beside each other: Frontline's, Ray Serve's own, and a fixed fleet."""
+"""The policies that are put beside each other.
+
+They are Frontline's, the same with foresight, Ray Serve's own, and a fixed fleet.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from unittest.mock import patch
 
 from ray.serve import autoscaling_policy
@@ -22,10 +27,14 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.config import AutoscalingConfig
 
+from app.scaling.plan import plan
 from app.scaling.report import ScalingReport
 from app.scaling.scaler import Bounds, Scaler
 from app.scaling.settings import ScalingSettings
+from app.scaling.state import ModelState, PoolState, TierDemand
+from app.tiers import Tier
 from scripts.bench.fleet import View
+from scripts.bench.traces import MIX, SLOTS, Trace
 
 _DEPLOYMENT = DeploymentID("pool", "model")
 
@@ -55,6 +64,41 @@ class PriorityAware:
             return view.target
         bounds = {"pool": Bounds(view.target, *self._bounds)}
         return self._scaler.decide(report, bounds, view.now).replicas["pool"]
+
+
+class Foresight:
+    """`app.scaling.plan` for one who knows every rate there was and will be, and measures nothing.
+
+    It orders a replica just as early as it takes to start, and stops one that will not be needed
+    before one could be started again: what the same standard of service costs at the least.
+    """
+
+    def __init__(self, trace: Trace, settings: ScalingSettings, most: int, headroom: float) -> None:
+        self._trace = trace
+        self._settings = settings
+        self._pool = PoolState("pool", SLOTS, 1, 1, most)
+        self._headroom = headroom
+        need, steps = cache(self._need), int(trace.seconds / trace.control_s) + 1
+        self._needs = [need(self._levels(step * trace.control_s)) for step in range(steps)]
+
+    def decide(self, view: View) -> int:
+        step_s = self._trace.control_s
+        first = int(view.now / step_s)
+        return max(self._needs[first : first + math.ceil(self._trace.start_s / step_s) + 2])
+
+    def _levels(self, when: float) -> tuple[float, ...]:
+        # Rounded, so that not every step of a day is computed anew.
+        return tuple(round(self._trace.level(rank, when), 3) for rank in range(len(MIX)))
+
+    def _need(self, levels: Sequence[float]) -> int:
+        trace = self._trace
+        busy = trace.replicas * SLOTS / trace.service_s
+        tiers = {
+            tier: TierDemand(rate=share * level * busy, service_s=trace.service_s)
+            for tier, share, level in zip(Tier, MIX, levels, strict=True)
+        }
+        state = ModelState(tiers, (self._pool,), self._headroom, start_s=trace.start_s)
+        return plan(state, self._settings).replicas["pool"]
 
 
 class ServesOwn:

@@ -8,7 +8,7 @@ from app.line_settings import LineSettings
 from app.scaling.settings import ScalingSettings
 from scripts.bench.autoscale import OURS, Row, hindsight, verdict
 from scripts.bench.fleet import Fleet, Simulation
-from scripts.bench.policies import Fixed, PriorityAware, ServesOwn
+from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn
 from scripts.bench.traces import MIX, SLOTS, Trace
 
 pytestmark = pytest.mark.unit
@@ -80,6 +80,17 @@ def test_a_burst_of_priority_is_met_by_our_policy_with_less():
         assert outcome.quantile(0, 0.99) < 1
         rows.append(outcome.replica_s)
     assert rows[0] < 0.85 * rows[1]
+
+
+def test_foresight_is_ready_when_a_burst_comes_and_gone_when_it_is_over():
+    trace = Trace("priority burst", 4, 60.0)
+    fleet = Fleet(SLOTS, trace.start_s, 2, 8, trace.control_s)
+    outcome = run(Foresight(trace, ScalingSettings(), 8, 0.1), trace.requests(), 3000.0, fleet)
+    sizes = {int(now): replicas for now, replicas, _ in outcome.history}
+    assert sizes[1130] == sizes[600] < sizes[1150] == sizes[1700]
+    assert outcome.quantile(0, 0.99) < 1
+    # It starts nothing for the next burst before that is as near as a start takes.
+    assert sizes[2900] == sizes[600]
 
 
 def row(policy, hours, violations):
