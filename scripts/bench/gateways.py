@@ -167,17 +167,17 @@ def _make_key(database: Path) -> str:
 def _environment(folder: Path) -> dict[str, str]:
     haproxy = folder / "haproxy"
     haproxy.mkdir(mode=0o700)
+    shared = str(Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent)
     return {
+        name: value.replace(shared, str(haproxy), 1)
+        for name, value in os.environ.items()
+        if name.startswith("RAY_SERVE_HAPROXY_") and value.startswith(shared)
+    } | {
         _MARK: str(os.getpid()),
         "FRONTLINE_BENCH_PYTHON": sys.executable,
         # Beside other clusters of this machine.
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxy}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxy}/admin.sock",
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{haproxy}/metrics.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxy}/server-state",
         # As in scripts/run.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
