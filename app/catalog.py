@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -140,8 +140,14 @@ class Catalog:
 
     @property
     def _all_known(self) -> bool:
-        followed = (self._admissions.get(application) for application in self._followers)
-        return self._discovered and all(one is not None and one.known for one in followed)
+        return self._discovered and next(self._nameless(), None) is None
+
+    def _nameless(self) -> Iterator[str]:
+        """Yield the applications that were found and have not told their models' names."""
+        for application in self._found:
+            admission = self._admissions.get(application)
+            if admission is None or not admission.known:
+                yield application
 
     async def stop(self) -> None:
         """End the background tasks."""
@@ -168,14 +174,10 @@ class Catalog:
         admission = self._by_name.get(name)
         if admission is not None:
             return admission
-        if not self._discovered or any(map(self._nameless, self._found)):
+        since = time.monotonic() - _NAMELESS_S
+        if not self._discovered or any(self._found[one] > since for one in self._nameless()):
             raise errors.unlisted(name, _TRY_AGAIN_S)
         raise errors.ModelNotFound(name)
-
-    def _nameless(self, application: str) -> bool:
-        admission = self._admissions.get(application)
-        recent = time.monotonic() - self._found[application] < _NAMELESS_S
-        return recent and (admission is None or not admission.known)
 
     def models(self) -> list[ModelSnapshot]:
         """Return every model, by id."""
