@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import threading
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from app.config import ModelSettings
 from app.dialect import Route
 from deployments.engines.simulated_server.settings import SimulatedSettings
 from tests.app.bill.world import MODEL, NotedReply, Seen, World
+from tests.app.waiting import until
 
 pytestmark = pytest.mark.unit
 
@@ -52,13 +52,6 @@ async def world(tmp_path, monkeypatch):
         yield made
     finally:
         await made.close()
-
-
-async def until(condition, timeout_s=10):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.002)
 
 
 def ask(world, **fields):

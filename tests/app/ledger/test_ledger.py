@@ -19,6 +19,7 @@ from app.store.records import RecordStore, Wanted
 from app.store.url import resolve_url
 from tests.app.ledger.records import NOON, completed, new_id, opened, shed
 from tests.app.ledger.stores import MemoryStore
+from tests.app.waiting import until
 
 pytestmark = pytest.mark.unit
 
@@ -32,13 +33,6 @@ async def ledger(folder, store, settings=QUICK):
         yield made
     finally:
         await made.close()
-
-
-async def until(condition, timeout_s=10):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 def frames(folder):
