@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator
 from typing import Final, cast
 from urllib.parse import urlsplit
 
@@ -43,7 +42,9 @@ class Response:
         content_type: without parameters, in lower case; empty if there is none.
     """
 
-    def __init__(self, connection: EngineConnection, status: int, content_type: str) -> None:
+    __slots__ = ("_connection", "content_type", "status")
+
+    def __init__(self, connection: EngineConnection, status: int, content_type: bytes) -> None:
         self.status = status
         self.content_type = content_type
         self._connection = connection
@@ -54,26 +55,39 @@ class Response:
         Raises:
             ConnectionLost: the connection ended before.
         """
-        pieces = []
-        while piece := await self._connection.next_piece():
-            pieces.append(piece)
-        return b"".join(pieces)
+        body = await self.next_piece()
+        if not self._connection.complete:
+            pieces = [body]
+            while piece := await self.next_piece():
+                pieces.append(piece)
+            body = b"".join(pieces)
+        return body
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes; what was read at once comes as one piece.
+    async def next_piece(self) -> bytes:
+        """Return what has come of the body since the last call, as one, or nothing at its end.
 
         Raises:
             ConnectionLost: the connection ended before the body did.
         """
-        while piece := await self._connection.next_piece():
-            yield piece
+        connection = self._connection
+        while not (piece := connection.take_piece()) and not connection.complete:
+            await connection.news()
+        return piece
 
 
 class EngineConnection(asyncio.Protocol):
-    """One connection to an engine. Its methods are for one request after the other."""
+    """One connection to an engine. Its methods are for one request after the other.
+
+    Attributes:
+        complete: whether the whole answer has come.
+        idle_since: when it was given back, by the event loop's clock.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._pieces: list[bytes] = []
+        # The parser calls it for each chunk of a stream.
+        self.on_body = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -84,11 +98,11 @@ class EngineConnection(asyncio.Protocol):
         self._begin()
 
     def _begin(self) -> None:
-        self._pieces: list[bytes] = []
+        self._pieces.clear()
         self._unread = 0
         self._paused = False
         self._content_type = b""
-        self._head_came = self._complete = self._keeps_alive = self._lost = False
+        self.complete = self._head_came = self._keeps_alive = self._lost = False
         self._silent = False
 
     @property
@@ -122,25 +136,22 @@ class EngineConnection(asyncio.Protocol):
             self._timer = self._loop.call_later(read_timeout_s, self._look)
         transport.writelines((head, body))
         while not self._head_came:
-            await self._news()
-        content_type = self._content_type.partition(b";")[0].strip().lower().decode("latin-1")
+            await self.news()
+        content_type = self._content_type.partition(b";")[0].strip().lower()
         return Response(self, self._parser.get_status_code(), content_type)
 
-    async def next_piece(self) -> bytes:
-        """Return what has come of the body since the last call, or nothing at its end.
-
-        Raises:
-            ConnectionLost: the connection ended before the body did.
-        """
-        while not self._pieces:
-            if self._complete:
-                return b""
-            await self._news()
-        pieces, self._pieces, self._unread = self._pieces, [], 0
+    def take_piece(self) -> bytes:
+        """Return what has come of the body since the last call, or nothing."""
+        pieces = self._pieces
+        if not pieces:
+            return b""
+        piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        self._unread = 0
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return piece
 
     def close(self) -> None:
         """Close it, upon which the engine aborts what it was doing for us."""
@@ -150,7 +161,12 @@ class EngineConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    async def _news(self) -> None:
+    async def news(self) -> None:
+        """Return when something has come of an answer.
+
+        Raises:
+            ConnectionLost: the connection has ended.
+        """
         if self._lost:
             raise ConnectionLost("the connection ended", silent=self._silent)
         self._waiter = self._loop.create_future()
@@ -166,7 +182,7 @@ class EngineConnection(asyncio.Protocol):
     def _look(self) -> None:
         """Whether nothing has come for too long. One timer serves many reads."""
         self._timer = None
-        if self._complete or self._lost:
+        if self.complete or self._lost:
             return
         left_s = self._heard + self._read_timeout_s - self._loop.time()
         if left_s > 0:
@@ -195,6 +211,7 @@ class EngineConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._fail()
             return
+        self._unread += len(data)
         if self._unread > _MOST_UNREAD and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -214,14 +231,10 @@ class EngineConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self._head_came = self._parser.get_status_code() >= 200
 
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-        self._unread += len(piece)
-
     def on_message_complete(self) -> None:
         # An interim answer (1xx) is a message of its own.
-        self._complete = self._head_came
-        self._keeps_alive = self._complete and bool(self._parser.should_keep_alive())
+        self.complete = self._head_came
+        self._keeps_alive = self.complete and bool(self._parser.should_keep_alive())
 
 
 class Connections:

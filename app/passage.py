@@ -215,20 +215,20 @@ class Passage:
         self._meter.place(place)
         if inbound.stream:
             self._meter.open()
-        async with self._engines.send(
+        settings = self._settings
+        answer = await self._engines.send(
             replica,
             inbound.route,
             rewrite_request(inbound, self._admission.snapshot.id, dialect, decision.served),
             request_id=self._reply.request_id,
             read_timeout_s=(
-                self._settings.stream_timeout_s
-                if inbound.stream
-                else self._settings.engine_timeout_s
+                settings.stream_timeout_s if inbound.stream else settings.engine_timeout_s
             ),
-        ) as answer:
-            if isinstance(answer, UnaryAnswer):
-                await self._forward_unary(answer, place)
-            else:
+        )
+        if isinstance(answer, UnaryAnswer):
+            await self._forward_unary(answer, place)
+        else:
+            with answer:
                 await self._forward_stream(answer, place)
 
     async def _forward_unary(self, answer: UnaryAnswer, place: Place) -> None:
@@ -251,7 +251,7 @@ class Passage:
         await reply.start(SSE, place)
         over = False
         try:
-            async for blocks in answer:
+            while blocks := await answer.next_events():
                 if over:
                     # Read to the end all the same: the connection is then good for another.
                     continue

@@ -8,9 +8,10 @@ answer: whole, streamed, or an error.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Self
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
@@ -21,11 +22,7 @@ from app.openai_api import stream_error
 from app.snapshot import ReplicaStatus
 from app.sse import EventReader, parse_block
 
-_EVENT_STREAM = "text/event-stream"
-_HEAD = (
-    b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
-    b"authorization: Bearer %b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n"
-)
+_EVENT_STREAM: Final = b"text/event-stream"
 
 
 class EngineUnreachable(Exception):
@@ -90,8 +87,8 @@ class UnaryAnswer:
 class StreamedAnswer:
     """An answer with status 200 whose first events have come.
 
-    Iterating yields them and then the rest, as they came (``EventReader.blocks``), a list for each
-    piece read from the engine, so that what came together leaves together.
+    It is to be read in a ``with`` block. Leaving that before the answer has ended closes the
+    connection, upon which the engine aborts.
     """
 
     def __init__(
@@ -101,28 +98,39 @@ class StreamedAnswer:
         response: Response,
         pulse: _Pulse,
         read_timeout_s: float,
+        release: Callable[[], None],
     ) -> None:
         self._first = first
         self._reader = reader
         self._response = response
         self._pulse = pulse
         self._read_timeout_s = read_timeout_s
+        self._release = release
 
-    async def __aiter__(self) -> AsyncIterator[list[bytes]]:
-        """Yield events as they come.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    async def next_events(self) -> list[bytes]:
+        """Return the events that have come since the last call, or none at the end.
+
+        They are as they came (``EventReader.blocks``). What came together is returned together, so
+        that it leaves together.
 
         Raises:
             EngineBroke: the connection ended before the HTTP message did.
         """
-        yield self._first
+        blocks, self._first = self._first, []
         try:
-            async for piece in self._response:
+            while not blocks and (piece := await self._response.next_piece()):
                 self._pulse.beat()
-                if blocks := self._reader.blocks(piece):
-                    yield blocks
+                blocks = self._reader.blocks(piece)
         except ConnectionLost as error:
             silent = self._pulse.missed(error, self._read_timeout_s)
             raise EngineBroke(silent=silent) from error
+        return blocks
 
 
 class EngineClient:
@@ -136,7 +144,6 @@ class EngineClient:
         """Close the connections that nobody uses."""
         self._connections.close()
 
-    @asynccontextmanager
     async def send(
         self,
         replica: ReplicaStatus,
@@ -145,12 +152,11 @@ class EngineClient:
         *,
         request_id: str,
         read_timeout_s: float,
-    ) -> AsyncIterator[UnaryAnswer | StreamedAnswer]:
-        """Send a request to an engine and yield its answer.
+    ) -> UnaryAnswer | StreamedAnswer:
+        """Send a request to an engine and return its answer.
 
-        Only the headers named here reach the engine: none of the client's do. Leaving the block
-        before the answer has ended closes the connection, upon which the engine aborts.
-        ``read_timeout_s`` is the longest pause between two reads.
+        Only the headers named here reach the engine: none of the client's do. ``read_timeout_s``
+        is the longest pause between two reads.
 
         Raises:
             EngineUnreachable: the engine was lost before it sent anything of an answer.
@@ -158,13 +164,8 @@ class EngineClient:
             ApiError: it refused the request.
         """
         url = replica.base_url
-        head = _HEAD % (
-            route.path.encode(),
-            urlsplit(url).netloc.encode(),
-            replica.key.encode(),
-            request_id.encode(),
-            len(body),
-        )
+        own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (request_id.encode(), len(body))
+        head = _head(route, url, replica.key) + own
         pulse = self._pulses.get(replica.replica_id)
         if pulse is None:
             pulse = self._pulses[replica.replica_id] = _Pulse()
@@ -172,42 +173,56 @@ class EngineClient:
             connection = await self._connections.take(url)
         except ConnectionLost as error:
             raise EngineUnreachable from error
-        try:
-            try:
-                response = await connection.send(head, body, read_timeout_s)
-            except ConnectionLost as error:
-                raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
-            yield await _read_answer(response, route, pulse, read_timeout_s)
-        finally:
+
+        def release() -> None:
             self._connections.give_back(url, connection)
 
+        streamed = None
+        try:
+            response = await connection.send(head, body, read_timeout_s)
+            if response.status != 200 or response.content_type != _EVENT_STREAM:
+                return await _read_whole(response, route, pulse)
+            first, reader = await _read_first(response, route, pulse)
+            streamed = StreamedAnswer(first, reader, response, pulse, read_timeout_s, release)
+            return streamed
+        except ConnectionLost as error:
+            raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
+        finally:
+            if streamed is None:
+                release()
 
-async def _read_answer(
-    response: Response, route: Route, pulse: _Pulse, read_timeout_s: float
-) -> UnaryAnswer | StreamedAnswer:
-    try:
-        if response.status != 200:
-            body = await response.read()
-            pulse.beat()
-            raise _fault(errors.from_engine(response.status, body, route.prompt_field))
-        if response.content_type != _EVENT_STREAM:
-            body = await response.read()
-            pulse.beat()
-            return UnaryAnswer(body)
-        reader, blocks, first = EventReader(), list[bytes](), None
-        async for piece in response:
-            blocks = reader.blocks(piece)
-            first = next((event for block in blocks if (event := parse_block(block))), None)
-            if first is not None:
-                break
-    except ConnectionLost as error:
-        raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
-    if first is None:
-        raise EngineUnreachable  # the stream ended before its first event
+
+@lru_cache(1024)
+def _head(route: Route, base_url: str, key: str) -> bytes:
+    """Return what the heads of all requests to a route of an engine begin with."""
+    return (
+        b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
+        b"authorization: Bearer %b\r\n"
+    ) % (route.path.encode(), urlsplit(base_url).netloc.encode(), key.encode())
+
+
+async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryAnswer:
+    body = await response.read()
     pulse.beat()
-    if failure := stream_error(first, route):
-        raise _fault(failure)
-    return StreamedAnswer(blocks, reader, response, pulse, read_timeout_s)
+    if response.status != 200:
+        raise _fault(errors.from_engine(response.status, body, route.prompt_field))
+    return UnaryAnswer(body)
+
+
+async def _read_first(
+    response: Response, route: Route, pulse: _Pulse
+) -> tuple[list[bytes], EventReader]:
+    """Return the first events of a stream that does not begin with an error."""
+    reader = EventReader()
+    while piece := await response.next_piece():
+        blocks = reader.blocks(piece)
+        first = next((event for block in blocks if (event := parse_block(block))), None)
+        if first is not None:
+            pulse.beat()
+            if failure := stream_error(first, route):
+                raise _fault(failure)
+            return blocks, reader
+    raise EngineUnreachable  # the stream ended before its first event
 
 
 def _fault(error: errors.ApiError) -> Exception:

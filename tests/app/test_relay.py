@@ -68,10 +68,9 @@ async def hung_up(writer):
 
 async def ask(client, replica):
     events = []
-    async with client.send(
-        replica, Route.CHAT, b"{}", request_id="r", read_timeout_s=TIMEOUT_S
-    ) as answer:
-        async for some in answer:
+    answer = await client.send(replica, Route.CHAT, b"{}", request_id="r", read_timeout_s=TIMEOUT_S)
+    with answer:
+        while some := await answer.next_events():
             events += some
     return events
 

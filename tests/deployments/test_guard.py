@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from app.dialect import Dialect, Route
-from app.relay import EngineBroke, EngineClient, EngineFailed, EngineUnreachable, StreamedAnswer
+from app.relay import EngineBroke, EngineClient, EngineFailed, EngineUnreachable
 from app.snapshot import ReplicaStatus
 from deployments.guard import Guard, GuardFailed, needs_guard, plan_guard
 
@@ -202,13 +202,12 @@ async def test_another_protocol_does_not_get_in(admitted, engine):
 
 async def test_tokens_pass_as_they_come(tmp_path, engine, relay):
     engine.behaviour = "stream"
-    async with guarded(tmp_path, engine) as (guard, _, _), send(relay, guard) as answer:
-        assert isinstance(answer, StreamedAnswer)
-        pieces = aiter(answer)
-        for _ in range(5):
-            events = await asyncio.wait_for(anext(pieces), 5)
-            assert len(events) == 1
-            engine.go_on.set()
+    async with guarded(tmp_path, engine) as (guard, _, _):
+        with await send(relay, guard) as answer:
+            for _ in range(5):
+                events = await asyncio.wait_for(answer.next_events(), 5)
+                assert len(events) == 1
+                engine.go_on.set()
 
 
 @pytest.mark.parametrize("behaviour", ["wait", "stream"])
@@ -217,7 +216,7 @@ async def test_the_engine_learns_that_a_client_has_gone(tmp_path, engine, relay,
     async with guarded(tmp_path, engine) as (guard, _, _):
 
         async def leave():
-            async with send(relay, guard):
+            with await send(relay, guard):
                 raise ConnectionAbortedError
 
         asking = asyncio.create_task(leave())
@@ -232,19 +231,13 @@ async def test_an_engine_that_is_gone_is_unreachable_at_once(tmp_path, engine, r
         server.close()
         await server.wait_closed()
         with pytest.raises(EngineUnreachable):
-            async with asyncio.timeout(1), send(relay, guard):
-                pass
+            await asyncio.wait_for(send(relay, guard), 1)
 
 
 async def test_an_engine_that_ends_before_it_answers_is_unreachable(tmp_path, engine, relay):
     engine.behaviour = "wait"
     async with guarded(tmp_path, engine) as (guard, _, _):
-
-        async def ask():
-            async with send(relay, guard):
-                pass
-
-        asking = asyncio.create_task(ask())
+        asking = asyncio.create_task(send(relay, guard))
         while not engine.requests:
             await asyncio.sleep(0.01)
         engine.break_off()
@@ -254,9 +247,9 @@ async def test_an_engine_that_ends_before_it_answers_is_unreachable(tmp_path, en
 
 async def test_an_answer_that_breaks_off_breaks_off_here(tmp_path, engine, relay):
     engine.behaviour = "stream"
-    async with guarded(tmp_path, engine) as (guard, _, _), send(relay, guard) as answer:
-        with pytest.raises(EngineBroke):
-            async for _ in answer:
+    async with guarded(tmp_path, engine) as (guard, _, _):
+        with await send(relay, guard) as answer, pytest.raises(EngineBroke):
+            while await answer.next_events():
                 engine.break_off()
 
 
@@ -264,8 +257,7 @@ async def test_what_the_engine_itself_answers_passes(tmp_path, engine, relay):
     engine.behaviour = "refuse"
     async with guarded(tmp_path, engine) as (guard, _, _):
         with pytest.raises(EngineFailed):
-            async with send(relay, guard):
-                pass
+            await send(relay, guard)
 
 
 async def test_a_connection_is_used_again(admitted, engine):
