@@ -8,6 +8,8 @@ its own text in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -44,27 +46,47 @@ class Splicer:
         self._templates: list[_Template] = []
         self._learned = self._spliced = 0
 
-    def splice(self, block: bytes) -> bytes | None:
-        """Return a chunk's event as the client gets it, or ``None`` where it must be parsed.
+    def splice(self, blocks: Sequence[bytes], place: int, wire: list[bytes]) -> int:
+        """Add chunks' events as the client gets them, up to the first one that must be parsed.
 
-        ``block`` is the event as it came, ``data: `` and all.
+        Args:
+            blocks: events as they came, ``data: `` and all.
+            place: where to begin.
+            wire: what is added to.
+
+        Returns:
+            The place of the first that must be parsed, or how many there are.
         """
-        for head, middle, shape, wire_head, wire_tail in self._templates:
-            if not block.startswith(head):
-                continue
-            place = block.rfind(middle)
-            text, usage = block[len(head) : place], block[place + len(middle) :]
-            if (
-                place >= len(head)
-                # A quote may end the text, and a backslash may hide the quote that does.
-                and not text.endswith(b"\\")
-                and usage.translate(None, _DIGITS) == shape
-            ):
-                self._spliced += 1
-                if shape:
-                    self.usage = usage[:-1]
-                return wire_head + text + wire_tail
-        return None
+        while place < len(blocks):
+            for template in self._templates:
+                texts = self._texts(template, blocks, place)
+                if texts:
+                    head, tail = template.wire_head, template.wire_tail
+                    wire += (head, (tail + head).join(texts), tail)
+                    self._spliced += len(texts)
+                    place += len(texts)
+                    break
+            else:
+                break
+        return place
+
+    def _texts(self, template: _Template, blocks: Sequence[bytes], place: int) -> list[bytes]:
+        """Return the texts of those chunks, from a place on, that are like the template."""
+        head, middle, shape = template.head, template.middle, template.shape
+        begin, skip, usage, texts = len(head), len(middle), b"", list[bytes]()
+        for block in islice(blocks, place, None):
+            end = block.rfind(middle)
+            if end < begin or not block.startswith(head):
+                break
+            text, numbers = block[begin:end], block[end + skip :]
+            # A quote may end the text, and a backslash may hide the quote that does.
+            if text.endswith(b"\\") or numbers.translate(None, _DIGITS) != shape:
+                break
+            usage = numbers
+            texts.append(text)
+        if texts and shape:
+            self.usage = usage[:-1]
+        return texts
 
     def learn(self, data: bytes, text: str, usage: object, event: bytes) -> None:
         """Take a chunk as a template.

@@ -6,7 +6,7 @@ more than text, such as the one that finishes the answer, and errors, are parsed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -34,7 +34,7 @@ class StreamStamper(Protocol):
         """The tokens of the stream so far, as far as the engine has told. Read on demand."""
         ...
 
-    def feed(self, blocks: Iterable[bytes]) -> bytes:
+    def feed(self, blocks: Sequence[bytes]) -> bytes:
         """Return what the client gets for some events, as they came; perhaps nothing yet.
 
         Raises:
@@ -78,16 +78,16 @@ class ChunkStamper:
     def usage(self) -> TokenUsage | None:
         return read_usage(self._newest_usage())
 
-    def feed(self, blocks: Iterable[bytes]) -> bytes:
+    def feed(self, blocks: Sequence[bytes]) -> bytes:
         wire: list[bytes] = []
-        splicer = self._splicer
-        for block in blocks:
+        splicer, place = self._splicer, 0
+        while place < len(blocks):
             # One that is held leaves before the next, whichever that is.
-            spliced = None if splicer is None or self._held else splicer.splice(block)
-            if spliced is not None:
-                wire.append(spliced)
-            elif event := parse_block(block):
+            if splicer is not None and not self._held:
+                place = splicer.splice(blocks, place, wire)
+            if place < len(blocks) and (event := parse_block(blocks[place])):
                 wire.extend(self._parsed(event))
+            place += 1
         return b"".join(wire)
 
     def _parsed(self, event: Event) -> Iterator[bytes]:
@@ -166,7 +166,7 @@ class ResponsesStamper:
     def usage(self) -> TokenUsage | None:
         return self._usage
 
-    def feed(self, blocks: Iterable[bytes]) -> bytes:
+    def feed(self, blocks: Sequence[bytes]) -> bytes:
         events = (event for block in blocks if (event := parse_block(block)))
         return b"".join([self._stamped(event) for event in events])
 
