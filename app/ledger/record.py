@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -16,6 +16,7 @@ from app.pricing import Prices, TokenUsage
 from app.tiers import Tier, TierDecision
 
 NOTHING_USED: Final = TokenUsage(0, 0, 0)
+_FREE: Final = Decimal(0)
 MAX_TEXT: Final = 300
 """Longest text in a record, in characters."""
 
@@ -72,8 +73,7 @@ class Origin:
     def __post_init__(self) -> None:
         if not self.request_id:
             raise ValueError("a record has a request id")
-        for text in (self.request_id, self.tenant, self.key_id, self.model, self.route):
-            _check_text(text)
+        _check_texts(self.request_id, self.tenant, self.key_id, self.model, self.route)
         if self.arrived.utcoffset() != timedelta(0):
             raise ValueError("times are in UTC")
 
@@ -92,7 +92,7 @@ class UsageRecord:
         usage: the tokens that it used.
         prices: what it pays, from the rate card at its decision; ``None`` where it was not served.
         rate_card: that card's version, or empty.
-        cost: in USD, exactly.
+        cost: what the tokens cost at the prices, in USD, exactly.
         queue_s: how long it waited in the line, in seconds.
         ttft_s: from arrival to the first byte of the answer, in seconds; ``None`` without one.
         ended: when it ended, in UTC; ``None`` while it is open.
@@ -107,21 +107,21 @@ class UsageRecord:
     usage: TokenUsage
     prices: Prices | None
     rate_card: str
-    cost: Decimal
     queue_s: float
     ttft_s: float | None
     ended: datetime | None
+    cost: Decimal = field(init=False)
 
     def __post_init__(self) -> None:
-        for text in (self.reason or "", self.engine, self.replica, self.rate_card):
-            _check_text(text)
+        _check_texts(self.reason or "", self.engine, self.replica, self.rate_card)
+        cost = _FREE
         if self.state.served:
             if self.served is None or self.prices is None:
                 raise ValueError("a served request has a tier and prices")
-            if self.cost != self.prices.cost(self.usage):
-                raise ValueError("the cost is that of the tokens at the prices")
-        elif self.served or self.prices or self.usage != NOTHING_USED or self.cost:
-            raise ValueError("a request that was not served has no tier, tokens or cost")
+            cost = self.prices.cost(self.usage)
+        elif self.served or self.prices or self.usage != NOTHING_USED:
+            raise ValueError("a request that was not served has no tier, prices or tokens")
+        object.__setattr__(self, "cost", cost)
         if (self.state is State.OPEN) is not (self.ended is None):
             raise ValueError("a record is open until it has ended")
         if self.ended is not None and self.ended.utcoffset() != timedelta(0):
@@ -148,7 +148,7 @@ class UsageRecord:
         reason = None if decision.reason is None else decision.reason.value
         return cls(
             origin, State.OPEN, decision.served, reason, engine, replica, usage, prices,
-            decision.rate_card.version, prices.cost(usage), max(queue_s, 0.0), None, None,
+            decision.rate_card.version, max(queue_s, 0.0), None, None,
         )  # fmt: skip
 
     @classmethod
@@ -157,8 +157,8 @@ class UsageRecord:
     ) -> Self:
         """Return the record of a request that was shed or refused, which costs nothing."""
         return cls(
-            origin, state, None, reason, "", "", NOTHING_USED, None, "", Decimal(0),
-            max(queue_s, 0.0), None, ended,
+            origin, state, None, reason, "", "", NOTHING_USED, None, "", max(queue_s, 0.0), None,
+            ended,
         )  # fmt: skip
 
     def settle(
@@ -176,11 +176,10 @@ class UsageRecord:
         """
         if self.state is not State.OPEN or not state.served or state is State.OPEN:
             raise ValueError(f"a record that is {self.state} cannot become {state}")
-        assert self.prices is not None
         # Not `replace`, which looks through the fields for every request.
         return type(self)(
             self.origin, state, self.served, reason or self.reason, self.engine, self.replica,
-            usage, self.prices, self.rate_card, self.prices.cost(usage), self.queue_s, ttft_s,
+            usage, self.prices, self.rate_card, self.queue_s, ttft_s,
             max(ended, self.origin.arrived),
         )  # fmt: skip
 
@@ -226,7 +225,11 @@ class UsageRecord:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """Return the record that ``to_fields`` was called on."""
+        """Return the record that ``to_fields`` was called on.
+
+        Raises:
+            ValueError: its cost is not that of its tokens at its prices, or a value is impossible.
+        """
         requested, served = fields["requested_tier"], fields["served_tier"]
         origin = Origin(
             fields["request_id"], fields["tenant"], fields["key_id"], fields["model"],
@@ -237,11 +240,14 @@ class UsageRecord:
         )
         names = ("input_price", "cached_input_price", "output_price", "multiplier")
         prices = None if served is None else Prices(*(fields[name] for name in names))
-        return cls(
+        record = cls(
             origin, State(fields["state"]), served and Tier(served), fields["reason"],
             fields["engine"], fields["replica"], usage, prices, fields["rate_card"],
-            fields["cost"], fields["queue_s"], fields["ttft_s"], fields["ended"],
+            fields["queue_s"], fields["ttft_s"], fields["ended"],
         )  # fmt: skip
+        if record.cost != fields["cost"]:
+            raise ValueError("the cost is that of the tokens at the prices")
+        return record
 
     def to_json(self) -> bytes:
         """Return ``to_fields`` as JSON; amounts are strings with every digit."""
@@ -280,7 +286,7 @@ def _text_of_amount(value: object) -> str:
     raise TypeError(type(value).__name__)
 
 
-def _check_text(text: str) -> None:
+def _check_texts(*texts: str) -> None:
     # PostgreSQL takes no NUL in text, and a record that no store takes would stop the others.
-    if len(text) > MAX_TEXT or "\0" in text:
+    if max(map(len, texts)) > MAX_TEXT or "\0" in "".join(texts):
         raise ValueError(f"text in a record is at most {MAX_TEXT} characters, without NUL")
