@@ -127,6 +127,12 @@ class Journal:
             return 0
         return self._segment.left + sum(spare.left for spare in tuple(self._spares))
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes can be written for sure. Asked for every request."""
+        if self.failing or self._overdrawn:
+            return False
+        return self._segment.left >= size or self.room >= size
+
     def reserve(self, reserved: int) -> None:
         """Say how many bytes the requests under way may still need."""
         self._reserved = reserved

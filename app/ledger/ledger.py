@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,22 @@ class Opening:
             raise DiskRefuses
 
 
+class _Room:
+    """Room for one request more, for as long as it is entered. It may be entered many times."""
+
+    __slots__ = ("_release", "_reserve")
+
+    def __init__(self, reserve: Callable[[], None], release: Callable[[], None]) -> None:
+        self._reserve = reserve
+        self._release = release
+
+    def __enter__(self) -> None:
+        self._reserve()
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+
 class Ledger:
     """The ledger of one ingress. To be made and used on its event loop; may block when made.
 
@@ -85,6 +101,7 @@ class Ledger:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._room = _Room(self._reserve, self._release)
         self._lazy_at: asyncio.TimerHandle | None = None
         # Tokens and time of the last step written down, by open stream.
         self._steps: dict[str, tuple[int, float]] = {}
@@ -96,32 +113,34 @@ class Ledger:
         """Whether the database could not be reached last time. Service goes on meanwhile."""
         return self._flusher.away
 
-    @contextmanager
-    def reserved(self) -> Iterator[None]:
-        """Keep room for a request's record until the block ends; to be entered before serving it.
+    def reserved(self) -> AbstractContextManager[None]:
+        """Keep room for a request's record in a block; to be entered before serving it.
 
-        Raises:
+        Raises, when entered:
             JournalFull: there is no room.
         """
+        return self._room
+
+    def _reserve(self) -> None:
         if not self._has_room:
             self._journal.wake()
             raise JournalFull
-        self._reserve(1)
-        try:
-            yield
-        finally:
-            self._reserve(-1)
+        if not self._in_flight:
+            self._idle.clear()
+        self._in_flight += 1
+        self._journal.reserve(self._in_flight * RESERVED_BYTES)
+        if self._in_flight % _WAKE_EVERY == 0:
+            self._journal.wake()
+
+    def _release(self) -> None:
+        self._in_flight -= 1
+        self._journal.reserve(self._in_flight * RESERVED_BYTES)
+        if not self._in_flight:
+            self._idle.set()
 
     @property
     def _has_room(self) -> bool:
-        return self._journal.room >= (self._in_flight + 1) * RESERVED_BYTES
-
-    def _reserve(self, change: int) -> None:
-        self._in_flight += change
-        self._journal.reserve(self._in_flight * RESERVED_BYTES)
-        (self._idle.clear if self._in_flight else self._idle.set)()
-        if change > 0 and self._in_flight % _WAKE_EVERY == 0:
-            self._journal.wake()
+        return self._journal.has_room((self._in_flight + 1) * RESERVED_BYTES)
 
     def open(self, record: UsageRecord) -> Opening:
         """Begin to write down that a stream begins; its engine can be asked meanwhile.
@@ -145,7 +164,7 @@ class Ledger:
             now = time.monotonic()
             if generated == tokens or now - since < self._settings.progress_s:
                 return
-        if self._journal.room < self._in_flight * RESERVED_BYTES:
+        if not self._journal.has_room(self._in_flight * RESERVED_BYTES):
             # What is left is kept for the records themselves.
             return
         self._steps[request_id] = (generated, time.monotonic())
