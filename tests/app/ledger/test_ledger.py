@@ -188,7 +188,7 @@ async def test_without_room_nobody_is_served_and_room_comes_back(tmp_path):
             await asyncio.sleep(0.001)
             assert counted < 5000
         store.away = False
-        await until(lambda: len(store.records) == served + counted - 1)
+        await until(lambda: len(store.records) == served + counted - 1, 60)
 
         async def has_room():
             with ours.reserved():
