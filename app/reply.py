@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from app.snapshot import ReplicaStatus
 from app.tiers import Tier, TierDecision
 
 _TIERS: Final = {tier: tier.value.encode() for tier in Tier}
+
+# An id is no secret, so it need not come from the operating system, which would cost a system call
+# for each, and the interpreter to whichever thread waits for it.
+_random: Final = random.Random(secrets.randbits(256))
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -53,17 +58,18 @@ class Reply:
     """
 
     def __init__(self, send: Send) -> None:
-        self.request_id = f"req_{secrets.token_hex(16)}"
+        self.request_id = new_request_id()
         self.headers: list[tuple[str, str]] = []
         self.started = False
         self._send = send
 
     async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Place) -> None:
         """Send status 200 and the headers."""
-        own = ((name.encode(), value.encode()) for name, value in self.headers)
-        headers = (*headers, *place.headers(), *own)
+        fields = [*headers, *place.headers()]
+        if self.headers:
+            fields += [(name.encode(), value.encode()) for name, value in self.headers]
         self.started = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.start", "status": 200, "headers": fields})
 
     async def write(self, piece: bytes, *, more: bool = True) -> None:
         """Send a part of the body."""
@@ -82,6 +88,11 @@ class Reply:
         self.started = True
         await self._send({"type": "http.response.start", "status": error.status, "headers": fields})
         await self.write(body, more=False)
+
+
+def new_request_id() -> str:
+    """Return an id that no request ever had or will have."""
+    return f"req_{_random.getrandbits(128):032x}"
 
 
 def milliseconds(seconds: float) -> str:
