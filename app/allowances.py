@@ -42,6 +42,8 @@ class Allowances:
 
     def take(self, key: ApiKey, tokens: int, now: float) -> OverLimit | None:
         """Take a request of so many expected tokens, or say which limit it is over."""
+        if not key.limits.any_rate:
+            return None
         taken: list[tuple[Allowance, int]] = []
         over: OverLimit | None = None
         for measure, amount in ((Measure.REQUESTS, 1), (Measure.TOKENS, tokens)):
@@ -72,6 +74,8 @@ class Allowances:
 
     def headers(self, key: ApiKey, now: float) -> list[tuple[str, str]]:
         """Return the headers that tell a client how it stands."""
+        if not key.limits.any_rate:
+            return []
         requests, tokens = (self._standing(key, measure, now) for measure in Measure)
         return rate_limit_headers(requests, tokens)
 

@@ -45,6 +45,11 @@ class Limits:
     tpm: int | None = None
     priority_share: Decimal | None = None
 
+    @property
+    def any_rate(self) -> bool:
+        """Whether there is a limit on requests or tokens."""
+        return self.rpm is not None or self.tpm is not None
+
     def __post_init__(self) -> None:
         for name, limit in (("rpm", self.rpm), ("tpm", self.tpm)):
             if limit is not None and limit < 1:
