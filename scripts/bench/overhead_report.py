@@ -284,7 +284,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         colours = ["#d1495b" if r.gateway == FRONTLINE else "#30638e" for r in shown]
         bars = panel.barh([r.gateway for r in shown], [value(r) for r in shown], color=colours)
         panel.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
-        panel.set(title=title, xscale=scale)
+        # A panel without bars has no logarithm.
+        panel.set(title=title, xscale=scale if shown else "linear")
         panel.margins(x=0.18)
         panel.invert_yaxis()
     figure.tight_layout()
