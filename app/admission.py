@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 
-from app.credits import Demand, Grant
+from app.credits import RENEWAL_S, Demand, Grant
 from app.dialect import Route
 from app.gate import Gate
 from app.line_settings import LineSettings
@@ -48,6 +48,7 @@ class Admission:
         self._timer: asyncio.TimerHandle | None = None
         self._tick_at = math.inf
         self._renewal_planned = -math.inf
+        self._renewed_at = -math.inf
         self._renewal_sooner = asyncio.Event()
         self._nudged = False
         self._waking = False
@@ -137,17 +138,22 @@ class Admission:
 
     def demand(self) -> Demand:
         """Return the demand to send to the Model now."""
-        demand = self._gate.demand(time.monotonic())
+        self._renewed_at = time.monotonic()
+        demand = self._gate.demand(self._renewed_at)
         self._suspects_told = frozenset(self._suspects)
         return replace(demand, suspects=dict(self._suspects)) if self._suspects else demand
 
     def suspect(self, replica_id: str, route: Route) -> None:
         """Have the Model find out whether a replica hangs that gives no answers on a route."""
         self._suspects[replica_id] = route
+        self._hasten()
 
     def report(self) -> LineReport | None:
-        """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago."""
-        now = time.monotonic()
+        """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago.
+
+        It goes with the demand that was returned last.
+        """
+        now = self._renewed_at
         if now < self._report_due:
             return None
         self._report_due = now + REPORT_S
@@ -175,13 +181,27 @@ class Admission:
 
     async def wait_for_renewal(self) -> None:
         """Return when the next demand is due."""
-        while not self._nudged and (wait_s := self._gate.renewal_at() - time.monotonic()) > 0:
-            self._renewal_planned = self._gate.renewal_at()
+        while not self._nudged and (wait_s := self._renewal_at() - time.monotonic()) > 0:
+            self._renewal_planned = self._renewal_at()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._renewal_sooner.wait()
             self._renewal_sooner.clear()
         self._nudged = False
+
+    def _renewal_at(self) -> float:
+        """Return when the next demand is due, for itself or for what goes along with it."""
+        at = self._gate.renewal_at()
+        if self._suspects:
+            at = min(at, self._renewed_at + RENEWAL_S)
+        if self._tally.untold:
+            at = min(at, max(self._renewed_at + RENEWAL_S, self._report_due))
+        return at
+
+    def _hasten(self) -> None:
+        """Wake whoever waits for the next renewal if it has come to be due sooner."""
+        if self._renewal_at() < self._renewal_planned:
+            self._renewal_sooner.set()
 
     async def _place_of(self, ticket: Ticket) -> ReplicaStatus:
         if ticket.state is TicketState.WAITING:
@@ -192,6 +212,8 @@ class Admission:
             return await called
         self._tally.count(ticket)
         if ticket.state is TicketState.SHED:
+            # Nothing else tells of it: it has changed neither the line nor what runs.
+            self._hasten()
             raise Shed(ticket)
         return self._replicas[ticket.replica_id]
 
@@ -210,7 +232,7 @@ class Admission:
         self._arm()
 
     def _arm(self) -> None:
-        """Set the timer to the gate's next tick, and hasten the renewal if it has become urgent."""
+        """Set the timer to the gate's next tick, and hasten the renewal if it is due sooner."""
         at = self._gate.next_tick()
         if at != self._tick_at:
             if self._timer is not None:
@@ -218,8 +240,7 @@ class Admission:
             self._tick_at = at
             delay_s = max(0.0, at - time.monotonic())
             self._timer = self._loop.call_later(delay_s, self._tick) if at < math.inf else None
-        if self._gate.renewal_at() < self._renewal_planned:
-            self._renewal_sooner.set()
+        self._hasten()
 
     def _tick(self) -> None:
         self._timer, self._tick_at = None, math.inf

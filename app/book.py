@@ -33,11 +33,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from app.balance import Standing, Terms, balance
-from app.credits import SILENCE_S, Demand, Grant
+from app.credits import RENEWAL_S, SILENCE_S, Demand, Grant
 from app.line_settings import LineSettings
 from app.split import Want
 from app.tiers import Tier
 
+LOOK_AFTER_S = 1.1 * RENEWAL_S
+"""How long after a renewal ``nudges`` is to be asked once more."""
+# An ingress that was not heard for so long had nothing to say: otherwise it would have come again,
+# messages taking what they take.
+_QUIET_AFTER_S = 1.05 * RENEWAL_S
 _TIERS = tuple(Tier)
 
 
@@ -70,16 +75,15 @@ class _Pool:
 
 @dataclass(slots=True)
 class _Account:
-    """One ingress: what it may hold by replica and by pool, and the grant under way to it."""
+    """One ingress: what it may hold by replica, and the grant under way to it."""
 
     demand: Demand
     heard: float
     known: bool = False
     pending: Grant | None = None
     held: dict[str, int] = field(default_factory=dict)
-    by_pool: Counter[str] = field(default_factory=Counter)
-    running: Counter[str] = field(default_factory=Counter)
-    wants: dict[str, Want] = field(default_factory=dict)
+    # What it wants, may hold and uses, by pool.
+    standings: dict[str, Standing] = field(default_factory=dict)
     # As its last grant found: whether it lacks slots for priority.
     urgent: bool = False
     nudged: bool = False
@@ -98,6 +102,8 @@ class CreditBook:
         self._held: Counter[str] = Counter()
         self._pools: dict[str, _Pool] = {}
         self._pool_of: dict[str, str] = {}
+        # Of every ingress, by pool, for as long as nothing has changed that they follow from.
+        self._struck: dict[str, dict[str, Terms]] = {}
 
     def configure(self, settings: LineSettings) -> None:
         """Take over changed settings."""
@@ -141,29 +147,46 @@ class CreditBook:
         assert account.pending is not None
         return replace(account.pending, answers=demand.number, sent_at=demand.sent_at)
 
-    def nudges(self) -> list[str]:
+    def nudges(self, now: float) -> list[str]:
         """Return the ingresses that ought to renew now and not only when it is time.
 
-        They have slots to give up for others' priority, or lack some that are free now. To tell
-        them is a kindness, not a duty: they renew soon enough by themselves. The book does not
-        name them again before they have.
+        They have slots to give up for others' priority, or lack some that are free now; or they
+        had nothing to say, and would have heard something by now had they said it. To tell them is
+        a kindness, not a duty: they renew soon enough by themselves. The book does not name them
+        again before they have.
         """
-        names: set[str] = set()
-        if any(account.urgent for account in self._accounts.values()):
-            for name, pool in self._pools.items():
-                names |= self._to_nudge(name, self._terms(name, pool), bool(pool.room))
-        for one in names:
-            self._accounts[one].nudged = True
+        if self._listening:
+            return []
+        urgent = any(account.urgent for account in self._accounts.values())
+        names = [
+            name
+            for name, account in self._accounts.items()
+            if not account.nudged and self._ought_to_renew(account, now, urgent=urgent)
+        ]
+        for name in names:
+            self._accounts[name].nudged = True
         return sorted(names)
 
-    def _to_nudge(self, pool: str, terms: dict[str, Terms], room: bool) -> set[str]:
-        names = set()
-        for name, account in self._accounts.items():
-            held, one = account.by_pool[pool], terms[name]
-            lacks = room and one.urgent and held < one.up_to
-            if not account.nudged and (lacks or held > one.at_most):
-                names.add(name)
-        return names
+    def _ought_to_renew(self, account: _Account, now: float, *, urgent: bool) -> bool:
+        quiet = now - account.heard >= _QUIET_AFTER_S
+        told = account.pending
+        if quiet and told is not None and told.ingresses != len(self._accounts):
+            return True
+        return (urgent or quiet) and any(
+            self._ought_to_move(account, name, pool, urgent=urgent, quiet=quiet)
+            for name, pool in self._pools.items()
+        )
+
+    def _ought_to_move(
+        self, account: _Account, name: str, pool: _Pool, *, urgent: bool, quiet: bool
+    ) -> bool:
+        """Whether an ingress has credits to give up in a pool, or would be given some."""
+        held, terms = account.standings[name].held, self._terms(name, pool)[account.demand.ingress]
+        if pool.room and held < terms.up_to and (terms.urgent or quiet):
+            return True
+        # Who has been told to, but for urgent needs, gives them up as soon as it can.
+        told = account.pending.at_most.get(name) if account.pending else None
+        return held > terms.at_most and (urgent or terms.at_most != told)
 
     def _open(self, demand: Demand, now: float) -> _Account:
         account = self._accounts[demand.ingress] = _Account(demand, now)
@@ -188,6 +211,7 @@ class CreditBook:
         for name in silent:
             self._hold(accounts.pop(name), {})
         if silent:
+            self._struck.clear()
             self._resize()
 
     def _end_listening(self, now: float) -> None:
@@ -209,7 +233,8 @@ class CreditBook:
             account.urgent = False
             for name, pool in self._pools.items():
                 terms = self._terms(name, pool)[account.demand.ingress]
-                added |= self._pick(account, pool, terms.up_to - account.by_pool[name])
+                lacking = terms.up_to - account.standings[name].held
+                added |= self._pick(account, pool, lacking)
                 at_most[name] = terms.at_most
                 headroom += terms.headroom
                 keep += terms.keep
@@ -242,13 +267,19 @@ class CreditBook:
                 self._note_room(replica_id)
 
     def _sum_up(self, account: _Account) -> None:
-        account.by_pool, account.running = Counter(), Counter()
+        held: Counter[str] = Counter()
+        running: Counter[str] = Counter()
         for replica_id, count in account.held.items():
-            if (pool := self._pool_of.get(replica_id)) is not None:
-                account.by_pool[pool] += count
-                running = account.demand.held.get(replica_id, (0, 0))[1]
-                account.running[pool] += running
-        account.wants = {name: _part(account.demand, pool) for name, pool in self._pools.items()}
+            if (name := self._pool_of.get(replica_id)) is not None:
+                held[name] += count
+                running[name] += account.demand.held.get(replica_id, (0, 0))[1]
+        standings = {
+            name: Standing(_part(account.demand, pool), held[name], running[name])
+            for name, pool in self._pools.items()
+        }
+        if standings != account.standings:
+            account.standings = standings
+            self._struck.clear()
 
     def _resize(self) -> None:
         """Fit the floor to the number of ingresses."""
@@ -265,6 +296,7 @@ class CreditBook:
         pool.kept_slots = sum(r.slots for r in pool.replicas.values() if r.kept)
         pool.headroom = self._settings.headroom_of(pool.kept_slots)
         pool.floor = self._floor(pool)
+        self._struck.clear()
         pool.room = {}
         for replica_id in pool.replicas:
             self._note_room(replica_id)
@@ -273,6 +305,7 @@ class CreditBook:
         name = self._pool_of.get(replica_id)
         if name is None:
             return
+        self._struck.clear()
         pool = self._pools[name]
         room = pool.replicas[replica_id].slots + pool.floor - self._held[replica_id]
         if room > 0:
@@ -282,18 +315,17 @@ class CreditBook:
 
     def _terms(self, name: str, pool: _Pool) -> dict[str, Terms]:
         """Return the terms of every ingress in a pool."""
-        standings = [
-            Standing(account.wants[name], account.by_pool[name], account.running[name])
-            for account in self._accounts.values()
-        ]
+        if (struck := self._struck.get(name)) is not None:
+            return struck
         terms = balance(
-            standings,
+            [account.standings[name] for account in self._accounts.values()],
             slots=pool.slots,
             headroom=pool.headroom,
             every=self._settings.starvation_every,
             room=sum(pool.room.values()),
         )
-        return dict(zip(self._accounts, terms, strict=True))
+        struck = self._struck[name] = dict(zip(self._accounts, terms, strict=True))
+        return struck
 
     def _pick(self, account: _Account, pool: _Pool, wanted: int) -> dict[str, int]:
         """Choose where to add credits: where the ingress has fewest, then where most is free."""

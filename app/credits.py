@@ -2,13 +2,16 @@
 
 A credit is an ingress's right to one slot of one replica. The Model actor's ``CreditBook``
 (``app.book``) hands credits out; an ingress keeps them in ``Credits``. They speak in two
-messages: every ``RENEWAL_S`` the ingress sends a ``Demand``, which says what it holds and wants,
-and gets a ``Grant``, which adds credits and says how many it may keep. The ingress gives up
-credits by itself, as soon as their slots are free, and says so in its next demand.
+messages: every ``RENEWAL_S``, or ``QUIET_S`` while it would only repeat itself, the ingress sends
+a ``Demand``, which says what it holds and wants, and gets a ``Grant``, which adds credits and says
+how many it may keep. The ingress gives up credits by itself, as soon as their slots are free, and
+says so in its next demand.
 
 ``app.book`` says what these rules make sure of. The ingress's part in it:
 
 - A grant is applied at most once, and never after a later one.
+- What changes is told within ``RENEWAL_S``: of the demands that would be sent every ``RENEWAL_S``
+  only those are left out that would say the same as the one before, which the Model has answered.
 - A grant of another Model than the one known so far is applied only as the answer to the latest
   demand: what that Model has learned from it is then what the ingress holds.
 - An ingress that has neither had an answer nor seen a renewal fail for ``SILENCE_S`` places
@@ -27,13 +30,16 @@ from app.places import Offer, Place, Places
 from app.tiers import PriorityMode, Tier
 
 RENEWAL_S = 0.25
-"""How often an ingress renews its credits."""
+"""How often an ingress renews its credits while what it holds and wants changes."""
 URGENT_S = 0.025
 """How soon it does so again while priority waits without a credit, or little headroom is left. The
 pause doubles while asking brings nothing, up to ``RENEWAL_S``. The first time it asks at once, and
 so it does when it has given up credits."""
 SILENCE_S = 3.0
 """After this long without word from an ingress its credits are given to others."""
+QUIET_S = SILENCE_S / 3
+"""How often an ingress renews its credits while it has nothing new to say: so often that it keeps
+them if one of its demands is lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +121,27 @@ class Credits:
         self._urgency = 0
         self._urgent_pause = URGENT_S
         self._running: Counter[Tier] = Counter()
+        # Time as it was passed in last; when the next demand is due if nothing is urgent; and
+        # whether it will say something else than the last one.
+        self._now = -math.inf
+        self._due = -math.inf
+        self._changed = True
+        self._waited = False
 
     def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode) -> None:
         """Take over which replicas there are; credits on others are given up."""
+        self._note_change()
         self.places.set_replicas(offers, mode)
 
     def occupy(self, place: Place, tier: Tier) -> None:
         """Put a request on a place that ``places.find`` has returned."""
+        self._note_change()
         self._running[tier] += 1
         self.places.change(place, running=1, others=int(tier is not Tier.PRIORITY))
 
     def release(self, replica_id: str, tier: Tier) -> None:
         """Take back the slot of a request that has ended, and give it up if there are too many."""
+        self._note_change()
         self._running[tier] -= 1
         place = self.places[replica_id]
         self.places.change(place, running=-1, others=-int(tier is not Tier.PRIORITY))
@@ -139,6 +154,7 @@ class Credits:
 
         Suspensions end, and credits that may have been given away are closed.
         """
+        self._now = now
         self.places.closed = now >= self._fresh_until
         return self.places.resume(now)
 
@@ -146,12 +162,14 @@ class Credits:
         """Return when ``advance`` may next open a slot by itself; infinity if never."""
         return self.places.next_resume()
 
-    def renewal_at(self, *, priority_waits: bool) -> float:
-        """Return when the next demand is due."""
+    def renewal_at(self, *, waits: bool, priority_waits: bool) -> float:
+        """Return when the next demand is due, by who waits: anybody, and priority."""
         urgency = self._urgency_now(priority_waits)
         if self._gave_up or urgency > self._urgency:
             return self._sent_at
-        return self._sent_at + (self._urgent_pause if urgency else RENEWAL_S)
+        if urgency:
+            return self._sent_at + self._urgent_pause
+        return self._sent_at + RENEWAL_S if waits else self._due
 
     def demand(
         self,
@@ -163,8 +181,10 @@ class Credits:
     ) -> Demand:
         """Return the demand to send now."""
         self._number += 1
-        self._sent_at = now
-        self._gave_up = False
+        self._now = self._sent_at = now
+        self._due = now + RENEWAL_S
+        self._gave_up = self._changed = False
+        self._waited = any(waiting.values())
         urgency = self._urgency_now(waiting[Tier.PRIORITY] > 0)
         again = urgency and urgency == self._urgency
         self._urgent_pause = min(2 * self._urgent_pause, RENEWAL_S) if again else URGENT_S
@@ -202,6 +222,11 @@ class Credits:
             self._urgent_pause = URGENT_S
         for pool in self._at_most:
             self._give_up(pool)
+        if grant.anew or grant.added:
+            self._note_change()
+        # A Model that only listens says nothing of headroom; it is asked again until it does.
+        elif grant.answers == self._number and grant.headroom is not None:
+            self._be_quiet()
         self.advance(now)
 
     def renewal_failed(self, demand: Demand, now: float) -> None:
@@ -218,6 +243,18 @@ class Credits:
         if demand.sent_at < self._fresh_until:
             self._fresh_until = max(self._fresh_until, demand.sent_at + SILENCE_S)
             self.advance(now)
+
+    def _be_quiet(self) -> None:
+        """Leave out demands, unless the next one would not say the same as the last one."""
+        if not (self._changed or self._waited):
+            self._due = self._sent_at + QUIET_S
+
+    def _note_change(self) -> None:
+        """Have the next demand sent when it would be due had none been left out."""
+        if not self._changed:
+            self._changed = True
+            pauses = (self._now - self._sent_at) // RENEWAL_S + 1
+            self._due = min(self._due, self._sent_at + pauses * RENEWAL_S)
 
     def _urgency_now(self, priority_waits: bool) -> int:
         return 2 if priority_waits else int(self.places.headroom_is_low)

@@ -157,8 +157,9 @@ class Gate:
 
     def renewal_at(self) -> float:
         """Return when the next demand is due; an event may advance it."""
-        waits = self.line.waiting(Tier.PRIORITY) > 0
-        return self.credits.renewal_at(priority_waits=waits)
+        return self.credits.renewal_at(
+            waits=self.line.count > 0, priority_waits=self.line.waiting(Tier.PRIORITY) > 0
+        )
 
     def demand(self, now: float) -> Demand:
         """Return the demand to send to the Model now."""

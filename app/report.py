@@ -18,8 +18,8 @@ from app.ticket import ShedReason, Ticket, TicketState
 from app.tiers import Tier
 
 REPORT_S = 1.0
-"""How long at least between two reports of an ingress. Renewals are four a second, and forty where
-priority waits; people read no faster than once a second."""
+"""How long at least between two reports of an ingress. Renewals are four a second under load, and
+forty where priority waits; people read no faster than once a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,14 @@ class LineReport:
 
 
 class Tally:
-    """Counts what becomes of the requests of one model in one ingress."""
+    """Counts what becomes of the requests of one model in one ingress.
+
+    Attributes:
+        untold: whether anything was counted since the last report.
+    """
 
     def __init__(self) -> None:
+        self.untold = False
         self._placed: Counter[Tier] = Counter()
         self._queued_s = dict.fromkeys(Tier, 0.0)
         self._sheds: Counter[tuple[Tier, ShedReason]] = Counter()
@@ -64,15 +69,18 @@ class Tally:
 
     def arrive(self, ticket: Ticket) -> None:
         """Count a request that has just come, at the tier at which it stands in line."""
+        self.untold = True
         self._arrived[ticket.tier] += 1
 
     def end(self, ticket: Ticket, now: float) -> None:
         """Count a placed request that is over."""
+        self.untold = True
         self._finished[ticket.tier] += 1
         self._served_s[ticket.tier] += now - ticket.placed
 
     def count(self, ticket: Ticket) -> None:
         """Count a request that is told just now that it has been placed or shed."""
+        self.untold = True
         if ticket.state is TicketState.SHED:
             assert ticket.shed is not None, "who is shed is told why"
             self._sheds[ticket.tier, ticket.shed] += 1
@@ -83,6 +91,7 @@ class Tally:
 
     def report(self, at: float, *, headroom: int, grants_per_s: Mapping[Tier, float]) -> LineReport:
         """Return everything counted so far; see ``LineReport``."""
+        self.untold = False
         return LineReport(
             at=at,
             headroom=headroom,

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
 
-from app.book import Capacity, CreditBook
+from app.book import LOOK_AFTER_S, Capacity, CreditBook
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import ModelArgs, ModelSettings, PoolSettings
 from app.credits import Demand
@@ -26,6 +26,7 @@ from app.tiers import PriorityMode
 from deployments import replica
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
+from deployments.nudges import Nudges
 from deployments.placement import PlacementWatch
 from deployments.rest import Standing, Wakings, standing
 
@@ -63,7 +64,7 @@ class Model:
         self._book = CreditBook(self._life, self._settings.line, time.monotonic())
         self._reports = ReportBook()
         self._demand = DemandBook()
-        self._listeners: dict[str, asyncio.Future[None]] = {}
+        self._nudges = Nudges()
         self._probes: dict[str, asyncio.Task[None]] = {}
         # An ingress that heard of no replicas would turn requests away, though some run.
         await asyncio.gather(*map(self._look, pools))
@@ -86,29 +87,25 @@ class Model:
         self._reports.take(demand, report, now)
         for replica_id, route in demand.suspects.items():
             self._probe(replica_id, route)
+        self._nudges.renewed(demand.ingress)
         grant = self._book.renew(demand, now)
-        for ingress in self._book.nudges():
-            listener = self._listeners.pop(ingress, None)
-            if listener is not None and not listener.done():
-                listener.set_result(None)
+        self._nudge()
+        asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._nudge)
         return Renewal(version, None if version == known else self._snapshot, grant)
 
     async def nudged(self, ingress: str) -> bool:
         """Return ``True`` as soon as an ingress ought to renew, ``False`` after a while.
 
-        Where priority waits at one ingress, others hold slots that it could have: what they give
-        up a quarter of a second later is what it waits for.
+        An ingress that has nothing to say renews once a second. Where priority waits at another,
+        it may hold slots that the other could have; and it is to hear at once which replicas have
+        come and gone.
         """
-        listener = self._listeners[ingress] = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(_LISTEN_S):
-                await listener
-        except TimeoutError:
-            return False
-        finally:
-            if self._listeners.get(ingress) is listener:
-                del self._listeners[ingress]
-        return True
+        return await self._nudges.wait(ingress, _LISTEN_S)
+
+    def _nudge(self) -> None:
+        now = time.monotonic()
+        for ingress in self._book.nudges(now):
+            self._nudges.nudge(ingress, now)
 
     async def snapshot(self) -> ModelSnapshot:
         """Return the model as it is now."""
@@ -149,6 +146,9 @@ class Model:
             self._snapshot = snapshot
             self._changes += 1
             self._book.set_replicas(_capacity(snapshot, status) for status in snapshot.replicas)
+            now = time.monotonic()
+            for demand in self._book.demands(now):
+                self._nudges.nudge(demand.ingress, now)
 
     def _make_snapshot(self) -> ModelSnapshot:
         return ModelSnapshot(

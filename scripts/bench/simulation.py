@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from random import Random
 
-from app.book import Capacity, CreditBook
+from app.book import LOOK_AFTER_S, Capacity, CreditBook
 from app.credits import Demand, Grant
 from app.gate import Gate
 from app.line_settings import LineSettings
@@ -284,8 +284,12 @@ class Simulation:
     def _ask(self, index: int, demand: Demand) -> None:
         self._send(self._receive, index, self._book.renew(demand, self._now))
         if self._scenario.nudge:
-            for name in self._book.nudges():
-                self._send(self._nudge, int(name))
+            self._look()
+            self._at(self._now + LOOK_AFTER_S, self._look)
+
+    def _look(self) -> None:
+        for name in self._book.nudges(self._now):
+            self._send(self._nudge, int(name))
 
     def _nudge(self, index: int) -> None:
         if self._renewal_at[index] > self._now:

@@ -6,7 +6,7 @@ import pytest
 
 from app.admission import Admission, ModelGone, Shed
 from app.config import ModelSettings
-from app.credits import Grant
+from app.credits import RENEWAL_S, Grant
 from app.dialect import Dialect, Route
 from app.snapshot import ModelSnapshot, ReplicaStatus, Rest
 from app.ticket import ShedReason, Ticket, TicketState
@@ -278,3 +278,16 @@ async def test_a_suspect_is_told_until_the_model_has_heard_of_it():
     made.suspect("two", Route.CHAT)
     made.receive(Grant("life", before.number, before.number, before.sent_at))
     assert made.demand().suspects == {"two": Route.CHAT}
+
+
+async def test_a_suspect_is_told_soon_though_there_is_nothing_else_to_say():
+    made = admission(model("one"))
+    demand = made.demand()
+    made.receive(Grant("life", demand.number, demand.number, demand.sent_at, headroom=0))
+    renewal = asyncio.create_task(made.wait_for_renewal())
+    await asyncio.sleep(1.2 * RENEWAL_S)
+    assert not renewal.done(), "there is nothing to say"
+    made.suspect("one", Route.CHAT)
+    async with asyncio.timeout(RENEWAL_S):
+        await renewal
+    assert made.demand().suspects == {"one": Route.CHAT}

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.book import Capacity, CreditBook
-from app.credits import RENEWAL_S, SILENCE_S, Credits, Grant
+from app.book import LOOK_AFTER_S, Capacity, CreditBook
+from app.credits import QUIET_S, RENEWAL_S, SILENCE_S, Credits, Grant
 from app.line_settings import LineSettings
 from app.places import Offer
 from app.tiers import PriorityMode, Tier
@@ -114,12 +114,85 @@ def test_priority_at_one_ingress_makes_another_give_up_idle_slots_within_one_ren
     before = held(two)["a"]
     renew(two, book, now, NOTHING | {P: 20})
     renew(one, book, now)
-    assert one.renewal_at(priority_waits=False) == now
+    assert one.renewal_at(waits=False, priority_waits=False) == now
     renew(one, book, now)
-    assert book.nudges() == ["two"]
+    assert book.nudges(now) == ["two"]
     renew(two, book, now, NOTHING | {P: 20})
     assert held(two)["a"] > before
     assert sum(held(one).values()) + held(two)["a"] == 8
+
+
+def test_an_ingress_with_nothing_to_say_is_told_what_others_want_of_it():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    renew(one, book, now)
+    renew(two, book, now, NOTHING | {D: 6}, oldest_s=1.0)
+    assert book.nudges(now) == [], "it comes by itself, if it has anything to say"
+    now += LOOK_AFTER_S
+    renew(two, book, now, NOTHING | {D: 6}, oldest_s=1.25)
+    assert book.nudges(now) == ["one"]
+    assert book.nudges(now) == [], "once is enough"
+    renew(one, book, now)
+    renew(one, book, now)
+    now += LOOK_AFTER_S
+    assert book.nudges(now) == ["two"], "there is room for it now"
+
+
+def test_an_ingress_with_nothing_to_say_is_told_how_many_share_the_model():
+    slots = {"a": 8}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one)
+    now += LOOK_AFTER_S
+    assert book.nudges(now) == []
+    renew(two, book, now)
+    assert book.nudges(now) == ["one"]
+    renew(one, book, now)
+    assert one.ingresses == 2
+
+
+def test_nobody_is_nudged_in_peace_or_for_what_it_has_been_told():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    assert book.nudges(now + QUIET_S) == []
+    for each in (one, two):
+        occupy(each, "a", D, times=held(each)["a"])
+    for _ in range(2):
+        renew(two, book, now, NOTHING | {D: 12}, oldest_s=5.0)
+        renew(one, book, now)
+    assert held(one)["a"] > one._at_most["pool"], "it gives up credits as their slots come free"
+    renew(two, book, now + LOOK_AFTER_S, NOTHING | {D: 12}, oldest_s=5.0)
+    assert book.nudges(now + LOOK_AFTER_S) == []
+
+
+def test_terms_are_struck_again_whenever_what_they_follow_from_changes():
+    slots = {"a": 8, "b": 4}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+
+    def terms():
+        (pool,) = book._pools
+        kept = book._terms(pool, book._pools[pool])
+        assert kept is book._terms(pool, book._pools[pool])
+        book._struck.clear()
+        return kept, book._terms(pool, book._pools[pool])
+
+    def check():
+        kept, anew = terms()
+        assert kept == anew
+
+    check()
+    renew(one, book, now, NOTHING | {D: 9}, oldest_s=3.0)
+    check()
+    renew(ingress("three", slots), book, now)
+    check()
+    book.set_replicas([Capacity(name, "pool", n, True) for name, n in {"a": 8, "c": 2}.items()])
+    check()
+    book.configure(LineSettings(headroom=0.5, starvation_every=3))
+    check()
+    renew(one, book, now + SILENCE_S)
+    check()
 
 
 def test_a_silent_ingress_gives_its_credits_back():
@@ -501,6 +574,19 @@ class CreditMachine(RuleBasedStateMachine):
                 self.model_gets(one, asked)
                 self.ingress_gets(*self.grants[-1])
 
+    @rule(seconds=st.sampled_from([1.0, 2.0, 4.0]))
+    def nobody_asks(self, seconds):
+        """All renew when it is due by their own account, and when they are nudged."""
+        until = self.now + seconds
+        while self.book is not None and self.now < until:
+            self.time_passes(RENEWAL_S)
+            nudged = self.book.nudges(self.now)
+            for one in self.ingresses:
+                due = one.renewal_at(waits=False, priority_waits=False)
+                if one._ingress in nudged or due <= self.now:
+                    self.model_gets(one, demand(one, self.now))
+                    self.ingress_gets(*self.grants[-1])
+
     def one_of(self, data):
         return data.draw(st.sampled_from(list(self.ingresses)))
 
@@ -516,6 +602,20 @@ class CreditMachine(RuleBasedStateMachine):
         for replica_id, credits in usable.items():
             # A replica that is gone keeps its slots here.
             assert credits <= self.most(replica_id), (replica_id, usable)
+
+    @invariant()
+    def an_ingress_renews_well_before_it_is_taken_for_silent(self):
+        for one in getattr(self, "ingresses", ()):
+            due = one.renewal_at(waits=False, priority_waits=False)
+            assert due <= one._sent_at + SILENCE_S / 3
+
+    @invariant()
+    def terms_are_up_to_date(self):
+        book = getattr(self, "book", None)
+        if book is not None:
+            for name, kept in list(book._struck.items()):
+                del book._struck[name]
+                assert book._terms(name, book._pools[name]) == kept
 
     @invariant()
     def requests_never_exceed_that_but_for_those_of_the_silent(self):
@@ -553,7 +653,7 @@ class CreditMachine(RuleBasedStateMachine):
         self.requests.clear()
         for one in self.ingresses:
             self.look(one)
-        self.peace(80, (0, 0, 0))
+        self.nobody_asks(20.0)
         (pool,) = self.book._pools.values()
         total = sum(sum(held(one).values()) for one in self.ingresses)
         floor = max(0, len(self.ingresses) - pool.headroom) if pool.headroom else 0

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.credits import SILENCE_S, Grant
+from app.credits import QUIET_S, RENEWAL_S, SILENCE_S, Grant
 from app.gate import GIVE_UP_S, SUSPENSION_S, Gate
 from app.line_settings import LineSettings
 from app.places import Offer
@@ -31,6 +31,12 @@ class Floor:
         self.mode = mode
         self.offers = {}
         self.grants = 0
+        self.told = None
+
+    def demand(self):
+        demand = self.gate.demand(self.now)
+        self.told = (demand.number, demand.held, demand.running, demand.waiting)
+        return demand
 
     def add(self, replica_id, credit, *, routes=EVERYWHERE, pool="pool", slots=8):
         self.offers[replica_id] = Offer(replica_id, pool, slots, frozenset(routes))
@@ -42,7 +48,7 @@ class Floor:
 
     def grant(self, added=(), headroom=None, at_most=(), **more):
         self.grants += 1
-        number = self.gate.demand(self.now).number
+        number = self.demand().number
         grant = Grant(
             "model", self.grants, number, self.now, headroom=headroom,
             added=dict(added), at_most=dict(at_most), **more,
@@ -394,6 +400,45 @@ def test_renewals_are_due_at_once_when_priority_waits_then_less_often():
     assert pauses == [0.025, 0.05, 0.1, 0.2, 0.25, 0.25]
 
 
+def test_an_ingress_that_has_nothing_new_to_say_renews_less_often():
+    floor = Floor()
+    gate = floor.gate
+    floor.add("one", 2)
+    assert gate.renewal_at() == 0.25, "what it was given is to be acknowledged"
+    floor.now = 0.25
+    floor.grant(headroom=0)
+    assert gate.renewal_at() == 0.25 + QUIET_S
+    floor.now = 0.9
+    running = floor.place()
+    assert gate.renewal_at() == 1.0, "when it would be due had none been left out"
+    floor.now = 1.0
+    floor.grant(headroom=0)
+    assert gate.renewal_at() == 1.0 + QUIET_S, "it still runs, which is nothing new"
+    floor.now = 1.3
+    floor.place()
+    waiting = floor.wait()
+    assert gate.renewal_at() == 1.25, "somebody waits, so what was left out is due now"
+    floor.grant(headroom=0)
+    assert gate.renewal_at() == 1.55
+    floor.end(waiting)
+    assert gate.renewal_at() == 1.55, "that nobody waits any more is new"
+    floor.now = 1.55
+    floor.grant(headroom=0)
+    floor.now = 1.6
+    assert floor.end(running) == []
+    assert gate.renewal_at() == 1.8
+    floor.now = 2.0
+    floor.demand()
+    assert gate.renewal_at() == 2.25, "nobody knows whether the Model has heard it"
+
+
+def test_an_ingress_asks_a_model_that_only_listens_until_it_gives_something():
+    floor = Floor()
+    floor.add("one", 2)
+    floor.grant()
+    assert floor.gate.renewal_at() == 0.25
+
+
 def test_a_starving_request_may_go_below_the_headroom_but_not_take_all():
     floor = Floor(starvation_every=2, default={"starvation_age_s": 5})
     floor.add("one", 2)
@@ -451,6 +496,7 @@ class GateMachine(RuleBasedStateMachine):
         self.floor.gives_up_at = math.inf
         self.floor.suspended = {}
         self.names = 0
+        self.number, self.changed_at = 0, math.inf
         self.tickets = []
         self.placed = []
         self.waiting = []
@@ -603,7 +649,7 @@ class GateMachine(RuleBasedStateMachine):
         if word:
             if floor.now < floor.fresh_until:
                 floor.fresh_until = floor.now + SILENCE_S
-            demand = floor.gate.demand(floor.now)
+            demand = floor.demand()
             self.call(floor.gate.renewal_failed(demand, floor.now))
         else:
             self.call(floor.gate.tick(floor.now))
@@ -628,6 +674,24 @@ class GateMachine(RuleBasedStateMachine):
     def nobody_waits_while_a_slot_is_free_that_he_may_use(self):
         for ticket in self.waiting:
             assert not usable(self.floor, ticket)
+
+    @invariant()
+    def what_changes_is_told_within_a_renewal(self):
+        floor, gate = self.floor, self.floor.gate
+        if floor.told is None:
+            return
+        number, *told = floor.told
+        says = [
+            gate.credits.places.held(),
+            {tier: gate.credits._running[tier] for tier in Tier},
+            {tier: gate.line.waiting(tier) for tier in Tier},
+        ]
+        if number != self.number or says == told:
+            self.number, self.changed_at = number, math.inf
+        if says != told:
+            self.changed_at = min(self.changed_at, floor.now)
+        assert gate.renewal_at() <= gate.credits._sent_at + SILENCE_S / 3
+        assert gate.renewal_at() <= self.changed_at + RENEWAL_S
 
     @invariant()
     def bounds_hold(self):

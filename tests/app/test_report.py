@@ -5,7 +5,7 @@ import pytest
 
 from app.admission import Admission, Shed
 from app.config import ModelSettings
-from app.credits import SILENCE_S, Demand, Grant
+from app.credits import QUIET_S, RENEWAL_S, SILENCE_S, Demand, Grant
 from app.dialect import Dialect, Route
 from app.report import REPORT_S, ReportBook, Tally
 from app.snapshot import ModelSnapshot, ReplicaStatus
@@ -119,10 +119,36 @@ async def test_an_admission_reports_at_most_once_a_second(monkeypatch):
     made = admission(slots=1)
     assert made.report() is not None
     now += REPORT_S - 0.01
+    made.demand()
     assert made.report() is None
     now += 0.01
+    made.demand()
     again = made.report()
     assert again is not None and again.at == now
+
+
+async def test_what_was_counted_is_reported_as_soon_as_a_report_is_due(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("app.admission.time", SimpleNamespace(monotonic=lambda: now))
+    made = admission(slots=1)
+
+    def renew():
+        asked = made.demand()
+        grant = Grant("life", asked.number, asked.number, asked.sent_at, headroom=0)
+        made.receive(grant)
+        return made.report()
+
+    assert renew() is not None
+    now += REPORT_S - 0.1
+    assert renew() is None
+    assert made._renewal_at() == now + QUIET_S
+    now += 0.05
+    with pytest.raises(Shed):
+        await made.admit(Ticket(Tier.DEFAULT, "", 1, fail_fast=True, without=frozenset({"one"})))
+    assert made._renewal_at() == 1000.0 + REPORT_S - 0.1 + RENEWAL_S
+    now = made._renewal_at()
+    told = renew()
+    assert told is not None and told.sheds == {(Tier.DEFAULT, ShedReason.FAIL_FAST): 1}
 
 
 async def test_an_admission_counts_whoever_it_tells(monkeypatch):
