@@ -70,7 +70,8 @@ class Model:
         await asyncio.gather(*map(self._look, pools))
         self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    # A plain one Serve would call on a thread, beside everything that goes on here.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over changed prices and tiers; requests already decided keep theirs.
 
         Raises:
