@@ -95,8 +95,8 @@ def new_request_id() -> str:
     """Return an id that no request ever had or will have.
 
     As in a UUID of version 7 (RFC 9562) the time comes first, in milliseconds, so that records come
-    at the end of the database's index. At 200,000 records SQLite takes almost twice as long for random
-    ones, and more with each that comes.
+    at the end of the database's index. At 200,000 records SQLite takes almost twice as long for
+    random ones, and more with each that comes.
     """
     return f"req_{time.time_ns() // 1_000_000:012x}{_random.getrandbits(80):020x}"
 
