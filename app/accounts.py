@@ -24,8 +24,8 @@ from app.tiers import ALL_RIGHTS, Tier, TierRights
 
 _PATIENCE_S: Final = 1.0
 """How long a request waits for allowances. Longer than the books' deployment takes to answer."""
-_TRIES: Final = 3
-# An answer may be on its way that was asked for before the request came: the next one counts.
+_ANSWERS_S: Final = 3.0
+"""How long it goes on where answers come, none of them refuses, and others take what they bring."""
 
 
 class LimitSource(Protocol):
@@ -106,16 +106,13 @@ class Accounts:
         """
         if caller.key is None:
             return
-        over = self._allowances.take(caller.key, tokens, time.monotonic())
-        for _ in range(_TRIES):
-            if over is None or self._away:
+        came = time.monotonic()
+        while over := self._allowances.take(caller.key, tokens, now := time.monotonic()):
+            if self._away:
                 return
-            if self._allowances.is_refused(caller.key, time.monotonic()):
-                break
+            if self._allowances.is_refused(caller.key, now) or now > came + _ANSWERS_S:
+                raise self._limited(caller.key, over)
             await self._ask_now()
-            over = self._allowances.take(caller.key, tokens, time.monotonic())
-        if over is not None and not self._away:
-            raise self._limited(caller.key, over)
 
     def put_right(self, caller: Caller, expected: int, used: int, age_s: float) -> None:
         """Correct the tokens of a request that was charged ``age_s`` ago and has ended."""

@@ -224,7 +224,7 @@ class Allowance:
         self._ingress = ingress
         self._used = self._returned = self._held = self._number = 0
         self._until = self._asked_at = self._given_at = -math.inf
-        self._missed = 0
+        self._missed = self._missed_together = 0
         self._refused = False
         self._demanded = 0
         self._rate = 0.0
@@ -239,7 +239,9 @@ class Allowance:
         amount = min(amount, self.limit)
         self._demanded += amount
         if now >= self._until or self._held < amount:
+            # One of them at least must get by with the answer; all should.
             self._missed = max(self._missed, amount)
+            self._missed_together += amount
             return False
         self._held -= amount
         self._used += amount
@@ -281,7 +283,7 @@ class Allowance:
         self._held = max(0, min(self._held, needed))
         self._number += 1
         self._asked_at, self._net_before = now, self._net
-        wanted = max(needed, self._missed) - self._held
+        wanted = max(needed, self._missed_together) - self._held
         least = self._missed - self._held if self._missed else 0
         return Ask(
             self._ingress, self._number, now, self.limit, self._used, self._returned,
@@ -296,7 +298,8 @@ class Allowance:
         self._until = given.sent_at + LEASE_S
         self._given, self._given_at = given, now
         self._refused = self._held < self._missed
-        self._missed = 0
+        # Who finds too little even now says so again.
+        self._missed = self._missed_together = 0
 
     def is_refused(self, now: float) -> bool:
         """Whether the book has said just now that there is not as much as was asked for."""

@@ -20,10 +20,10 @@ class Books:
 
     def __init__(self):
         self.books = LimitBooks()
-        self.away = False
+        self.away = self.silent = False
 
     async def answer(self, asks):
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(3600 if self.silent else 0.002)
         if self.away:
             raise ConnectionError
         return self.books.answer(asks, asyncio.get_running_loop().time())
@@ -122,6 +122,42 @@ async def test_while_the_books_are_away_requests_are_served():
         caller = await made.identify(f"Bearer {text}")
         books.away = True
         assert await admitted(made, caller, 3) == 3
+
+
+async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
+    monkeypatch.setattr("app.accounts._PATIENCE_S", 0.2)
+    stored, text = key(rpm=5)
+    books = Books()
+    books.silent = True
+    async with accounts(stored, books=books) as made:
+        caller = await made.identify(f"Bearer {text}")
+
+        async def waited():
+            began = time.monotonic()
+            await made.charge(caller, 1)
+            return time.monotonic() - began
+
+        # Those who come at first wait together, and not for one another.
+        first = await asyncio.gather(*(waited() for _ in range(10)))
+        assert 0.1 < max(first) < 1
+        later = [await waited() for _ in range(100)]
+        assert sum(waited_s > 0.1 for waited_s in later) < 3, "on a busy machine one may be late"
+        books.silent = False
+        # Once they speak again the limit holds again.
+        with pytest.raises(errors.RateLimited):
+            async with asyncio.timeout(10):
+                while True:
+                    await made.charge(caller, 1)
+                    await asyncio.sleep(0.01)
+
+
+async def test_many_at_once_and_a_large_one_among_them_all_get_by_where_there_is_room():
+    stored, text = key(rpm=100_000, tpm=1_000_000)
+    async with accounts(stored) as made:
+        caller = await made.identify(f"Bearer {text}")
+        # Nothing was given before, and others of the same key come all the while.
+        for sizes in ([1000, *[30] * 40], [*[30] * 40, 50_000]):
+            await asyncio.gather(*(made.charge(caller, size) for size in sizes))
 
 
 async def test_a_priority_share_holds():
