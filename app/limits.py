@@ -224,7 +224,7 @@ class Allowance:
         self._ingress = ingress
         self._used = self._returned = self._held = self._number = 0
         self._until = self._asked_at = self._given_at = -math.inf
-        self._missed = self._missed_together = 0
+        self._missed = self._missed_together = self._asked_for = 0
         self._refused = False
         self._demanded = 0
         self._rate = 0.0
@@ -285,6 +285,9 @@ class Allowance:
         self._asked_at, self._net_before = now, self._net
         wanted = max(needed, self._missed_together) - self._held
         least = self._missed - self._held if self._missed else 0
+        # Who finds too little from now on is not in this ask: its answer refuses nothing to them.
+        self._asked_for = self._missed
+        self._missed = self._missed_together = 0
         return Ask(
             self._ingress, self._number, now, self.limit, self._used, self._returned,
             self._held, max(wanted, 0), max(least, 0),
@@ -297,9 +300,7 @@ class Allowance:
         self._held += given.added
         self._until = given.sent_at + LEASE_S
         self._given, self._given_at = given, now
-        self._refused = self._held < self._missed
-        # Who finds too little even now says so again.
-        self._missed = self._missed_together = 0
+        self._refused = self._held < self._asked_for
 
     def is_refused(self, now: float) -> bool:
         """Whether the book has said just now that there is not as much as was asked for."""

@@ -294,3 +294,23 @@ def test_a_window_never_counts_too_little(amounts):
 
 def test_an_ingress_on_its_own_keeps_to_its_part():
     assert [split_limit(100, n) for n in (0, 1, 3, 1000)] == [100, 100, 33, 1]
+
+
+def test_an_answer_refuses_nothing_to_who_came_after_its_ask():
+    book, one = LimitBook(), Allowance("one", 100)
+    early = one.ask(1000.0)
+    assert early.wanted == 0
+    assert not one.take(1, 1000.1)
+    one.receive(book.answer(early, 1000.2), 1000.2)
+    assert not one.is_refused(1000.2) and one.asks_at() <= 1000.2
+    one.receive(book.answer(one.ask(1000.2), 1000.2), 1000.2)
+    assert one.take(1, 1000.2)
+
+
+def test_all_who_came_before_an_ask_are_asked_for():
+    book, one = LimitBook(), Allowance("one", 100)
+    assert not any(one.take(amount, 1000.0) for amount in (5, 30, 20))
+    ask = one.ask(1000.0)
+    assert (ask.wanted, ask.least) == (55, 30)
+    one.receive(book.answer(ask, 1000.0), 1000.0)
+    assert all(one.take(amount, 1000.0) for amount in (5, 30, 20))
