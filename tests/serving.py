@@ -6,10 +6,12 @@ import asyncio
 import os
 import socket
 import sqlite3
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from copy import deepcopy
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,6 +30,9 @@ from app.snapshot import ModelSnapshot
 from deployments.reaper import OWNER_MARK
 
 INGRESS = "ingress"
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients of what is here, which is plain HTTP: with none given, each client reads a file of
+all the authorities there are, which takes a core 30 ms."""
 _MARK = "FRONTLINE_TEST_RUN"
 _LEDGER = "FRONTLINE_TEST_LEDGER"
 _POOL_SETTINGS = (
@@ -135,17 +140,32 @@ class Deployment:
         self._port = port
         self._apps: dict[str, dict[str, Any]] = {}
         self._clients: list[openai.OpenAI] = []
+        # Connected anew each time: an open connection stays with the HAProxy that was replaced.
+        self._looking = httpx.Client(
+            base_url=self.root,
+            verify=PLAIN,
+            timeout=5,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
 
     def deploy(self, *apps: dict[str, Any]) -> None:
         """Add or change applications, as ``serve deploy`` of a whole config file does."""
-        self._apps |= {app["name"]: app for app in apps}
-        self._submit()
+        wanted = self._apps | {app["name"]: deepcopy(app) for app in apps}
+        if wanted != self._apps:
+            self._apps = wanted
+            self._submit()
 
-    def remove(self, name: str) -> None:
-        """Remove an application, and wait until the ingress knows."""
-        del self._apps[name]
+    def remove(self, *names: str) -> None:
+        """Remove applications, and wait until the ingress knows."""
+        self._apps = {name: app for name, app in self._apps.items() if name not in names}
         self._submit()
-        eventually(lambda: self.entry(name) is None, why=f"{name} was not removed")
+        for name in names:
+            eventually(lambda name=name: self.entry(name) is None, why=f"{name} was not removed")
+
+    def restore_ingress(self) -> None:
+        """Have just the one ingress again that there is at first, and wait until it is alone."""
+        self.deploy(ingress_app())
+        eventually(lambda: _ingress_replicas() == {"RUNNING": 1}, 60)
 
     def _submit(self) -> None:
         options = {"host": "127.0.0.1", "port": self._port}
@@ -166,36 +186,53 @@ class Deployment:
 
     def client(self) -> openai.OpenAI:
         """An unmodified OpenAI SDK client that does not retry."""
-        client = openai.OpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(
+            base_url=self.base_url,
+            api_key="none",
+            max_retries=0,
+            timeout=60,
+            http_client=openai.DefaultHttpxClient(verify=PLAIN),
+        )
         self._clients.append(client)
         return client
 
     def close(self) -> None:
         """Close the clients that were handed out."""
+        self._looking.close()
         for client in self._clients:
             client.close()
 
     def async_client(self) -> openai.AsyncOpenAI:
         """The same, asynchronous."""
-        return openai.AsyncOpenAI(base_url=self.base_url, api_key="none", max_retries=0, timeout=60)
+        return openai.AsyncOpenAI(
+            base_url=self.base_url,
+            api_key="none",
+            max_retries=0,
+            timeout=60,
+            http_client=openai.DefaultAsyncHttpxClient(verify=PLAIN),
+        )
 
     def http(self) -> httpx.Client:
         """A plain HTTP client."""
-        return httpx.Client(base_url=self.root, timeout=60)
+        return httpx.Client(base_url=self.root, timeout=60, verify=PLAIN)
 
     def entry(self, model: str) -> dict[str, Any] | None:
         """The model's entry in the models list, if it has one by now."""
         try:
-            answer = httpx.get(f"{self.root}/v1/models/{model}", timeout=5)
+            answer = self._looking.get(f"/v1/models/{model}")
         except httpx.TransportError:
             return None
         return answer.json() if answer.status_code == 200 else None
+
+    def serves(self, model: str) -> bool:
+        """Whether the ingress that answers knows a replica of the model."""
+        return bool((self.entry(model) or {}).get("service_tiers"))
 
     def wait_ready(self, *models: str, timeout_s: float = 60) -> None:
         """Wait until each model serves some tier."""
         for model in models:
             eventually(
-                lambda model=model: (self.entry(model) or {}).get("service_tiers"),
+                lambda model=model: self.serves(model),
                 timeout_s,
                 f"{model} is not ready; Serve says: {serve.status()}",
             )
@@ -219,16 +256,22 @@ class Deployment:
         """A connection to a replica's engine itself, with its key."""
         status = self.snapshot(app).replicas[replica]
         headers = {"authorization": f"Bearer {status.key}"}
-        with httpx.Client(base_url=status.base_url, headers=headers, timeout=10) as client:
+        with httpx.Client(
+            base_url=status.base_url, headers=headers, timeout=10, verify=PLAIN
+        ) as client:
             yield client
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 20, why: str = "") -> Any:
-    """Return the first true value of ``condition``, or fail after ``timeout_s``."""
-    deadline = time.monotonic() + timeout_s
+    """Return the first true value of ``condition``, or fail after ``timeout_s``.
+
+    It looks less often the longer it takes: what an engine takes to start, looking takes from it.
+    """
+    began = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, why or f"not within {timeout_s} s"
-        time.sleep(0.1)
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, why or f"not within {timeout_s} s"
+        time.sleep(min(max(0.1, waited_s / 20), 0.5))
     return value
 
 
@@ -266,8 +309,12 @@ def ingress_processes() -> list[psutil.Process]:
 
 def running_ingresses() -> int:
     """How many ingress replicas Serve says are running."""
+    return _ingress_replicas().get("RUNNING", 0)
+
+
+def _ingress_replicas() -> dict[str, int]:
     ingress = serve.status().applications[INGRESS].deployments.get("Ingress")
-    return ingress.replica_states.get("RUNNING", 0) if ingress else 0
+    return dict(ingress.replica_states) if ingress else {}
 
 
 def engine_processes() -> list[psutil.Process]:

@@ -52,11 +52,11 @@ def cluster_of_two(cluster):
     eventually(lambda: known(cluster, replicas=2), 90, "not ready")
     yield cluster
     cluster.remove("steady")
-    cluster.deploy(ingress_app())
+    cluster.restore_ingress()
 
 
 def known(cluster, replicas, ingresses=2):
-    if running_ingresses() != ingresses or not all(cluster.entry("steady") for _ in range(8)):
+    if running_ingresses() != ingresses or not all(cluster.serves("steady") for _ in range(8)):
         return False
     board = cluster.board("steady")
     return len(board.snapshot.replicas) == replicas and len(board.ingresses) == ingresses

@@ -51,13 +51,13 @@ def matrix(cluster):
     eventually(lambda: recovered(cluster), 90, "not ready")
     yield cluster
     cluster.remove("matrix")
-    cluster.deploy(ingress_app())
+    cluster.restore_ingress()
     eventually(lambda: not engines(), 30, "an engine was left behind")
 
 
 def recovered(cluster):
     """Whether everything is there again, and nothing else."""
-    if running_ingresses() != INGRESSES or not all(cluster.entry("matrix") for _ in range(8)):
+    if running_ingresses() != INGRESSES or not all(cluster.serves("matrix") for _ in range(8)):
         return False
     board = cluster.board("matrix")
     counts = (len(board.snapshot.replicas), len(board.ingresses), len(engines()))

@@ -56,12 +56,12 @@ def hammered(cluster):
     eventually(lambda: whole(cluster), 90)
     yield cluster
     cluster.remove("hammered")
-    cluster.deploy(ingress_app())
+    cluster.restore_ingress()
 
 
 def whole(cluster, before=frozenset()):
     """Whether everything is there, and others than the ingresses and replicas ``before``."""
-    if running_ingresses() != INGRESSES or not cluster.entry("hammered"):
+    if running_ingresses() != INGRESSES or not cluster.serves("hammered"):
         return False
     # Both ingresses know it, as the Model has heard of them: each finds new models by itself, and
     # HAProxy may have heard of one of them only.

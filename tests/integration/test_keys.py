@@ -45,7 +45,7 @@ def guarded(frontline):
     with client(frontline, text) as one:
         eventually(lambda: served(one), 60)
     yield frontline
-    frontline.deploy(ingress_app())
+    frontline.restore_ingress()
     eventually(lambda: httpx.get(f"{frontline.root}/v1/models").status_code == 200, 40)
     frontline.remove("kept")
 
