@@ -4,11 +4,11 @@ import asyncio
 import time
 
 import openai
-import psutil
 import pytest
 
 from tests.serving import (
     actors_titled,
+    command_line,
     engine_processes,
     eventually,
     eventually_async,
@@ -20,25 +20,33 @@ pytestmark = pytest.mark.integration
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
-@pytest.fixture
-def model(frontline):
+@pytest.fixture(scope="module")
+def deployed(frontline):
     """A model whose engine is slow enough to be caught in the act."""
     frontline.deploy(simulated_app("mortal", tokens_per_second=20))
-    frontline.wait_ready("mortal")
     yield frontline
     frontline.remove("mortal")
     eventually(lambda: not processes_of("mortal"), why="an engine was left behind")
 
 
+@pytest.fixture
+def model(deployed):
+    """It with its engine, and with no other afterwards."""
+    deployed.wait_ready("mortal")
+    eventually(lambda: len(replica_ids(deployed)) == 1)
+    yield deployed
+    eventually(lambda: one_engine(deployed), why="an engine was left behind")
+
+
 def processes_of(name):
-    found = []
-    for process in engine_processes():
-        try:
-            if f"test/{name}" in process.cmdline():
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return [process for process in engine_processes() if f"test/{name}" in command_line(process)]
+
+
+def one_engine(frontline):
+    """Whether there is one, and all processes of engines are its own."""
+    ports = [one.base_url.rpartition(":")[2] for one in frontline.snapshot("mortal").replicas]
+    named = [command_line(process) for process in processes_of("mortal")]
+    return len(ports) == 1 and all(ports[0] in words for words in named)
 
 
 def _ids(frontline, app):

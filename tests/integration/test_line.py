@@ -3,9 +3,12 @@
 import asyncio
 import time
 from collections import Counter
+from contextlib import contextmanager, suppress
 
 import openai
 import pytest
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from tests.serving import (
     eventually,
@@ -32,21 +35,41 @@ def narrow(*, replicas=1, slots=1, **line):
 
 
 def deploy(frontline, app):
-    """Deploy the model and wait for its slots: a Model that has just started first listens."""
+    """Deploy the model, and wait until it is as it should be and nobody asks.
+
+    And for its slots: a Model that has just started first listens.
+    """
     frontline.deploy(app)
-    frontline.wait_ready("narrow")
+    wanted = [app["args"]["pools"][0]["slots"]] * app["deployments"][1]["num_replicas"]
+    eventually(lambda: slots(frontline) == wanted, 60)
     request = {"model": "narrow", "messages": [], "max_tokens": 1, "fail_fast": True}
     with frontline.http() as http:
-        eventually(lambda: http.post("/v1/chat/completions", json=request).status_code != 429)
+        eventually(lambda: http.post("/v1/chat/completions", json=request).status_code == 200)
+    eventually(lambda: not any(seen(frontline, i)["running"] for i in range(len(wanted))))
     with frontline.engine("narrow") as engine:
         engine.post("/simulate", json={"forget": True})
 
 
-@pytest.fixture
-def model(frontline):
-    deploy(frontline, narrow())
+def slots(frontline):
+    """The slots of each replica; none while there is no Model, which a change may replace."""
+    if frontline.entry("narrow") is None:
+        return []
+    with suppress(RayError, RayServeException, TimeoutError):
+        return [replica.slots for replica in frontline.snapshot("narrow").replicas]
+    return []
+
+
+@pytest.fixture(scope="module")
+def deployed(frontline):
+    """One model for all of them: it takes longer to come and go than most tests take."""
     yield frontline
     frontline.remove("narrow")
+
+
+@pytest.fixture
+def model(deployed):
+    deploy(deployed, narrow())
+    return deployed
 
 
 async def ask(client, tier="default", tokens=20, **more):
@@ -93,15 +116,30 @@ async def test_priority_goes_before_everyone_who_waits(model):
     assert times[0] < 100 and times[-1] > 1000
 
 
+@contextmanager
+def bounded(model, **line):
+    """The model with another line."""
+    before = model.snapshot("narrow").settings.line
+
+    def change(app, done):
+        model.deploy(app)
+        eventually(lambda: done(model.snapshot("narrow").settings.line))
+        time.sleep(0.5)  # the ingress has heard of it
+
+    change(narrow(**line), lambda now: now != before)
+    try:
+        yield
+    finally:
+        change(narrow(), lambda now: now == before)
+
+
 async def test_who_finds_the_line_full_is_turned_away_and_priority_displaces(model):
     bounds = {"max_waiting": 2}
-    model.deploy(narrow(flex=bounds, default=bounds, priority=bounds))
-    eventually(lambda: model.snapshot("narrow").settings.line.default.max_waiting == 2)
-    await asyncio.sleep(0.5)
-    async with model.async_client() as client:
-        waiting = await ask_many(client, 6)
-        jumping = await ask(client, "priority")
-        answers = await asyncio.gather(*waiting)
+    with bounded(model, flex=bounds, default=bounds, priority=bounds):
+        async with model.async_client() as client:
+            waiting = await ask_many(client, 6)
+            jumping = await ask(client, "priority")
+            answers = await asyncio.gather(*waiting)
     shed = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
     assert len(shed) == 4, "one runs and two wait, of which one is displaced"
     reasons = Counter(error.response.headers["x-shed-reason"] for error in shed)
@@ -140,17 +178,6 @@ async def test_who_leaves_while_waiting_leaves_the_line(model):
     assert seen(model)["received"] == 2, "those who left were never sent"
 
 
-async def test_who_waits_for_a_model_that_is_removed_is_told(frontline):
-    await asyncio.to_thread(deploy, frontline, narrow())
-    async with frontline.async_client() as client:
-        waiting = await ask_many(client, 4, tokens=400)
-        await asyncio.to_thread(frontline.remove, "narrow")
-        async with asyncio.timeout(10):
-            answers = await asyncio.gather(*waiting, return_exceptions=True)
-    gone = [answer for answer in answers if isinstance(answer, openai.NotFoundError)]
-    assert len(gone) >= 3, "the one that runs may be finished, or lose its engine"
-
-
 async def test_no_slot_leaks(model):
     """Disconnects in every state, errors and sheds: after all of it every slot is free."""
     async with model.async_client() as client:
@@ -180,7 +207,18 @@ async def test_a_new_replica_takes_those_who_wait(model):
         await asyncio.wait(waiting)
 
 
-async def test_two_ingresses_never_give_an_engine_more_than_its_slots(frontline):
+async def test_who_waits_for_a_model_that_is_removed_is_told(model):
+    async with model.async_client() as client:
+        waiting = await ask_many(client, 4, tokens=400)
+        await asyncio.to_thread(model.remove, "narrow")
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
+    gone = [answer for answer in answers if isinstance(answer, openai.NotFoundError)]
+    assert len(gone) >= 3, "the one that runs may be finished, or lose its engine"
+
+
+async def test_two_ingresses_never_give_an_engine_more_than_its_slots(deployed):
+    frontline = deployed
     await asyncio.to_thread(frontline.deploy, ingress_app(replicas=2))
     try:
         await asyncio.to_thread(deploy, frontline, narrow(slots=4))
@@ -196,8 +234,7 @@ async def test_two_ingresses_never_give_an_engine_more_than_its_slots(frontline)
                 task.cancel()
             await asyncio.wait(waiting)
     finally:
-        frontline.remove("narrow")
-        frontline.deploy(ingress_app())
+        await asyncio.to_thread(frontline.restore_ingress)
     assert state["max_running"] == 4, "all slots, and never one more"
     assert [answer.parse().service_tier for answer in jumping] == ["priority"] * 6
     # About fifty waited at the two ingresses. Until the last of the six was placed only those went
