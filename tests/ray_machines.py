@@ -10,18 +10,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
 import openai
 import psutil
 import yaml
+from typer.testing import CliRunner
 
+from app.cli import main
 from deployments.reaper import OWNER_MARK
 from tests.machines import HTTP_PORT, NETWORK, Machine, machines
-from tests.serving import eventually
+from tests.serving import PLAIN, eventually, ingress_app
 
 HEAD = f"{NETWORK}.1"
+FRONT = {"front": 0.01}
+"""What ingresses and Models ask of a node; ``front: 1`` is what one for them offers."""
 _MEMORY = "--object-store-memory=80000000"
 _SETTINGS = {
     # These machines have addresses, and other machines to be reached from.
@@ -34,12 +39,21 @@ _SETTINGS = {
 }
 
 
+def front_ingress() -> dict[str, Any]:
+    """The ingress application, all of it on the nodes for it, as configs/cluster.yaml has it."""
+    app = ingress_app(auth="keys", open_to_network=True)
+    app["deployments"].append({"name": "Limits"})
+    for deployment in app["deployments"]:
+        deployment["ray_actor_options"] = {"num_cpus": 0, "resources": FRONT}
+    return app
+
+
 class RayMachines:
     """The cluster. Made by ``ray_machines``; the first machine is the head, without CPUs."""
 
     def __init__(self, network: Any, folder: Path) -> None:
         self._network = network
-        self._folder = folder
+        self.folder = folder
         self._env = {
             **_SETTINGS,
             "RAY_gcs_storage_path": str(folder / "gcs"),
@@ -49,6 +63,7 @@ class RayMachines:
             "FRONTLINE_TEST_LEDGER": str(folder),
         }
         self._windows: dict[str, str] = {}
+        self.key = self._create_key()
         self.head = self.start_head()
 
     def start_head(self) -> Machine:
@@ -80,7 +95,7 @@ class RayMachines:
             "http_options": {"host": "0.0.0.0", "port": HTTP_PORT, "request_timeout_s": 3600},
             "applications": list(applications),
         }
-        path = self._folder / "config.yaml"
+        path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         self.head.run("serve", "deploy", f"--address=http://{HEAD}:8265", str(path), **self._env)
 
@@ -104,10 +119,10 @@ class RayMachines:
 
     def client(self, machine: Machine) -> openai.AsyncOpenAI:
         """An OpenAI client that speaks to the HAProxy of this machine, and does not retry."""
-        transport = httpx.AsyncHTTPTransport(uds=self.window(machine))
+        transport = httpx.AsyncHTTPTransport(uds=self.window(machine), verify=PLAIN)
         return openai.AsyncOpenAI(
             base_url=f"http://{machine.address}/v1",
-            api_key="none",
+            api_key=self.key,
             max_retries=0,
             timeout=120,
             http_client=httpx.AsyncClient(transport=transport, timeout=120),
@@ -121,10 +136,11 @@ class RayMachines:
 
     def models(self, machine: Machine) -> dict[str, list[str]]:
         """The tiers that each model serves, as the models list tells here; {} if none answers."""
-        transport = httpx.HTTPTransport(uds=self.window(machine))
+        transport = httpx.HTTPTransport(uds=self.window(machine), verify=PLAIN)
+        headers = {"authorization": f"Bearer {self.key}"}
         try:
             with httpx.Client(transport=transport, timeout=5) as client:
-                answer = client.get(f"http://{machine.address}/v1/models")
+                answer = client.get(f"http://{machine.address}/v1/models", headers=headers)
         except httpx.TransportError:
             return {}
         if answer.status_code != 200:
@@ -157,16 +173,28 @@ class RayMachines:
                 continue
         return found
 
+    def _create_key(self) -> str:
+        # More than anybody asks for: what it may is looked up with every request.
+        options = ("--tenant", "acme", "--rpm", "1000000", "--tpm", "1000000000")
+        ledger = f"sqlite:///{self.folder}/usage.db"
+        made = CliRunner().invoke(main, ["keys", "create", *options, "--ledger", ledger])
+        assert made.exit_code == 0, made.output
+        return next(word for word in made.output.split() if word.startswith("fl-"))
+
     def _ray(self, machine: Machine, *words: str) -> str:
         return machine.run("ray", *words, **self._env)
 
 
 @contextmanager
-def ray_machines(folder: Path) -> Iterator[RayMachines]:
+def ray_machines() -> Iterator[RayMachines]:
     """A head node, to which others join. No process is left of it."""
     own_folders = ("/tmp/ray", os.path.dirname(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]))
-    with machines(folder, *own_folders) as network:
+    # A short path: Unix sockets are in it.
+    with (
+        TemporaryDirectory(prefix="fl-", dir="/tmp") as folder,
+        machines(Path(folder), *own_folders) as network,
+    ):
         started = time.monotonic()
-        cluster = RayMachines(network, folder)
+        cluster = RayMachines(network, Path(folder))
         print(f"head node after {time.monotonic() - started:.1f} s")
         yield cluster

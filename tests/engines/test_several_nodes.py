@@ -3,7 +3,6 @@
 import os
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import openai
 import psutil
@@ -12,18 +11,17 @@ import pytest
 from app.paths import frontline_home
 from tests.engines.padded import pad_heads
 from tests.machines import namespaces_work
-from tests.ray_machines import ray_machines
-from tests.serving import eventually_async, ingress_app
+from tests.ray_machines import FRONT, front_ingress, ray_machines
+from tests.serving import eventually_async
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not namespaces_work(), reason="users may not make namespaces here"),
 ]
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 MODEL = "smollm2-135m-instruct"
-FRONT = {"front": 0.01}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # Without a warm-up, which the processors of one machine would take turns at.
@@ -79,19 +77,13 @@ def wide(model: Path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    # A short path: Unix sockets are in it.
-    temporary = TemporaryDirectory(prefix="fl-", dir="/tmp")
-    with temporary as folder, ray_machines(Path(folder)) as cluster:
+    with ray_machines() as cluster:
         cluster.front, cluster.other = cluster.join_all(n2={"front": 1, "wide": 1}, n3={"wide": 1})
-        model = Path(folder) / "padded"
+        model = cluster.folder / "padded"
         pad_heads(frontline_home() / "models" / MODEL, model, heads=12, of_keys=4)
-        ingress = ingress_app(auth="open", open_to_network=True)
-        ingress["deployments"].append({"name": "Limits"})
-        for deployment in ingress["deployments"]:
-            deployment["ray_actor_options"] = {"num_cpus": 0, "resources": FRONT}
-        cluster.deploy(ingress, wide(model))
+        cluster.deploy(front_ingress(), wide(model))
         began = time.monotonic()
-        cluster.wait_ready(cluster.front, "wide", timeout_s=300)
+        cluster.wait_ready(cluster.front, "wide", timeout_s=600)
         print(f"vLLM on two nodes after {time.monotonic() - began:.1f} s")
         yield cluster
 

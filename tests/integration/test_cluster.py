@@ -6,15 +6,13 @@ import re
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
 
 from tests.machines import namespaces_work
-from tests.ray_machines import ray_machines
-from tests.serving import eventually_async, ingress_app, simulated_app
+from tests.ray_machines import FRONT, front_ingress, ray_machines
+from tests.serving import eventually_async, simulated_app
 
 pytestmark = [
     pytest.mark.integration,
@@ -23,26 +21,25 @@ pytestmark = [
 ]
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
+LONG_FORM = [
+    pytest.mark.faults,
+    pytest.mark.skipif(not LONG, reason="in the long form only"),
+]
 CLIENTS = 6
 TOKENS_PER_S = 100
-FRONT = {"front": 0.01}
 
 
 def placed(app, **resources):
-    """An application whose pools, or ingresses, are where these resources are."""
+    """A model's application whose engines are where these resources are."""
     for deployment in app["deployments"]:
-        front = deployment["name"] in ("Model", "Ingress")
-        options = {"num_cpus": 0, "resources": FRONT if front else resources}
-        deployment["ray_actor_options"] = options
-    for pool in app.get("args", {}).get("pools", ()):
+        where = FRONT if deployment["name"] == "Model" else resources
+        deployment["ray_actor_options"] = {"num_cpus": 0, "resources": where}
+    for pool in app["args"]["pools"]:
         pool["stop_grace_s"] = 20
     return app
 
 
-INGRESS = placed(ingress_app(auth="open", open_to_network=True))
-INGRESS["deployments"].append(
-    {"name": "Limits", "ray_actor_options": {"num_cpus": 0, "resources": FRONT}}
-)
+INGRESS = front_ingress()
 ON_VLLM = placed(simulated_app("one", tokens_per_second=TOKENS_PER_S), engine_vllm=1)
 ON_SGLANG = placed(
     simulated_app("two", dialect="sglang", tokens_per_second=TOKENS_PER_S), engine_sglang=1
@@ -59,9 +56,7 @@ WIDE["deployments"][1] |= {
 
 @pytest.fixture(scope="module")
 def cluster():
-    # A short path: Unix sockets are in it.
-    temporary = TemporaryDirectory(prefix="fl-", dir="/tmp")
-    with temporary as folder, ray_machines(Path(folder)) as cluster:
+    with ray_machines() as cluster:
         cluster.front, cluster.engines_node = cluster.join_all(
             n2={"front": 1, "engine_sglang": 1, "wide": 1}, n3={"engine_vllm": 3, "wide": 1}
         )
@@ -100,7 +95,7 @@ async def stream_long(cluster, model, seconds):
 
 @asynccontextmanager
 async def load(cluster, *models):
-    """Clients that ask without a pause; what they got, by model, and every failure."""
+    """Clients that go on asking; what they got, by model, and every failure."""
     ended, answered, failures = asyncio.Event(), Counter(), []
 
     async def one(first):
@@ -112,6 +107,8 @@ async def load(cluster, *models):
                 try:
                     await ask(client, model, number)
                     answered[model] += 1
+                    # What starts meanwhile needs the machine too.
+                    await asyncio.sleep(0.1)
                 except Exception as error:  # whatever it is, a client has seen it
                     failures.append((model, time.strftime("%X"), repr(error)))
                     await asyncio.sleep(0.2)
@@ -171,7 +168,7 @@ def parts(cluster):
     return tuple(found[0]), tuple(found[1])
 
 
-@pytest.mark.parametrize("part", ["first", "other"])
+@pytest.mark.parametrize("part", ["first", pytest.param("other", marks=LONG_FORM)])
 async def test_an_engine_on_two_nodes_lives_and_dies_as_one(cluster, part):
     await asyncio.to_thread(cluster.deploy, INGRESS, ON_VLLM, ON_SGLANG, WIDE)
     await asyncio.to_thread(cluster.wait_ready, cluster.front, "one", "two", "wide")
