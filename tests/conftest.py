@@ -58,6 +58,8 @@ os.environ |= {
     "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(),
     # Nothing is worth waiting half a minute for when a test is over.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    # Serve's ten times a second take each cluster a tenth of a core, of two that tests have.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
     # For this process alone (local_serve takes it out again): tests call handles from threads
     # without an event loop.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
@@ -73,6 +75,31 @@ def pytest_addoption(parser):
     )
 
 
+LONGEST = (
+    "integration/test_cluster.py",
+    "engines/test_several_nodes.py",
+    "engines/test_contract.py",
+    "engines/test_three_engines.py",
+    "engines/test_autoscaling.py",
+    "integration/test_autoscaling.py",
+    "faults/test_failures.py",
+    "faults/test_serving.py",
+    "faults/test_draining.py",
+    "faults/test_node_removed.py",
+    "integration/test_line.py",
+    "integration/test_engine_loss.py",
+)
+"""Modules of a minute and more, which come first: otherwise the last of them keeps one worker busy
+while the others have nothing left."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Bring the longest modules to the front, the others as they were."""
+    ranks = {f"tests/{module}": rank for rank, module in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+
+
 class ByDeployment(LoadScopeScheduling):
     """Gives tests that share what they deploy to one pytest-xdist worker: mostly a module's."""
 
@@ -83,13 +110,20 @@ class ByDeployment(LoadScopeScheduling):
         # A real engine takes longest to start: all its tests go where it runs.
         if module.endswith("test_vllm.py") or "[vllm" in test:
             return "vllm"
-        if module.endswith(("test_sglang.py", "test_three_engines.py")) or "[sglang" in test:
+        if module.endswith("test_sglang.py") or "[sglang" in test:
             return "sglang"
         return module
+
+    def _reschedule(self, node):
+        # One more than it runs is what a worker must know. A module given to it earlier would wait
+        # for it while another worker has nothing to do.
+        if not self.workqueue or self._pending_of(self.assigned_work[node]) < 2:
+            super()._reschedule(node)
 
 
 def pytest_xdist_make_scheduler(config, log):
     """Say how tests are shared among pytest-xdist's workers."""
+    config.option.loadscopereorder = False  # they are in order
     return ByDeployment(config, log)
 
 

@@ -49,12 +49,16 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.line(", ".join(counts))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def local(cluster):
-    """configs/local.yaml as it is, and its chat model once more without native priority."""
+    """configs/local.yaml as it is, and its chat model once more without native priority.
+
+    Ready even if the test before has killed an engine. Whoever needs them last removes them: an
+    engine takes memory, and a little of a core, also while nobody asks.
+    """
     apps = yaml.safe_load(LOCAL.read_text())["applications"]
     cluster.deploy(*apps, _first_come_first_served(apps))
-    cluster.wait_ready("smollm2", "all-minilm-l6-v2", "smollm2-fcfs", timeout_s=420)
+    cluster.wait_ready("smollm2", "all-minilm-l6-v2", "smollm2-fcfs", timeout_s=500)
     return cluster
 
 
@@ -67,14 +71,8 @@ def _first_come_first_served(apps):
 
 
 @pytest.fixture
-def sglang(_sglang):
-    """The small chat model on SGLang, ready even if the test before has killed its engine."""
-    _sglang.wait_ready("sglang", timeout_s=300)
-    return _sglang
-
-
-@pytest.fixture(scope="session")
-def _sglang(cluster):
+def sglang(cluster):
+    """The small chat model on SGLang, in the same way."""
     app = {
         "name": "sglang",
         "route_prefix": None,
@@ -86,6 +84,7 @@ def _sglang(cluster):
         ],
     }
     cluster.deploy(ingress_app(), app)
+    cluster.wait_ready("sglang", timeout_s=500)
     return cluster
 
 

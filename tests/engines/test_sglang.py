@@ -26,6 +26,12 @@ CITY = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def removed_at_last(cluster):
+    yield
+    cluster.remove("sglang")
+
+
 def as_json(schema):
     shape = {"name": "answer", "schema": schema, "strict": True}
     return {"type": "json_schema", "json_schema": shape}

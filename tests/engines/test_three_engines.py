@@ -26,7 +26,7 @@ def three(cluster):
     model["name"] = MODEL
     model["args"] |= {"id": f"test/{MODEL}", "aliases": [MODEL]}
     cluster.deploy(ingress_app(), model)
-    eventually(lambda: engines(cluster) == ALL, 300, "not all of its engines are ready")
+    eventually(lambda: engines(cluster) == ALL, 500, "not all of its engines are ready")
     yield cluster
     cluster.remove(MODEL)
 
@@ -80,7 +80,7 @@ async def test_a_real_engine_that_dies_is_covered_by_the_others(three):
         answers = await asyncio.gather(*asking)
     assert {answer.service_tier for _, answer in answers} <= {"priority", "default"}
     await eventually_async(
-        lambda: {r.replica_id for r in three.snapshot(MODEL).replicas} - before, 120
+        lambda: {r.replica_id for r in three.snapshot(MODEL).replicas} - before, 240
     )
     await eventually_async(lambda: engines(three) == ALL, 30)
 

@@ -20,6 +20,12 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 LONG_PREFIX = "Here is a list of facts about the world that you should keep in mind. " * 10
 
 
+@pytest.fixture(scope="module", autouse=True)
+def removed_at_last(cluster):
+    yield
+    cluster.remove("smollm2", "smollm2-fcfs", "minilm")
+
+
 def chat(local, model="smollm2", **request):
     request = {"messages": FRANCE, "max_tokens": 24, "temperature": 0, **request}
     raw = local.client().chat.completions.with_raw_response.create(model=model, **request)
