@@ -67,8 +67,7 @@ def _for_priority(
     """Return how many slots of pools that honour it priority needs."""
     if not priority.present and not priority.rate:
         return 0
-    # Flex that waits fills all that it may use, however little of it comes.
-    others = default.load + (max(flex.load, flex.present) if flex.waiting else flex.load)
+    others = default.load + _flex_load(flex)
     # Other requests use the other pools as well, by what these have.
     elsewhere = sum(pool.replicas * pool.slots for pool in state.pools if not pool.honours)
 
@@ -82,6 +81,16 @@ def _for_priority(
         )
 
     return _least(enough, _most(pool for pool in state.pools if pool.honours))
+
+
+def _flex_load(flex: TierDemand) -> float:
+    """Return how many slots flex fills of those that it may use.
+
+    Flex that has waited for as long as one keeps a slot fills all of them, however little of it
+    comes. One that waits for a moment is what its load has in it.
+    """
+    backlog = flex.waiting and flex.oldest_s >= (flex.service_s or 0.0)
+    return max(flex.load, flex.present) if backlog else flex.load
 
 
 def _for_default(

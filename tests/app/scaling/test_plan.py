@@ -188,7 +188,10 @@ def test_flex_that_does_not_wait_counts_by_what_comes_and_not_by_what_is_there()
     priority = TierDemand(rate=0.01, service_s=10.0)
     flex = TierDemand(running=7, rate=0.1, service_s=10.0)
     assert replicas(one_pool(), priority=priority, flex=flex) == 1
-    assert replicas(one_pool(), priority=priority, flex=replace(flex, waiting=1)) == 2
+    waits = replace(flex, waiting=1, oldest_s=5.0)
+    assert replicas(one_pool(), priority=priority, flex=waits) == 1
+    # Who has waited for as long as one keeps a slot will fill whatever there is.
+    assert replicas(one_pool(), priority=priority, flex=replace(waits, oldest_s=10.0)) == 2
 
 
 def test_priority_counts_at_once_and_with_headroom():
