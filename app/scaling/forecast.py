@@ -20,10 +20,13 @@ _MOST_GROWTH = 3.0
 # So many arrivals in a window leave an eighth of them to chance.
 _ENOUGH = 64
 # By so much a window is widened at a time.
-_WIDER = 1.5
-# Two counts must differ by so many standard deviations to be of different rates. Some ten windows
-# are tried at each decision, so two would often be chance.
-_CHANGED_SIGMAS = 2.5
+_WIDER = 1.2
+# Two counts are of different rates if that makes them likelier by this, in standard deviations.
+# Some sixty pairs of them are tried at each decision, so two would often be chance.
+_CHANGED_SIGMAS = 3.5
+# A window is compared with what was before it, over so many times as long: little tells more beside
+# much, and a short time before it is of one rate where a long one is of several.
+_BEFORE = (0.5, 1.0, 2.0, 4.0)
 _EVERY_S = 1.0
 _TRIM = 256
 
@@ -76,20 +79,40 @@ def window_for(counted: Counted, now: float, *, least_s: float, most_s: float) -
     It is not measured back beyond a time at which it has clearly changed.
     """
     window_s = least_s
-    while window_s < most_s and (newer := counted.grown(now - window_s, now)) < _ENOUGH:
-        older_s = (_WIDER - 1) * window_s
-        older = counted.grown(now - window_s - older_s, now - window_s)
-        if _differ(older, older_s, newer, window_s) and now - window_s > counted.began:
+    while window_s < most_s and counted.grown(now - window_s, now) < _ENOUGH:
+        if _changed(counted, now, window_s):
             break
-        window_s += older_s
+        window_s *= _WIDER
     return min(window_s, most_s)
 
 
+def _changed(counted: Counted, now: float, window_s: float) -> bool:
+    """Return whether the rate of a window is another than that before it, and not by chance."""
+    middle = now - window_s
+    newer = counted.grown(middle, now)
+    spans_s = (min(share * window_s, middle - counted.began) for share in _BEFORE)
+    return any(
+        _differ(counted.grown(middle - span_s, middle), span_s, newer, window_s)
+        for span_s in spans_s
+        if span_s > 0
+    )
+
+
 def _differ(one: float, one_s: float, other: float, other_s: float) -> bool:
-    """Return whether two counts, each over its time, are of different rates, and not by chance."""
-    pooled = (one + other) / (one_s + other_s)
-    chance = math.sqrt(pooled * (1 / one_s + 1 / other_s))
-    return abs(one / one_s - other / other_s) > _CHANGED_SIGMAS * chance
+    """Return whether two counts, each over its time, are of different rates, and not by chance.
+
+    Twice the logarithm of by how much likelier two rates make them than one does is distributed as
+    the square of a normal variable (S. S. Wilks, Annals of Mathematical Statistics 9, 1938). Unlike
+    the difference of the rates, it goes for a handful of arrivals as well.
+    """
+    gain = _log_likelihood(one, one_s) + _log_likelihood(other, other_s)
+    gain -= _log_likelihood(one + other, one_s + other_s)
+    return 2 * gain > _CHANGED_SIGMAS**2
+
+
+def _log_likelihood(count: float, seconds: float) -> float:
+    """Return that of a count at the rate that suits it best, but for what all rates share."""
+    return count * math.log(count / seconds) if count > 0 else 0.0
 
 
 def forecast(counted: Counted, now: float, *, window_s: float, ahead_s: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.scaling.forecast import Counted, forecast, sudden, window_for
 from app.scaling.plan import plan
@@ -128,6 +128,7 @@ class Scaler:
             for tier, one in report.tiers.items()
         }
         states = tuple(_pool(name, pool, bounds.get(name)) for name, pool in report.pools.items())
+        tiers = _with_service(tiers)
         awake = now - self._asked <= self._settings.sleep_after_s
         if not awake:
             # Rates fade slowly; but nobody has asked for long.
@@ -213,6 +214,18 @@ class _Counts:
         if finished >= _FINISHED:
             self._service_s = self._served_s.grown(now - _SERVICE_WINDOW_S, now) / finished
         return self._service_s
+
+
+def _with_service(tiers: Mapping[Tier, TierDemand]) -> dict[Tier, TierDemand]:
+    """Return the demand, where a tier of which too few have finished is taken to be like others."""
+    known = [one.service_s for one in tiers.values() if one.service_s is not None]
+    if not known:
+        return dict(tiers)
+    like = sum(known) / len(known)
+    return {
+        t: one if one.service_s is not None else replace(one, service_s=like)
+        for t, one in tiers.items()
+    }
 
 
 def _pool(name: str, pool: PoolReport, bounds: Bounds | None) -> PoolState:

@@ -1,6 +1,7 @@
 """Decisions over time: growing at once, looking ahead, going down late, sleeping."""
 
 import math
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -198,6 +199,21 @@ def test_what_priority_needed_is_kept_where_engines_start_slowly():
         assert (life.go(1800, priority=0.2, default=0.2)[-1] >= burst * 0.7) is kept
 
 
+def test_a_tier_of_which_few_have_finished_is_taken_to_be_like_the_others():
+    tiers = {tier: TierReport() for tier in Tier}
+    scaler, replicas = Scaler(), []
+    for second in range(400):
+        done = 0.5 * second
+        tiers[Tier.DEFAULT] = TierReport(0, 5, 0.0, done, done, 10 * done)
+        # One of priority has come and goes on.
+        tiers[Tier.PRIORITY] = TierReport(running=1, arrived=1)
+        report = ScalingReport(tiers, {"pool": PoolReport(8, 2)})
+        bounds = {"pool": Bounds(replicas[-1] if replicas else 2, 0, 9)}
+        replicas.append(scaler.decide(report, bounds, float(second)).replicas["pool"])
+    # By itself it would be a load of one, for which eight slots are too few.
+    assert replicas[-1] == 1
+
+
 def test_what_priority_needed_does_not_keep_a_model_from_sleeping():
     life = Life(start_s=600.0)
     life.go(700, priority=1.0)
@@ -229,14 +245,44 @@ def test_few_arrivals_are_measured_over_long_and_not_beyond_where_their_rate_cha
     bounds = {"least_s": 60.0, "most_s": 1200.0}
     assert window_for(*counted((3000, 0.02)), **bounds) == 1200.0
     assert window_for(*counted((3000, 1.0)), **bounds) < 120.0
-    # A burst that has been over for seven minutes does not count any more.
-    fell, now = counted((3000, 0.004), (600, 0.04), (420, 0.004))
+    # A burst that has been over for as long as it lasted does not count any more.
+    fell, now = counted((3000, 0.004), (600, 0.04), (600, 0.004))
     window_s = window_for(fell, now, **bounds)
-    assert window_s < 600
+    assert window_s <= 600
     assert forecast(fell, now, window_s=window_s, ahead_s=10.0) < 0.02
     rose, now = counted((3000, 0.004), (600, 0.04))
     window_s = window_for(rose, now, **bounds)
     assert forecast(rose, now, window_s=window_s, ahead_s=10.0) > 0.03
+
+
+def test_chance_hardly_ever_looks_like_a_change():
+    # The window in which 64 come, or all of the longest.
+    for rate, enough_s in ((0.005, 1200.0), (0.02, 1200.0), (0.2, 64 / 0.2 / 1.2**2)):
+        cut = []
+        for seed in range(4):
+            random, counted, count = Random(seed), Counted(3600), 0
+            for now in range(8000):
+                count += random.random() < rate
+                counted.add(float(now), count)
+                if now > 3000 and now % 10 == 0:
+                    window_s = window_for(counted, float(now), least_s=60.0, most_s=1200.0)
+                    cut.append(window_s < enough_s)
+        assert sum(cut) < 0.03 * len(cut)
+
+
+def test_a_burst_that_is_over_is_noticed_the_sooner_the_longer_it_was():
+    noticed = []
+    for burst_s in (120, 600):
+        steps = ((3000, 0.01), (burst_s, 0.1))
+        noticed.append(
+            next(
+                after
+                for after in range(30, 1200, 10)
+                if window_for(*counted(*steps, (after, 0.01)), least_s=60.0, most_s=1200.0)
+                <= 1.2 * after
+            )
+        )
+    assert noticed[1] <= 120 and noticed[1] <= noticed[0]
 
 
 def test_where_little_is_known_a_rate_is_measured_over_all_of_it():
