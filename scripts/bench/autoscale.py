@@ -9,6 +9,7 @@ What the goal would ask of anybody shows by *ideal*: Frontline's plan for one wh
 
     scripts/bench/autoscale.py                         every trace: about six minutes of one core
     scripts/bench/autoscale.py --only "burst, 20"      those whose name contains this
+    scripts/bench/autoscale.py --seeds 5               what of it is chance: five of each trace
 
 Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
 """
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -74,8 +76,8 @@ def policies(trace: Trace) -> list[str]:
     return [FIXED, *map(serves, SERVE_TARGETS), OURS, IDEAL]
 
 
-def play(trace: Trace, name: str) -> Row:
-    """Play a trace to one policy."""
+def play(trace: Trace, name: str, least: int = 1) -> Row:
+    """Play a trace to one policy; Frontline's has so many replicas at the least."""
     most = max(4, 2 * trace.replicas)
     # What the fixed fleet has is what the highest mean load takes at the middle target.
     peak = math.ceil(trace.replicas / MIDDLE)
@@ -85,7 +87,7 @@ def play(trace: Trace, name: str) -> Row:
     if name == FIXED:
         policy = Fixed(peak)
     elif name == OURS:
-        policy = PriorityAware(ScalingSettings(), most)
+        policy = PriorityAware(ScalingSettings(), most, least)
     elif name == IDEAL:
         policy = Foresight(trace, ScalingSettings(), most, LineSettings().headroom)
     else:
@@ -177,6 +179,44 @@ def goals(by_trace: Sequence[Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
+def chances(by_trace: Sequence[Sequence[Sequence[Row]]]) -> str:
+    """Return what became of the goals with several seeds, by trace and then by seed."""
+    lines = [
+        f"| trace | hours against {serves(MIDDLE)}: median (least to most) | violations, by seed | "
+        "goal met | ideal | goal met |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for seeds in by_trace:
+        cells = [seeds[0][0].trace]
+        for policy in (OURS, IDEAL):
+            saved, met, counts = [], 0, []
+            for rows in seeds:
+                named = {row.policy: row for row in rows}
+                one, other = named[policy], named[serves(MIDDLE)]
+                saved.append(one.replica_hours / other.replica_hours - 1)
+                met += verdict(one, other)[0]
+                counts.append(f"{one.violations}:{other.violations}")
+            cells.append(f"{median(saved):+.0%} ({min(saved):+.0%} to {max(saved):+.0%})")
+            cells += [", ".join(counts)] if policy == OURS else []
+            cells.append(f"{met} of {len(seeds)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def try_seeds(chosen: Sequence[Trace], seeds: int, least: int, jobs: int) -> str:
+    """Play each trace with the first seeds, and return what of its outcome is chance."""
+    names = (serves(MIDDLE), OURS, IDEAL)
+    runs = [
+        (replace(trace, seed=seed), name, least)
+        for trace in chosen
+        for seed in range(1, seeds + 1)
+        for name in names
+    ]
+    with ProcessPoolExecutor(jobs) as pool:
+        rows = iter(pool.map(play, *zip(*runs, strict=True)))
+    return chances([[[next(rows) for _ in names] for _ in range(seeds)] for _ in chosen])
+
+
 def draw(path: Path, by_trace: Sequence[Sequence[Row]]) -> None:
     """Plot replicas over time, and what all of Serve's targets cost and lead to."""
     import matplotlib
@@ -233,13 +273,18 @@ def main(
     only: Annotated[str, typer.Option(help="Play traces whose name contains this.")] = "",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench"),
+    seeds: Annotated[int, typer.Option(help="Instead: try so many seeds, without plots.")] = 0,
+    least: Annotated[int, typer.Option(help="Frontline's min_replicas.")] = 1,
     jobs: Annotated[int, typer.Option(help="How many processes simulate.")] = 1,
 ) -> None:
     """Simulate, and print what each policy costs and what it leads to."""
     chosen = [replace(trace, seed=seed) for trace in traces() if only in trace.name]
     if not chosen:
         raise typer.BadParameter("no trace has that in its name", param_hint="--only")
-    runs = [(trace, name) for trace in chosen for name in policies(trace)]
+    if seeds:
+        print(try_seeds(chosen, seeds, least, jobs))
+        return
+    runs = [(trace, name, least) for trace in chosen for name in policies(trace)]
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(pool.map(play, *zip(*runs, strict=True)))
     by_trace = [[row for row in rows if row.trace == trace.name] for trace in chosen]
