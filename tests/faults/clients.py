@@ -28,8 +28,8 @@ TIERS = ("priority", "default", "flex")
 class Answer:
     """What one request has come to.
 
-    ``outcome`` is one of the names above, or an error's status; times are in seconds, ``first_s``
-    is that to the first byte of a stream, ``gap_s`` the longest wait for the next one.
+    ``outcome`` is one of the names above, or an error's status and code; times are in seconds,
+    ``first_s`` is that to the first byte of a stream, ``gap_s`` the longest wait for the next one.
     """
 
     began: float
@@ -57,7 +57,8 @@ async def ask(
         else:
             await _read(client, request, answer)
     except openai.APIStatusError as error:
-        answer.outcome = str(error.status_code)
+        # One without a code is not Frontline's, but of what stands before it.
+        answer.outcome = " ".join(filter(None, (str(error.status_code), error.code)))
     except (Truncated, openai.APIConnectionError, httpx.TransportError):
         answer.outcome = TRUNCATED if answer.first_s else REFUSED
     except openai.APIError:

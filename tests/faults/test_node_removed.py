@@ -21,11 +21,13 @@ from tests.serving import (
     eventually_async,
     ingress_app,
     pooled_app,
+    running_ingresses,
 )
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 
 AWAY = "away"
+HEAD = "node:__internal_head__"  # Ray's own: on the head node alone
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 NO_HEADROOM = {"line": {"headroom": 0}}
 
@@ -49,15 +51,19 @@ def spread(cluster):
 
     In the long form a model, too, that is on the second alone.
     """
+    cluster.deploy(ingress_app())
+    # It, and a replica, are to be on the node that stays.
+    eventually(lambda: running_ingresses() == 1, 60, "no ingress")
     with another_node() as remove_it:
         pools = {pool: {"tokens_per_second": 60} for pool in ("here", AWAY)}
         spread = pooled_app("spread", pools)
         alone = pooled_app("alone", {AWAY: {"tokens_per_second": 20, "slots": 1}}, NO_HEADROOM)
+        where = {AWAY: {AWAY: 1}, "here": {HEAD: 0.001}}
         for options in (*spread["deployments"], *alone["deployments"]):
-            if options["name"] == AWAY:
-                options["ray_actor_options"]["resources"] = {AWAY: 1}
+            if options["name"] in where:
+                options["ray_actor_options"]["resources"] = where[options["name"]]
         apps = [spread, alone] if LONG else [spread]
-        cluster.deploy(ingress_app(), *apps)
+        cluster.deploy(*apps)
         eventually(lambda: pools_of(cluster) == ["here", AWAY], 60, "not ready")
         cluster.wait_ready(*(app["name"] for app in apps))
         yield cluster, remove_it
