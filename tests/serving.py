@@ -20,13 +20,15 @@ import openai
 import psutil
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve._private.api import serve_start
 from ray.serve._private.client import ServeControllerClient
 from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from app.report import ModelBoard
-from app.snapshot import ModelSnapshot
+from app.snapshot import ModelSnapshot, ReplicaStatus
 from deployments.reaper import OWNER_MARK
 
 INGRESS = "ingress"
@@ -240,6 +242,14 @@ class Deployment:
     def snapshot(self, app: str) -> ModelSnapshot:
         """What a Model actor tells its ingresses, the engines' addresses and keys included."""
         return self._ask(app, "snapshot")
+
+    def replicas(self, app: str) -> tuple[ReplicaStatus, ...]:
+        """A model's replicas; none while its Model is away, which was replaced or lost."""
+        if self.entry(app) is None:
+            return ()
+        with suppress(RayError, RayServeException, TimeoutError):
+            return self.snapshot(app).replicas
+        return ()
 
     def board(self, app: str) -> ModelBoard:
         """What a Model actor tells people: what its ingresses have running where."""

@@ -3,14 +3,12 @@
 import asyncio
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import openai
 import pytest
 from ray._private import worker
 from ray.cluster_utils import Cluster
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from app.gate import GIVE_UP_S
 from tests.faults.clients import COMPLETE, CUT, Clients, check_bill, told
@@ -72,12 +70,8 @@ def spread(cluster):
 
 
 def pools_of(cluster):
-    """The pools that have a replica; none while the Model is away, which may be on that node."""
-    if cluster.entry("spread") is None:
-        return []
-    with suppress(RayError, RayServeException, TimeoutError):
-        return [replica.pool for replica in cluster.snapshot("spread").replicas]
-    return []
+    """The pool of each replica. The Model may be on the node that is lost."""
+    return [replica.pool for replica in cluster.replicas("spread")]
 
 
 def engines():

@@ -3,12 +3,10 @@
 import asyncio
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import openai
 import pytest
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from tests.serving import (
     eventually,
@@ -51,12 +49,8 @@ def deploy(frontline, app):
 
 
 def slots(frontline):
-    """The slots of each replica; none while there is no Model, which a change may replace."""
-    if frontline.entry("narrow") is None:
-        return []
-    with suppress(RayError, RayServeException, TimeoutError):
-        return [replica.slots for replica in frontline.snapshot("narrow").replicas]
-    return []
+    """The slots of each replica."""
+    return [replica.slots for replica in frontline.replicas("narrow")]
 
 
 @pytest.fixture(scope="module")
