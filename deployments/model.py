@@ -192,7 +192,9 @@ class Model:
         replicas = await self._ask(pool)
         now = Standing.AWAY
         if replicas is None:
-            now = await standing(self._application, pool)
+            # A Model that has just begun may not know yet who runs: nobody is turned away for that.
+            before = self._standings.get(pool, Standing.WAKING)
+            now = await standing(self._application, pool, before)
         elif replicas:
             self._seen[pool] = max(replicas, key=lambda status: status.start_s)
         self._wakings.note(pool, None if replicas else now, time.monotonic())

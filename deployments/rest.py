@@ -64,24 +64,38 @@ class Wakings:
         return self._took.get(pool, 0.0)
 
 
-async def standing(application: str, pool: str) -> Standing:
-    """Ask Serve why a pool has no replica; where it does not answer, something is wrong."""
+async def standing(application: str, pool: str, before: Standing) -> Standing:
+    """Ask Serve why no replica of a pool is known; where it does not answer, something is wrong.
+
+    Args:
+        application: the model's.
+        pool: the pool's name.
+        before: what the pool did when Serve was last asked. It does so still where Serve says that
+            replicas run: one that has just started is known in a moment, and of one that has just
+            died Serve hears when it next checks it.
+    """
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             controller = await asyncio.to_thread(serve_controller)
             told = await controller.get_deployment_status.remote(pool, application)
+            if told is None:
+                return Standing.AWAY
+            now = read_standing(DeploymentStatusInfo.from_proto(StatusProto.FromString(told)))
+            if now is Standing.ASLEEP and before is not Standing.ASLEEP:
+                # It costs Serve three times as much, and a pool may sleep for days.
+                details = await controller.get_deployment_details.remote(application, pool)
+                return before if details.target_num_replicas else now
+            return now
     except Exception as error:
         logger.info("cannot ask Serve about pool %s: %s", pool, type(error).__name__)
         return Standing.AWAY
-    if told is None:
-        return Standing.AWAY
-    return read_standing(DeploymentStatusInfo.from_proto(StatusProto.FromString(told)))
 
 
 def read_standing(told: DeploymentStatusInfo) -> Standing:
-    """Return what Serve's status of a deployment without replicas means.
+    """Return what Serve's status of a deployment means of which no replica is known.
 
-    Serve calls a deployment healthy that has as many replicas as it ought to have, be it none.
+    Serve calls a deployment healthy that has as many replicas as it ought to have, be it none;
+    whether it is none, the status does not tell.
     """
     if told.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
         return Standing.ASLEEP

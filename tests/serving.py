@@ -264,7 +264,8 @@ class Deployment:
     @contextmanager
     def engine(self, app: str, replica: int = 0) -> Iterator[httpx.Client]:
         """A connection to a replica's engine itself, with its key."""
-        status = self.snapshot(app).replicas[replica]
+        # A model that wakes serves, but has no replica yet.
+        status = eventually(lambda: self.snapshot(app).replicas[replica:])[0]
         headers = {"authorization": f"Bearer {status.key}"}
         with httpx.Client(
             base_url=status.base_url, headers=headers, timeout=10, verify=PLAIN

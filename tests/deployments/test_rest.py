@@ -1,5 +1,7 @@
 """What Serve's word on a deployment without replicas means."""
 
+from types import SimpleNamespace
+
 import pytest
 from ray.serve._private.common import (
     DeploymentStatus,
@@ -8,6 +10,7 @@ from ray.serve._private.common import (
     DeploymentStatusTrigger,
 )
 
+from deployments import rest
 from deployments.rest import Standing, Wakings, read_standing
 
 pytestmark = pytest.mark.unit
@@ -34,6 +37,29 @@ def test_what_has_happened_tells_why_nobody_is_there(events, expected):
     for event in events:
         told = told.handle_transition(trigger=event)
     assert read_standing(told) is expected
+
+
+@pytest.mark.parametrize("before", Standing)
+@pytest.mark.parametrize("wanted", [0, 1])
+async def test_serve_hears_of_replicas_before_others_do(monkeypatch, wanted, before):
+    """Healthy, and none known: it sleeps if there are to be none, or is as it was for a moment."""
+    told = DeploymentStatusInfo("vllm", DeploymentStatus.UPDATING, STARTED)
+    told = told.handle_transition(trigger=EVENTS.HEALTHY)
+    controller = SimpleNamespace(
+        get_deployment_status=_answers(told.to_proto().SerializeToString()),
+        get_deployment_details=_answers(SimpleNamespace(target_num_replicas=wanted)),
+    )
+    monkeypatch.setattr(rest, "serve_controller", lambda: controller)
+    expected = before if wanted else Standing.ASLEEP
+    assert await rest.standing("application", "vllm", before) is expected
+
+
+def _answers(answer):
+    async def remote(*names):
+        assert set(names) == {"application", "vllm"}
+        return answer
+
+    return SimpleNamespace(remote=remote)
 
 
 def test_how_long_it_took_to_wake_counts_from_when_serve_was_told():
