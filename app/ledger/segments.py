@@ -152,7 +152,9 @@ def remove_journal(journal: Path) -> None:
     for number in segment_numbers(journal):
         segment_path(journal, number).unlink()
     (journal / _LOCK).unlink()
-    journal.rmdir()
+    # Another may have found it without a lock meanwhile.
+    with suppress(FileNotFoundError):
+        journal.rmdir()
 
 
 @contextmanager
@@ -179,7 +181,12 @@ def dead_journals(folder: Path) -> Iterator[Iterator[Path]]:
 def _lock_dead(journal: Path) -> int | None:
     try:
         handle = os.open(journal / _LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
+    except FileNotFoundError:
+        # Who removed it was killed before its last step: all else was gone by then.
+        with suppress(OSError):
+            journal.rmdir()
+        return None
+    except (NotADirectoryError, PermissionError):
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

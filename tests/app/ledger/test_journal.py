@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -184,6 +185,41 @@ def test_adoption_that_is_broken_off_is_done_again(tmp_path):
     assert len(store.records) == 11
 
 
+def test_a_journal_whose_removal_is_broken_off_anywhere_goes_in_the_end(tmp_path, monkeypatch):
+    remaining = 0
+
+    def unless_killed(remove):
+        def removed(path):
+            nonlocal remaining
+            remaining -= 1
+            if remaining < 0:
+                raise KeyboardInterrupt
+            remove(path)
+
+        return removed
+
+    monkeypatch.setattr(Path, "unlink", unless_killed(Path.unlink))
+    monkeypatch.setattr(Path, "rmdir", unless_killed(Path.rmdir))
+    broken_off = 0
+    while True:
+        remaining, store = 1000, MemoryStore()
+        with writer(tmp_path) as ours:
+            for _ in range(20):
+                ours.settle(completed())
+                ours.commit()
+        remaining = broken_off
+        with suppress(KeyboardInterrupt):
+            adopt(tmp_path, store)
+        finished, remaining = remaining >= 0, 1000
+        adopt(tmp_path, store)
+        assert list(tmp_path.iterdir()) == []
+        assert len(store.records) == 20
+        if finished:
+            break
+        broken_off += 1
+    assert broken_off > 3, "the lock, the folder, and a segment or two"
+
+
 def test_a_damaged_journal_is_kept_aside_and_the_rest_of_it_settled(tmp_path, caplog):
     store, records = MemoryStore(), [completed() for _ in range(3)]
     with writer(tmp_path, JournalSettings()) as ours:
@@ -235,7 +271,7 @@ def test_a_failing_disk_loses_nothing_and_admits_nobody(tmp_path, monkeypatch, c
         records = [completed() for _ in range(3)]
         ours.settle(records[0])
         ours.commit()
-        wait_for_segments(ours.journal, 2)
+        wait_for_spare(ours.journal)
         disk.fails = call
         ours.settle(records[1])
         ours.settle(records[2])
@@ -259,7 +295,7 @@ def test_a_failing_disk_refuses_those_who_wait_for_open_records_alone(tmp_path, 
     with writer(tmp_path) as ours:
         ours.settle(completed("before"))
         ours.commit()
-        wait_for_segments(ours.journal, 2)
+        wait_for_spare(ours.journal)
         disk.fails = call
         stream, unary = opened("stream"), completed("unary")
         ours.open(stream)
@@ -303,12 +339,12 @@ def test_no_record_waits_for_the_making_of_a_segment(tmp_path, monkeypatch):
         for _ in range(3):
             ours.settle(completed())
             ours.commit(timeout_s=0.9)
-        wait_for_segments(ours.journal, 2)
+        wait_for_spare(ours.journal)
 
 
-def wait_for_segments(journal, count):
-    """Space is taken aside."""
-    wait_until(lambda: len(segment_numbers(journal.path)) >= count)
+def wait_for_spare(journal):
+    """Space is taken aside, and a segment's file is there before all of its space is."""
+    wait_until(lambda: journal.room >= SmallSegments().segment_bytes)
 
 
 def wait_until(condition, timeout_s=5):
