@@ -123,7 +123,8 @@ def check_records(database: Path, samples: Sequence[Sample]) -> Checked:
         before = sum(states.values())
         time.sleep(2.0)
     completed = sum(n for (state, tier), n in states.items() if state == "completed")
-    other = sum(n for (_, tier), n in states.items() if tier != "priority")
+    # What was not served has no tier: the requests that were sent to see whether it runs yet.
+    other = sum(n for (_, tier), n in states.items() if tier not in ("", "priority"))
     untrue = sum(int(sample.told["untrue"]) for sample in mine)
     return Checked(answers, completed, sum(states.values()), other, untrue)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -186,6 +187,8 @@ class Inference:
     async def _fail(self, call: Call, run: Run, failure: Failures, *, streams: bool) -> NoReturn:
         kind, exchange = failure.request, call.exchange
         if kind is RequestFailure.CRASH:
+            # uvloop sends what was written when a turn of the event loop ends.
+            await asyncio.sleep(0)
             _crash()
         elif kind is RequestFailure.HANG:
             await run.stall()
