@@ -76,8 +76,15 @@ def policies(trace: Trace) -> list[str]:
     return [FIXED, *map(serves, SERVE_TARGETS), OURS, IDEAL]
 
 
-def play(trace: Trace, name: str, least: int = 1) -> Row:
-    """Play a trace to one policy; Frontline's has so many replicas at the least."""
+def play(trace: Trace, name: str, least: int = 1, flex_extra: int = 0) -> Row:
+    """Play a trace to one policy.
+
+    Args:
+        trace: what comes.
+        name: of the policy.
+        least: how many replicas Frontline's has at the least.
+        flex_extra: how many it may add for flex.
+    """
     most = max(4, 2 * trace.replicas)
     # What the fixed fleet has is what the highest mean load takes at the middle target.
     peak = math.ceil(trace.replicas / MIDDLE)
@@ -87,7 +94,8 @@ def play(trace: Trace, name: str, least: int = 1) -> Row:
     if name == FIXED:
         policy = Fixed(peak)
     elif name == OURS:
-        policy = PriorityAware(ScalingSettings(), most, least)
+        settings = ScalingSettings(flex_extra_replicas=flex_extra)
+        policy = PriorityAware(settings, most, least)
     elif name == IDEAL:
         policy = Foresight(trace, ScalingSettings(), most, LineSettings().headroom)
     else:
@@ -203,11 +211,11 @@ def chances(by_trace: Sequence[Sequence[Sequence[Row]]]) -> str:
     return "\n".join(lines)
 
 
-def try_seeds(chosen: Sequence[Trace], seeds: int, least: int, jobs: int) -> str:
+def try_seeds(chosen: Sequence[Trace], seeds: int, least: int, flex_extra: int, jobs: int) -> str:
     """Play each trace with the first seeds, and return what of its outcome is chance."""
     names = (serves(MIDDLE), OURS, IDEAL)
     runs = [
-        (replace(trace, seed=seed), name, least)
+        (replace(trace, seed=seed), name, least, flex_extra)
         for trace in chosen
         for seed in range(1, seeds + 1)
         for name in names
@@ -275,6 +283,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench"),
     seeds: Annotated[int, typer.Option(help="Instead: try so many seeds, without plots.")] = 0,
     least: Annotated[int, typer.Option(help="Frontline's min_replicas.")] = 1,
+    flex_extra_replicas: Annotated[int, typer.Option(help="Frontline's.")] = 0,
     jobs: Annotated[int, typer.Option(help="How many processes simulate.")] = 1,
 ) -> None:
     """Simulate, and print what each policy costs and what it leads to."""
@@ -282,9 +291,11 @@ def main(
     if not chosen:
         raise typer.BadParameter("no trace has that in its name", param_hint="--only")
     if seeds:
-        print(try_seeds(chosen, seeds, least, jobs))
+        print(try_seeds(chosen, seeds, least, flex_extra_replicas, jobs))
         return
-    runs = [(trace, name, least) for trace in chosen for name in policies(trace)]
+    runs = [
+        (trace, name, least, flex_extra_replicas) for trace in chosen for name in policies(trace)
+    ]
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(pool.map(play, *zip(*runs, strict=True)))
     by_trace = [[row for row in rows if row.trace == trace.name] for trace in chosen]
