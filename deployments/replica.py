@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-import aiohttp
+import orjson
 from ray import serve
 
 from app.config import LONGEST_STOP_S, PoolSettings
+from app.connection import ConnectionLost, fetch
 from app.dialect import Route
 from app.plan import LaunchPlan
 from app.snapshot import ReplicaStatus
@@ -49,15 +50,15 @@ class EngineUnhealthy(RuntimeError):
 
 
 class LocalEngine:
-    """HTTP to the engine's own server on this machine, for starting and watching it."""
+    """HTTP to the engine's own server on this machine, for starting and watching it.
+
+    Each request has a connection of its own: one that is kept open would look like somebody's
+    request to whoever counts them.
+    """
 
     def __init__(self, base_url: str, key: str) -> None:
         self._base_url = base_url
-        self._authorization = {"authorization": f"Bearer {key}"}
-        # A connection kept open would look like somebody's request to whoever counts them.
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(force_close=True), trust_env=False
-        )
+        self._key = key
 
     async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
         """Return status and parsed body of a GET; see ``EngineHttp``."""
@@ -67,32 +68,26 @@ class LocalEngine:
         self, path: str, body: Mapping[str, Any], *, authorized: bool = True
     ) -> tuple[int, Any]:
         """Return status and parsed body of a POST; see ``EngineHttp``."""
-        return await self._request("POST", path, body, authorized)
+        return await self._request("POST", path, orjson.dumps(body), authorized)
 
     async def answers(self, path: str, timeout_s: float) -> bool:
         """Whether a GET is answered with 200 in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 status, _ = await self.get_json(path)
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (ConnectionLost, TimeoutError):
             return False
         return status == 200
 
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._session.close()
-
     async def _request(
-        self, method: str, path: str, body: Mapping[str, Any] | None, authorized: bool
+        self, method: str, path: str, body: bytes | None, authorized: bool
     ) -> tuple[int, Any]:
-        headers = self._authorization if authorized else {}
-        async with self._session.request(
-            method, self._base_url + path, json=body, headers=headers
-        ) as response:
-            try:
-                return response.status, await response.json(content_type=None)
-            except ValueError:
-                return response.status, None
+        key = self._key if authorized else None
+        status, answer = await fetch(self._base_url, method, path, key=key, json=body)
+        try:
+            return status, orjson.loads(answer)
+        except orjson.JSONDecodeError:
+            return status, None
 
 
 class EngineReplica:
@@ -159,7 +154,7 @@ class EngineReplica:
         except TimeoutError:
             self._hangs = True
             logger.error("%s hangs: not one token within %s s", self._status, timeout_s)
-        except (aiohttp.ClientError, OSError):
+        except ConnectionLost:
             pass  # it has ended, which shows by itself
         self._suspected = self._hangs
 
@@ -247,7 +242,6 @@ class EngineReplica:
             await self._ranks.stop()
         if self._guard is not None:
             await self._guard.stop()
-        await self._http.close()
         self._port.close()
         if self._meeting_place is not None:
             self._meeting_place.close()

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app import connection as module
-from app.connection import ConnectionLost, Connections, EngineConnection
+from app.connection import ConnectionLost, Connections, EngineConnection, fetch
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: engine\r\ncontent-length: 2\r\n\r\n"
 WHOLE = (
@@ -169,3 +169,52 @@ async def test_nobody_listens():
         await connections.take(running.url)
     with pytest.raises(ConnectionLost):
         await EngineConnection().send(HEAD, b"{}", 5.0)
+
+
+@asynccontextmanager
+async def listening(answer: bytes) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """Give a server's address, and what it has got when the block ends; it answers at once."""
+    got: list[bytes] = []
+    ended = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer)
+        if not answer.endswith(b"body"):
+            writer.close()
+        got.append(await reader.read())
+        writer.close()
+        await writer.wait_closed()
+        ended.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", got
+        await asyncio.wait_for(ended.wait(), 5)
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.parametrize(("key", "json"), [(None, None), ("secret", None), ("secret", b'{"a":1}')])
+async def test_a_single_request_has_a_connection_of_its_own(key, json):
+    async with listening(WHOLE) as (url, got):
+        method = "GET" if json is None else "POST"
+        assert await fetch(url, method, "/health", key=key, json=json) == (200, b"body")
+        head, *fields = got[0].decode().split("\r\n")
+    assert head == f"{method} /health HTTP/1.1"
+    sent = dict(field.split(": ") for field in fields if field)
+    assert sent.pop("host") == url.removeprefix("http://")
+    assert sent.pop("connection") == "close"
+    assert sent.pop("authorization", None) == (f"Bearer {key}" if key else None)
+    body = {} if json is None else {"content-type": "application/json", "content-length": "7"}
+    assert sent == body
+    assert b"".join(got[1:]) == (json or b""), "and it has closed the connection"
+
+
+async def test_a_single_request_that_gets_no_answer_says_so():
+    async with listening(WHOLE.removesuffix(b"dy")) as (url, _):
+        with pytest.raises(ConnectionLost):
+            await fetch(url, "GET", "/health")
+    with pytest.raises(ConnectionLost):
+        await fetch(url, "GET", "/health")

@@ -119,7 +119,6 @@ async def running(build=STAND_INS, simulation=None, **engine_args):
     finally:
         process.kill()
         await process.wait()
-        await http.close()
 
 
 async def inspect(**options):
