@@ -16,6 +16,9 @@ minute, whatever messages are late, lost or repeated:
 - An allowance ends ``LEASE_S`` after the ask that it answers. The book counts what an ingress held
   as used when it has heard nothing for longer than that.
 
+A book knows of an ingress what it has heard itself. Where one is lost, with the process that has
+it, a key may use up to twice its limit in that minute: a fault of ours is not the client's.
+
 Tokens are taken as expected and put right when the request has ended; where that is more than was
 expected the limit is exceeded by the difference, and as much less is given afterwards.
 """
@@ -185,7 +188,11 @@ class LimitBook:
 
     def _hear(self, ask: Ask, now: float) -> bool:
         """Take in what an ask says, and return whether it is the newest of its ingress."""
-        holding = self._holdings.setdefault(ask.ingress, _Holding())
+        holding = self._holdings.get(ask.ingress)
+        if holding is None:
+            # What it has used in its life came from a book that is lost, or was forgotten as idle.
+            holding = _Holding(used=ask.used, returned=ask.returned)
+            self._holdings[ask.ingress] = holding
         if ask.number <= holding.number:
             return False
         holding.number = ask.number

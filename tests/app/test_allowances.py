@@ -102,3 +102,16 @@ def test_books_that_nobody_uses_are_forgotten():
     for at in range(1010, 1600, 10):
         ingress.exchange(float(at))
     assert len(books._books) == 0
+
+
+def test_a_key_that_was_forgotten_has_its_whole_limit_again():
+    books, key, other = LimitBooks(), key_with(rpm=4), key_with(rpm=4)
+    ingress = Ingress(books)
+    for minute in range(3):
+        assert served(ingress, key, 1, 10, start=1000.0 + 70 * minute).count(None) == 4
+    for at in range(1300, 1900, 10):
+        # The books forget while others speak.
+        ingress.request(other, 1, float(at))
+        ingress.exchange(float(at))
+    assert list(books._books) == [f"{other.key_id}/requests"]
+    assert served(ingress, key, 1, 10, start=1900.0).count(None) == 4

@@ -209,6 +209,24 @@ def test_a_book_that_nobody_uses_can_be_forgotten():
     assert net.book.is_idle(net.now + 300)
 
 
+def test_a_book_that_is_new_does_not_count_what_was_used_of_the_one_before():
+    net = Net(1, 10, 1)
+    for _ in range(15):
+        net.request(0)
+        for _ in range(160):
+            net.step()
+    assert len(net.taken) == 15
+    net.book = LimitBook()
+    for _ in range(10):
+        net.request(0)
+        net.step()
+        net.step()
+    for _ in range(20):
+        net.step()
+    assert len(net.taken) == 25, "a whole limit of the new book's"
+    assert not net.take(0)
+
+
 def test_what_headers_say():
     net = Net(1, 10, 1)
     assert net.allowances[0].standing(net.now) == Standing(10, 10, 0.0, 0.0)
