@@ -69,6 +69,7 @@ class Accounts:
         self._sooner = asyncio.Event()
         self._answered = asyncio.Event()
         self._away = False
+        self._heard_at = 0.0
 
     def start(self) -> None:
         """Begin to read keys and to renew allowances."""
@@ -110,7 +111,9 @@ class Accounts:
         while over := self._allowances.take(caller.key, tokens, now := time.monotonic()):
             if self._away:
                 return
-            if self._allowances.is_refused(caller.key, now) or now > came + _ANSWERS_S:
+            # By the answers' clock: where the event loop stood still, none has come.
+            long_heard = self._heard_at > came + _ANSWERS_S
+            if self._allowances.is_refused(caller.key, now) or long_heard:
                 raise self._limited(caller.key, over)
             await self._ask_now()
 
@@ -171,7 +174,8 @@ class Accounts:
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 answers = await self._source.answer(self._allowances.asks(now))
-            self._allowances.receive(answers, time.monotonic())
+            self._heard_at = time.monotonic()
+            self._allowances.receive(answers, self._heard_at)
             self._away = False
         except Exception:
             self._away = True

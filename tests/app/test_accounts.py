@@ -151,6 +151,20 @@ async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
                     await asyncio.sleep(0.01)
 
 
+async def test_nobody_is_refused_because_the_event_loop_stood_still(monkeypatch):
+    monkeypatch.setattr("app.accounts._PATIENCE_S", 0.2)
+    monkeypatch.setattr("app.accounts._ANSWERS_S", 0.4)
+    stored, text = key(rpm=5)
+    books = Books()
+    books.silent = True
+    async with accounts(stored, books=books) as made:
+        caller = await made.identify(f"Bearer {text}")
+        charging = asyncio.create_task(made.charge(caller, 1))
+        await asyncio.sleep(0.05)
+        time.sleep(0.6)  # noqa: ASYNC251
+        await charging
+
+
 async def test_many_at_once_and_a_large_one_among_them_all_get_by_where_there_is_room():
     stored, text = key(rpm=100_000, tpm=1_000_000)
     async with accounts(stored) as made:
