@@ -19,7 +19,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 # Below the five seconds after which uvicorn, which the engines stand on, closes an idle
 # connection: the side that writes next must be the one that gives up first.
 KEEPALIVE_S: Final = 3.0
-_LONGEST_FETCH_S: Final = 300.0
+_LONGEST_PAUSE_S: Final = 300.0
 _MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that wait for a slow client before the engine has to wait, too."""
 
@@ -293,6 +293,12 @@ class Connections:
         self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep) if again else None
 
 
+def request_head(method: str, path: str, base_url: str, key: str | None) -> bytes:
+    """Return what the head of a request begins with; ``key`` is a bearer token."""
+    head = f"{method} {path} HTTP/1.1\r\nhost: {urlsplit(base_url).netloc}\r\n"
+    return (head if key is None else f"{head}authorization: Bearer {key}\r\n").encode()
+
+
 async def fetch(
     base_url: str, method: str, path: str, *, key: str | None = None, json: bytes | None = None
 ) -> tuple[int, bytes]:
@@ -306,16 +312,15 @@ async def fetch(
         json: the body.
 
     Raises:
-        ConnectionLost: there is no connection, or it ended before the answer did.
+        ConnectionLost: there is no connection, it ended before the answer did, or nothing came
+            for five minutes.
     """
-    connection = await _connect(base_url)
-    head = f"{method} {path} HTTP/1.1\r\nhost: {urlsplit(base_url).netloc}\r\nconnection: close\r\n"
-    if key is not None:
-        head += f"authorization: Bearer {key}\r\n"
+    head = request_head(method, path, base_url, key) + b"connection: close\r\n"
     if json is not None:
-        head += f"content-type: application/json\r\ncontent-length: {len(json)}\r\n"
+        head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(json)
+    connection = await _connect(base_url)
     try:
-        response = await connection.send(f"{head}\r\n".encode(), json or b"", _LONGEST_FETCH_S)
+        response = await connection.send(head + b"\r\n", json or b"", _LONGEST_PAUSE_S)
         return response.status, await response.read()
     finally:
         connection.close()

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Self
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from app import errors
-from app.connection import ConnectionLost, Connections, Response
+from app.connection import ConnectionLost, Connections, Response, request_head
 from app.dialect import Route
 from app.openai_api import stream_error
 from app.snapshot import ReplicaStatus
@@ -195,10 +194,7 @@ class EngineClient:
 @lru_cache(1024)
 def _head(route: Route, base_url: str, key: str) -> bytes:
     """Return what the heads of all requests to a route of an engine begin with."""
-    return (
-        b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\n"
-        b"authorization: Bearer %b\r\n"
-    ) % (route.path.encode(), urlsplit(base_url).netloc.encode(), key.encode())
+    return request_head("POST", route.path, base_url, key) + b"content-type: application/json\r\n"
 
 
 async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryAnswer:
