@@ -188,11 +188,9 @@ class LimitBook:
 
     def _hear(self, ask: Ask, now: float) -> bool:
         """Take in what an ask says, and return whether it is the newest of its ingress."""
-        holding = self._holdings.get(ask.ingress)
-        if holding is None:
-            # What it has used in its life came from a book that is lost, or was forgotten as idle.
-            holding = _Holding(used=ask.used, returned=ask.returned)
-            self._holdings[ask.ingress] = holding
+        # What one that is new here has used came from a book that is lost, or was forgotten.
+        unheard = _Holding(used=ask.used, returned=ask.returned)
+        holding = self._holdings.setdefault(ask.ingress, unheard)
         if ask.number <= holding.number:
             return False
         holding.number = ask.number

@@ -124,13 +124,19 @@ async def test_while_the_books_are_away_requests_are_served():
         assert await admitted(made, caller, 3) == 3
 
 
-async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
+@asynccontextmanager
+async def silent_books(monkeypatch):
+    """Give accounts, somebody with a key and the books that say nothing, for less patience."""
     monkeypatch.setattr("app.accounts._PATIENCE_S", 0.2)
     stored, text = key(rpm=5)
     books = Books()
     books.silent = True
     async with accounts(stored, books=books) as made:
-        caller = await made.identify(f"Bearer {text}")
+        yield made, await made.identify(f"Bearer {text}"), books
+
+
+async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
+    async with silent_books(monkeypatch) as (made, caller, books):
 
         async def waited():
             began = time.monotonic()
@@ -152,13 +158,8 @@ async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
 
 
 async def test_nobody_is_refused_because_the_event_loop_stood_still(monkeypatch):
-    monkeypatch.setattr("app.accounts._PATIENCE_S", 0.2)
     monkeypatch.setattr("app.accounts._ANSWERS_S", 0.4)
-    stored, text = key(rpm=5)
-    books = Books()
-    books.silent = True
-    async with accounts(stored, books=books) as made:
-        caller = await made.identify(f"Bearer {text}")
+    async with silent_books(monkeypatch) as (made, caller, _):
         charging = asyncio.create_task(made.charge(caller, 1))
         await asyncio.sleep(0.05)
         time.sleep(0.6)  # noqa: ASYNC251

@@ -103,7 +103,7 @@ async def check_told_at_last(cluster, long, waiting, removed):
     assert GIVE_UP_S < waited_s < GIVE_UP_S + 30
     print(f"who waited in vain was told after {waited_s:.1f} s")
     # Nobody waits for the record of a request that was not served.
-    [record] = eventually(lambda: cluster.records(reason="engine_not_offered"))
+    [record] = await eventually_async(lambda: cluster.records(reason="engine_not_offered"))
     assert (record["state"], record["model"]) == ("shed", "test/alone")
 
 
