@@ -113,7 +113,7 @@ class Accounts:
                 return
             # By the answers' clock: where the event loop stood still, none has come.
             long_heard = self._heard_at > came + _ANSWERS_S
-            if self._allowances.is_refused(caller.key, now) or long_heard:
+            if self._allowances.is_refused(caller.key, tokens, now) or long_heard:
                 raise self._limited(caller.key, over)
             await self._ask_now()
 
@@ -181,3 +181,5 @@ class Accounts:
             self._away = True
         self._answered.set()
         self._answered = asyncio.Event()
+        # Whoever waits takes from it before what seems to be needed by nobody is given up.
+        await asyncio.sleep(0)

@@ -8,7 +8,7 @@ that asks are sent whenever ``next_ask`` says. One ingress alone can have the bo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -46,11 +46,7 @@ class Allowances:
             return None
         taken: list[tuple[Allowance, int]] = []
         over: OverLimit | None = None
-        for measure, amount in ((Measure.REQUESTS, 1), (Measure.TOKENS, tokens)):
-            allowance = self._of(key, measure)
-            if allowance is None:
-                continue
-            amount = min(amount, allowance.limit)
+        for measure, allowance, amount in self._needed(key, tokens):
             # Each is tried, so that all that is missing is asked for at once.
             if allowance.take(amount, now):
                 taken.append((allowance, amount))
@@ -61,10 +57,10 @@ class Allowances:
                 allowance.untake(amount)
         return over
 
-    def is_refused(self, key: ApiKey, now: float) -> bool:
-        """Whether the books have said just now that there is no more of one of its limits."""
-        each = (self._of(key, measure) for measure in Measure)
-        return any(allowance is not None and allowance.is_refused(now) for allowance in each)
+    def is_refused(self, key: ApiKey, tokens: int, now: float) -> bool:
+        """Whether the books have said just now that one of its limits has not so much left."""
+        needed = self._needed(key, tokens)
+        return any(allowance.is_refused(amount, now) for _, allowance, amount in needed)
 
     def put_right(self, key: ApiKey, expected: int, used: int, age_s: float) -> None:
         """Correct the tokens of a request that was taken ``age_s`` ago and has ended."""
@@ -93,6 +89,12 @@ class Allowances:
         for name, given in answers.items():
             if name in self._allowances:
                 self._allowances[name].receive(given, now)
+
+    def _needed(self, key: ApiKey, tokens: int) -> Iterator[tuple[Measure, Allowance, int]]:
+        for measure, amount in ((Measure.REQUESTS, 1), (Measure.TOKENS, tokens)):
+            allowance = self._of(key, measure)
+            if allowance is not None:
+                yield measure, allowance, min(amount, allowance.limit)
 
     def _standing(self, key: ApiKey, measure: Measure, now: float) -> Standing | None:
         allowance = self._of(key, measure)

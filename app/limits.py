@@ -229,8 +229,7 @@ class Allowance:
         self._ingress = ingress
         self._used = self._returned = self._held = self._number = 0
         self._until = self._asked_at = self._given_at = -math.inf
-        self._missed = self._missed_together = self._asked_for = 0
-        self._refused = False
+        self._missed = self._missed_together = 0
         self._demanded = 0
         self._rate = 0.0
         self._net_before = 0
@@ -244,9 +243,10 @@ class Allowance:
         amount = min(amount, self.limit)
         self._demanded += amount
         if now >= self._until or self._held < amount:
-            # One of them at least must get by with the answer; all should.
-            self._missed = max(self._missed, amount)
-            self._missed_together += amount
+            if not self.is_refused(amount, now):
+                # One of them at least must get by with the answer; all should.
+                self._missed = min(self._missed or amount, amount)
+                self._missed_together += amount
             return False
         self._held -= amount
         self._used += amount
@@ -273,7 +273,7 @@ class Allowance:
         if self._given.answers != self._number:
             # A new ask would make the answer to this one worthless.
             return self._asked_at + _PATIENCE_S
-        if self._missed and not self._refused:
+        if self._missed:
             return self._asked_at + _URGENT_S
         said_all = self._net == self._net_before and self._held <= 0 and not self._missed
         return math.inf if said_all else self._asked_at + RENEWAL_S
@@ -289,9 +289,7 @@ class Allowance:
         self._number += 1
         self._asked_at, self._net_before = now, self._net
         wanted = max(needed, self._missed_together) - self._held
-        least = self._missed - self._held if self._missed else 0
-        # Who finds too little from now on is not in this ask: its answer refuses nothing to them.
-        self._asked_for = self._missed
+        least = self._missed - self._held
         self._missed = self._missed_together = 0
         return Ask(
             self._ingress, self._number, now, self.limit, self._used, self._returned,
@@ -305,11 +303,11 @@ class Allowance:
         self._held += given.added
         self._until = given.sent_at + LEASE_S
         self._given, self._given_at = given, now
-        self._refused = self._held < self._asked_for
 
-    def is_refused(self, now: float) -> bool:
-        """Whether the book has said just now that there is not as much as was asked for."""
-        return self._refused and now < self._given_at + RENEWAL_S
+    def is_refused(self, amount: int, now: float) -> bool:
+        """Whether the book has said just now that there is not so much of it."""
+        just_said = now < self._given_at + RENEWAL_S
+        return just_said and min(amount, self.limit) > self.standing(now).remaining
 
     def standing(self, now: float) -> Standing:
         """Return what the headers of an answer say."""

@@ -1,4 +1,5 @@
 import asyncio
+import random
 import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -18,15 +19,18 @@ pytestmark = pytest.mark.unit
 class Books:
     """The books, as far away as the test wants them."""
 
-    def __init__(self):
-        self.books = LimitBooks()
+    def __init__(self, books=None, late_s=lambda: 0.001):
+        self.books = books or LimitBooks()
+        self.late_s = late_s
         self.away = self.silent = False
 
     async def answer(self, asks):
-        await asyncio.sleep(3600 if self.silent else 0.002)
+        await asyncio.sleep(3600 if self.silent else self.late_s())
         if self.away:
             raise ConnectionError
-        return self.books.answer(asks, asyncio.get_running_loop().time())
+        given = self.books.answer(asks, asyncio.get_running_loop().time())
+        await asyncio.sleep(self.late_s())
+        return given
 
 
 class Keys:
@@ -173,6 +177,39 @@ async def test_many_at_once_and_a_large_one_among_them_all_get_by_where_there_is
         # Nothing was given before, and others of the same key come all the while.
         for sizes in ([1000, *[30] * 40], [*[30] * 40, 50_000]):
             await asyncio.gather(*(made.charge(caller, size) for size in sizes))
+
+
+async def test_nobody_is_refused_while_there_is_room_however_late_the_books_answer():
+    async def served_by_two(seed):
+        chance = random.Random(seed)
+        first_s = iter([0.0, 0.0, 0.15, 0.15])
+        stored, text = key(rpm=60)
+        books = Books(late_s=lambda: next(first_s, 0.0) + chance.uniform(0.01, 0.05))
+        async with (
+            accounts(stored, books=books, ingress="one") as one,
+            accounts(stored, books=books, ingress="other") as other,
+        ):
+            caller = await one.identify(f"Bearer {text}")
+
+            async def served():
+                done = await admitted(one if chance.random() < 0.8 else other, caller, 1)
+                await asyncio.sleep(chance.uniform(0.01, 0.03))
+                return done
+
+            waves = [await asyncio.gather(*(served() for _ in range(10))) for _ in range(10)]
+            return sum(map(sum, waves))
+
+    assert min(await asyncio.gather(*map(served_by_two, range(60)))) >= 57
+
+
+async def test_a_renewal_gives_up_nothing_that_somebody_waits_for():
+    stored, text = key(rpm=10)
+    books = Books(late_s=lambda: 0.15)
+    async with accounts(stored, books=books) as made:
+        caller = await made.identify(f"Bearer {text}")
+        began = time.monotonic()
+        await made.charge(caller, 1)
+        assert time.monotonic() - began < 0.5, "it got by with the first answer"
 
 
 async def test_a_priority_share_holds():

@@ -82,6 +82,10 @@ class Net:
         return most
 
 
+def renew(book, allowance, now):
+    allowance.receive(book.answer(allowance.ask(now), now), now)
+
+
 @settings(max_examples=50)
 @given(
     seed=st.integers(0, 10**6),
@@ -279,16 +283,16 @@ def test_what_an_ingress_held_cannot_be_used_once_others_may_have_it():
     """Cut off for a minute, it finds its allowance at an end, which the book has given again."""
     book, one, other = LimitBook(), Allowance("one", 100), Allowance("other", 100)
 
-    def renew(allowance, now):
+    def take_all(allowance, now):
         assert not allowance.take(100, now)
-        allowance.receive(book.answer(allowance.ask(now), now), now)
+        renew(book, allowance, now)
 
-    renew(one, 1000.0)
+    take_all(one, 1000.0)
     # The book is told by the other's ask that it has not heard from the first.
-    renew(other, 1000.0 + 3 * LEASE_S)
+    take_all(other, 1000.0 + 3 * LEASE_S)
     assert not other.take(100, 1000.0 + 3 * LEASE_S)
     later = 1000.0 + 4 * LEASE_S + MINUTE_S
-    renew(other, later)
+    take_all(other, later)
     assert other.take(100, later)
     assert not one.take(1, later)
 
@@ -320,8 +324,8 @@ def test_an_answer_refuses_nothing_to_who_came_after_its_ask():
     assert early.wanted == 0
     assert not one.take(1, 1000.1)
     one.receive(book.answer(early, 1000.2), 1000.2)
-    assert not one.is_refused(1000.2) and one.asks_at() <= 1000.2
-    one.receive(book.answer(one.ask(1000.2), 1000.2), 1000.2)
+    assert not one.is_refused(1, 1000.2) and one.asks_at() <= 1000.2
+    renew(book, one, 1000.2)
     assert one.take(1, 1000.2)
 
 
@@ -329,6 +333,23 @@ def test_all_who_came_before_an_ask_are_asked_for():
     book, one = LimitBook(), Allowance("one", 100)
     assert not any(one.take(amount, 1000.0) for amount in (5, 30, 20))
     ask = one.ask(1000.0)
-    assert (ask.wanted, ask.least) == (55, 30)
+    assert (ask.wanted, ask.least) == (55, 5)
     one.receive(book.answer(ask, 1000.0), 1000.0)
     assert all(one.take(amount, 1000.0) for amount in (5, 30, 20))
+
+
+def test_a_large_one_that_is_refused_refuses_no_small_one():
+    book, other, one = LimitBook(), Allowance("other", 100), Allowance("one", 100)
+    assert not other.take(60, 1000.0)
+    renew(book, other, 1000.0)
+    assert other.take(60, 1000.0)
+    renew(book, other, 1000.3)
+
+    assert not one.take(50, 1000.4)
+    renew(book, one, 1000.4)
+    assert not one.take(50, 1000.4) and one.is_refused(50, 1000.4)
+    assert not one.take(10, 1000.5) and not one.is_refused(10, 1000.5)
+    assert not one.take(50, 1000.5)
+    renew(book, one, 1000.5)
+    assert one.take(10, 1000.5)
+    assert one.is_refused(50, 1000.5) and not one.is_refused(5, 1000.5)
