@@ -184,7 +184,9 @@ async def test_whether_a_request_could_go_elsewhere():
     assert not made.has_another(request), "it has failed on one of them, and runs on the other"
 
 
-async def test_priority_that_waits_hastens_the_renewal():
+async def test_priority_that_waits_hastens_the_renewal(monkeypatch):
+    for pause in ("admission.RENEWAL_S", "credits.RENEWAL_S", "credits.URGENT_S"):
+        monkeypatch.setattr(f"app.{pause}", 30.0)
     made = admission(model("one", slots=1))
     await made.admit(ticket())
     renewal = asyncio.create_task(made.wait_for_renewal())
@@ -193,7 +195,7 @@ async def test_priority_that_waits_hastens_the_renewal():
     start = time.monotonic()
     await standing(made, ticket(Tier.PRIORITY))
     await renewal
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 5
 
 
 async def test_who_waits_for_a_model_that_is_removed_is_told():

@@ -115,7 +115,7 @@ async def test_an_ingress_can_wait_until_it_knows_every_model():
     async with following(source) as catalog:
         start = time.monotonic()
         await catalog.wait_known(0.1)
-        assert time.monotonic() - start < 0.5 and catalog.models() == []
+        assert time.monotonic() - start < 5 and catalog.models() == []
 
 
 async def test_a_name_is_unknown_only_once_every_model_has_told_its_own():

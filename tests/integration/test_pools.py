@@ -224,6 +224,6 @@ async def test_a_request_moves_at_once(pools):
     fail(pools, "first", request="crash", at_request=1)
     start = time.monotonic()
     headers, _ = await asyncio.to_thread(ask, pools, "priority")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 3
     assert headers["x-engine"] == NAMES["second"]
     await eventually_async(lambda: len(replicas(pools)) == 2, 60)
