@@ -230,7 +230,7 @@ class Allowance:
         self._used = self._returned = self._held = self._number = 0
         self._until = self._asked_at = self._given_at = -math.inf
         self._missed = self._missed_together = 0
-        self._demanded = 0
+        self._taken = self._needed = 0
         self._rate = 0.0
         self._net_before = 0
         self._given = Given(0, -math.inf, 0, 0, 0.0, 0.0)
@@ -241,7 +241,6 @@ class Allowance:
         A request that needs more than the whole limit gets by when all of it is there.
         """
         amount = min(amount, self.limit)
-        self._demanded += amount
         if now >= self._until or self._held < amount:
             if not self.is_refused(amount, now):
                 # One of them at least must get by with the answer; all should.
@@ -250,11 +249,14 @@ class Allowance:
             return False
         self._held -= amount
         self._used += amount
+        # What is refused is not counted: nothing is to be held for it.
+        self._taken += amount
         return True
 
     def untake(self, amount: int) -> None:
         """Undo a ``take`` that was just made."""
         self._used -= amount
+        self._taken -= amount
         self._held += amount
 
     def put_right(self, difference: int, age_s: float) -> None:
@@ -273,7 +275,8 @@ class Allowance:
         if self._given.answers != self._number:
             # A new ask would make the answer to this one worthless.
             return self._asked_at + _PATIENCE_S
-        if self._missed:
+        if self._missed or self._held > 2 * self._needed:
+            # What was given for one that then found too little is missing elsewhere.
             return self._asked_at + _URGENT_S
         said_all = self._net == self._net_before and self._held <= 0 and not self._missed
         return math.inf if said_all else self._asked_at + RENEWAL_S
@@ -283,12 +286,12 @@ class Allowance:
         if now >= self._until:
             self._held = 0
         self._measure(now)
-        needed = math.ceil(self._rate * _AHEAD_S)
+        self._needed = math.ceil(self._rate * _AHEAD_S)
         # What was used beyond the allowance is reported as used, and so made up for.
-        self._held = max(0, min(self._held, needed))
+        self._held = max(0, min(self._held, self._needed))
         self._number += 1
         self._asked_at, self._net_before = now, self._net
-        wanted = max(needed, self._missed_together) - self._held
+        wanted = max(self._needed, self._missed_together) - self._held
         least = self._missed - self._held
         self._missed = self._missed_together = 0
         return Ask(
@@ -329,12 +332,12 @@ class Allowance:
     def _measure(self, now: float) -> None:
         elapsed = now - self._asked_at
         if 0 < elapsed < math.inf:
-            rate = self._demanded / elapsed
+            rate = self._taken / elapsed
             self._rate += (1 - math.exp(-elapsed / _RATE_MEMORY_S)) * (rate - self._rate)
             if self._rate < _LEAST_RATE:
                 # Not worth holding anything for, and then nothing is left to say.
                 self._rate = 0.0
-        self._demanded = 0
+        self._taken = 0
 
 
 def rate_limit_headers(requests: Standing | None, tokens: Standing | None) -> list[tuple[str, str]]:

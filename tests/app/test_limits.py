@@ -10,6 +10,7 @@ from app.errors import RateLimited
 from app.limits import (
     LEASE_S,
     MINUTE_S,
+    RENEWAL_S,
     Allowance,
     LimitBook,
     Standing,
@@ -353,3 +354,33 @@ def test_a_large_one_that_is_refused_refuses_no_small_one():
     renew(book, one, 1000.5)
     assert one.take(10, 1000.5)
     assert one.is_refused(50, 1000.5) and not one.is_refused(5, 1000.5)
+
+
+def test_what_was_given_for_a_large_one_and_is_too_little_is_soon_there_for_others():
+    book, other, one = LimitBook(), Allowance("other", 100), Allowance("one", 100)
+    assert not other.take(30, 1000.0)
+    renew(book, other, 1000.0)
+    assert other.take(30, 1000.0)
+
+    assert not one.take(5, 1000.0) and not one.take(90, 1000.0)
+    renew(book, one, 1000.0)
+    assert one.take(5, 1000.0)
+    assert not one.take(90, 1000.0) and one.is_refused(90, 1000.0)
+    assert one.asks_at() < 1000.0 + RENEWAL_S / 5
+    renew(book, one, one.asks_at())
+
+    assert not other.take(50, 1000.1)
+    renew(book, other, 1000.1)
+    assert other.take(50, 1000.1)
+
+
+def test_nothing_is_held_for_what_is_refused():
+    book, one = LimitBook(), Allowance("one", 100)
+    now = 1000.0
+    for _ in range(40):
+        now += RENEWAL_S
+        one.take(1000, now)
+        renew(book, one, now)
+        # The first got the whole limit; the others were all refused.
+        one.take(1000, now)
+    assert one.ask(now).wanted <= 1
