@@ -17,6 +17,8 @@ import orjson
 _USAGE: Final = b',"usage":'
 _DATA: Final = b"data: "
 _DIGITS: Final = b"0123456789"
+_MANY: Final = 4
+"""How many chunks are worth being looked at together."""
 _KEPT: Final = 4
 """How many templates a stream has at once: a choice of ``n``, or a delta's kind, has its own."""
 
@@ -59,6 +61,9 @@ class Splicer:
         """
         while place < len(blocks):
             for template in self._templates:
+                if done := self._splice_all(template, blocks, place, wire):
+                    place += done
+                    break
                 texts = self._texts(template, blocks, place)
                 if texts:
                     head, tail = template.wire_head, template.wire_tail
@@ -69,6 +74,37 @@ class Splicer:
             else:
                 break
         return place
+
+    def _splice_all(
+        self, template: _Template, blocks: Sequence[bytes], place: int, wire: list[bytes]
+    ) -> int:
+        """Add the events of many chunks at once, and return of how many.
+
+        That is all, but for the last that are not like the template; or none where another is not.
+        """
+        head, middle, shape, _, tail = template
+        end = len(blocks)
+        while end > place and middle not in blocks[end - 1]:
+            end -= 1
+        count = end - place
+        if count < _MANY:
+            return 0
+        begins, _, numbers = zip(*[b.rpartition(middle) for b in blocks[place:end]], strict=True)
+        joined = tail.join((*begins, b""))
+        alike = joined.startswith(head) and joined.count(tail + head) == count - 1
+        # As in `_texts`: a backslash may hide the quote that seems to end a text.
+        if not alike or b"\\" + tail in joined:
+            return 0
+        if b"".join(numbers).translate(None, _DIGITS) != shape * count:
+            return 0
+        if head != template.wire_head:
+            joined = template.wire_head + joined[len(head) :]
+            joined = joined.replace(tail + head, tail + template.wire_head)
+        wire.append(joined)
+        if shape:
+            self.usage = numbers[-1][:-1]
+        self._spliced += count
+        return count
 
     def _texts(self, template: _Template, blocks: Sequence[bytes], place: int) -> list[bytes]:
         """Return the texts of those chunks, from a place on, that are like the template."""

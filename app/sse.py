@@ -40,7 +40,7 @@ class EventReader:
             # A CR that ends the piece may be the first half of a CR LF: it waits for the next.
             held = b"\r" if text.endswith(b"\r") else b""
             text = text.removesuffix(b"\r").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        blocks = text.split(b"\n\n")
+        blocks = _split(text)
         self._rest = blocks.pop() + held
         return blocks
 
@@ -48,6 +48,15 @@ class EventReader:
     def incomplete(self) -> bool:
         """Whether the stream stands in the middle of an event."""
         return bool(self._rest.strip())
+
+
+def _split(text: bytes) -> list[bytes]:
+    """Return what stands between empty lines."""
+    # To look for one byte takes half as long as for two, and most events are one line.
+    lines = text.split(b"\n")
+    if len(lines) % 2 and not any(lines[1::2]):
+        return lines[::2]
+    return text.split(b"\n\n")
 
 
 def parse_block(block: bytes) -> Event | None:

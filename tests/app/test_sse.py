@@ -29,6 +29,12 @@ def test_events_survive_any_cutting_and_any_line_ending(sent, places, ending):
     assert not reader.incomplete
 
 
+@given(st.text("\n\n\na:", max_size=12).map(str.encode))
+def test_blocks_stand_between_empty_lines(text):
+    reader = EventReader()
+    assert [*reader.blocks(text), reader._rest] == text.split(b"\n\n")
+
+
 def test_comments_and_empty_events_are_dropped():
     wire = b": keep-alive\n\nid: 3\n\ndata:x\n\n\n\ndata: y\nretry: 1\n\n"
     assert [event.data for event in EventReader().feed(wire)] == [b"x", b"y"]

@@ -220,6 +220,57 @@ def test_chunks_that_are_nearly_alike_are_told_apart(sent):
         assert spliced.usage == parsed.usage
 
 
+def same_together(sent, options):
+    """Compare what comes of events that arrive together, after one, spliced and parsed."""
+    request = inbound(stream=True, stream_options=options)
+    spliced, parsed = ChunkStamper(request, PRIORITY), ChunkStamper(request, PRIORITY)
+    parsed._splicer = None
+    for together in (sent[:1], sent[1:]):
+        got, expected = (
+            [json.loads(e.data) for e in EventReader().feed(fed(stamper, *together))]
+            for stamper in (spliced, parsed)
+        )
+        assert got == expected
+        assert spliced.usage == parsed.usage
+
+
+@given(
+    st.lists(chunks, min_size=2, max_size=8),
+    st.booleans(),
+    st.sampled_from([None, {"include_usage": True}]),
+)
+def test_splicing_chunks_that_come_together_comes_to_the_same(sent, compact, options):
+    same_together([wired(chunk, compact, lambda _: 0) for chunk in sent], options)
+
+
+@given(
+    st.lists(near, min_size=1, max_size=3),
+    st.lists(st.tuples(texts, st.sampled_from("xxxxxxxy"), st.integers(0, 99)), min_size=5),
+    st.booleans(),
+    st.data(),
+)
+def test_nearly_alike_chunks_that_come_together_are_told_apart(kinds, said, compact, data):
+    """Most have the first one's kind: then those that are alike are stamped with one another."""
+    events = []
+    for text, name, number in said:
+        fields = data.draw(st.sampled_from(kinds)) | {"id": name}
+        usage = fields["usage"] and fields["usage"] | {"completion_tokens": number}
+        choice = fields["choices"][0] | {"delta": {"content": text}}
+        events.append(wired(fields | {"choices": [choice], "usage": usage}, compact, lambda _: 0))
+    same_together(events, None)
+
+
+def test_a_chunk_that_is_no_json_is_found_among_others():
+    def event(text):
+        choice = b'{"index":0,"delta":{"content":"%b"},"finish_reason":null}' % text
+        return Event(b'{"id":"x","choices":[%b]}' % choice)
+
+    stamper = stream_stamper(inbound(stream=True), PRIORITY)
+    fed(stamper, event(b"a"))
+    with pytest.raises(orjson.JSONDecodeError):
+        fed(stamper, *(event(text) for text in (b"a", b"b", b"a\\", b"c", b"d")))
+
+
 def test_ordinary_chunks_are_not_parsed(monkeypatch):
     """What makes streaming cheap: of a hundred chunks three are parsed."""
 
