@@ -47,6 +47,7 @@ class Splicer:
         self.usage: bytes | None = None
         self._templates: list[_Template] = []
         self._learned = self._spliced = 0
+        self._all_alike = True
 
     def splice(self, blocks: Sequence[bytes], place: int, wire: list[bytes]) -> int:
         """Add chunks' events as the client gets them, up to the first one that must be parsed.
@@ -61,7 +62,7 @@ class Splicer:
         """
         while place < len(blocks):
             for template in self._templates:
-                if done := self._splice_all(template, blocks, place, wire):
+                if self._all_alike and (done := self._splice_all(template, blocks, place, wire)):
                     place += done
                     break
                 texts = self._texts(template, blocks, place)
@@ -81,8 +82,11 @@ class Splicer:
         """Add the events of many chunks at once, and return of how many.
 
         That is all, but for the last that are not like the template; or none where another is not.
+        Then it is not tried again: where kinds of chunks take turns, it would be at each of them.
         """
         head, middle, shape, _, tail = template
+        if not blocks[place].startswith(head):
+            return 0
         end = len(blocks)
         while end > place and middle not in blocks[end - 1]:
             end -= 1
@@ -92,10 +96,10 @@ class Splicer:
         begins, _, numbers = zip(*[b.rpartition(middle) for b in blocks[place:end]], strict=True)
         joined = tail.join((*begins, b""))
         alike = joined.startswith(head) and joined.count(tail + head) == count - 1
+        alike = alike and b"".join(numbers).translate(None, _DIGITS) == shape * count
         # As in `_texts`: a backslash may hide the quote that seems to end a text.
         if not alike or b"\\" + tail in joined:
-            return 0
-        if b"".join(numbers).translate(None, _DIGITS) != shape * count:
+            self._all_alike = False
             return 0
         if head != template.wire_head:
             joined = template.wire_head + joined[len(head) :]
