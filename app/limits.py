@@ -278,7 +278,7 @@ class Allowance:
         if self._missed or self._held > 2 * self._needed:
             # What was given for one that then found too little is missing elsewhere.
             return self._asked_at + _URGENT_S
-        said_all = self._net == self._net_before and self._held <= 0 and not self._missed
+        said_all = self._net == self._net_before and self._held <= 0
         return math.inf if said_all else self._asked_at + RENEWAL_S
 
     def ask(self, now: float) -> Ask:
@@ -308,9 +308,9 @@ class Allowance:
         self._given, self._given_at = given, now
 
     def is_refused(self, amount: int, now: float) -> bool:
-        """Whether the book has said just now that there is not so much of it."""
+        """Whether the book has said just now that so much, the limit at most, is not left."""
         just_said = now < self._given_at + RENEWAL_S
-        return just_said and min(amount, self.limit) > self.standing(now).remaining
+        return just_said and amount > self.standing(now).remaining
 
     def standing(self, now: float) -> Standing:
         """Return what the headers of an answer say."""
