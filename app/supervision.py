@@ -1,0 +1,203 @@
+"""Background work: the one place where tasks and threads that outlive a request are started.
+
+Whatever fails here is logged with its traceback and counted by name, and work that is to go on is
+started again after a pause. ``Registry`` keeps the counts; ``/health`` reports from them.
+
+    keep_running(name, work)   a task that runs until it is cancelled, restarted when it fails
+    run_once(name, work)       a task that ends by itself; its failure is reported, not retried
+    keep_thread(name, work)    a thread that runs until ``work`` returns, restarted when it fails
+
+A restart calls ``work`` anew, so what must survive a failure is kept outside of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+FIRST_PAUSE_S: Final = 0.2
+"""Pause before the first restart; it doubles with each further one."""
+LONGEST_PAUSE_S: Final = 10.0
+"""Longest pause before a restart: how long recovery can take once the cause is gone."""
+RECENT_S: Final = 60.0
+"""How long a failure counts as recent; work that has run for so long starts from the first pause
+again."""
+
+_log = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """What has failed under one name.
+
+    Attributes:
+        count: failures since the process started.
+        restarts: how many of them were followed by a restart.
+        last_error: the type of the last one; its message may name addresses or paths.
+        last_at: when that was, by the monotonic clock, in seconds.
+    """
+
+    count: int
+    restarts: int
+    last_error: str
+    last_at: float
+
+
+class Registry:
+    """Counts failures of background work by name. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, Failures] = {}
+        self._lock = threading.Lock()
+
+    def failed(self, name: str, error: BaseException, *, restarts: bool) -> None:
+        """Count a failure, and log it with its traceback."""
+        with self._lock:
+            old = self._failures.get(name, Failures(0, 0, "", 0.0))
+            count = old.count + 1
+            self._failures[name] = Failures(
+                count, old.restarts + restarts, type(error).__name__, time.monotonic()
+            )
+        then = "restarting" if restarts else "not restarted"
+        _log.error("%s failed (%d so far), %s", name, count, then, exc_info=error)
+
+    def failures(self) -> dict[str, Failures]:
+        """Return what has failed so far, by name."""
+        with self._lock:
+            return dict(self._failures)
+
+    def recent(self, now: float, within_s: float = RECENT_S) -> dict[str, Failures]:
+        """Return what has failed within the last seconds before ``now``, by name."""
+        return {n: f for n, f in self.failures().items() if now - f.last_at < within_s}
+
+
+PROCESS: Final = Registry()
+"""The registry of this process."""
+
+# The event loop itself holds tasks only weakly.
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+def keep_running(
+    name: str, work: Callable[[], Awaitable[None]], registry: Registry = PROCESS
+) -> asyncio.Task[None]:
+    """Run ``work`` on the running event loop until it returns or the task is cancelled.
+
+    Args:
+        name: what it is called in logs and counts; no ids, so that there are few names.
+        work: called again after a pause whenever what it returned has failed.
+        registry: where failures are counted.
+    """
+    return _hold(name, _keep_running(name, work, registry))
+
+
+def run_once(
+    name: str, work: Callable[[], Awaitable[None]], registry: Registry = PROCESS
+) -> asyncio.Task[None]:
+    """Run ``work`` once on the running event loop; a failure is reported, not raised."""
+    return _hold(name, _run_once(name, work, registry))
+
+
+def keep_thread(
+    name: str,
+    work: Callable[[], None],
+    *,
+    stop: threading.Event | None = None,
+    registry: Registry = PROCESS,
+) -> threading.Thread:
+    """Run ``work`` on a daemon thread until it returns, and return the started thread.
+
+    Args:
+        name: of the thread, in logs and in counts.
+        work: called again after a pause whenever it has failed.
+        stop: once it is set, there is no restart, and a pause ends at once.
+        registry: where failures are counted.
+    """
+    ending = stop or threading.Event()
+
+    def run() -> None:
+        pauses = _Pauses()
+        while True:
+            try:
+                work()
+                return
+            except Exception as error:
+                registry.failed(name, error, restarts=not ending.is_set())
+            if ending.wait(pauses.next()):
+                return
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+async def stop(*tasks: asyncio.Task[Any] | None) -> None:
+    """Cancel tasks and return once all of them have ended."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+def _hold(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.get_running_loop().create_task(work, name=name)
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    return task
+
+
+async def _keep_running(name: str, work: Callable[[], Awaitable[None]], registry: Registry) -> None:
+    pauses = _Pauses()
+    while True:
+        if not await _fails(name, work, registry, restarts=True):
+            return
+        await asyncio.sleep(pauses.next())
+
+
+async def _run_once(name: str, work: Callable[[], Awaitable[None]], registry: Registry) -> None:
+    await _fails(name, work, registry, restarts=False)
+
+
+async def _fails(
+    name: str, work: Callable[[], Awaitable[None]], registry: Registry, *, restarts: bool
+) -> bool:
+    """Run ``work`` and return whether it has failed, which is then reported."""
+    try:
+        await work()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Something that it waited for was cancelled, which is no reason for it to end.
+        registry.failed(name, error, restarts=restarts)
+    except Exception as error:
+        registry.failed(name, error, restarts=restarts)
+    else:
+        return False
+    return True
+
+
+class _Pauses:
+    """Exponential back-off that starts anew after a run of ``RECENT_S``.
+
+    The pauses are spread: what one cause has ended in many processes does not return all at once.
+    """
+
+    def __init__(self) -> None:
+        self._pause_s = FIRST_PAUSE_S
+        self._last = time.monotonic()
+
+    def next(self) -> float:
+        """Return the pause after a run that has just failed."""
+        now = time.monotonic()
+        if now - self._last > RECENT_S:
+            self._pause_s = FIRST_PAUSE_S
+        self._last = now
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        return pause_s * random.uniform(0.5, 1.0)
