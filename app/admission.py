@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from typing import Any, Final
 
+from app import supervision
 from app.credits import RENEWAL_S, Demand, Grant
 from app.dialect import Route
 from app.gate import Gate
@@ -22,6 +25,8 @@ from app.report import REPORT_S, LineReport, Tally
 from app.snapshot import Availability, ModelSnapshot, ReplicaStatus, Rest
 from app.ticket import Ticket, TicketState
 from app.tiers import Tier
+
+_TICK_AGAIN_S: Final = 0.2
 
 
 class Shed(Exception):
@@ -79,9 +84,11 @@ class Admission:
         else:
             self._gate.offer()
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
-        self._call(self._gate.configure(snapshot.settings.line, now))
         offers = [_offer(status) for status in snapshot.replicas]
-        self._call(self._gate.set_replicas(offers, snapshot.settings.tiers.priority, now))
+        # The gate's replicas first: with its old ones it would place requests on some that have
+        # gone.
+        self._call(self._gate.set_replicas, offers, snapshot.settings.tiers.priority, now)
+        self._call(self._gate.configure, snapshot.settings.line, now)
 
     def _rest(self, rest: Rest | None, now: float) -> None:
         """Tell the gate whether the model rests, and since when it wakes."""
@@ -102,13 +109,13 @@ class Admission:
             Shed: the request is turned away.
             ModelGone: the model was removed.
         """
-        self._call(self._gate.arrive(ticket, time.monotonic()))
+        self._call(self._gate.arrive, ticket, time.monotonic())
         self._tally.arrive(ticket)
         return await self._place_of(ticket)
 
     async def admit_again(self, ticket: Ticket, *, suspend: bool = True) -> ReplicaStatus:
         """The same for a placed request whose replica failed; see ``Gate.lost``."""
-        self._call(self._gate.lost(ticket, time.monotonic(), suspend=suspend))
+        self._call(partial(self._gate.lost, suspend=suspend), ticket, time.monotonic())
         return await self._place_of(ticket)
 
     def has_another(self, ticket: Ticket) -> bool:
@@ -121,7 +128,7 @@ class Admission:
         now = time.monotonic()
         if ticket.state is TicketState.PLACED:
             self._tally.end(ticket, now)
-        self._call(self._gate.end(ticket, now, tokens))
+        self._call(self._gate.end, ticket, now, tokens)
 
     def close(self) -> None:
         """Turn away whoever waits, or is to wait again, because the model was removed.
@@ -168,11 +175,11 @@ class Admission:
         """Take a grant from the Model, which has heard the last demand."""
         for replica_id in self._suspects_told:
             self._suspects.pop(replica_id, None)
-        self._call(self._gate.receive(grant, time.monotonic()))
+        self._call(self._gate.receive, grant, time.monotonic())
 
     def renewal_failed(self, demand: Demand) -> None:
         """Note that the Model could not be reached."""
-        self._call(self._gate.renewal_failed(demand, time.monotonic()))
+        self._call(self._gate.renewal_failed, demand, time.monotonic())
 
     def nudge(self) -> None:
         """Renew now: the Model says that another ingress needs credits, or that this one does."""
@@ -217,8 +224,22 @@ class Admission:
             raise Shed(ticket)
         return self._replicas[ticket.replica_id]
 
-    def _call(self, tickets: Iterable[Ticket]) -> None:
-        """Tell waiting requests what has become of them."""
+    def _call(self, event: Callable[..., Iterable[Ticket]], *arguments: Any) -> None:
+        """Pass an event to the gate, and tell waiting requests what it has made of them.
+
+        They are told also where the gate fails: nobody else would.
+        """
+        tickets: Iterable[Ticket] = ()
+        try:
+            tickets = event(*arguments)
+        except Exception:
+            tickets = [t for t in self._waiting if t.state is not TicketState.WAITING]
+            raise
+        finally:
+            self._tell(tickets)
+            self._arm()
+
+    def _tell(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
             called = self._waiting.pop(ticket, None)
             if called is None or called.done():
@@ -227,24 +248,33 @@ class Admission:
             self._tally.count(ticket)
             if ticket.state is TicketState.SHED:
                 called.set_exception(Shed(ticket))
+            elif (status := self._replicas.get(ticket.replica_id)) is not None:
+                called.set_result(status)
             else:
-                called.set_result(self._replicas[ticket.replica_id])
-        self._arm()
+                called.set_exception(LookupError("a request was placed on a replica unknown here"))
 
     def _arm(self) -> None:
         """Set the timer to the gate's next tick, and hasten the renewal if it is due sooner."""
         at = self._gate.next_tick()
         if at != self._tick_at:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._tick_at = at
-            delay_s = max(0.0, at - time.monotonic())
-            self._timer = self._loop.call_later(delay_s, self._tick) if at < math.inf else None
+            self._set_timer(at)
         self._hasten()
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._tick_at = at
+        delay_s = max(0.0, at - time.monotonic())
+        self._timer = self._loop.call_later(delay_s, self._tick) if at < math.inf else None
 
     def _tick(self) -> None:
         self._timer, self._tick_at = None, math.inf
-        self._call(self._gate.tick(time.monotonic()))
+        try:
+            self._call(self._gate.tick, time.monotonic())
+        except Exception as error:
+            # The next event sets the timer again; a fault that is due at once must not spin.
+            supervision.PROCESS.failed("queue timer", error, about=self.snapshot.id)
+            self._set_timer(time.monotonic() + _TICK_AGAIN_S)
 
 
 def _offer(status: ReplicaStatus) -> Offer:

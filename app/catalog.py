@@ -7,12 +7,14 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
-from app import errors
+from app import errors, supervision
 from app.admission import Admission
 from app.controller import serve_controller
 from app.credits import Demand
@@ -33,8 +35,16 @@ _NAMELESS_S = 30.0
 _TRY_AGAIN_S = 1.0
 
 
+class SourceAway(Exception):
+    """Serve's controller or a Model cannot be asked now; what is known stands meanwhile."""
+
+
 class ModelSource(Protocol):
-    """Where a catalogue learns about models."""
+    """Where a catalogue learns about models.
+
+    Every method raises ``SourceAway`` or ``TimeoutError`` where it cannot be asked; anything else
+    that it raises is a fault.
+    """
 
     async def applications(self) -> set[str]:
         """Return the names of the model applications that exist now."""
@@ -71,20 +81,23 @@ class ServeSource:
     async def applications(self) -> set[str]:
         # `serve.status()` tells this too, but it takes milliseconds of the ingress's event loop
         # for every deployment, as it builds each one's whole configuration.
-        if self._controller is None:
-            # Ray restarts it under the same handle.
-            self._controller = await asyncio.to_thread(serve_controller)
-        deployments = await self._controller.list_deployment_ids.remote()
+        with _away_translated():
+            if self._controller is None:
+                # Ray restarts it under the same handle.
+                self._controller = await asyncio.to_thread(serve_controller)
+            deployments = await self._controller.list_deployment_ids.remote()
         return {one.app_name for one in deployments if one.name == MODEL_DEPLOYMENT}
 
     async def renew(
         self, application: str, demand: Demand, report: LineReport | None, known: str
     ) -> Renewal:
-        renewal: Renewal = await self._model(application).renew.remote(demand, report, known)
+        with _away_translated():
+            renewal: Renewal = await self._model(application).renew.remote(demand, report, known)
         return renewal
 
     async def nudged(self, application: str, ingress: str) -> bool:
-        nudged: bool = await self._model(application).nudged.remote(ingress)
+        with _away_translated():
+            nudged: bool = await self._model(application).nudged.remote(ingress)
         return nudged
 
     def _model(self, application: str) -> Any:
@@ -93,6 +106,16 @@ class ServeSource:
             handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=application)
             self._handles[application] = handle
         return handle
+
+
+@contextmanager
+def _away_translated() -> Iterator[None]:
+    """Translate what Ray and Serve raise where somebody cannot be asked, or fails to answer."""
+    try:
+        yield
+    # Of these Ray's `get_actor` raises the ValueError, where Serve does not run.
+    except (RayError, RayServeException, ConnectionError, ValueError) as error:
+        raise SourceAway(type(error).__name__) from error
 
 
 async def serve_host() -> str | None:
@@ -112,7 +135,7 @@ class Catalog:
         self._ingress = uuid.uuid4().hex
         self._admissions: dict[str, Admission] = {}
         self._by_name: dict[str, Admission] = {}
-        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._followers: dict[str, tuple[asyncio.Task[None], ...]] = {}
         self._found: dict[str, float] = {}
         self._discoverer: asyncio.Task[None] | None = None
         self._discovered = False
@@ -125,7 +148,7 @@ class Catalog:
 
     def start(self) -> None:
         """Begin to follow the models. Call it on the running event loop."""
-        self._discoverer = asyncio.create_task(self._discover())
+        self._discoverer = supervision.keep_running("model discovery", self._discover)
 
     async def wait_known(self, timeout_s: float) -> None:
         """Return once every model is known, or after a time: one of them may be away.
@@ -151,10 +174,8 @@ class Catalog:
 
     async def stop(self) -> None:
         """End the background tasks."""
-        tasks = [task for task in (self._discoverer, *self._followers.values()) if task]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        followers = (task for tasks in self._followers.values() for task in tasks)
+        await supervision.stop(self._discoverer, *followers)
 
     def set_interval(self, discover_s: float) -> None:
         """Change how often models are looked for, from the next time on."""
@@ -190,67 +211,89 @@ class Catalog:
         while True:
             try:
                 async with asyncio.timeout(_CALL_TIMEOUT_S):
-                    self._follow_only(await self._source.applications())
+                    applications = await self._source.applications()
+            except (SourceAway, TimeoutError) as error:
+                # Serve's controller is away; what is known goes on being served.
+                logger.warning("cannot list model applications: %s", str(error) or "no answer")
+            else:
+                self._follow_only(applications)
                 self._discovered = True
                 self._news.set()
-            except Exception as error:
-                # Serve's controller is away; what is known goes on being served.
-                logger.warning("cannot list model applications: %s", type(error).__name__)
             await asyncio.sleep(self._discover_s)
 
     def _follow_only(self, applications: set[str]) -> None:
         for gone in self._followers.keys() - applications:
-            self._followers.pop(gone).cancel()
+            for task in self._followers.pop(gone):
+                task.cancel()
             del self._found[gone]
             self._admissions.pop(gone).close()
             self._reindex()
         for new in applications - self._followers.keys():
             self._found[new] = time.monotonic()
-            self._followers[new] = asyncio.create_task(self._follow(new))
+            self._follow(new)
 
-    async def _follow(self, application: str) -> None:
+    def _follow(self, application: str) -> None:
         admission = self._admissions[application] = Admission(self._ingress)
-        listener = asyncio.create_task(self._listen(application, admission))
-        try:
+
+        async def renew() -> None:
             await self._renew(application, admission)
-        finally:
-            listener.cancel()
+
+        async def listen() -> None:
+            await self._listen(application, admission)
+
+        self._followers[application] = (
+            supervision.keep_running("credit renewal", renew, about=application),
+            supervision.keep_running("nudge listener", listen, about=application),
+        )
 
     async def _listen(self, application: str, admission: Admission) -> None:
         """Renew when the Model asks for it. Should that fail, renewals go on as they are due."""
         while True:
             try:
                 async with asyncio.timeout(_CALL_TIMEOUT_S):
-                    if await self._source.nudged(application, self._ingress):
-                        admission.nudge()
-            except Exception:
+                    nudged = await self._source.nudged(application, self._ingress)
+            except (SourceAway, TimeoutError) as error:
+                logger.debug("cannot listen to %s: %s", application, error)
                 await asyncio.sleep(_LISTEN_AGAIN_S)
+            else:
+                if nudged:
+                    admission.nudge()
 
     async def _renew(self, application: str, admission: Admission) -> None:
+        """Renew credits, and follow the model. Begun anew, it asks for the whole model again."""
         known, away = "", False
         while True:
             demand, report = admission.demand(), admission.report()
             try:
                 async with asyncio.timeout(_RENEWAL_TIMEOUT_S):
                     renewal = await self._source.renew(application, demand, report, known)
-                known, away = renewal.version, False
-                self._take(admission, renewal)
-            except Exception as error:
+            except (SourceAway, TimeoutError) as error:
                 # The Model actor is away or starting: its last word stands until it is back.
                 admission.renewal_failed(demand)
                 if not away:
-                    logger.info("no news of %s: %s", application, type(error).__name__)
+                    logger.info("no news of %s: %s", application, str(error) or "no answer")
                 away = True
+            else:
+                away = False
+                self._take(admission, renewal)
+                # Only now: a snapshot that could not be applied must be sent again.
+                known = renewal.version
             await admission.wait_for_renewal()
 
     def _take(self, admission: Admission, renewal: Renewal) -> None:
-        if renewal.snapshot is not None:
-            names = _names(admission.snapshot) if admission.known else ()
-            admission.update(renewal.snapshot)
-            if names != _names(renewal.snapshot):
-                self._reindex()
-            self._news.set()
-        admission.receive(renewal.grant)
+        """Apply a Model's answer: its grant also where its snapshot cannot be applied."""
+        try:
+            if renewal.snapshot is not None:
+                self._update(admission, renewal.snapshot)
+        finally:
+            admission.receive(renewal.grant)
+
+    def _update(self, admission: Admission, snapshot: ModelSnapshot) -> None:
+        names = _names(admission.snapshot) if admission.known else ()
+        admission.update(snapshot)
+        if names != _names(snapshot):
+            self._reindex()
+        self._news.set()
 
     def _reindex(self) -> None:
         by_name: dict[str, Admission] = {}

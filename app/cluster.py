@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import sys
-import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import ray
@@ -19,6 +19,7 @@ from ray._private.services import find_gcs_addresses
 from ray.exceptions import RayError
 from ray.serve.schema import ServeStatus
 
+from app import supervision
 from app.catalog import MODEL_DEPLOYMENT
 from app.frame import Look, Sight
 from app.report import ModelBoard
@@ -93,8 +94,7 @@ def connect(address: str | None) -> Cluster:
         # A local cluster wants its user's token. Where an address is given Ray does not look for
         # one by itself, lest it be sent to strangers; this one stays on the machine.
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    connecting = threading.Thread(target=_init_ray, args=[address], daemon=True)
-    connecting.start()
+    connecting = supervision.keep_thread("ray-connect", partial(_init_ray, address))
     # Ray itself would go on for minutes where something else listens at that address.
     connecting.join(_CONNECT_TIMEOUT_S)
     if connecting.is_alive() or not ray.is_initialized():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,7 +14,7 @@ from sqlalchemy import Engine
 from starlette.exceptions import HTTPException
 from starlette.routing import Route as HttpRoute
 
-from app import errors, limits_deployment
+from app import errors, limits_deployment, supervision
 from app.accounts import Accounts
 from app.catalog import Catalog, ServeSource, model_entry, serve_host
 from app.config import LONGEST_STOP_S, IngressSettings
@@ -71,7 +72,7 @@ class Ingress:
         if new_store or settings.auth != before.auth:
             self._open_accounts(self._store, settings)
         if new_store and old is not None:
-            self._retire(self._dispose(old))
+            self._retire("store disposal", partial(self._dispose, old))
         self._services.catalog.set_interval(settings.catalog_interval_s)
         if not self._services.ready.is_set():
             await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
@@ -83,7 +84,7 @@ class Ingress:
         self._services.ledger = open_ledger(store, settings.journal)
         self._services.usage = RecordStore(store)
         if old is not None:
-            self._retire(old.retire())
+            self._retire("ledger retirement", old.retire)
 
     def _open_accounts(self, store: Engine, settings: IngressSettings) -> None:
         old, self._services.accounts = self._services.accounts, None
@@ -92,11 +93,11 @@ class Ingress:
             self._services.accounts = Accounts(ingress, KeyStore(store), self._limits)
             self._services.accounts.start()
         if old is not None:
-            self._retire(old.stop())
+            self._retire("accounts stop", old.stop)
 
-    def _retire(self, ending: Coroutine[Any, Any, None]) -> None:
+    def _retire(self, name: str, end: Callable[[], Awaitable[None]]) -> None:
         """Let something come to its end that requests under way may still use."""
-        task = asyncio.create_task(ending)
+        task = supervision.run_once(name, end)
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 

@@ -56,16 +56,26 @@ class Registry:
         self._failures: dict[str, Failures] = {}
         self._lock = threading.Lock()
 
-    def failed(self, name: str, error: BaseException, *, restarts: bool) -> None:
-        """Count a failure, and log it with its traceback."""
+    def failed(
+        self, name: str, error: BaseException, *, restarts: bool = True, about: str = ""
+    ) -> None:
+        """Count a failure, and log it with its traceback.
+
+        Args:
+            name: of the work.
+            error: what it has failed with.
+            restarts: whether it goes on.
+            about: what the work is for, such as a model's name; logged, not counted by.
+        """
         with self._lock:
             old = self._failures.get(name, Failures(0, 0, "", 0.0))
             count = old.count + 1
             self._failures[name] = Failures(
                 count, old.restarts + restarts, type(error).__name__, time.monotonic()
             )
-        then = "restarting" if restarts else "not restarted"
-        _log.error("%s failed (%d so far), %s", name, count, then, exc_info=error)
+        what = f"{name} ({about})" if about else name
+        then = "it is restarted" if restarts else "it is not restarted"
+        _log.error("%s failed, %s; failures so far: %d", what, then, count, exc_info=error)
 
     def failures(self) -> dict[str, Failures]:
         """Return what has failed so far, by name."""
@@ -85,7 +95,11 @@ _tasks: set[asyncio.Task[Any]] = set()
 
 
 def keep_running(
-    name: str, work: Callable[[], Awaitable[None]], registry: Registry = PROCESS
+    name: str,
+    work: Callable[[], Awaitable[None]],
+    registry: Registry = PROCESS,
+    *,
+    about: str = "",
 ) -> asyncio.Task[None]:
     """Run ``work`` on the running event loop until it returns or the task is cancelled.
 
@@ -93,15 +107,20 @@ def keep_running(
         name: what it is called in logs and counts; no ids, so that there are few names.
         work: called again after a pause whenever what it returned has failed.
         registry: where failures are counted.
+        about: what the work is for, such as a model's name; logged, not counted by.
     """
-    return _hold(name, _keep_running(name, work, registry))
+    return _hold(name, _keep_running(_Work(name, work, registry, about)))
 
 
 def run_once(
-    name: str, work: Callable[[], Awaitable[None]], registry: Registry = PROCESS
+    name: str,
+    work: Callable[[], Awaitable[None]],
+    registry: Registry = PROCESS,
+    *,
+    about: str = "",
 ) -> asyncio.Task[None]:
     """Run ``work`` once on the running event loop; a failure is reported, not raised."""
-    return _hold(name, _run_once(name, work, registry))
+    return _hold(name, _run_once(_Work(name, work, registry, about)))
 
 
 def keep_thread(
@@ -152,35 +171,40 @@ def _hold(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
-async def _keep_running(name: str, work: Callable[[], Awaitable[None]], registry: Registry) -> None:
+@dataclass(frozen=True, slots=True)
+class _Work:
+    name: str
+    call: Callable[[], Awaitable[None]]
+    registry: Registry
+    about: str
+
+    async def fails(self, *, restarts: bool) -> bool:
+        """Run it, and return whether it has failed, which is then reported."""
+        try:
+            await self.call()
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Something that it waited for was cancelled, which is no reason for it to end.
+            self.registry.failed(self.name, error, restarts=restarts, about=self.about)
+        except Exception as error:
+            self.registry.failed(self.name, error, restarts=restarts, about=self.about)
+        else:
+            return False
+        return True
+
+
+async def _keep_running(work: _Work) -> None:
     pauses = _Pauses()
     while True:
-        if not await _fails(name, work, registry, restarts=True):
+        if not await work.fails(restarts=True):
             return
         await asyncio.sleep(pauses.next())
 
 
-async def _run_once(name: str, work: Callable[[], Awaitable[None]], registry: Registry) -> None:
-    await _fails(name, work, registry, restarts=False)
-
-
-async def _fails(
-    name: str, work: Callable[[], Awaitable[None]], registry: Registry, *, restarts: bool
-) -> bool:
-    """Run ``work`` and return whether it has failed, which is then reported."""
-    try:
-        await work()
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
-            raise
-        # Something that it waited for was cancelled, which is no reason for it to end.
-        registry.failed(name, error, restarts=restarts)
-    except Exception as error:
-        registry.failed(name, error, restarts=restarts)
-    else:
-        return False
-    return True
+async def _run_once(work: _Work) -> None:
+    await work.fails(restarts=False)
 
 
 class _Pauses:

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import time
 import uuid
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ray import serve
-from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentBroadcastResponse, DeploymentHandle
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
 
+from app import supervision
 from app.book import LOOK_AFTER_S, Capacity, CreditBook
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import ModelArgs, ModelSettings, PoolSettings
@@ -68,7 +70,10 @@ class Model:
         self._probes: dict[str, asyncio.Task[None]] = {}
         # An ingress that heard of no replicas would turn requests away, though some run.
         await asyncio.gather(*map(self._look, pools))
-        self._watchers = [asyncio.create_task(self._watch(pool)) for pool in pools]
+        self._watchers = [
+            supervision.keep_running("pool watch", partial(self._watch, pool), about=pool)
+            for pool in pools
+        ]
 
     # A plain one Serve would call on a thread, beside everything that goes on here.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -207,8 +212,9 @@ class Model:
             return
         for status in self._snapshot.replicas:
             if status.replica_id == replica_id:
-                asked = self._pools[status.pool].broadcast("probe", replica_id, route)
-                task = asyncio.create_task(_until_answered(asked))
+                pool = self._pools[status.pool]
+                ask = partial(_have_probed, pool, replica_id, route)
+                task = supervision.run_once("engine probe", ask, about=replica_id)
                 task.add_done_callback(lambda _: self._probes.pop(replica_id))
                 self._probes[replica_id] = task
 
@@ -225,24 +231,23 @@ class Model:
             # One replica hangs; Serve will replace it. The others are as they were. Or there has
             # never been one.
             return known or None
-        except Exception:
-            logger.exception("cannot ask pool %s for its status", pool)
+        except (RayError, RayServeException) as error:
+            supervision.PROCESS.failed("pool status", error, about=pool)
             return ()
         ready = [answer for answer in answers if isinstance(answer, ReplicaStatus)]
         return tuple(sorted(ready, key=lambda status: status.replica_id))
 
     async def __del__(self) -> None:
-        tasks = [*self._watchers, *self._probes.values()]
-        for task in tasks:
-            task.cancel()
         await self._placement.stop()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await supervision.stop(*self._watchers, *self._probes.values())
 
 
-async def _until_answered(asked: DeploymentBroadcastResponse) -> None:
+async def _have_probed(pool: DeploymentHandle[Any], replica_id: str, route: str) -> None:
     # What comes of it is seen in the replicas' status.
-    with suppress(Exception):
-        await asked.results_async(return_exceptions=True)
+    try:
+        await pool.broadcast("probe", replica_id, route).results_async(return_exceptions=True)
+    except (RayError, RayServeException) as error:
+        logger.info("replica %s cannot be probed: %s", replica_id, type(error).__name__)
 
 
 _deployment = serve.deployment(

@@ -12,9 +12,12 @@ from typing import Any, Final
 
 import ray
 from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RayError
 from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.exceptions import RayServeException
 from ray.serve.generated import serve_pb2
 
+from app import supervision
 from app.controller import serve_controller
 from app.placement import Need, Node
 
@@ -38,26 +41,31 @@ class PlacementWatch:
         self._application = application
         self._without_replicas = without_replicas
         self._changed = changed
-        self._task = asyncio.create_task(self._watch())
+        self._task = supervision.keep_running("placement watch", self._watch, about=application)
 
     async def stop(self) -> None:
         """Stop watching."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        await supervision.stop(self._task)
 
     async def _watch(self) -> None:
         while True:
             try:
                 async with asyncio.timeout(_ANSWER_S):
                     missing = await self._look(self._without_replicas())
-            except Exception as error:
-                # Nobody is turned away for what could not be found out.
+            # Nobody is turned away for what could not be found out.
+            except (RayError, RayServeException, TimeoutError, ValueError) as error:
                 logger.debug("cannot look for nodes: %s", type(error).__name__)
                 missing = {}
-            if missing != self.missing:
-                self.missing = missing
-                self._changed()
+            except Exception:
+                self._take({})
+                raise
+            self._take(missing)
             await asyncio.sleep(_LOOK_S)
+
+    def _take(self, missing: dict[str, str]) -> None:
+        if missing != self.missing:
+            self.missing = missing
+            self._changed()
 
     async def _look(self, pools: list[str]) -> dict[str, str]:
         if not pools:

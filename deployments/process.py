@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from app import supervision
 from deployments import engine_log, reaper
 from deployments.reaper import OWNER_MARK, REAPER_MARK, Identity
 
@@ -84,7 +85,7 @@ class EngineProcess:
         self._returncode: int | None = None
         self._ended = asyncio.Event()
         self._gone = asyncio.Event()
-        self._listening = asyncio.create_task(self._listen(), name=f"engine {name}")
+        self._listening = supervision.run_once("engine process listener", self._listen, about=name)
 
     @classmethod
     async def start(

@@ -12,14 +12,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from app import supervision
 from app.config import PoolSettings
 from deployments.engines.base import Span
 from deployments.engines.registry import adapter_named
@@ -97,7 +98,8 @@ class OtherRanks:
         self._on_end = on_end
         self._problem: str | None = None
         self._watchers = [
-            asyncio.create_task(self._watch(rank, actor)) for rank, actor in enumerate(actors, 1)
+            supervision.run_once("engine part watch", partial(self._watch, rank, actor))
+            for rank, actor in enumerate(actors, 1)
         ]
 
     @classmethod
@@ -168,14 +170,15 @@ class OtherRanks:
 
     async def stop(self) -> None:
         """End all of them."""
-        for watcher in self._watchers:
-            watcher.cancel()
+        await supervision.stop(*self._watchers)
         # Whichever has gone already, its process has too: its reaper saw to that.
         stopping = [actor.stop.remote() for actor in self._actors]
         await asyncio.gather(*stopping, return_exceptions=True)
         for actor in self._actors:
-            with suppress(Exception):
+            try:
                 ray.kill(actor)
+            except Exception as error:
+                logger.warning("a part of the engine cannot be ended: %s", type(error).__name__)
 
     async def _watch(self, rank: int, actor: Any) -> None:
         try:
