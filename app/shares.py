@@ -13,9 +13,9 @@ class PriorityShare:
     Each ingress keeps it for its own requests of the last minute, and then it holds for all of
     them together, to within one request each. Only decided requests count, as what they are served
     as. Undecided priority requests are held against the share and do not enlarge it, so those that
-    wait and leave win nothing. At one ingress, priority requests of the last minute are never more
-    than ``ceil(share * decided) + 1``, where an undecided request may use a share above 0 when
-    nothing else is decided.
+    wait and leave win nothing. While decided requests stay within the last minute, one ingress
+    serves at most ``ceil(share * decided) + 1`` priority requests. A request that waits longer
+    keeps the right that it was given on arrival.
     """
 
     def __init__(self) -> None:
