@@ -8,13 +8,14 @@ Where the ingress is open to all, every request is ``NOBODY``'s.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from app import errors
+from app import errors, supervision
 from app.allowances import Allowances, OverLimit
 from app.keyring import KeyRing, Keys
 from app.keys import ApiKey, bearer
@@ -26,6 +27,8 @@ _PATIENCE_S: Final = 1.0
 """How long a request waits for allowances. Longer than the books' deployment takes to answer."""
 _ANSWERS_S: Final = 3.0
 """How long it goes on where answers come, none of them refuses, and others take what they bring."""
+
+_log = logging.getLogger("ray.serve")
 
 
 class LimitSource(Protocol):
@@ -69,20 +72,18 @@ class Accounts:
         self._sooner = asyncio.Event()
         self._answered = asyncio.Event()
         self._away = False
+        self._failures = 0
         self._heard_at = 0.0
 
     def start(self) -> None:
         """Begin to read keys and to renew allowances."""
         self._ring.start()
-        self._asking = asyncio.create_task(self._keep_asking())
+        self._asking = supervision.keep_running("limits", self._keep_asking)
 
     async def stop(self) -> None:
         """End both."""
         await self._ring.stop()
-        if self._asking is not None:
-            self._asking.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._asking
+        await supervision.stop(self._asking)
 
     async def identify(self, authorization: str | None) -> Caller:
         """Return whose key an ``Authorization`` header holds.
@@ -99,8 +100,7 @@ class Accounts:
     async def charge(self, caller: Caller, tokens: int) -> None:
         """Take a request of so many expected tokens from its key's limits.
 
-        While nobody can be asked for allowances, requests are served: a fault of ours is not the
-        client's.
+        While the books are away, this ingress's own part of each limit holds.
 
         Raises:
             RateLimited: it is over one of them.
@@ -110,17 +110,37 @@ class Accounts:
         came = time.monotonic()
         while over := self._allowances.take(caller.key, tokens, now := time.monotonic()):
             if self._away:
-                return
+                raise self._limited(caller.key, over)
             # By the answers' clock: where the event loop stood still, none has come.
             long_heard = self._heard_at > came + _ANSWERS_S
             if self._allowances.is_refused(caller.key, tokens, now) or long_heard:
                 raise self._limited(caller.key, over)
             await self._ask_now()
 
+    @property
+    def keys_read(self) -> bool:
+        """Whether the keys have been read since the start."""
+        return self._ring.read
+
+    @property
+    def keys_away(self) -> bool:
+        """Whether the keys could not be read the last time."""
+        return self._ring.away
+
+    @property
+    def unreadable_keys(self) -> int:
+        """How many rows of keys could not be read the last time; those keys do not work."""
+        return self._ring.unreadable
+
+    @property
+    def limits_away(self) -> bool:
+        """Whether the books of the limits did not answer the last time."""
+        return self._away
+
     def put_right(self, caller: Caller, expected: int, used: int, age_s: float) -> None:
         """Correct the tokens of a request that was charged ``age_s`` ago and has ended."""
         if caller.key is not None:
-            self._allowances.put_right(caller.key, expected, used, age_s)
+            self._allowances.put_right(caller.key, expected, used, age_s, time.monotonic())
 
     def rights(self, caller: Caller, wanted: Tier) -> tuple[TierRights, SharePart | None]:
         """Return which tiers a request may have, and its part in its key's priority share.
@@ -163,23 +183,38 @@ class Accounts:
                     async with asyncio.timeout(wait_s if wait_s < float("inf") else None):
                         await self._sooner.wait()
                 self._sooner.clear()
-                if self._allowances.next_ask() > time.monotonic():
-                    # Somebody waits, but not for anything that may be asked for at once.
-                    await asyncio.sleep(0.005)
                 continue
             await self._ask()
 
     async def _ask(self) -> None:
-        now = time.monotonic()
+        asks = self._allowances.asks(time.monotonic())
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                answers = await self._source.answer(self._allowances.asks(now))
+                answers = await self._source.answer(asks)
+        except Exception as error:
+            self._note_away(error)
+        else:
+            # A fault of ours in here is no sign that the books are away: it is reported as ours.
             self._heard_at = time.monotonic()
+            self._set_away(False)
             self._allowances.receive(answers, self._heard_at)
-            self._away = False
-        except Exception:
-            self._away = True
-        self._answered.set()
-        self._answered = asyncio.Event()
+        finally:
+            self._answered.set()
+            self._answered = asyncio.Event()
         # Whoever waits takes from it before what seems to be needed by nobody is given up.
         await asyncio.sleep(0)
+
+    def _note_away(self, error: Exception) -> None:
+        self._failures += 1
+        if not self._away:
+            _log.error(
+                "limits cannot be shared (failure %d): each ingress keeps to its own part of them",
+                self._failures, exc_info=error,
+            )  # fmt: skip
+        self._set_away(True)
+
+    def _set_away(self, away: bool) -> None:
+        if self._away and not away:
+            _log.warning("limits are shared again, after %d failures so far", self._failures)
+        self._away = away
+        self._allowances.set_alone(away)

@@ -39,6 +39,11 @@ class Allowances:
     def __init__(self, ingress: str) -> None:
         self._ingress = ingress
         self._allowances: dict[str, Allowance] = {}
+        self._alone = False
+
+    def set_alone(self, alone: bool) -> None:
+        """Note whether the books are away, so that the ingress's own part of each limit holds."""
+        self._alone = alone
 
     def take(self, key: ApiKey, tokens: int, now: float) -> OverLimit | None:
         """Take a request of so many expected tokens, or say which limit it is over."""
@@ -48,7 +53,7 @@ class Allowances:
         over: OverLimit | None = None
         for measure, allowance, amount in self._needed(key, tokens):
             # Each is tried, so that all that is missing is asked for at once.
-            if allowance.take(amount, now):
+            if allowance.take_alone(amount, now) if self._alone else allowance.take(amount, now):
                 taken.append((allowance, amount))
             elif over is None:
                 over = OverLimit(measure, allowance.limit, allowance.standing(now).frees_in_s)
@@ -62,11 +67,13 @@ class Allowances:
         needed = self._needed(key, tokens)
         return any(allowance.is_refused(amount, now) for _, allowance, amount in needed)
 
-    def put_right(self, key: ApiKey, expected: int, used: int, age_s: float) -> None:
+    def put_right(
+        self, key: ApiKey, expected: int, used: int, age_s: float, now: float | None = None
+    ) -> None:
         """Correct the tokens of a request that was taken ``age_s`` ago and has ended."""
         allowance = self._of(key, Measure.TOKENS)
         if allowance is not None:
-            allowance.put_right(used - min(expected, allowance.limit), age_s)
+            allowance.put_right(used - min(expected, allowance.limit), age_s, now)
 
     def headers(self, key: ApiKey, now: float) -> list[tuple[str, str]]:
         """Return the headers that tell a client how it stands."""
@@ -108,7 +115,7 @@ class Allowances:
         allowance = self._allowances.get(name)
         if allowance is None:
             allowance = self._allowances[name] = Allowance(self._ingress, limit)
-        allowance.limit = limit
+        allowance.limit, allowance.alone = limit, self._alone
         return allowance
 
 

@@ -26,6 +26,7 @@ _SECRET_BYTES: Final = 32
 _FORM: Final = re.compile(
     rf"{_PREFIX}-([0-9a-f]{{{2 * _ID_BYTES}}})-([0-9a-f]{{{2 * _SECRET_BYTES}}})"
 )
+_HASH: Final = re.compile(r"[0-9a-f]{64}")
 MAX_NAME: Final = 100
 """Longest name of a tenant or a key, in characters."""
 
@@ -52,6 +53,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, limit in (("rpm", self.rpm), ("tpm", self.tpm)):
+            if limit is not None and type(limit) is not int:
+                raise ValueError(f"{name} is a whole number")
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is at least 1")
         if self.priority_share is not None and not 0 <= self.priority_share <= 1:
@@ -89,6 +92,8 @@ class ApiKey:
             raise ValueError("a key has a tenant")
         if any(len(text) > MAX_NAME or not text.isprintable() for text in (self.tenant, self.name)):
             raise ValueError(f"names have at most {MAX_NAME} characters, all of them printable")
+        if not _HASH.fullmatch(self.secret_hash):
+            raise ValueError("the hash of a secret has 64 hexadecimal digits")
         if not {Tier.DEFAULT, self.default_tier} <= self.tiers:
             raise ValueError("the default tier of a key must be among its tiers")
 
@@ -117,14 +122,22 @@ def create_key(
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """The keys that work, as they were at one moment."""
+    """The keys that work, as they were at one moment.
+
+    Attributes:
+        by_id: those that work, by key id.
+        unreadable: what is wrong with each row that cannot be read, by key id; those keys do not
+            work. It names no secret.
+    """
 
     by_id: Mapping[str, ApiKey]
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, keys: Iterable[ApiKey]) -> KeyTable:
+    def of(cls, keys: Iterable[ApiKey], unreadable: Mapping[str, str] | None = None) -> KeyTable:
         """Return a table of those keys that are not revoked."""
-        return cls({key.key_id: key for key in keys if key.revoked is None})
+        by_id = {key.key_id: key for key in keys if key.revoked is None}
+        return cls(by_id, unreadable or {})
 
     def find(self, text: str) -> ApiKey | None:
         """Return the key that a client has sent, or ``None`` if it does not work.

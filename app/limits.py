@@ -234,6 +234,17 @@ class Allowance:
         self._rate = 0.0
         self._net_before = 0
         self._given = Given(0, -math.inf, 0, 0, 0.0, 0.0)
+        self._own = Window()
+        self.alone = False
+
+    def take_alone(self, amount: int, now: float) -> bool:
+        """Take an amount of this ingress's own part of the limit, while the book is away."""
+        part = split_limit(self.limit, self._given.ingresses)
+        amount, used = min(amount, self.limit), self._own.used(now)
+        if used + min(amount, part) > part:
+            return False
+        self._count(amount, now)
+        return True
 
     def take(self, amount: int, now: float) -> bool:
         """Take an amount if it is there; if it is not, ``asks_at`` says when to ask for it.
@@ -248,24 +259,31 @@ class Allowance:
                 self._missed_together += amount
             return False
         self._held -= amount
+        self._count(amount, now)
+        return True
+
+    def _count(self, amount: int, now: float) -> None:
         self._used += amount
+        self._own.add(amount, now)
         # What is refused is not counted: nothing is to be held for it.
         self._taken += amount
-        return True
 
     def untake(self, amount: int) -> None:
         """Undo a ``take`` that was just made."""
+        self._own.take_back(amount)
         self._used -= amount
         self._taken -= amount
         self._held += amount
 
-    def put_right(self, difference: int, age_s: float) -> None:
+    def put_right(self, difference: int, age_s: float, now: float | None = None) -> None:
         """Correct what was taken ``age_s`` ago, by what was used more, or less.
 
         What has left the last minute, or may have, is not given back.
         """
         if difference < 0 and age_s > MINUTE_S - LEASE_S:
             return
+        if now is not None:
+            self._own.add(difference, now)
         self._used += max(difference, 0)
         self._returned += max(-difference, 0)
         self._held -= difference
@@ -315,6 +333,15 @@ class Allowance:
     def standing(self, now: float) -> Standing:
         """Return what the headers of an answer say."""
         given, elapsed = self._given, now - self._given_at
+        if self.alone:
+            part = split_limit(self.limit, given.ingresses)
+            used = self._own.used(now)
+            return Standing(
+                self.limit,
+                max(0, part - used),
+                max(0.0, self._own.frees_at(max(1, 1 + used - part), now) - now),
+                max(0.0, self._own.frees_at(max(used, 1), now) - now),
+            )
         if elapsed == math.inf:
             return Standing(self.limit, self.limit, 0.0, 0.0)
         since = self._net - self._net_before

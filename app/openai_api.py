@@ -18,14 +18,11 @@ from app.dialect import Dialect, Route
 from app.pricing import TokenUsage, cost
 from app.sse import Event
 from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
+from app.token_estimate import expected_tokens
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
 """Request fields that never reach an engine: ours, and the engines' own priority."""
 
-_ANSWER_LIMITS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-# Rough is enough: tenants are charged what was expected only until the answer has ended.
-_BYTES_PER_TOKEN: Final = 4
-_USUAL_ANSWER: Final = 256
 _PREFIX_CHARACTERS: Final = 256
 
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
@@ -58,10 +55,7 @@ class Inbound:
     @property
     def expected_tokens(self) -> int:
         """Roughly how many tokens the request will take, prompt and answer together."""
-        fields = self.fields
-        limit = next((n for name in _ANSWER_LIMITS if _is_count(n := fields.get(name))), None)
-        answer = 0 if self.route is Route.EMBEDDINGS else limit or _USUAL_ANSWER
-        return self.length // _BYTES_PER_TOKEN + answer + 1
+        return expected_tokens(self.route, self.fields, self.length)
 
     @property
     def prefix(self) -> int | None:
@@ -124,10 +118,6 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
             f"Invalid type for '{name}': expected a boolean.", param=name, code="invalid_type"
         )
     return bool(value)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value > 0
 
 
 def _leading(items: list[Any]) -> list[Any]:

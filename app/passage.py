@@ -90,6 +90,8 @@ class Passage:
         self._default_tier = caller.default_tier or self._settings.default_tier
         self._rights = ALL_RIGHTS
         self._part: SharePart | None = None
+        # What counts against the key's limit where no usage becomes known.
+        self._presumed_tokens = 0
         self._ticket = Ticket(
             tier=Tier.DEFAULT,
             tenant=caller.tenant,
@@ -129,7 +131,8 @@ class Passage:
                 self._part.end()
             if self._accounts is not None:
                 age_s = time.monotonic() - charged
-                self._accounts.put_right(self._caller, self._ticket.tokens, tokens or 0, age_s)
+                used = self._presumed_tokens if tokens is None else tokens
+                self._accounts.put_right(self._caller, self._ticket.tokens, used, age_s)
 
     async def _charge(self) -> None:
         """Take the request from its key's limits, and find out at which tier it may stand."""
@@ -157,6 +160,9 @@ class Passage:
             raise refusal from None
         except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
             error = self._error_of(failure)
+            if isinstance(error, errors.EngineRejected):
+                # The engine says that it has generated nothing.
+                self._presumed_tokens = 0
             await self._meter.settle(State.FAILED, _reason(error))
             raise error from None
         except asyncio.CancelledError:
@@ -213,6 +219,7 @@ class Passage:
         inbound, dialect = self._inbound, replica.dialect
         place = Place(replica, decision, self._ticket.placed - self._ticket.arrived)
         self._meter.place(place)
+        self._presumed_tokens = self._ticket.tokens
         if inbound.stream:
             self._meter.open()
         settings = self._settings

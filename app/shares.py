@@ -11,26 +11,26 @@ class PriorityShare:
     """Keeps the part of a key's requests that are served as priority below its share.
 
     Each ingress keeps it for its own requests of the last minute, and then it holds for all of
-    them together, to within one request each. A request that is not decided yet counts as what it
-    stands in line for; once it is decided it counts as what it is served as, and one that is turned
-    away does not count.
+    them together, to within one request each. Only decided requests count, as what they are served
+    as. Undecided priority requests are held against the share and do not enlarge it, so those that
+    wait and leave win nothing. While decided requests stay within the last minute, one ingress
+    serves at most ``ceil(share * decided) + 1`` priority requests. A request that waits longer
+    keeps the right that it was given on arrival.
     """
 
     def __init__(self) -> None:
         self._all, self._priority = Window(), Window()
-        self._undecided = self._undecided_priority = 0
+        self._undecided_priority = 0
 
     def enter(self, share: float, now: float, *, wants: bool) -> SharePart:
         """Take in a request, which may want to be priority."""
-        total = self._all.used(now) + self._undecided + 1
+        total = self._all.used(now) + 1
         priority = self._priority.used(now) + self._undecided_priority + 1
         allowed = wants and priority <= math.ceil(share * total)
-        self._undecided += 1
         self._undecided_priority += allowed
         return SharePart(self, allowed)
 
     def _leave(self, part: SharePart) -> None:
-        self._undecided -= 1
         self._undecided_priority -= part.allowed
 
     def _count(self, now: float, *, priority: bool) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Engine, Row, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Row,
+    Text,
+    case,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
 
-from app.keys import ApiKey, KeyTable, Limits
+from app.keys import MAX_NAME, ApiKey, KeyTable, Limits
 from app.store.database import translated
 from app.store.schema import api_keys
 from app.tiers import Tier
@@ -49,22 +62,66 @@ class KeyStore:
             return done.rowcount > 0
 
     def all(self) -> list[ApiKey]:
-        """Return every key, the revoked ones too, oldest first."""
-        order = (api_keys.c.created, api_keys.c.key_id)
-        with translated(), self._engine.connect() as connection:
-            return [_key(row) for row in connection.execute(select(api_keys).order_by(*order))]
+        """Return every key that can be read, the revoked ones too, oldest first."""
+        return sorted(self._read(every=True)[0], key=lambda key: (key.created, key.key_id))
+
+    def unreadable(self) -> dict[str, str]:
+        """Return what is wrong with each row that cannot be read, by key id."""
+        return self._read(every=True)[1]
 
     def table(self) -> KeyTable:
-        """Return the keys that work now."""
-        working = select(api_keys).where(api_keys.c.revoked.is_(None))
+        """Return the keys that work now, and what is wrong with rows that cannot be read."""
+        return KeyTable.of(*self._read(every=False))
+
+    def _read(self, *, every: bool) -> tuple[list[ApiKey], dict[str, str]]:
+        # As text, so that whatever a row holds, the database hands it over.
+        columns: list[ColumnElement[Any]] = [
+            cast(column, Text).label(column.name) for column in api_keys.c
+        ]
+        if self._engine.dialect.name == "sqlite":
+            columns = [_sqlite_text(column).label(column.name) for column in api_keys.c]
+        query = select(*columns)
+        if not every:
+            query = query.where(api_keys.c.revoked.is_(None))
         with translated(), self._engine.connect() as connection:
-            return KeyTable.of(_key(row) for row in connection.execute(working))
+            rows: Sequence[Row[Any]] = connection.execute(query).all()
+        keys, unreadable = [], {}
+        for row in rows:
+            try:
+                keys.append(_key(row))
+            except (ValueError, ArithmeticError, TypeError, AttributeError) as error:
+                unreadable[str(row.key_id)[:MAX_NAME]] = f"{type(error).__name__}: {error}"[:200]
+        return keys, unreadable
+
+
+def _sqlite_text(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a column as text; bytes, which SQLite takes anywhere, as text that no value may be."""
+    return case((func.typeof(column) == "blob", "bytes\n"), else_=cast(column, Text))
 
 
 def _key(row: Row[Any]) -> ApiKey:
+    """Return the key of a row, whose values are text.
+
+    Raises:
+        ValueError, ArithmeticError, TypeError, AttributeError: a value is not what it must be.
+    """
+    if not (row.key_id or "").isalnum():
+        raise ValueError("a key has an id")
     tiers = frozenset(Tier(name) for name in row.tiers.split(","))
-    limits = Limits(row.rpm, row.tpm, row.priority_share)
+    share = None if row.priority_share is None else Decimal(row.priority_share)
+    limits = Limits(_whole(row.rpm), _whole(row.tpm), share)
     return ApiKey(
         row.key_id, row.secret_hash, row.tenant, row.name, Tier(row.default_tier), tiers, limits,
-        row.created, row.revoked,
+        _moment(row.created), None if row.revoked is None else _moment(row.revoked),
     )  # fmt: skip
+
+
+def _whole(text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError("a time has a time zone")
+    return moment

@@ -121,20 +121,41 @@ async def test_tokens_are_put_right_when_a_request_has_ended():
         assert await admitted(made, caller, 2, tokens=50) == 1
 
 
-async def test_while_the_books_are_away_requests_are_served():
-    stored, text = key(rpm=5)
+async def test_while_the_books_are_away_an_ingress_keeps_to_its_own_part(caplog):
+    stored, text = key(rpm=10)
     books = Books()
     async with accounts(stored, books=books) as made:
         caller = await made.identify(f"Bearer {text}")
         books.away = True
-        assert await admitted(made, caller, 3) == 3
+        assert await admitted(made, caller, 1500) == 10
+        assert made.limits_away
+        assert dict(made.headers(caller))["x-ratelimit-remaining-requests"] == "0"
+    assert caplog.text.count("limits cannot be shared") == 1
+
+
+async def test_the_part_of_an_ingress_is_that_of_as_many_as_there_were():
+    stored, text = key(rpm=40)
+    books = Books()
+    async with (
+        accounts(stored, books=books) as one,
+        accounts(stored, books=books, ingress="two") as two,
+    ):
+        callers = [await made.identify(f"Bearer {text}") for made in (one, two)]
+        for _ in range(2):
+            for made, caller in zip((one, two), callers, strict=True):
+                await made.charge(caller, 1)
+            await asyncio.sleep(0.3)
+        books.away = True
+        counts = [await admitted(m, c, 100) for m, c in zip((one, two), callers, strict=True)]
+    assert sum(counts) <= 40
+    assert min(counts) >= 16
 
 
 @asynccontextmanager
-async def silent_books(monkeypatch):
+async def silent_books(monkeypatch, rpm=5):
     """Give accounts, somebody with a key and the books that say nothing, for less patience."""
     monkeypatch.setattr("app.accounts._PATIENCE_S", 0.2)
-    stored, text = key(rpm=5)
+    stored, text = key(rpm=rpm)
     books = Books()
     books.silent = True
     async with accounts(stored, books=books) as made:
@@ -142,7 +163,7 @@ async def silent_books(monkeypatch):
 
 
 async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
-    async with silent_books(monkeypatch) as (made, caller, books):
+    async with silent_books(monkeypatch, rpm=200) as (made, caller, books):
 
         async def waited():
             began = time.monotonic()

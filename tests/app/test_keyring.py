@@ -15,6 +15,7 @@ pytestmark = pytest.mark.unit
 class MemoryKeys:
     def __init__(self):
         self.keys, self.error, self.reads, self.delay_s = [], None, 0, 0.0
+        self.unreadable = {}
 
     def table(self):
         self.reads += 1
@@ -22,7 +23,7 @@ class MemoryKeys:
         time.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
-        return KeyTable.of(keys)
+        return KeyTable.of(keys, self.unreadable)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ async def test_a_revoked_key_stops_working_soon(ring, store):
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("error", [StoreAway("away"), ValueError("of a newer version")])
+@pytest.mark.parametrize("error", [StoreAway("away"), ArithmeticError("our fault")])
 async def test_known_keys_go_on_working_while_the_store_is_away(ring, store, error, caplog):
     key, text = new_key(store)
     assert await ring.find(text) is key
@@ -81,9 +82,14 @@ async def test_known_keys_go_on_working_while_the_store_is_away(ring, store, err
     await asyncio.sleep(0.2)
     assert await ring.find(text) is key
     assert await ring.find(unknown) is None
-    assert caplog.text.count("cannot be read") == 1
+    assert ring.read and ring.away
+    if isinstance(error, StoreAway):
+        assert caplog.text.count("cannot be read") == 1
+    else:
+        assert "key reading failed" in caplog.text
     store.error = None
     assert await ring.find(unknown)
+    assert not ring.away
 
 
 async def test_a_flood_of_unknown_keys_reads_seldom(ring, store):
@@ -110,3 +116,16 @@ async def test_one_that_gives_up_does_not_spoil_it_for_the_others(store):
     impatient.cancel()
     assert await patient is key
     await ring.stop()
+
+
+async def test_unreadable_rows_are_counted_and_named_in_the_log_once(ring, store, caplog):
+    store.unreadable = {"0123": "ValueError: rpm is at least 1"}
+    _, text = new_key(store)
+    assert await ring.find(text)
+    assert ring.unreadable == 1
+    await asyncio.sleep(0.2)
+    assert caplog.text.count("key 0123 cannot be read") == 1
+    store.unreadable = {}
+    _, text = new_key(store)
+    assert await ring.find(text)
+    assert ring.unreadable == 0
