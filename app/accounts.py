@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -61,9 +61,19 @@ NOBODY: Final = Caller()
 
 
 class Accounts:
-    """The keys and limits that one ingress knows. Belongs to its event loop."""
+    """The keys and limits that one ingress knows. Belongs to its event loop.
 
-    def __init__(self, ingress: str, keys: Keys, limits: LimitSource) -> None:
+    ``ingresses`` returns how many ingresses there are, for when the books of the limits are away.
+    """
+
+    def __init__(
+        self,
+        ingress: str,
+        keys: Keys,
+        limits: LimitSource,
+        ingresses: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self._ingresses = ingresses
         self._ring = KeyRing(keys)
         self._allowances = Allowances(ingress)
         self._source = limits
@@ -217,4 +227,4 @@ class Accounts:
         if self._away and not away:
             _log.warning("limits are shared again, after %d failures so far", self._failures)
         self._away = away
-        self._allowances.set_alone(away)
+        self._allowances.set_alone(away, self._ingresses())

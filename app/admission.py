@@ -74,6 +74,11 @@ class Admission:
         """Whether the model has been told."""
         return self._snapshot is not None
 
+    @property
+    def ingresses(self) -> int:
+        """How many ingresses share the model, as its Model said last."""
+        return self._gate.credits.ingresses
+
     def update(self, snapshot: ModelSnapshot) -> None:
         """Take over what the model reports now."""
         now = time.monotonic()

@@ -40,10 +40,18 @@ class Allowances:
         self._ingress = ingress
         self._allowances: dict[str, Allowance] = {}
         self._alone = False
+        self._ingresses = 1
 
-    def set_alone(self, alone: bool) -> None:
-        """Note whether the books are away, so that the ingress's own part of each limit holds."""
-        self._alone = alone
+    def set_alone(self, alone: bool, ingresses: int = 1) -> None:
+        """Note whether the books are away, so that the ingress's own part of each limit holds.
+
+        Args:
+            alone: whether they are.
+            ingresses: how many ingresses there are, as far as is known here. A limit is split
+                among these, or among those that have used it where the books said that those are
+                more.
+        """
+        self._alone, self._ingresses = alone, ingresses
 
     def take(self, key: ApiKey, tokens: int, now: float) -> OverLimit | None:
         """Take a request of so many expected tokens, or say which limit it is over."""
@@ -116,6 +124,7 @@ class Allowances:
         if allowance is None:
             allowance = self._allowances[name] = Allowance(self._ingress, limit)
         allowance.limit, allowance.alone = limit, self._alone
+        allowance.ingresses = self._ingresses
         return allowance
 
 

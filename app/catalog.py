@@ -146,6 +146,11 @@ class Catalog:
         """The name of this ingress, never used again after a restart."""
         return self._ingress
 
+    @property
+    def ingresses(self) -> int:
+        """How many ingresses there are, as the models said last; at least 1."""
+        return max((one.ingresses for one in self._admissions.values()), default=1)
+
     def start(self) -> None:
         """Begin to follow the models. Call it on the running event loop."""
         self._discoverer = supervision.keep_running("model discovery", self._discover)

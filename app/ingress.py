@@ -89,8 +89,10 @@ class Ingress:
     def _open_accounts(self, store: Engine, settings: IngressSettings) -> None:
         old, self._services.accounts = self._services.accounts, None
         if settings.auth == "keys":
-            ingress = self._services.catalog.ingress
-            self._services.accounts = Accounts(ingress, KeyStore(store), self._limits)
+            catalog = self._services.catalog
+            self._services.accounts = Accounts(
+                catalog.ingress, KeyStore(store), self._limits, lambda: catalog.ingresses
+            )
             self._services.accounts.start()
         if old is not None:
             self._retire("accounts stop", old.stop)

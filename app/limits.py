@@ -236,13 +236,16 @@ class Allowance:
         self._given = Given(0, -math.inf, 0, 0, 0.0, 0.0)
         self._own = Window()
         self.alone = False
+        self.ingresses = 1
 
     def take_alone(self, amount: int, now: float) -> bool:
         """Take an amount of this ingress's own part of the limit, while the book is away."""
-        part = split_limit(self.limit, self._given.ingresses)
+        part = self._part
         amount, used = min(amount, self.limit), self._own.used(now)
         if used + min(amount, part) > part:
             return False
+        # As in `put_right`: it may fall below zero, and is made up for when the book is back.
+        self._held -= amount
         self._count(amount, now)
         return True
 
@@ -261,6 +264,10 @@ class Allowance:
         self._held -= amount
         self._count(amount, now)
         return True
+
+    @property
+    def _part(self) -> int:
+        return split_limit(self.limit, max(self.ingresses, self._given.ingresses))
 
     def _count(self, amount: int, now: float) -> None:
         self._used += amount
@@ -334,7 +341,7 @@ class Allowance:
         """Return what the headers of an answer say."""
         given, elapsed = self._given, now - self._given_at
         if self.alone:
-            part = split_limit(self.limit, given.ingresses)
+            part = self._part
             used = self._own.used(now)
             return Standing(
                 self.limit,

@@ -51,8 +51,8 @@ def key(**more):
 
 
 @asynccontextmanager
-async def accounts(*keys, books=None, ingress="one"):
-    made = Accounts(ingress, Keys(*keys), books or Books())
+async def accounts(*keys, books=None, ingress="one", ingresses=1):
+    made = Accounts(ingress, Keys(*keys), books or Books(), lambda: ingresses)
     made.start()
     try:
         yield made
@@ -149,6 +149,28 @@ async def test_the_part_of_an_ingress_is_that_of_as_many_as_there_were():
         counts = [await admitted(m, c, 100) for m, c in zip((one, two), callers, strict=True)]
     assert sum(counts) <= 40
     assert min(counts) >= 16
+
+
+async def test_an_ingress_that_never_used_a_limit_takes_no_more_than_its_part_of_it():
+    stored, text = key(rpm=40)
+    books = Books()
+    books.away = True
+    async with accounts(stored, books=books, ingresses=4) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert await admitted(made, caller, 100) == 10
+
+
+async def test_what_is_refused_while_the_books_are_away_leaves_nothing_to_take():
+    stored, text = key(rpm=100, tpm=50)
+    books = Books()
+    books.away = True
+    async with accounts(stored, books=books) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert await admitted(made, caller, 30, tokens=20) == 2
+        books.away = False
+        await asyncio.sleep(0.6)
+        # Each refused one had taken a request, and given it back.
+        assert await admitted(made, caller, 200, tokens=0) == 98
 
 
 @asynccontextmanager

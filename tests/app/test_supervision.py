@@ -122,4 +122,4 @@ def test_pauses_double_up_to_the_longest_and_start_anew_after_a_good_run(monkeyp
 def test_failures_are_recent_for_a_while(registry):
     registry.failed("reader", ValueError(), restarts=True)
     now = registry.failures()["reader"].last_at
-    assert registry.recent(now + 1.0) and not registry.recent(now + supervision.RECENT_S)
+    assert registry.recent(now + 1.0) and not registry.recent(now + supervision.RECENT_S + 1)
