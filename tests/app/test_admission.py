@@ -293,3 +293,37 @@ async def test_a_suspect_is_told_soon_though_there_is_nothing_else_to_say():
     async with asyncio.timeout(RENEWAL_S):
         await renewal
     assert made.demand().suspects == {"one": Route.CHAT}
+
+
+async def test_a_replica_that_goes_as_its_suspension_ends_takes_nobody_with_it(monkeypatch):
+    monkeypatch.setattr("app.gate.SUSPENSION_S", 0.01)
+    made = admission(model("one", slots=1))
+    first, second = ticket(), ticket()
+    await made.admit(first)
+    [waiting] = await standing(made, second)
+    again = asyncio.create_task(made.admit_again(first))
+    await asyncio.sleep(0)
+    # The event loop stands still, so that the snapshot comes before the timer.
+    time.sleep(0.02)  # noqa: ASYNC251
+    made.update(model("two", slots=2))
+    grant(made, two=2)
+    async with asyncio.timeout(2):
+        assert {(await task).replica_id for task in (waiting, again)} == {"two"}
+
+
+async def test_who_was_called_is_told_though_the_gate_fails(monkeypatch):
+    made = admission(model("one", slots=1))
+    first, second = ticket(), ticket()
+    await made.admit(first)
+    [waiting] = await standing(made, second)
+    end = made._gate.end
+
+    def fail(*arguments):
+        end(*arguments)
+        raise RuntimeError
+
+    monkeypatch.setattr(made._gate, "end", fail)
+    with pytest.raises(RuntimeError):
+        made.end(first, None)
+    async with asyncio.timeout(2):
+        assert (await waiting).replica_id == "one"

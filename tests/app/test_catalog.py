@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app import errors
+from app.admission import Admission
 from app.catalog import Catalog, model_entry
 from app.config import ModelSettings
 from app.credits import RENEWAL_S, Grant
@@ -103,6 +104,21 @@ async def test_what_is_known_stands_while_serve_is_away():
         source.broken = False
         source.models["app"] = snapshot("m", "alias")
         await eventually(lambda: catalog.find("alias"))
+
+
+async def test_a_snapshot_that_could_not_be_applied_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr("app.supervision.FIRST_PAUSE_S", 0.01)
+    source, update, failures = FakeSource(), Admission.update, [RuntimeError()]
+
+    def fail_once(self, snapshot):
+        if failures:
+            raise failures.pop()
+        update(self, snapshot)
+
+    monkeypatch.setattr(Admission, "update", fail_once)
+    source.models["app"] = snapshot("m")
+    async with following(source) as catalog:
+        await eventually(lambda: catalog.find("m"))
 
 
 async def test_an_ingress_can_wait_until_it_knows_every_model():
