@@ -99,6 +99,14 @@ def parse_request(route: Route, body: bytes) -> Inbound:
         raise errors.InvalidRequest(
             str(error), param="service_tier", code="invalid_value"
         ) from None
+    if route is Route.RESPONSES and fields.get("background") not in (None, False):
+        # Its answer would be fetched later, where nobody counts or bills it. Engines take other
+        # values than `true` for it, too.
+        raise errors.InvalidRequest(
+            "Background responses are not supported: leave 'background' out.",
+            param="background",
+            code="unsupported_value",
+        )
     return Inbound(
         route,
         fields,

@@ -182,3 +182,18 @@ def test_an_error_as_first_event_is_found_and_ordinary_text_is_not():
     assert stream_error(refused, Route.CHAT).status == 400
     assert stream_error(chunk('say "error"'), Route.CHAT) is None
     assert stream_error(Event(b'{"error": null, "choices": []}'), Route.CHAT) is None
+
+
+@given(json_values)
+def test_no_response_is_made_in_the_background(value):
+    harmless = value is None or value is False or (value == 0 and not isinstance(value, bool))
+    if harmless:
+        inbound(Route.RESPONSES, background=value)
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        inbound(Route.RESPONSES, background=value)
+    assert caught.value.param == "background"
+
+
+def test_other_routes_know_no_background():
+    assert inbound(Route.CHAT, background=True).fields["background"] is True
