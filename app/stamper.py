@@ -81,7 +81,8 @@ class ChunkStamper:
     def feed(self, blocks: Sequence[bytes]) -> bytes:
         wire: list[bytes] = []
         splicer, place = self._splicer, 0
-        while place < len(blocks):
+        # An error ends the stream: what the engine sends after it, such as `[DONE]`, is dropped.
+        while place < len(blocks) and not self.failed:
             # One that is held leaves before the next, whichever that is.
             if splicer is not None and not self._held:
                 place = splicer.splice(blocks, place, wire)
@@ -167,8 +168,14 @@ class ResponsesStamper:
         return self._usage
 
     def feed(self, blocks: Sequence[bytes]) -> bytes:
-        events = (event for block in blocks if (event := parse_block(block)))
-        return b"".join([self._stamped(event) for event in events])
+        wire: list[bytes] = []
+        for block in blocks:
+            # As above.
+            if self.failed:
+                break
+            if event := parse_block(block):
+                wire.append(self._stamped(event))
+        return b"".join(wire)
 
     def _stamped(self, event: Event) -> bytes:
         if event.data == DONE:

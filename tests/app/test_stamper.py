@@ -109,6 +109,15 @@ def test_an_engines_error_in_mid_stream_ends_it_in_openais_shape():
     assert stamper.ended
 
 
+@pytest.mark.parametrize("route", [Route.CHAT, Route.COMPLETIONS, Route.RESPONSES])
+@pytest.mark.parametrize("after", [[DONE], [chunk("b")], [chunk("b"), DONE], [DONE, DONE]])
+def test_nothing_follows_an_engines_error_in_the_same_read(route, after):
+    error = Event(b'{"type": "error", "error": {"message": "broken", "code": 500}}')
+    stamper, got = played([error, *after], inbound(route, stream=True))
+    assert len(got) == 1 and stamper.failed
+    assert fed(stamper, *after) == b""
+
+
 def test_responses_events_are_stamped_where_they_carry_the_response():
     def event(kind, **fields):
         return Event(json.dumps({"type": kind, **fields}).encode(), kind.encode())
