@@ -1,7 +1,7 @@
-"""Background work: the one place where tasks and threads that outlive a request are started.
+"""Background work: where tasks and threads that outlive a request are started.
 
 Whatever fails here is logged with its traceback and counted by name, and work that is to go on is
-started again after a pause. ``Registry`` keeps the counts; ``/health`` reports from them.
+started again after a pause. ``Registry`` keeps the counts.
 
     keep_running(name, work)   a task that runs until it is cancelled, restarted when it fails
     run_once(name, work)       a task that ends by itself; its failure is reported, not retried

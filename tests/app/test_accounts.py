@@ -96,17 +96,21 @@ async def test_a_limit_holds_and_says_what_it_is():
         assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
 
 
-async def test_a_limit_holds_across_ingresses_together():
-    stored, text = key(rpm=40)
+@asynccontextmanager
+async def two_ingresses(rpm):
+    """Give two ingresses, each with the caller of one key as it knows it, and their books."""
+    stored, text = key(rpm=rpm)
     books = Books()
     async with (
         accounts(stored, books=books) as one,
         accounts(stored, books=books, ingress="two") as two,
     ):
-        callers = [await made.identify(f"Bearer {text}") for made in (one, two)]
-        counts = await asyncio.gather(
-            *(admitted(m, c, 60) for m, c in zip((one, two), callers, strict=True))
-        )
+        yield [(made, await made.identify(f"Bearer {text}")) for made in (one, two)], books
+
+
+async def test_a_limit_holds_across_ingresses_together():
+    async with two_ingresses(rpm=40) as (both, _):
+        counts = await asyncio.gather(*(admitted(made, caller, 60) for made, caller in both))
     assert 38 <= sum(counts) <= 40
     assert min(counts) >= 5
 
@@ -134,19 +138,13 @@ async def test_while_the_books_are_away_an_ingress_keeps_to_its_own_part(caplog)
 
 
 async def test_the_part_of_an_ingress_is_that_of_as_many_as_there_were():
-    stored, text = key(rpm=40)
-    books = Books()
-    async with (
-        accounts(stored, books=books) as one,
-        accounts(stored, books=books, ingress="two") as two,
-    ):
-        callers = [await made.identify(f"Bearer {text}") for made in (one, two)]
+    async with two_ingresses(rpm=40) as (both, books):
         for _ in range(2):
-            for made, caller in zip((one, two), callers, strict=True):
+            for made, caller in both:
                 await made.charge(caller, 1)
             await asyncio.sleep(0.3)
         books.away = True
-        counts = [await admitted(m, c, 100) for m, c in zip((one, two), callers, strict=True)]
+        counts = [await admitted(made, caller, 100) for made, caller in both]
     assert sum(counts) <= 40
     assert min(counts) >= 16
 
