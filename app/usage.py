@@ -24,6 +24,7 @@ class Grouping(StrEnum):
     MODEL = "model"
     TIER = "tier"
     STATE = "state"
+    ESTIMATED = "estimated"
 
 
 @dataclass(frozen=True, slots=True)

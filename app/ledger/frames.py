@@ -33,6 +33,9 @@ class Kind(StrEnum):
     """A stream begins: its open record."""
     PROGRESS = "p"
     """An open stream has got so far."""
+    ESTIMATE = "e"
+    """The same, where the tokens are Frontline's estimate. A kind of its own, since versions
+    without it then pass over it, and could not read a longer ``PROGRESS``."""
     SETTLED = "s"
     """A record that will not change any more."""
 
@@ -48,11 +51,24 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an open stream has got."""
+    """How far an open stream has got.
+
+    Attributes:
+        request_id: the stream's.
+        usage: its tokens so far.
+        at: when that was, in UTC.
+        estimated: whether the tokens are Frontline's estimate and not the engine's count.
+    """
 
     request_id: str
     usage: TokenUsage
     at: datetime
+    estimated: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its frame."""
+        return Kind.ESTIMATE if self.estimated else Kind.PROGRESS
 
     def to_json(self) -> bytes:
         """Return it as a JSON array."""
@@ -61,10 +77,15 @@ class Progress:
         return orjson.dumps((self.request_id, *tokens, self.at))
 
     @classmethod
-    def from_json(cls, body: bytes) -> Progress:
-        """Return what ``to_json`` wrote."""
-        request_id, prompt, cached, completion, at = orjson.loads(body)
-        return cls(request_id, TokenUsage(prompt, cached, completion), datetime.fromisoformat(at))
+    def of(cls, found: Frame) -> Progress:
+        """Return the progress that a frame holds."""
+        request_id, prompt, cached, completion, at = orjson.loads(found.body)
+        return cls(
+            request_id,
+            TokenUsage(prompt, cached, completion),
+            datetime.fromisoformat(at),
+            found.kind is Kind.ESTIMATE,
+        )
 
 
 def frame(kind: Kind, body: bytes) -> bytes:
@@ -131,8 +152,8 @@ def settled_bodies(frames: Iterable[Frame]) -> Iterator[bytes]:
     opened: dict[str, bytes] = {}
     progress: dict[str, Progress] = {}
     for found in frames:
-        if found.kind is Kind.PROGRESS:
-            step = Progress.from_json(found.body)
+        if found.kind in (Kind.PROGRESS, Kind.ESTIMATE):
+            step = Progress.of(found)
             progress[step.request_id] = step
             continue
         request_id = orjson.loads(found.body)["request_id"]
@@ -153,6 +174,7 @@ def interrupted(record: UsageRecord, progress: Progress | None) -> UsageRecord:
         record.usage if progress is None else progress.usage,
         ended=record.origin.arrived if progress is None else progress.at,
         reason=INGRESS_LOST,
+        estimated=record.usage_estimated if progress is None else progress.estimated,
     )
 
 

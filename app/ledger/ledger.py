@@ -156,8 +156,14 @@ class Ledger:
             kept.set_result(False)
         return Opening(kept)
 
-    def progress(self, request_id: str, usage: TokenUsage) -> None:
-        """Take note of how far an open stream has got; written down now and then."""
+    def progress(self, request_id: str, usage: TokenUsage, estimated: bool = False) -> None:
+        """Take note of how far an open stream has got; written down now and then.
+
+        Args:
+            request_id: the stream's.
+            usage: its tokens so far.
+            estimated: whether they are Frontline's estimate and not the engine's count.
+        """
         tokens, since = self._steps[request_id]
         generated = usage.completion_tokens
         if generated - tokens < self._settings.progress_tokens:
@@ -168,8 +174,8 @@ class Ledger:
             # What is left is kept for the records themselves.
             return
         self._steps[request_id] = (generated, time.monotonic())
-        body = Progress(request_id, usage, now_utc()).to_json()
-        self._write_lazily(Entry.of(Kind.PROGRESS, request_id, body))
+        step = Progress(request_id, usage, now_utc(), estimated)
+        self._write_lazily(Entry.of(step.kind, request_id, step.to_json()))
 
     async def settle(self, record: UsageRecord) -> None:
         """Write down what became of a request; its last byte may leave when this returns.

@@ -96,6 +96,8 @@ class UsageRecord:
         queue_s: how long it waited in the line, in seconds.
         ttft_s: from arrival to the first byte of the answer, in seconds; ``None`` without one.
         ended: when it ended, in UTC; ``None`` while it is open.
+        usage_estimated: whether the tokens are Frontline's estimate or clamp, and not the engine's
+            own final count.
     """
 
     origin: Origin
@@ -110,6 +112,7 @@ class UsageRecord:
     queue_s: float
     ttft_s: float | None
     ended: datetime | None
+    usage_estimated: bool = False
     cost: Decimal = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,7 +122,7 @@ class UsageRecord:
             if self.served is None or self.prices is None:
                 raise ValueError("a served request has a tier and prices")
             cost = self.prices.cost(self.usage)
-        elif self.served or self.prices or self.usage != NOTHING_USED:
+        elif self.served or self.prices or self.usage != NOTHING_USED or self.usage_estimated:
             raise ValueError("a request that was not served has no tier, prices or tokens")
         object.__setattr__(self, "cost", cost)
         if (self.state is State.OPEN) is not (self.ended is None):
@@ -169,10 +172,12 @@ class UsageRecord:
         ended: datetime,
         ttft_s: float | None = None,
         reason: str | None = None,
+        estimated: bool = False,
     ) -> Self:
         """Return the settled form of an open record.
 
         ``reason`` is why the answer broke off or failed; the tier's own reason stays without it.
+        ``estimated`` says that ``usage`` is not the engine's own final count.
         """
         if self.state is not State.OPEN or not state.served or state is State.OPEN:
             raise ValueError(f"a record that is {self.state} cannot become {state}")
@@ -180,7 +185,7 @@ class UsageRecord:
         return type(self)(
             self.origin, state, self.served, reason or self.reason, self.engine, self.replica,
             usage, self.prices, self.rate_card, self.queue_s, ttft_s,
-            max(ended, self.origin.arrived),
+            max(ended, self.origin.arrived), estimated,
         )  # fmt: skip
 
     @property
@@ -221,6 +226,7 @@ class UsageRecord:
             "duration_s": self.duration_s,
             "arrived": origin.arrived,
             "ended": self.ended,
+            "usage_estimated": self.usage_estimated,
         }
 
     @classmethod
@@ -243,7 +249,7 @@ class UsageRecord:
         record = cls(
             origin, State(fields["state"]), served and Tier(served), fields["reason"],
             fields["engine"], fields["replica"], usage, prices, fields["rate_card"],
-            fields["queue_s"], fields["ttft_s"], fields["ended"],
+            fields["queue_s"], fields["ttft_s"], fields["ended"], fields["usage_estimated"],
         )  # fmt: skip
         if record.cost != fields["cost"]:
             raise ValueError("the cost is that of the tokens at the prices")
@@ -257,6 +263,8 @@ class UsageRecord:
 def fields_from_json(line: bytes) -> dict[str, Any]:
     """Return the fields that ``UsageRecord.to_json`` wrote, with their types."""
     fields: dict[str, Any] = orjson.loads(line)
+    # Records from before there was the field.
+    fields.setdefault("usage_estimated", False)
     for name in _AMOUNTS:
         if (text := fields[name]) is not None:
             fields[name] = _amount(text)

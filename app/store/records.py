@@ -66,12 +66,18 @@ class RecordStore:
         names = [grouping.value for grouping in groupings]
         totals: dict[tuple[str | None, ...], list[Total]] = {}
         for row in rows:
-            key = tuple(None if value is None else str(value) for value in row[: len(groups)])
+            key = tuple(_group_value(value) for value in row[: len(groups)])
             totals.setdefault(key, []).append(_total(row[len(groups) :]))
         return [
             replace(add_up(parts), group=dict(zip(names, key, strict=True)))
             for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
         ]
+
+
+def _group_value(value: object) -> str | None:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if value is None else str(value)
 
 
 def _total(row: Sequence[Any]) -> Total:
@@ -92,6 +98,7 @@ _GROUPS: Final = {
     Grouping.MODEL: _columns.model,
     Grouping.TIER: _columns.served_tier,
     Grouping.STATE: _columns.state,
+    Grouping.ESTIMATED: _columns.usage_estimated,
 }
 _PRICES: Final = (
     _columns.input_price,
@@ -133,20 +140,26 @@ class Wanted:
 def _insert_statement(dialect: str) -> TextClause:
     names = [column.name for column in usage_records.c if column.name != "day"]
     if dialect == "sqlite":
-        values = ", ".join(f"json_extract(value, '$.{name}')" for name in names)
+        values = ", ".join(_or_default(name, f"json_extract(value, '$.{name}')") for name in names)
         source = f"{values}, substr(json_extract(value, '$.arrived'), 1, 10) FROM json_each(:batch)"
         # SQLite cannot tell ON CONFLICT from a join's ON without a WHERE.
         source += " WHERE true"
     else:
         typed = ", ".join(f"{name} {_postgresql_type(name)}" for name in names)
+        values = ", ".join(_or_default(name, name) for name in names)
         source = (
-            f"{', '.join(names)}, (arrived AT TIME ZONE 'UTC')::date "
+            f"{values}, (arrived AT TIME ZONE 'UTC')::date "
             f"FROM json_to_recordset(CAST(:batch AS json)) AS entry({typed})"
         )
     return text(
         f"INSERT INTO usage_records ({', '.join(names)}, day) SELECT {source} "
         "ON CONFLICT (request_id) DO NOTHING"
     )
+
+
+def _or_default(name: str, value: str) -> str:
+    # Records from before there was the field have none; NULL would be refused.
+    return f"coalesce({value}, false)" if name == "usage_estimated" else value
 
 
 def _postgresql_type(name: str) -> str:

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    false,
 )
 
 
@@ -95,6 +96,8 @@ usage_records = Table(
     Column("duration_s", Float, nullable=False),
     Column("arrived", Moment, nullable=False),
     Column("ended", Moment, nullable=False),
+    # Journals and ingresses from before there was the column write records without it.
+    Column("usage_estimated", Boolean, nullable=False, server_default=false()),
     # The day of `arrived` in UTC, which is the day on the bill.
     Column("day", Date, nullable=False),
     Index("usage_records_by_tenant", "tenant", "day"),

@@ -110,7 +110,11 @@ def records(draw) -> UsageRecord:
         of, decision, engine="vllm", replica=draw(texts), queue_s=draw(st.floats(0, 100))
     )
     return record.settle(
-        state, draw(usages), ended=ended, ttft_s=draw(st.none() | st.floats(0, 100))
+        state,
+        draw(usages),
+        ended=ended,
+        ttft_s=draw(st.none() | st.floats(0, 100)),
+        estimated=draw(st.booleans()),
     )
 
 

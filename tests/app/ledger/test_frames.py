@@ -1,6 +1,7 @@
 from dataclasses import replace
 from datetime import timedelta
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,10 +70,11 @@ def test_one_flipped_bit_is_noticed(bodies, data):
     assert all(body in bodies for body in found)
 
 
-@given(records(), usages)
-def test_entries_come_back(record, usage):
-    step = Progress(record.origin.request_id, usage, record.origin.arrived)
-    assert Progress.from_json(step.to_json()) == step
+@given(records(), usages, st.booleans())
+def test_entries_come_back(record, usage, estimated):
+    step = Progress(record.origin.request_id, usage, record.origin.arrived, estimated)
+    [written_down] = read_segment(frame(step.kind, step.to_json())).frames
+    assert Progress.of(written_down) == step
     (found,) = read(frame(Kind.SETTLED, record.to_json()))
     assert UsageRecord.from_fields(fields_from_json(found)) == record
 
@@ -96,6 +98,25 @@ def test_an_open_stream_is_interrupted_with_its_last_progress():
     assert (found.usage.completion_tokens, found.duration_s) == (9, 9)
     assert found.served is record.served
     assert found.cost == record.prices.cost(TokenUsage(10, 0, 9))
+
+
+def test_a_stream_settled_from_estimated_progress_says_so():
+    counted = Progress("a", TokenUsage(10, 0, 5), NOON)
+    estimated = Progress("a", TokenUsage(10, 0, 9), NOON, estimated=True)
+    for steps, flag in ([counted, estimated], True), ([estimated, counted], False):
+        (found,) = left_behind(
+            (Kind.OPEN, opened("a").to_json()), *((step.kind, step.to_json()) for step in steps)
+        )
+        assert (found.usage, found.usage_estimated) == (steps[-1].usage, flag)
+
+
+def test_frames_from_before_estimates_are_read():
+    """As a2e879e wrote them."""
+    old = {name: value for name, value in orjson.loads(opened("a").to_json()).items()}
+    del old["usage_estimated"]
+    step = b'["a",10,0,9,"2026-11-22T12:00:09+00:00"]'
+    (found,) = left_behind((Kind.OPEN, orjson.dumps(old)), (Kind.PROGRESS, step))
+    assert (found.usage, found.usage_estimated) == (TokenUsage(10, 0, 9), False)
 
 
 def test_an_open_stream_without_progress_costs_nothing():

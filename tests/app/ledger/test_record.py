@@ -61,6 +61,15 @@ def test_what_was_not_served_has_no_tier_and_costs_nothing(state):
         replace(record, state=State.COMPLETED)
 
 
+def test_only_what_was_served_can_be_estimated():
+    usage = TokenUsage(1000, 400, 250)
+    record = opened().settle(State.INTERRUPTED, usage, ended=NOON, estimated=True)
+    assert record.usage_estimated and not completed().usage_estimated
+    refused = UsageRecord.not_served(origin(), State.SHED, "line_full", queue_s=0, ended=NOON)
+    with pytest.raises(ValueError, match="not served"):
+        replace(refused, usage_estimated=True)
+
+
 def test_a_record_settles_once():
     record = completed()
     with pytest.raises(ValueError, match="cannot become"):

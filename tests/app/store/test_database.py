@@ -3,12 +3,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, make_url, text
+from sqlalchemy import Column, MetaData, Table, insert, inspect, make_url, text
 
 from app.store.database import StoreAway, connect, migrate
-from app.store.schema import metadata
+from app.store.records import RecordStore, Wanted
+from app.store.schema import metadata, usage_records
+from tests.app.ledger.records import completed
 
 pytestmark = pytest.mark.unit
 
@@ -19,6 +22,28 @@ def test_migrations_make_the_tables_that_the_code_uses(engine):
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
+
+
+def test_records_from_before_estimates_were_counted(engine, monkeypatch):
+    upgrade = command.upgrade
+    monkeypatch.setattr(command, "upgrade", lambda config, _: upgrade(config, "0001"))
+    migrate(engine)
+    monkeypatch.undo()
+    record, columns = completed(), [c for c in usage_records.c if c.name != "usage_estimated"]
+    values = {**record.to_fields(), "day": record.origin.arrived.date()}
+    with engine.begin() as connection:
+        values.pop("usage_estimated")
+        # Not `usage_records.insert()`, which would know the new column.
+        connection.execute(insert(Table("usage_records", MetaData(), *map(copy, columns))), values)
+    assert migrate(engine)
+    assert list(RecordStore(engine).each(Wanted())) == [record]
+    with engine.begin() as connection:
+        connection.execute(insert(usage_records), {**values, "request_id": "of an old ingress"})
+    assert {r.usage_estimated for r in RecordStore(engine).each(Wanted())} == {False}
+
+
+def copy(column):
+    return Column(column.name, column.type)
 
 
 MIGRATE = """

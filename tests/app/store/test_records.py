@@ -6,12 +6,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.ledger.record import State
+from app.pricing import TokenUsage
 from app.store.database import StoreRefuses, migrate
 from app.store.records import RecordStore, Wanted
 from app.store.schema import usage_records
 from app.tiers import Tier
 from app.usage import Grouping, add_up
-from tests.app.ledger.records import NOON, completed, new_id, origin, records, shed, total
+from tests.app.ledger.records import NOON, completed, new_id, opened, origin, records, shed, total
 
 pytestmark = pytest.mark.unit
 
@@ -49,6 +50,25 @@ def test_what_the_database_would_never_take_is_told_from_one_that_is_away(store)
     assert list(store.each(Wanted())) == []
     store.add([good.to_json()])
     assert list(store.each(Wanted())) == [good]
+
+
+def test_a_record_from_before_estimates_was_counted(store):
+    record = completed()
+    old = record.to_json().replace(b',"usage_estimated":false', b"")
+    assert old != record.to_json()
+    store.add([old])
+    assert list(store.each(Wanted())) == [record]
+
+
+def test_totals_are_split_by_whether_they_are_estimated(store):
+    usage = TokenUsage(1, 0, 1)
+    guess = opened().settle(State.INTERRUPTED, usage, ended=NOON, estimated=True)
+    store.add([completed().to_json(), guess.to_json()])
+    totals = store.totals(Wanted(), [Grouping.ESTIMATED])
+    assert [(each.group["estimated"], each.cost) for each in totals] == [
+        ("false", completed().cost),
+        ("true", guess.cost),
+    ]
 
 
 def test_records_are_found_by_tenant_model_and_day(store):
