@@ -9,17 +9,18 @@ from app.ledger.ledger import Ledger, Opening
 from app.ledger.record import NOTHING_USED, Origin, State, UsageRecord, now_utc
 from app.pricing import TokenUsage
 from app.reply import Place
+from app.usage_count import Counted
 
 _LOOK_S: Final = 0.05
 _LOOK_EVENTS: Final = 64
+_NOTHING: Final = Counted(NOTHING_USED)
 
 
 class Metered(Protocol):
     """A stream that tells its usage."""
 
-    @property
-    def usage(self) -> TokenUsage | None:
-        """The tokens so far; ``None`` while the engine has told none."""
+    def counted(self) -> Counted:
+        """Return the tokens so far."""
         ...
 
 
@@ -33,7 +34,7 @@ class Meter:
     """
 
     def __init__(self, ledger: Ledger, origin: Origin) -> None:
-        self._usage: TokenUsage | None = None
+        self._counted: Counted | None = None
         self._stream: Metered | None = None
         self._ledger = ledger
         self._origin = origin
@@ -45,13 +46,18 @@ class Meter:
         self._look_at = 0.0
 
     @property
-    def usage(self) -> TokenUsage | None:
-        """The tokens so far, as the engine counts them; ``None`` while it has told none."""
-        return self._usage if self._stream is None else self._stream.usage
+    def counted(self) -> Counted | None:
+        """The tokens so far; ``None`` while nothing of an answer is there."""
+        return self._counted if self._stream is None else self._stream.counted()
 
-    @usage.setter
-    def usage(self, usage: TokenUsage | None) -> None:
-        self._usage = usage
+    @counted.setter
+    def counted(self, counted: Counted | None) -> None:
+        self._counted = counted
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The same, without whether they are an estimate."""
+        return None if (counted := self.counted) is None else counted.usage
 
     def place(self, place: Place) -> None:
         """Take note of where the request goes, and of the decision that everything reads from."""
@@ -103,8 +109,8 @@ class Meter:
         if now < self._look_at and self._unlooked < _LOOK_EVENTS:
             return
         self._unlooked, self._look_at = 0, now + _LOOK_S
-        if self._record is not None and (usage := self.usage) is not None:
-            self._ledger.progress(self._origin.request_id, usage)
+        if self._record is not None and (counted := self.counted) is not None:
+            self._ledger.progress(self._origin.request_id, *counted)
 
     async def settle(self, state: State, reason: str | None = None) -> None:
         """Make it durable what became of a placed request, before the last byte leaves.
@@ -113,12 +119,14 @@ class Meter:
         """
         if self._record is None:
             return
+        counted = self.counted or _NOTHING
         settled = self._record.settle(
             state,
-            self.usage or NOTHING_USED,
+            counted.usage,
             ended=now_utc(),
             ttft_s=self._ttft_s,
             reason=reason,
+            estimated=counted.estimated,
         )
         self._record = None
         await self._ledger.settle(settled)

@@ -15,10 +15,11 @@ import orjson
 
 from app import errors
 from app.dialect import Dialect, Route
-from app.pricing import TokenUsage, cost
+from app.pricing import cost
 from app.sse import Event
 from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
-from app.token_estimate import expected_tokens
+from app.token_estimate import choices_per_prompt, expected_tokens, prompt_tokens
+from app.usage_count import read_usage
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
 """Request fields that never reach an engine: ours, and the engines' own priority."""
@@ -56,6 +57,15 @@ class Inbound:
     def expected_tokens(self) -> int:
         """Roughly how many tokens the request will take, prompt and answer together."""
         return expected_tokens(self.route, self.fields, self.length)
+
+    def expected_prompt_tokens(self) -> int:
+        """Return roughly how many tokens all prompts of the request take."""
+        return prompt_tokens(self.route, self.fields, self.length)
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """How many choices the request asks for with each of its prompts."""
+        return choices_per_prompt(self.fields)
 
     @property
     def prefix(self) -> int | None:
@@ -187,35 +197,20 @@ def rewrite_request(inbound: Inbound, model_id: str, dialect: Dialect, tier: Tie
     return orjson.dumps(fields)
 
 
-def read_usage(usage: object) -> TokenUsage | None:
-    """Return the tokens that a ``usage`` object of any route tells, or ``None`` if it has none."""
-    if not isinstance(usage, dict):
-        return None
-    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
-    if not isinstance(prompt, int):
-        return None
-    completion = usage.get("completion_tokens", usage.get("output_tokens")) or 0
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
-    cached = details.get("cached_tokens") or 0
-    return TokenUsage(prompt, min(cached, prompt), completion)
-
-
 def json_number(amount: Decimal) -> orjson.Fragment:
     """Return an amount as a JSON number with every digit of it."""
     return orjson.Fragment(format(amount.normalize(), "f") if amount else "0.0")
 
 
-def stamp(answer: dict[str, Any], decision: TierDecision) -> TokenUsage | None:
-    """Put the served tier and the cost into an answer, chunk or Responses object, in place.
-
-    Returns the tokens that its ``usage`` tells, if it has one.
+def stamp(answer: dict[str, Any], decision: TierDecision) -> None:
+    """Put the served tier into an answer, chunk or Responses object, in place, and the cost into
+    its ``usage``, which tells what is billed.
     """
     answer["service_tier"] = decision.served.value
     usage = answer.get("usage")
     tokens = read_usage(usage)
     if tokens is not None and isinstance(usage, dict):
         usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
-    return tokens
 
 
 def stream_error(event: Event, route: Route) -> errors.ApiError | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-import orjson
-
-from app import errors
+from app import alarms, errors
 from app.accounts import Accounts, Caller
 from app.admission import Admission, ModelGone, Shed
 from app.catalog import Catalog
@@ -17,7 +16,7 @@ from app.config import IngressSettings
 from app.ledger.ledger import Ledger, Unrecordable
 from app.ledger.record import Origin, State, now_utc
 from app.metering import Meter
-from app.openai_api import Inbound, rewrite_request, stamp
+from app.openai_api import Inbound, rewrite_request
 from app.relay import (
     EngineBroke,
     EngineClient,
@@ -29,7 +28,7 @@ from app.relay import (
 from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.shares import SharePart
 from app.snapshot import Availability, ReplicaStatus
-from app.stamper import stream_stamper
+from app.stamper import stamp_answer, stream_stamper
 from app.store.records import RecordStore
 from app.ticket import ShedReason, Ticket
 from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
@@ -124,15 +123,25 @@ class Passage:
             self._meter.turn_away(State.SHED, _reason(error))
             raise error from None
         finally:
-            usage = self._meter.usage
-            tokens = usage.prompt_tokens + usage.completion_tokens if usage else None
-            self._admission.end(self._ticket, tokens)
-            if self._part is not None:
-                self._part.end()
+            self._end(charged)
+
+    def _end(self, charged: float) -> None:
+        """Give back what the request has held, each thing whatever becomes of the others."""
+        with ExitStack() as ending:
+            tokens = None
             if self._accounts is not None:
                 age_s = time.monotonic() - charged
-                used = self._presumed_tokens if tokens is None else tokens
-                self._accounts.put_right(self._caller, self._ticket.tokens, used, age_s)
+                ending.callback(lambda: self._put_right(tokens, age_s))
+            if self._part is not None:
+                ending.callback(self._part.end)
+            ending.callback(lambda: self._admission.end(self._ticket, tokens))
+            if (usage := self._meter.usage) is not None:
+                tokens = usage.prompt_tokens + usage.completion_tokens
+
+    def _put_right(self, tokens: int | None, age_s: float) -> None:
+        assert self._accounts is not None
+        used = self._presumed_tokens if tokens is None else tokens
+        self._accounts.put_right(self._caller, self._ticket.tokens, used, age_s)
 
     async def _charge(self) -> None:
         """Take the request from its key's limits, and find out at which tier it may stand."""
@@ -239,14 +248,11 @@ class Passage:
                 await self._forward_stream(answer, place)
 
     async def _forward_unary(self, answer: UnaryAnswer, place: Place) -> None:
-        try:
-            fields = orjson.loads(answer.body)
-        except orjson.JSONDecodeError:
-            raise errors.ServerError from None
-        self._meter.usage = stamp(fields, place.decision)
+        body, count = stamp_answer(answer.body, self._inbound, place.decision)
+        self._meter.counted = count.result()
+        self._note_odd_usage(place, odd=count.odd)
         self._meter.first_byte()
         await self._meter.settle(State.COMPLETED)
-        body = orjson.dumps(fields)
         length = (b"content-length", str(len(body)).encode())
         await self._reply.start((JSON, length), place)
         await self._reply.write(body, more=False)
@@ -256,7 +262,7 @@ class Passage:
         meter, reply = self._meter, self._reply
         await meter.opened(stamper)
         await reply.start(SSE, place)
-        over = False
+        over, last = False, b""
         try:
             while blocks := await answer.next_events():
                 if over:
@@ -264,19 +270,29 @@ class Passage:
                     continue
                 piece = stamper.feed(blocks)
                 meter.progress(len(blocks))
+                if stamper.broken:
+                    last = piece
+                    break
                 if stamper.failed:
                     await meter.settle(State.INTERRUPTED, "engine_error")
                 elif stamper.ended:
                     await meter.settle(State.COMPLETED)
                 over = stamper.ended
                 await reply.write(piece, more=not over)
-        except (EngineBroke, orjson.JSONDecodeError) as lost:
-            if isinstance(lost, EngineBroke) and lost.silent:
+        except EngineBroke as lost:
+            if lost.silent:
                 self._admission.suspect(place.replica.replica_id, self._inbound.route)
+        finally:
+            self._note_odd_usage(place, odd=stamper.odd_usage)
         if not over:
-            last = stamper.break_off()
+            last += stamper.break_off()
             await meter.settle(State.INTERRUPTED, "engine_lost")
             await reply.write(last, more=False)
+
+    def _note_odd_usage(self, place: Place, *, odd: bool) -> None:
+        if odd:
+            replica = place.replica.replica_id
+            alarms.PROCESS.raised("odd usage", f"{replica} told none that can be: it is estimated")
 
     def _origin(self) -> Origin:
         return Origin(

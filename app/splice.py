@@ -26,7 +26,7 @@ _KEPT: Final = 4
 class _Template(NamedTuple):
     """Bytes of the engine's block around its text and its numbers, and of the client's around it.
 
-    ``shape`` is the usage, and what follows it, without its digits.
+    ``shape`` is the usage, and what follows it, without its digits. ``choice`` is whose text it is.
     """
 
     head: bytes
@@ -34,17 +34,21 @@ class _Template(NamedTuple):
     shape: bytes
     wire_head: bytes
     wire_tail: bytes
+    choice: int
 
 
 class Splicer:
     """Stamps the chunks of one stream.
 
     Attributes:
-        usage: the ``usage`` object of the last spliced chunk, as it came, if it had one.
+        usages: by choice, the ``usage`` object of its last spliced chunk, as it came.
+        deltas: how many chunks were spliced.
+        size: the bytes of those texts that came without usage, as they came.
     """
 
     def __init__(self) -> None:
-        self.usage: bytes | None = None
+        self.usages: dict[int, bytes] = {}
+        self.deltas = self.size = 0
         self._templates: list[_Template] = []
         self._learned = self._spliced = 0
         self._all_alike = True
@@ -84,7 +88,7 @@ class Splicer:
         That is all, but for the last that are not like the template; or none where another is not.
         Then it is not tried again: where kinds of chunks take turns, it would be at each of them.
         """
-        head, middle, shape, _, tail = template
+        head, middle, shape, _, tail, choice = template
         if not blocks[place].startswith(head):
             return 0
         end = len(blocks)
@@ -105,8 +109,11 @@ class Splicer:
             joined = template.wire_head + joined[len(head) :]
             joined = joined.replace(tail + head, tail + template.wire_head)
         wire.append(joined)
+        self.deltas += count
         if shape:
-            self.usage = numbers[-1][:-1]
+            self.usages[choice] = numbers[-1][:-1]
+        else:
+            self.size += sum(map(len, begins)) - count * len(head)
         self._spliced += count
         return count
 
@@ -124,11 +131,15 @@ class Splicer:
                 break
             usage = numbers
             texts.append(text)
-        if texts and shape:
-            self.usage = usage[:-1]
+        if texts:
+            self.deltas += len(texts)
+            if shape:
+                self.usages[template.choice] = usage[:-1]
+            else:
+                self.size += sum(map(len, texts))
         return texts
 
-    def learn(self, data: bytes, text: str, usage: object, event: bytes) -> None:
+    def learn(self, data: bytes, text: str, usage: object, event: bytes, choice: int = 0) -> None:
         """Take a chunk as a template.
 
         Args:
@@ -136,12 +147,13 @@ class Splicer:
             text: what ``only_text`` finds in it.
             usage: its usage, parsed; ``None`` if it has none.
             event: what the client gets for it.
+            choice: whose text it is.
         """
         # Where no two chunks are alike, looking for templates is only work.
         if self._learned > 8 + self._spliced // 4:
             return
         self._learned += 1
-        template = _template(data, text, usage, event)
+        template = _template(data, text, usage, event, choice)
         if template is not None:
             self._templates = [template, *self._templates[: _KEPT - 1]]
 
@@ -158,7 +170,7 @@ def only_text(chunk: dict[str, Any]) -> str | None:
     return said[0] if len(said) == 1 and isinstance(said[0], str) else None
 
 
-def _template(data: bytes, text: str, usage: object, event: bytes) -> _Template | None:
+def _template(data: bytes, text: str, usage: object, event: bytes, choice: int) -> _Template | None:
     quoted = orjson.dumps(text)
     if data.count(quoted) != 1 or event.count(quoted) != 1:
         return None
@@ -173,7 +185,7 @@ def _template(data: bytes, text: str, usage: object, event: bytes) -> _Template 
         if start < len(_USAGE) or not _is(rest[start:-1], usage):
             return None
         rest, shape = rest[:start], rest[start:].translate(None, _DIGITS)
-    return _Template(_DATA + head, rest, shape, wire_head + b'"', b'"' + wire_rest)
+    return _Template(_DATA + head, rest, shape, wire_head + b'"', b'"' + wire_rest, choice)
 
 
 def _is(json: bytes, value: object) -> bool:

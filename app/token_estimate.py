@@ -70,7 +70,7 @@ def expected_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int
     if route is not Route.EMBEDDINGS:
         limits = [_count(fields.get(name)) for name in _ANSWER_FIELDS[route]]
         answer = (max(limits) or _USUAL_ANSWER) * sequences(route, fields)
-    return _prompt_tokens(route, fields, length) + answer + 1
+    return prompt_tokens(route, fields, length) + answer + 1
 
 
 def sequences(route: Route, fields: Mapping[str, Any]) -> int:
@@ -82,6 +82,11 @@ def sequences(route: Route, fields: Mapping[str, Any]) -> int:
     else:
         prompts = _prompts(fields.get("input")) if route is Route.EMBEDDINGS else 1
     return max(copies, 1) * max(prompts, 1)
+
+
+def choices_per_prompt(fields: Mapping[str, Any]) -> int:
+    """Return how many choices a request asks for with each of its prompts; at least 1."""
+    return _count(fields.get("n")) or 1
 
 
 def _count(value: object) -> int:
@@ -115,7 +120,8 @@ def _prompts(prompt: object) -> int:
     return 1
 
 
-def _prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
+def prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
+    """Return roughly how many tokens the prompts of a request take; arguments as above."""
     prompt = fields.get(route.prompt_field)
     if route in (Route.COMPLETIONS, Route.EMBEDDINGS):
         return _token_ids(prompt) or length // _BYTES_PER_TOKEN

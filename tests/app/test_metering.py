@@ -10,6 +10,7 @@ from app.pricing import RateCard, TokenUsage
 from app.reply import Place
 from app.snapshot import ReplicaStatus
 from app.tiers import Reason, Tier, TierDecision
+from app.usage_count import Counted
 
 pytestmark = pytest.mark.unit
 
@@ -38,7 +39,7 @@ class FakeLedger:
         self.calls.append(("settle", record))
         await asyncio.sleep(0)
 
-    def progress(self, request_id, usage):
+    def progress(self, request_id, usage, estimated):
         self.calls.append(("progress", usage))
 
     def count(self, record):
@@ -49,16 +50,11 @@ class Stream:
     """Tells its usage, and counts how often it was asked."""
 
     def __init__(self, usage):
-        self._usage, self.asked = usage, 0
+        self.usage, self.asked = usage, 0
 
-    @property
-    def usage(self):
+    def counted(self):
         self.asked += 1
-        return self._usage
-
-    @usage.setter
-    def usage(self, usage):
-        self._usage = usage
+        return Counted(self.usage)
 
 
 def place(served=Tier.PRIORITY, reason=None):
@@ -127,7 +123,7 @@ async def test_the_record_is_that_of_the_last_place():
     one, calls = meter()
     one.place(place())
     one.place(place(Tier.DEFAULT, Reason.NO_REPLICA_HONOURS_PRIORITY))
-    one.usage = TokenUsage(4, 0, 4)
+    one.counted = Counted(TokenUsage(4, 0, 4))
     await one.settle(State.COMPLETED)
     [(_, record)] = calls
     assert (record.served, record.reason) == (Tier.DEFAULT, "no_replica_honours_priority")
@@ -157,7 +153,7 @@ async def test_the_record_is_written_even_where_its_client_has_gone():
 async def test_a_unary_answer_has_no_progress():
     one, calls = meter()
     one.place(place())
-    one.usage = TokenUsage(1, 0, 1)
+    one.counted = Counted(TokenUsage(1, 0, 1))
     assert calls == []
 
 

@@ -100,6 +100,7 @@ class Seen:
         request_id: the ingress's name for it; empty where it did not get that far.
         whole: whether the client got the last byte.
         left: whether the client went away.
+        rewrite: what comes of each piece of the engine's answer before it is sent.
     """
 
     request: Any
@@ -116,6 +117,7 @@ class Seen:
     ended: float = 0.0
     attempts: list[Attempt] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    rewrite: Callable[[bytes], bytes] | None = None
 
 
 class NotedReply(Reply):
@@ -213,7 +215,21 @@ class SimulatedEngine:
         async def again() -> Any:
             return first.pop() if first else await receive()
 
-        await self._app(scope, again, send)
+        rewrite = seen and seen.rewrite
+        await self._app(scope, again, rewriting(send, rewrite) if rewrite else send)
+
+
+def rewriting(send: Any, rewrite: Callable[[bytes], bytes]) -> Any:
+    async def sent(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            # Its length may change.
+            headers = [pair for pair in message["headers"] if pair[0] != b"content-length"]
+            message = {**message, "headers": headers}
+        elif message.get("body"):
+            message = {**message, "body": rewrite(message["body"])}
+        await send(message)
+
+    return sent
 
 
 class PlainHttp:
