@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, StringConstraints, model_validator
 
+from app.cross_site import ANY_HOST, HOST_NAME, HostRule
 from app.ledger.settings import JournalSettings
 from app.line_settings import LineSettings
 from app.pricing import RateCard
@@ -24,6 +25,7 @@ from app.tiers import PriorityMode, Tier, TierOffer
 ModelId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
 ]
+HostName = Annotated[str, StringConstraints(pattern=HOST_NAME, max_length=253)]
 PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
 
 LONGEST_STOP_S = 3700.0
@@ -45,6 +47,15 @@ class IngressSettings(Settings):
         description="Says again that everybody may come in: without it `auth: open` is refused "
         "where Serve's `http_options.host` is not a loopback address, since whoever finds the "
         "port would be served.",
+    )
+    allowed_hosts: tuple[HostName, ...] | None = Field(
+        default=None,
+        description="Values of the `Host` header that are served beside `localhost` and loopback "
+        "addresses, without ports; `*` allows every host. Others get 403, so that a web page "
+        "whose name resolves to 127.0.0.1 (DNS rebinding) cannot use this ingress. If not set: "
+        "none with `auth: open` on loopback. With `auth: keys` every host, since such a page has "
+        "no key; with `open_to_network` every host too, since whoever reaches the port is served "
+        "and the names it is reached by are not known.",
     )
     default_tier: Tier = Field(
         default=Tier.DEFAULT,
@@ -93,6 +104,14 @@ class IngressSettings(Settings):
         default=JournalSettings(),
         description="Where records are kept until the database has them; see below.",
     )
+
+    @cached_property
+    def host_rule(self) -> HostRule:
+        """Which `Host` headers are served."""
+        if self.allowed_hosts is not None:
+            return HostRule.of(self.allowed_hosts)
+        everywhere = self.auth == "keys" or self.open_to_network
+        return HostRule.of([ANY_HOST] if everywhere else [])
 
     def check_open(self, host: str | None, *where: str | int) -> None:
         """Refuse to let everybody in from a network, unless that is said twice.

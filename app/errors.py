@@ -3,11 +3,13 @@
     ApiError
     ├── InvalidRequest       400  the request itself is wrong
     │   ├── InvalidKey       401  no API key, or one that does not work
+    │   ├── HostNotAllowed   403  the `Host` header is none that this ingress answers to
     │   ├── ModelNotFound    404
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
     │   ├── RequestTimeout   408
     │   ├── BodyTooLarge     413
+    │   ├── UnsupportedMediaType 415  the body is not declared to be JSON
     │   └── Overloaded       429  turned away from the line; carries Retry-After
     ├── RateLimited          429  over a limit of its key; carries Retry-After
     ├── EngineRejected       4xx  the engine refused the request; its own words
@@ -87,6 +89,19 @@ class InvalidKey(InvalidRequest):
         self.headers["www-authenticate"] = "Bearer"
 
 
+class HostNotAllowed(InvalidRequest):
+    """The request names a host that this ingress does not answer to. It is not repeated back."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Requests to this server must name it in their Host header as localhost, 127.0.0.1, "
+            "[::1], or a host that its operator has listed in allowed_hosts.",
+            code="host_not_allowed",
+        )
+
+
 class ModelNotFound(InvalidRequest):
     """No model application has this id or alias."""
 
@@ -139,6 +154,20 @@ class BodyTooLarge(InvalidRequest):
         super().__init__(
             f"The request body is too large: at most {limit} bytes are accepted.",
             code="request_too_large",
+        )
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The content type of the body is missing, or not JSON."""
+
+    status = 415
+
+    def __init__(self, *, given: bool) -> None:
+        super().__init__(
+            f"{'Unsupported' if given else 'Missing'} Content-Type: the body must be JSON, sent "
+            "with the header 'Content-Type: application/json' "
+            "(with curl: -H 'Content-Type: application/json').",
+            code="unsupported_media_type",
         )
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
-from app import errors
+from app import cross_site, errors
 from app.accounts import NOBODY, Caller
 from app.config import IngressSettings
 from app.dialect import Route
@@ -35,6 +35,7 @@ class Exchange:
         try:
             headers = dict(scope["headers"])
             caller = await identify(services, headers)
+            cross_site.require_json(headers)
             body = await _read_body(headers, receive, services.settings)
             inbound = parse_request(self._route, body)
             admission = services.catalog.require(inbound.model)
@@ -54,10 +55,12 @@ async def identify(services: Services, headers: Headers) -> Caller:
     """Return who sends a request, once this ingress is ready and before its body is read.
 
     Raises:
+        HostNotAllowed: it names a host that is not served here.
         InvalidKey: keys are asked for, and it carries none that works.
     """
     if not services.ready.is_set():
         await services.ready.wait()
+    services.settings.host_rule.require(headers)
     if services.accounts is None:
         return NOBODY
     authorization = headers.get(b"authorization")

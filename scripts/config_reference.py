@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import SecretStr
@@ -93,6 +94,8 @@ def type_name(annotation: Any) -> str:
         return f"list of {type_name(inner[0])}"
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in inner)
+    if annotation is NoneType:
+        return "None"
     if isinstance(annotation, type) and not get_args(annotation):
         values = getattr(annotation, "__members__", None)
         if values:
@@ -100,6 +103,8 @@ def type_name(annotation: Any) -> str:
         if issubclass(annotation, SecretStr):
             return "str, never shown"
         return "section" if issubclass(annotation, Settings) else annotation.__name__
+    if origin is UnionType:
+        return " or ".join(map(type_name, inner))
     return str(annotation).replace("typing.", "").replace("|", "or")
 
 

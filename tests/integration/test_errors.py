@@ -10,6 +10,7 @@ from tests.serving import ingress_app, simulated_app
 
 pytestmark = pytest.mark.integration
 
+JSON = {"content-type": "application/json"}
 CHAT = {"model": "native", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -24,8 +25,21 @@ def post(frontline, path="/v1/chat/completions", **request):
 
 
 def test_malformed_json(frontline):
-    answer, error = post(frontline, content=b'{"model": ')
+    answer, error = post(frontline, content=b'{"model": ', headers=JSON)
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+
+
+def test_a_form_of_another_site(frontline):
+    answer, error = post(frontline, data={"model": "native"})
+    assert (answer.status_code, error["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_host_of_another_site(frontline):
+    answer, error = post(frontline, json=CHAT, headers={"host": "evil.example"})
+    assert (answer.status_code, error["code"]) == (403, "host_not_allowed")
+    with frontline.http() as http:
+        assert http.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+        assert http.get("/health", headers={"host": "10.1.2.3"}).status_code == 200
 
 
 def test_unknown_model(frontline):
@@ -63,14 +77,15 @@ def test_too_large_a_body(frontline):
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             with frontline.http() as http:
-                answer = http.post("/v1/chat/completions", content=b"x" * 1001)
+                answer = http.post("/v1/chat/completions", content=b"x" * 1001, headers=JSON)
             if answer.status_code == 413:
                 break
             time.sleep(0.2)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (413, "request_too_large")
         with frontline.http() as http:  # without a declared length
-            answer = http.post("/v1/chat/completions", content=iter([b"x" * 600] * 2))
+            pieces = iter([b"x" * 600] * 2)
+            answer = http.post("/v1/chat/completions", content=pieces, headers=JSON)
         assert answer.status_code == 413
     finally:
         frontline.deploy(ingress_app())
@@ -83,7 +98,8 @@ def test_a_client_that_never_finishes_its_body_is_let_go(frontline):
         address = urlsplit(frontline.root)
         with socket.create_connection((address.hostname, address.port), timeout=15) as slow:
             slow.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+                b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
             )
             assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
     finally:

@@ -404,7 +404,11 @@ class World:
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
             "scheme": "http", "path": f"/v1/{route.value}", "root_path": "", "query_string": b"",
-            "headers": [(b"authorization", f"Bearer {key}".encode())], "client": None,
+            "headers": [
+                (b"host", b"127.0.0.1"), (b"content-type", b"application/json"),
+                (b"authorization", f"Bearer {key}".encode()),
+            ],
+            "client": None,
             "server": ("127.0.0.1", 80),
         }  # fmt: skip
         scope["raw_path"] = scope["path"].encode()
