@@ -127,6 +127,11 @@ class Accounts:
                 raise self._limited(caller.key, over)
             await self._ask_now()
 
+    def knows(self, authorization: str | None) -> bool:
+        """Return whether a header holds a key that works, as far as is known without asking."""
+        text = bearer(authorization)
+        return text is not None and self._ring.known(text) is not None
+
     @property
     def keys_read(self) -> bool:
         """Whether the keys have been read since the start."""

@@ -40,7 +40,7 @@ class IngressSettings(Settings):
         default="open",
         description="Who may call: `open` lets everyone in who reaches the port, and is for one's "
         "own machine; `keys` asks for an API key (`frontline keys create`) on every route but "
-        "`/health`.",
+        "`/health` and `/livez`.",
     )
     open_to_network: bool = Field(
         default=False,

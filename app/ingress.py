@@ -20,6 +20,7 @@ from app.catalog import Catalog, ServeSource, model_entry, serve_host
 from app.config import LONGEST_STOP_S, IngressSettings
 from app.dialect import Route
 from app.exchange import Exchange, Receive, Scope, identify
+from app.health_route import add_health_routes
 from app.interpreter import settle_in
 from app.ledger.ledger import open_ledger
 from app.limits_deployment import ServeLimits
@@ -113,6 +114,7 @@ class Ingress:
         return build_api(self._services)
 
     async def __del__(self) -> None:
+        self._services.draining = True
         await self._services.catalog.stop()
         await self._services.engines.close()
         if self._services.ledger is not None:
@@ -196,6 +198,8 @@ def _others(services: Services, exchanges: Mapping[str, Exchange]) -> FastAPI:
     for prefix in PREFIXES:
         _add_catalog_routes(api, prefix, services)
         add_usage_route(api, prefix, services)
+        # Probes look for it at the root, whatever the API's version.
+        add_health_routes(api, "" if prefix == PREFIXES[0] else prefix, services)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(errors.ApiError, _answer_api_error)
     api.add_exception_handler(Exception, _answer_failure)
@@ -214,11 +218,6 @@ def _add_catalog_routes(api: FastAPI, prefix: str, services: Services) -> None:
     async def show_model(request: Request, name: str) -> Response:
         await identify(services, dict(request.scope["headers"]))
         return _json(model_entry(catalog.require(name).snapshot))
-
-    @api.get(f"{prefix}/health" if prefix != PREFIXES[0] else "/health")
-    async def health() -> Response:
-        states = {model.id: model.state.value for model in catalog.models()}
-        return _json({"status": "ok", "models": states})
 
 
 def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

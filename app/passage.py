@@ -48,7 +48,7 @@ class Services:
     ``ledger`` and ``usage``, where its records are read, are there once the settings are, which is
     before the first request. ``accounts`` is there where keys are asked for. ``ready`` is set once
     all of it is there and the models are known: Serve lets requests in before its first call of
-    ``reconfigure``, and they wait for that.
+    ``reconfigure``, and they wait for that. ``draining`` is set when this ingress comes to its end.
     """
 
     catalog: Catalog
@@ -58,6 +58,7 @@ class Services:
     accounts: Accounts | None = None
     usage: RecordStore | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    draining: bool = False
 
 
 class Passage:

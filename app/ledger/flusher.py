@@ -150,6 +150,8 @@ class Flusher:
     ) -> None:
         self.away = False
         """Whether the store could not be reached last time."""
+        self.away_since: float | None = None
+        """Since when it could not, by the monotonic clock."""
         self._own = OwnJournal(journal)
         self._turned = journal.turned
         self._folder = folder
@@ -205,11 +207,12 @@ class Flusher:
             self._next_adoption = time.monotonic() + self._settings.adopt_interval_s
         if self.away:
             _log.warning("the ledger's store can be reached again; %d records moved", moved)
-        self.away = False
+        self.away, self.away_since = False, None
         self._freed()
 
     def _note_failure(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         if not self.away:
             _log.error("records stay in the journal, the store cannot take them: %s", error)
+            self.away_since = time.monotonic()
         self.away = True

@@ -113,6 +113,11 @@ class Ledger:
         """Whether the database could not be reached last time. Service goes on meanwhile."""
         return self._flusher.away
 
+    def store_away_s(self, now: float) -> float:
+        """Return for how long it has been so at the monotonic time ``now``, in seconds."""
+        since = self._flusher.away_since
+        return 0.0 if since is None else max(0.0, now - since)
+
     def reserved(self) -> AbstractContextManager[None]:
         """Keep room for a request's record in a block; to be entered before serving it.
 
@@ -122,7 +127,7 @@ class Ledger:
         return self._room
 
     def _reserve(self) -> None:
-        if not self._has_room:
+        if not self.has_room:
             self._journal.wake()
             raise JournalFull
         if not self._in_flight:
@@ -139,7 +144,8 @@ class Ledger:
             self._idle.set()
 
     @property
-    def _has_room(self) -> bool:
+    def has_room(self) -> bool:
+        """Whether another request could be written down; without it requests are refused."""
         return self._journal.has_room((self._in_flight + 1) * RESERVED_BYTES)
 
     def open(self, record: UsageRecord) -> Opening:
@@ -200,7 +206,7 @@ class Ledger:
     def count(self, record: UsageRecord) -> None:
         """Write down that a request was turned away; nobody waits for it."""
         assert not record.state.served
-        if not self._has_room:
+        if not self.has_room:
             self.uncounted += 1
             return
         self._write_lazily(Entry.of(Kind.SETTLED, record.origin.request_id, record.to_json()))
