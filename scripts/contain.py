@@ -84,11 +84,15 @@ class Containment:
         assert self.status is not None
         return self.status
 
+    def end(self, grace: float) -> None:
+        """Send SIGINT to the command, and end everything once the grace has passed."""
+        self._deadline = time.monotonic() + grace
+        if self.status is None:
+            os.kill(self._main.pid, signal.SIGINT)
+
     def _on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         if self._deadline is None:
-            self._deadline = time.monotonic() + self._grace
-            if self.status is None:
-                os.kill(self._main.pid, signal.SIGINT)
+            self.end(self._grace)
         else:
             self._deadline = 0.0
 

@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from contain import Containment
+from contain import Containment, process_name
+
+from deployments.reaper import Identity, descendants, is_running
 
 MODEL = "deployments.model:build"
 GRACE_S = 60.0
 POLL_S = 1.0
 REPEAT_S = 15.0
+RAY = frozenset({"raylet", "gcs_server"})
+"""Without one of these processes nothing can be started any more, and Ray does not restart them:
+`serve run` would wait for ever."""
+LOST_GRACE_S = 5.0
+"""What is left of Ray cannot end in order then; its workers end by themselves."""
 HAPROXY_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
 EXAMPLE = """\
-curl {url}/chat/completions -H 'content-type: application/json' -d '{{
+curl {url}/chat/completions -H 'content-type: application/json'{key} -d '{{
   "model": "{model}", "service_tier": "priority",
   "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+KEY_HEADER = ' -H "authorization: Bearer $KEY"'
 
 
 def log_folder(driver: int) -> Path:
@@ -38,34 +46,51 @@ class Readiness:
     def __init__(self, models: list[str], port: int, driver: int) -> None:
         self._models = models
         self._driver = driver
-        self._url = f"http://127.0.0.1:{port}/v1"
+        self._root = f"http://127.0.0.1:{port}"
+        self._url = f"{self._root}/v1"
         self._started = time.monotonic()
         self._next_poll = 0.0
         self._last_said = (0.0, "")
+        self._keyed = False
         self.reached = False
 
     def look(self) -> None:
         now = time.monotonic()
         if self.reached or now < self._next_poll:
             return
-        serving = self._serving()
-        if serving is None:
+        try:
+            waiting = self._waiting()
+        except (OSError, ValueError, KeyError):
             self._say("the ingress is starting")
-        elif waiting := [model for model in self._models if model not in serving]:
-            self._say(f"waiting for {', '.join(waiting)}")
         else:
-            self.reached = True
-            self._announce()
+            if waiting:
+                self._say(f"waiting for {waiting}")
+            else:
+                self.reached = True
+                self._announce()
         self._next_poll = time.monotonic() + POLL_S
 
-    def _serving(self) -> list[str] | None:
-        """The models that answer; None while the ingress itself does not."""
+    def _waiting(self) -> str:
+        """What does not answer yet, in words. Raises while the ingress itself does not."""
         try:
-            with urllib.request.urlopen(f"{self._url}/models", timeout=2.0) as answer:
-                entries = json.load(answer)["data"]
-        except (OSError, ValueError, KeyError):
-            return None
-        return [entry["id"] for entry in entries if entry.get("service_tiers")]
+            entries = self._get(f"{self._url}/models")["data"]
+        except urllib.error.HTTPError as error:
+            if error.code != 401:
+                raise
+            self._keyed = True
+            return self._waiting_by_number()
+        serving = {entry["id"] for entry in entries if entry.get("service_tiers")}
+        return ", ".join(model for model in self._models if model not in serving)
+
+    def _waiting_by_number(self) -> str:
+        """The same where names are shown to keys alone: `/health` counts the models."""
+        states = self._get(f"{self._root}/health")["model_states"]
+        missing = len(self._models) - states.get("ready", 0) - states.get("asleep", 0)
+        return f"{missing} of {len(self._models)} models" if missing > 0 else ""
+
+    def _get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=2.0) as answer:
+            return json.load(answer)
 
     def _say(self, what: str) -> None:
         now = time.monotonic()
@@ -85,9 +110,36 @@ class Readiness:
             f"Logs: {log_folder(self._driver)}",
             "",
         ]
+        if self._keyed:
+            lines += ["Clients need an API key: scripts/frontline keys create --tenant NAME", ""]
         if self._models:
-            lines += [EXAMPLE.format(url=self._url, model=self._models[0]), ""]
+            key = KEY_HEADER if self._keyed else ""
+            lines += [EXAMPLE.format(url=self._url, model=self._models[0], key=key), ""]
         print("\n".join([*lines, "Ctrl-C ends it."]), flush=True)
+
+
+class Cluster:
+    """Notices when Ray itself has died below `serve run`."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Identity] = {}
+        self._next_look = 0.0
+
+    def lost(self) -> str | None:
+        """Name a process of Ray's that has run and does not any more."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return None
+        self._next_look = now + POLL_S
+        if len(self._found) < len(RAY):
+            self._find()
+        return next((name for name, one in self._found.items() if not is_running(one)), None)
+
+    def _find(self) -> None:
+        for process in descendants(os.getpid()):
+            name = process_name(process.identity.pid)
+            if name in RAY:
+                self._found.setdefault(name, process.identity)
 
 
 def model_ids(config: dict[str, Any]) -> list[str]:
@@ -113,7 +165,22 @@ def main() -> None:
     # A cluster of its own, whatever else runs on this machine.
     serve = Containment(["serve", "run", "--address", "local", path], GRACE_S)
     readiness = Readiness(models, port, serve.pid)
-    status = serve.run(while_running=readiness.look)
+    cluster, lost = Cluster(), None
+
+    def look() -> None:
+        nonlocal lost
+        lost = cluster.lost()
+        if lost is None:
+            readiness.look()
+        else:
+            print(f"run: Ray's {lost} has died: ending what is left", flush=True)
+            serve.end(LOST_GRACE_S)
+
+    status = serve.run(while_running=look)
+    if lost is not None:
+        sys.exit(
+            f"run: everything has ended, since Ray's {lost} had died; logs: {log_folder(serve.pid)}"
+        )
     if serve.stopping:
         print("run: everything has ended", flush=True)
         return
