@@ -44,8 +44,11 @@ _log = logging.getLogger(__name__)
 class Records(Protocol):
     """Where records go: ``app.store.records.RecordStore``."""
 
-    def prepare(self) -> None:
-        """Bring the tables up to date; raises ``StoreAway``."""
+    def prepare(self) -> bool:
+        """Bring the tables up to date, and return whether it is another store than before.
+
+        Raises ``StoreAway``.
+        """
 
     def add(self, bodies: Sequence[bytes]) -> None:
         """Write settled records in one transaction; raises ``StoreAway``, or ``StoreRefuses``."""
@@ -74,6 +77,10 @@ class OwnJournal:
                 return moved
             self._segment, self._offset = self._segment + 1, 0
             self._remove_what_is_not_needed()
+
+    def rewind(self) -> None:
+        """Begin again with what the journal still holds: the store that had it is gone."""
+        self._segment, self._offset = self._first, 0
 
     def _remove_what_is_not_needed(self) -> None:
         for number in range(self._first, min(self._segment, self._journal.needed_from)):
@@ -158,7 +165,6 @@ class Flusher:
         self._settings = settings
         self._store = store
         self._freed = freed
-        self._prepared = False
         self._stop = threading.Event()
         self._next_adoption = 0.0
         self._retrying = Retrying(
@@ -198,9 +204,8 @@ class Flusher:
         self._stop.wait(seconds)
 
     def _round(self) -> None:
-        if not self._prepared:
-            self._store.prepare()
-            self._prepared = True
+        if self._store.prepare():
+            self._own.rewind()
         moved = self._own.flush(self._store)
         if time.monotonic() >= self._next_adoption:
             moved += adopt(self._folder, self._store)

@@ -14,6 +14,8 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, text
 
+from app.store import sqlite_file
+
 CONNECT_TIMEOUT_S: Final = 5
 """How long a database may take to answer. Nobody waits for it but the flusher and the CLI."""
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")
@@ -48,12 +50,16 @@ def translated() -> Iterator[None]:
         raise StoreAway(_first_line(error.orig)) from None
     except exc.SQLAlchemyError as error:
         raise StoreAway(type(error).__name__) from None
+    except OSError as error:
+        # SQLite's file or its folder cannot be looked at.
+        raise StoreAway(f"{type(error).__name__}: {error.strerror}") from None
 
 
 def connect(url: URL) -> Engine:
     """Return an engine for the database; no connection is made yet.
 
-    SQLite's file and its folder are made when they are missing.
+    SQLite's file and its folder are made when they are missing, and opened anew where they were
+    replaced (``app.store.sqlite_file``).
     """
     if url.get_backend_name() == "sqlite":
         return _connect_sqlite(url)
@@ -77,9 +83,12 @@ def connect(url: URL) -> Engine:
 
 
 def _connect_sqlite(url: URL) -> Engine:
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = sqlite_file.path_of(url)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = create_engine(url, hide_parameters=True, connect_args={"timeout": CONNECT_TIMEOUT_S})
+    if path is not None:
+        sqlite_file.follow(engine, path)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, record: object) -> None:

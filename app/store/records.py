@@ -12,11 +12,14 @@ from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, 
 
 from app.ledger.record import UsageRecord
 from app.pricing import Prices, TokenUsage
-from app.store.database import migrate, translated
+from app.store.database import StoreAway, StoreRefuses, migrate, translated
 from app.store.schema import Amount, Moment, usage_records
+from app.store.sqlite_file import MISSING, Identity, identity, path_of, was_replaced
 from app.usage import Grouping, Total, add_up
 
 READ_AT_ONCE: Final = 1000
+_SERVER: Final[Identity] = (-1, -1)
+"""In place of a file's identity where the store is a database server."""
 
 
 class RecordStore:
@@ -27,11 +30,24 @@ class RecordStore:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._prepared: Identity | None = None
         self._insert = _insert_statement(engine.dialect.name)
 
-    def prepare(self) -> None:
-        """Bring the tables up to date."""
+    def prepare(self) -> bool:
+        """Bring the tables up to date, unless they are.
+
+        Returns:
+            Whether this may be another store than before: SQLite's file was replaced, the store
+            was away, or nothing was prepared yet.
+        """
+        path = path_of(self._engine.url)
+        # Before the tables are made: what replaces the file meanwhile is found the next time.
+        store = _SERVER if path is None else identity(path)
+        if store == self._prepared and store != MISSING:
+            return False
         migrate(self._engine)
+        self._prepared = store
+        return True
 
     def add(self, bodies: Sequence[bytes]) -> None:
         """Write settled records, given as JSON (``UsageRecord.to_json``), in one transaction.
@@ -40,8 +56,21 @@ class RecordStore:
         The database itself reads the JSON: this thread shares its interpreter with requests.
         """
         batch = b"[" + b",".join(bodies) + b"]"
-        with translated(), self._engine.begin() as connection:
-            connection.execute(self._insert, {"batch": batch.decode()})
+        try:
+            self._add(batch.decode())
+        except StoreRefuses:
+            raise
+        except StoreAway:
+            # It may come back as another one: from a backup, or a standby.
+            self._prepared = None
+            raise
+
+    def _add(self, batch: str) -> None:
+        with translated(), self._engine.connect() as connection:
+            connection.execute(self._insert, {"batch": batch})
+            connection.commit()
+            if was_replaced(connection):
+                raise StoreAway("its file was replaced while it was written to")
 
     def each(self, wanted: Wanted) -> Iterator[UsageRecord]:
         """Yield records by the time of their arrival, all of one moment's view."""
