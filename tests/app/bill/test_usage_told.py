@@ -41,7 +41,8 @@ IMPOSSIBLE = [
 async def world(tmp_path, monkeypatch):
     monkeypatch.setattr("app.exchange.Reply", NotedReply)
     monkeypatch.setitem(ENGINES, "vllm", {"embedding_dimensions": 4})
-    made = World(tmp_path)
+    # No engine is slow on purpose here, but the machine may be.
+    made = World(tmp_path, timeout_s=30)
     await made.start()
     await made.set(ModelSettings(), ["vllm"])
     yield made
@@ -107,6 +108,7 @@ async def left(world, route, fields, enough):
     asking = asyncio.create_task(world.ask(seen, route, fields, "plain"))
     async with asyncio.timeout(10):
         while not enough(seen.body):
+            assert not asking.done(), seen.body[-500:]
             seen.changed.clear()
             await seen.changed.wait()
     asking.cancel()

@@ -328,7 +328,7 @@ class CountingStore(RecordStore):
 class World:
     """All of it. To be made, used and closed on one event loop."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout_s: float = 0.25) -> None:
         self.asked: dict[str, Seen] = {}
         self.cards: list[tuple[float, ModelSettings]] = []
         # From when to when the ingress believed in an engine that was dead.
@@ -343,7 +343,9 @@ class World:
         self._source = Source(self)
         self._catalog = Catalog(self._source, discover_s=60)
         self._keys = KeptKeys()
-        settings = IngressSettings(auth="keys", engine_timeout_s=0.25, stream_timeout_s=0.25)
+        settings = IngressSettings(
+            auth="keys", engine_timeout_s=timeout_s, stream_timeout_s=timeout_s
+        )
         self._services = Services(
             self._catalog, EngineClient(), settings,
             self.ledger, Accounts(self._catalog.ingress, self._keys, Books()), self.store,
