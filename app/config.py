@@ -21,6 +21,7 @@ from app.scaling.settings import ScalingSettings
 from app.settings import Problem, Settings, SettingsError
 from app.store.url import DEFAULT_URL, StoreUrl
 from app.tiers import PriorityMode, Tier, TierOffer
+from app.usage_settings import UsageSettings
 
 ModelId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
@@ -103,6 +104,9 @@ class IngressSettings(Settings):
     journal: JournalSettings = Field(
         default=JournalSettings(),
         description="Where records are kept until the database has them; see below.",
+    )
+    usage: UsageSettings = Field(
+        default=UsageSettings(), description="How much `GET /v1/usage` may read; see below."
     )
 
     @cached_property

@@ -12,6 +12,7 @@
     │   ├── UnsupportedMediaType 415  the body is not declared to be JSON
     │   └── Overloaded       429  turned away from the line; carries Retry-After
     ├── RateLimited          429  over a limit of its key; carries Retry-After
+    ├── UsageBusy            429  as much usage is being read as may be; carries Retry-After
     ├── EngineRejected       4xx  the engine refused the request; its own words
     └── ServerError          500
         └── Unavailable      503  nothing can serve the model now; carries Retry-After
@@ -197,6 +198,20 @@ class RateLimited(ApiError):
         )
         self.type = what
         self.headers |= _retry_headers(retry_after_s)
+
+
+class UsageBusy(ApiError):
+    """As many readings of usage are under way as may be at once."""
+
+    status = 429
+    type = "requests"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Too many requests for usage at once. Please try again in 1s.",
+            code="rate_limit_exceeded",
+        )
+        self.headers |= _retry_headers(1.0)
 
 
 class EngineRejected(ApiError):

@@ -30,8 +30,8 @@ from app.reply import Send
 from app.settings import Problem, SettingsError
 from app.store.database import connect
 from app.store.keys import KeyStore
-from app.store.records import RecordStore
 from app.store.url import resolve_url
+from app.usage_reader import UsageReader
 from app.usage_route import add_usage_route
 
 PREFIXES = ("/v1", "/v1/openai")
@@ -70,6 +70,8 @@ class Ingress:
             self._store = connect(resolve_url(settings.ledger.get_secret_value()))
         if new_store or settings.journal != before.journal:
             self._open_ledger(self._store, settings)
+        if new_store or settings.usage != before.usage:
+            self._open_usage(settings)
         if new_store or settings.auth != before.auth:
             self._open_accounts(self._store, settings)
         if new_store and old is not None:
@@ -83,9 +85,15 @@ class Ingress:
     def _open_ledger(self, store: Engine, settings: IngressSettings) -> None:
         old = self._services.ledger
         self._services.ledger = open_ledger(store, settings.journal)
-        self._services.usage = RecordStore(store)
         if old is not None:
             self._retire("ledger retirement", old.retire)
+
+    def _open_usage(self, settings: IngressSettings) -> None:
+        old = self._services.usage
+        url = resolve_url(settings.ledger.get_secret_value())
+        self._services.usage = UsageReader(url, settings.usage)
+        if old is not None:
+            self._retire("usage reader", partial(asyncio.to_thread, old.close))
 
     def _open_accounts(self, store: Engine, settings: IngressSettings) -> None:
         old, self._services.accounts = self._services.accounts, None
@@ -121,6 +129,8 @@ class Ingress:
             await self._services.ledger.close()
         if self._services.accounts is not None:
             await self._services.accounts.stop()
+        if self._services.usage is not None:
+            await asyncio.to_thread(self._services.usage.close)
         await asyncio.gather(*self._retiring)
         if self._store is not None:
             self._store.dispose()

@@ -29,9 +29,9 @@ from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.shares import SharePart
 from app.snapshot import Availability, ReplicaStatus
 from app.stamper import stamp_answer, stream_stamper
-from app.store.records import RecordStore
 from app.ticket import ShedReason, Ticket
 from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
+from app.usage_reader import UsageReader
 
 # While an engine starts, or the store is away, nobody knows how long it will take: this is how
 # often asking is useful.
@@ -56,7 +56,7 @@ class Services:
     settings: IngressSettings
     ledger: Ledger | None = None
     accounts: Accounts | None = None
-    usage: RecordStore | None = None
+    usage: UsageReader | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
 

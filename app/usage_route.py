@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from datetime import date
+from datetime import date, timedelta
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from app import errors
 from app.exchange import identify
+from app.ledger.record import now_utc
 from app.passage import Services
-from app.store.database import StoreAway
-from app.store.records import Wanted
+from app.store.database import StoreAway, StoreTooSlow
+from app.store.records import TooManyRows, Wanted
 from app.usage import Grouping, usage_object
 
 _DEFAULT_GROUPS = (Grouping.DAY, Grouping.MODEL, Grouping.TIER)
@@ -31,21 +31,56 @@ def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
         for name in query:
             if name not in _PARAMETERS:
                 raise errors.InvalidRequest(f"Unknown parameter: '{name}'.", param=name)
-        wanted = Wanted(
-            tenant=caller.tenant, since=_day(query.get("start"), "start"),
-            until=_day(query.get("end"), "end"),
+        assert services.usage is not None, "settings come before requests"
+        bounds = services.usage.settings
+        start, end = span(
+            _day(query.get("start"), "start"), _day(query.get("end"), "end"),
+            now_utc().date(), bounds.max_days,
         )  # fmt: skip
         groups = _groups(query.get("group_by"))
-        assert services.usage is not None, "settings come before requests"
+        wanted = Wanted(tenant=caller.tenant, since=start, until=end)
         try:
-            totals = await asyncio.to_thread(services.usage.totals, wanted, groups)
+            totals = await services.usage.totals(wanted, groups)
+        except TooManyRows:
+            raise _too_large(f"has more than {bounds.max_rows} groups") from None
+        except StoreTooSlow:
+            raise _too_large(f"takes longer than {bounds.timeout_s:g} s to add up") from None
         except StoreAway:
             raise errors.Unavailable(
                 "Usage cannot be read at the moment. What is used meanwhile is recorded.",
                 "ledger_unavailable",
                 5.0,
             ) from None
-        return JSONResponse(usage_object(totals))
+        days = {"start": start.isoformat(), "end": end.isoformat()}
+        return JSONResponse(usage_object(totals) | days)
+
+
+def span(start: date | None, end: date | None, today: date, max_days: int) -> tuple[date, date]:
+    """Return the days that are asked for, from the first to the one after the last.
+
+    Without ``end`` they go on until today, and without ``start`` they are as many as may be.
+
+    Raises:
+        InvalidRequest: there are more of them than ``max_days``.
+    """
+    tomorrow = today + timedelta(days=1)
+    until = end or max(tomorrow, start or tomorrow)
+    since = start or date.fromordinal(max(1, min(until, tomorrow).toordinal() - max_days))
+    if start is not None and (until - since).days > max_days:
+        raise errors.InvalidRequest(
+            f"Invalid 'start': at most {max_days} days can be asked for at once, from 'start' to "
+            "'end'.",
+            param="start",
+        )
+    return since, until
+
+
+def _too_large(why: str) -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"The usage that is asked for {why}. Ask for fewer days, or for fewer groups ('group_by').",
+        code="usage_too_large",
+        param="start",
+    )
 
 
 def _day(text: str | None, name: str) -> date | None:

@@ -20,6 +20,7 @@ from app.line_settings import LineSettings, TierLine  # noqa: E402
 from app.pricing import Multipliers, RateCard  # noqa: E402
 from app.scaling.settings import ScalingSettings  # noqa: E402
 from app.settings import Settings  # noqa: E402
+from app.usage_settings import UsageSettings  # noqa: E402
 
 TARGET = REPO / "docs" / "configuration.md"
 HEAD = """\
@@ -33,6 +34,7 @@ key and the line. This page is made from the types of the settings by
 SECTIONS: list[tuple[str, type[Settings], str]] = [
     ("The ingress: `user_config` of the deployment `Ingress`", IngressSettings, ""),
     ("`journal`", JournalSettings, "In the `user_config` of `Ingress`; read when it starts."),
+    ("`usage`", UsageSettings, "In the `user_config` of `Ingress`, for each ingress."),
     ("A model: `args` of its application", ModelArgs, ""),
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
     ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ CONNECT_TIMEOUT_S: Final = 5
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")
 # Any number will do that nobody else uses: PostgreSQL's advisory locks have no names.
 _MIGRATION_LOCK: Final = 0x46_52_4F_4E_54
+_LOOK_EVERY: Final = 100_000
+"""Steps of SQLite's machine between two looks at the clock: about a millisecond."""
 _BEGIN: Final = "sqlite_begin"
 # Alembic keeps what it is doing in variables of its modules.
 _migrating = Lock()
@@ -28,6 +31,10 @@ _migrating = Lock()
 
 class StoreAway(Exception):
     """The database cannot be used now. The message says of what kind the trouble is."""
+
+
+class StoreTooSlow(StoreAway):
+    """The database took longer for a statement than it may, and was stopped."""
 
 
 class StoreRefuses(StoreAway):
@@ -40,6 +47,7 @@ def translated() -> Iterator[None]:
 
     Raises:
         StoreAway: instead.
+        StoreTooSlow: where a statement took too long.
         StoreRefuses: where it is the values that the database does not take.
     """
     try:
@@ -47,6 +55,8 @@ def translated() -> Iterator[None]:
     except (exc.DataError, exc.IntegrityError) as error:
         raise StoreRefuses(_first_line(error.orig)) from None
     except exc.DBAPIError as error:
+        if _was_stopped(error.orig):
+            raise StoreTooSlow(_first_line(error.orig)) from None
         raise StoreAway(_first_line(error.orig)) from None
     except exc.SQLAlchemyError as error:
         raise StoreAway(type(error).__name__) from None
@@ -55,20 +65,27 @@ def translated() -> Iterator[None]:
         raise StoreAway(f"{type(error).__name__}: {error.strerror}") from None
 
 
-def connect(url: URL) -> Engine:
+def connect(url: URL, *, connections: int = 2, statement_timeout_s: float | None = None) -> Engine:
     """Return an engine for the database; no connection is made yet.
+
+    Args:
+        url: where it is.
+        connections: how many are kept; a few more may be made when they are all in use.
+        statement_timeout_s: longest time that one statement may take, or on SQLite one
+            transaction; ``None`` for a minute, and no limit on SQLite.
 
     SQLite's file and its folder are made when they are missing, and opened anew where they were
     replaced (``app.store.sqlite_file``).
     """
     if url.get_backend_name() == "sqlite":
-        return _connect_sqlite(url)
+        return _connect_sqlite(url, connections, statement_timeout_s)
+    timeout_s = 60.0 if statement_timeout_s is None else statement_timeout_s
     return create_engine(
         url,
         hide_parameters=True,
         # A connection that a database's restart has cut is noticed before it is used.
         pool_pre_ping=True,
-        pool_size=2,
+        pool_size=connections,
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_S,
             # A database host that vanishes without a word must not block for the two hours of
@@ -77,16 +94,21 @@ def connect(url: URL) -> Engine:
             "keepalives_interval": 2,
             "keepalives_count": 3,
             "tcp_user_timeout": 15_000,
-            "options": "-c timezone=UTC -c statement_timeout=60000",
+            # Zero would be no limit.
+            "options": f"-c timezone=UTC -c statement_timeout={max(1, int(timeout_s * 1000))}",
         },
     )
 
 
-def _connect_sqlite(url: URL) -> Engine:
+def _connect_sqlite(url: URL, connections: int, timeout_s: float | None) -> Engine:
     path = sqlite_file.path_of(url)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": CONNECT_TIMEOUT_S})
+    # One in memory is there once: its pool has no size.
+    pool = {} if path is None else {"pool_size": connections}
+    engine = create_engine(
+        url, hide_parameters=True, connect_args={"timeout": CONNECT_TIMEOUT_S}, **pool
+    )
     if path is not None:
         sqlite_file.follow(engine, path)
 
@@ -98,6 +120,13 @@ def _connect_sqlite(url: URL) -> Engine:
         # the journal forgets it then.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+
+    @event.listens_for(engine, "checkout")
+    def limit(connection: Any, record: object, proxy: object) -> None:
+        if timeout_s is None:
+            return
+        ends = time.monotonic() + timeout_s
+        connection.set_progress_handler(lambda: time.monotonic() > ends, _LOOK_EVERY)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -137,6 +166,12 @@ def _upgrade(connection: Connection) -> bool:
         raise StoreAway(f"its tables are of a newer version ({current})")
     command.upgrade(config, "head")
     return True
+
+
+def _was_stopped(error: BaseException | None) -> bool:
+    # PostgreSQL's query_canceled, and SQLite's own name.
+    codes = (getattr(error, "sqlstate", None), getattr(error, "sqlite_errorname", None))
+    return codes[0] == "57014" or codes[1] == "SQLITE_INTERRUPT"
 
 
 def _first_line(error: BaseException | None) -> str:

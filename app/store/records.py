@@ -22,6 +22,10 @@ _SERVER: Final[Identity] = (-1, -1)
 """In place of a file's identity where the store is a database server."""
 
 
+class TooManyRows(Exception):
+    """There are more groups than may be read at once."""
+
+
 class RecordStore:
     """The usage records in a database.
 
@@ -81,17 +85,27 @@ class RecordStore:
             for row in streamed.execute(query.order_by(*order)).mappings():
                 yield UsageRecord.from_fields(dict(row))
 
-    def totals(self, wanted: Wanted, groupings: Sequence[Grouping]) -> list[Total]:
+    def totals(
+        self, wanted: Wanted, groupings: Sequence[Grouping], max_rows: int | None = None
+    ) -> list[Total]:
         """Return totals of records, in the order of their groups.
 
         They add up to the records to the last digit: the database sums tokens, which are whole
         numbers, of the same prices, and a cost is tokens times prices.
+
+        Raises:
+            TooManyRows: the database would find more than ``max_rows`` groups, of a price each.
         """
         groups = [_GROUPS[grouping].label(grouping.value) for grouping in groupings]
         sums = [func.count(), *(func.sum(column) for column in _TOKENS)]
         query = select(*groups, *_PRICES, *sums).where(wanted.condition())
+        query = query.group_by(*groups, *_PRICES)
+        if max_rows is not None:
+            query = query.limit(max_rows + 1)
         with translated(), self._engine.connect() as connection:
-            rows = connection.execute(query.group_by(*groups, *_PRICES)).all()
+            rows = connection.execute(query).all()
+        if max_rows is not None and len(rows) > max_rows:
+            raise TooManyRows
         names = [grouping.value for grouping in groupings]
         totals: dict[tuple[str | None, ...], list[Total]] = {}
         for row in rows:

@@ -8,7 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, MetaData, Table, insert, inspect, make_url, text
 
-from app.store.database import StoreAway, connect, migrate
+from app.store.database import StoreAway, StoreTooSlow, connect, migrate, translated
 from app.store.records import RecordStore, Wanted
 from app.store.schema import metadata, usage_records
 from tests.app.ledger.records import completed
@@ -49,7 +49,7 @@ def copy(column):
 MIGRATE = """
 import sys
 from sqlalchemy import make_url
-from app.store.database import connect, migrate
+from app.store.database import StoreAway, StoreTooSlow, connect, migrate, translated
 sys.stdin.readline()
 print(migrate(connect(make_url(sys.argv[1]))))
 """
@@ -118,3 +118,17 @@ def test_a_database_that_is_away_is_told_without_its_password(url):
         migrate(connect(make_url(url)))
     assert "hunter2" not in repr(caught.value)
     assert caught.value.__suppress_context__ or isinstance(caught.value, OSError)
+
+
+def test_a_statement_that_takes_too_long_is_stopped_and_the_connection_goes_on(url):
+    engine = connect(url, connections=1, statement_timeout_s=0.3)
+    long = {
+        "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+        "SELECT count(*) FROM n",
+        "postgresql": "SELECT pg_sleep(60)",
+    }
+    with pytest.raises(StoreTooSlow), translated(), engine.connect() as connection:
+        connection.execute(text(long[engine.dialect.name]))
+    with translated(), engine.connect() as connection:
+        assert connection.execute(text("SELECT 1")).scalar() == 1
+    engine.dispose()
