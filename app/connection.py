@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Iterable
 from typing import Final, cast
 from urllib.parse import urlsplit
 
@@ -95,6 +96,7 @@ class EngineConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._read_timeout_s = math.inf
         self._heard = 0.0
+        self._may_write = True
         self.idle_since = 0.0
         self._begin()
 
@@ -102,6 +104,7 @@ class EngineConnection(asyncio.Protocol):
         self._pieces.clear()
         self._unread = 0
         self._paused = False
+        self._sending = False
         self._content_type = b""
         self.complete = self._head_came = self._keeps_alive = self._lost = False
         self._silent = False
@@ -113,13 +116,18 @@ class EngineConnection(asyncio.Protocol):
         return (
             self._keeps_alive
             and not self._lost
+            and not self._sending
             and not self._pieces
             and transport is not None
             and not transport.is_closing()
         )
 
-    async def send(self, head: bytes, body: bytes, read_timeout_s: float) -> Response:
+    async def send(
+        self, head: bytes, body: bytes | Iterable[bytes | memoryview], read_timeout_s: float
+    ) -> Response:
         """Send a request and return its answer once the head of that has come.
+
+        A body in pieces is written as fast as the engine reads it, until an answer comes.
 
         Raises:
             ConnectionLost: the connection ended before, or nothing came for so long.
@@ -135,11 +143,32 @@ class EngineConnection(asyncio.Protocol):
         self._read_timeout_s = read_timeout_s
         if self._timer is None:
             self._timer = self._loop.call_later(read_timeout_s, self._look)
-        transport.writelines((head, body))
+        if isinstance(body, bytes):
+            transport.writelines((head, body))
+        else:
+            transport.write(head)
+            await self._write(transport, body)
         while not self._head_came:
             await self.news()
         content_type = self._content_type.partition(b";")[0].strip().lower()
         return Response(self, self._parser.get_status_code(), content_type)
+
+    async def _write(
+        self, transport: asyncio.Transport, pieces: Iterable[bytes | memoryview]
+    ) -> None:
+        self._sending = True
+        for piece in pieces:
+            while not self._head_came and not self._may_write:
+                await self.news()
+            if self._head_came:
+                # The engine refused the request, and may not read the rest: `reusable` is false.
+                return
+            if self._lost:
+                raise ConnectionLost("the connection ended", silent=self._silent)
+            transport.write(piece)
+            # Lets other requests run, also where the engine reads as fast as this writes.
+            await asyncio.sleep(0)
+        self._sending = False
 
     def take_piece(self) -> bytes:
         """Return what has come of the body since the last call, or nothing."""
@@ -216,6 +245,13 @@ class EngineConnection(asyncio.Protocol):
         if self._unread > _MOST_UNREAD and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._may_write = False
+
+    def resume_writing(self) -> None:
+        self._may_write = True
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
-from zlib import crc32
 
 import orjson
 
 from app import errors
 from app.dialect import Dialect, Route
+from app.json_members import Members, Reparsed
+from app.json_scan import Steps
 from app.pricing import cost
+from app.prompt_prefix import prompt_prefix
+from app.request_json import parse_object, scan_object
+from app.spliced import Spliced
 from app.sse import Event
 from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
 from app.token_estimate import choices_per_prompt, expected_tokens, prompt_tokens
@@ -23,8 +27,6 @@ from app.usage_count import read_usage
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
 """Request fields that never reach an engine: ours, and the engines' own priority."""
-
-_PREFIX_CHARACTERS: Final = 256
 
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
 
@@ -35,13 +37,16 @@ class Inbound:
 
     Attributes:
         route: where it came in.
-        fields: the whole JSON object as it came.
+        fields: the JSON object as it came. Those of a long body are ``Members``, whose long
+            values are ``RawJson``.
         model: the name of the model, an id or an alias.
         requested_tier: what ``service_tier`` asks for; ``None`` for nothing or ``auto``.
         stream: whether the answer is to be streamed.
         stream_options: the client's own, empty if there are none.
         fail_fast: whether it would rather be turned away than wait.
         length: of the body, in bytes.
+        prefix: a hash of the prompt's beginning (``app.prompt_prefix``).
+        expected_tokens: roughly how many it will take, prompt and answer together.
     """
 
     route: Route
@@ -52,11 +57,8 @@ class Inbound:
     stream_options: Mapping[str, Any]
     fail_fast: bool = False
     length: int = 0
-
-    @property
-    def expected_tokens(self) -> int:
-        """Roughly how many tokens the request will take, prompt and answer together."""
-        return expected_tokens(self.route, self.fields, self.length)
+    prefix: int | None = None
+    expected_tokens: int = 0
 
     def expected_prompt_tokens(self) -> int:
         """Return roughly how many tokens all prompts of the request take."""
@@ -68,21 +70,6 @@ class Inbound:
         return choices_per_prompt(self.fields)
 
     @property
-    def prefix(self) -> int | None:
-        """A hash of the prompt's beginning, which stays as a conversation grows.
-
-        For messages that is everything up to the first of the user's.
-        """
-        match self.fields.get(self.route.prompt_field):
-            case str(prompt):
-                start: Any = prompt[:_PREFIX_CHARACTERS]
-            case [*items] if self.route is not Route.EMBEDDINGS:
-                start = _leading(items)
-            case _:
-                return None
-        return crc32(orjson.dumps([self.fields.get("instructions"), start]))
-
-    @property
     def wants_usage(self) -> bool:
         """Whether the client asked for a last chunk with the usage."""
         return self.stream_options.get("include_usage") is True
@@ -92,14 +79,42 @@ class Inbound:
         """Whether the client asked for the usage on every chunk (vLLM's extension)."""
         return self.wants_usage and self.stream_options.get("continuous_usage_stats") is True
 
+    def forget(self) -> None:
+        """Keep the fields as bytes from now on, unless they are few."""
+        if isinstance(self.fields, Reparsed):
+            self.fields.forget()
+
 
 def parse_request(route: Route, body: bytes) -> Inbound:
-    """Read a request body.
+    """Read a request body at once.
 
     Raises:
         InvalidRequest: it is not a JSON object, or a field that Frontline acts on is wrong.
     """
-    fields = _parse_object(body)
+    fields = parse_object(body)
+    prefix = prompt_prefix(route, fields)
+    tokens = expected_tokens(route, fields, len(body))
+    return _inbound(route, fields, len(body), prefix, tokens)
+
+
+def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
+    """Read a request body of any length without parsing it whole, yielding every few milliseconds.
+
+    Raises:
+        InvalidRequest: as ``parse_request``.
+    """
+    fields = yield from scan_object(body)
+    yield
+    prefix = prompt_prefix(route, fields)
+    yield
+    tokens = expected_tokens(route, fields, len(body))
+    yield
+    return _inbound(route, fields, len(body), prefix, tokens)
+
+
+def _inbound(
+    route: Route, fields: Mapping[str, Any], length: int, prefix: int | None, tokens: int
+) -> Inbound:
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise errors.InvalidRequest("you must provide a model parameter", param="model")
@@ -125,7 +140,9 @@ def parse_request(route: Route, body: bytes) -> Inbound:
         _flag(fields, "stream"),
         _stream_options(fields),
         _flag(fields, "fail_fast"),
-        len(body),
+        length,
+        prefix,
+        tokens,
     )
 
 
@@ -136,26 +153,6 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
             f"Invalid type for '{name}': expected a boolean.", param=name, code="invalid_type"
         )
     return bool(value)
-
-
-def _leading(items: list[Any]) -> list[Any]:
-    for place, item in enumerate(items):
-        if isinstance(item, dict) and item.get("role") == "user":
-            return items[: place + 1]
-    return items[:1]
-
-
-def _parse_object(body: bytes) -> dict[str, Any]:
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise errors.InvalidRequest(
-            "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
-            "payload, but what was sent was not valid JSON."
-        ) from None
-    if not isinstance(fields, dict):
-        raise errors.InvalidRequest("The JSON body of a request must be an object.")
-    return fields
 
 
 def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -171,30 +168,35 @@ def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return options
 
 
-def rewrite_request(inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier) -> bytes:
+def rewrite_request(
+    inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
+) -> bytes | Spliced:
     """Return the body that the engine gets.
 
     Our own fields and any priority that the client set are taken out, the engine's priority for
     ``tier`` is put in where the engine has it in force on this route, and a stream is asked for
     its usage whether or not the client wants to see it. Nulls are left out: in OpenAI's API null
     stands for absent, and engines refuse some. An engine that refuses fields that it does not
-    know gets those it knows.
+    know gets those it knows. What is kept as bytes goes through as it came.
     """
     route, accepted = inbound.route, dialect.accepted_fields.get(inbound.route)
-    fields = {
-        key: value
-        for key, value in inbound.fields.items()
-        if key not in FRONTLINE_FIELDS and value is not None
-    }
-    fields["model"] = model_id
+    own: dict[str, Any] = {"model": model_id}
     if route in dialect.priority_routes:
-        fields["priority"] = dialect.priority_values[tier]
+        own["priority"] = dialect.priority_values[tier]
     if inbound.stream and route in _STREAM_OPTION_ROUTES:
-        own = inbound.stream_options if accepted is None else {}
-        fields["stream_options"] = {**own, **dialect.stream_options}
+        clients = inbound.stream_options if accepted is None else {}
+        own["stream_options"] = {**clients, **dialect.stream_options}
+    fields = inbound.fields
+    if isinstance(fields, Members):
+        withheld = FRONTLINE_FIELDS | own.keys()
+        passing = [n for n in fields if n not in withheld and (accepted is None or n in accepted)]
+        own = {name: value for name, value in own.items() if accepted is None or name in accepted}
+        return Spliced.of(orjson.dumps(own), fields.pieces(passing))
+    sent = {k: v for k, v in fields.items() if v is not None and k not in FRONTLINE_FIELDS}
+    sent |= own
     if accepted is not None:
-        fields = {key: value for key, value in fields.items() if key in accepted}
-    return orjson.dumps(fields)
+        sent = {name: value for name, value in sent.items() if name in accepted}
+    return orjson.dumps(sent)
 
 
 def json_number(amount: Decimal) -> orjson.Fragment:

@@ -19,6 +19,7 @@ from app.connection import ConnectionLost, Connections, Response, request_head
 from app.dialect import Route
 from app.openai_api import stream_error
 from app.snapshot import ReplicaStatus
+from app.spliced import Spliced
 from app.sse import EventReader, parse_block
 
 _EVENT_STREAM: Final = b"text/event-stream"
@@ -147,7 +148,7 @@ class EngineClient:
         self,
         replica: ReplicaStatus,
         route: Route,
-        body: bytes,
+        body: bytes | Spliced,
         *,
         request_id: str,
         read_timeout_s: float,

@@ -16,10 +16,12 @@ read requests, takes numbers written as text or as floats too, so these count as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from app.dialect import Route
+from app.raw_json import RawJson
 
 _BYTES_PER_TOKEN: Final = 4
 _USUAL_ANSWER: Final = 256
@@ -30,6 +32,12 @@ _MOST: Final = 10**9
 
 _SEARCHED: Final = 4 * 1024 * 1024
 """How much of a raw member is searched; a few milliseconds. The rest counts as its worst case."""
+_MOST_HITS: Final = 2048
+"""How many words ``data`` in a raw member are looked at; a few milliseconds. Media behind them
+count as text."""
+_NEAR: Final = 32
+_URL_NAME: Final = re.compile(rb'url"\s*:\s*"\Z')
+_DATA_NAME: Final = re.compile(rb'data"\s*:\s*"')
 _LONGEST_NUMBER: Final = 64
 
 _ANSWER_FIELDS: Final = {
@@ -63,7 +71,7 @@ def expected_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int
 
     Args:
         route: where it came in.
-        fields: its top-level members; a large one may be the raw bytes of its JSON.
+        fields: its top-level members; a long one may be ``RawJson``.
         length: of the whole body, in bytes.
     """
     answer = 0
@@ -93,6 +101,8 @@ def _count(value: object) -> int:
     """Return a positive whole number as engines read it, or 0."""
     if type(value) is int:
         return min(max(value, 0), _MOST)
+    if isinstance(value, RawJson):
+        return _MOST if value.startswith(b'"') else 0
     if not isinstance(value, str | float):
         return 0
     if isinstance(value, str) and len(value) > _LONGEST_NUMBER:
@@ -108,12 +118,12 @@ def _prompts(prompt: object) -> int:
 
     Those of a raw one are bounded from above: two quotes a string, one bracket an array.
     """
-    if isinstance(prompt, bytes):
+    if isinstance(prompt, RawJson):
         if not prompt.startswith(b"["):
             return 1
         unsearched = max(0, len(prompt) - _SEARCHED) // len('"",')
-        strings = prompt.count(b'"', 0, _SEARCHED) // 2
-        arrays = prompt.count(b"[", 0, _SEARCHED) - 1
+        strings = prompt.count(b'"', _SEARCHED) // 2
+        arrays = prompt.count(b"[", _SEARCHED) - 1
         return max(1, strings + unsearched, arrays + unsearched)
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         return len(prompt)
@@ -127,7 +137,7 @@ def prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
         return _token_ids(prompt) or length // _BYTES_PER_TOKEN
     if length <= _SMALL:
         return length // _BYTES_PER_TOKEN
-    media = _raw_media(prompt) if isinstance(prompt, bytes) else _media(prompt)
+    media = _raw_media(prompt) if isinstance(prompt, RawJson) else _media(prompt)
     tokens = 0
     for size, most in media:
         length -= size
@@ -137,11 +147,11 @@ def prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
 
 def _token_ids(prompt: object) -> int:
     """Return the length of a prompt that is one or several arrays of token ids, or 0."""
-    if isinstance(prompt, bytes):
-        if prompt.startswith(b'"') or b'"' in prompt[:_SEARCHED]:
+    if isinstance(prompt, RawJson):
+        if prompt.find(b'"', 0, _SEARCHED) >= 0:
             return 0
         unsearched = max(0, len(prompt) - _SEARCHED) // len("1,")
-        return prompt.count(b",", 0, _SEARCHED) + unsearched + 1
+        return prompt.count(b",", _SEARCHED) + unsearched + 1
     if not isinstance(prompt, list) or not prompt:
         return 0
     if isinstance(prompt[0], int):
@@ -174,14 +184,31 @@ def _payload(value: object, name: str) -> int:
     return len(value) if inline else 0
 
 
-def _raw_media(raw: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the same for data URLs in raw JSON; each is as large as an image or as a file."""
-    searched = end = 0
-    while (start := raw.find(b'"data:', end, end + _SEARCHED - searched)) >= 0:
-        searched += start - end
-        end = raw.find(b'"', start + 1)
-        if end < 0:
+def _raw_media(raw: RawJson) -> Iterator[tuple[int, int]]:
+    """Yield the same for the inline media in raw JSON; each is as large as an image or as a file.
+
+    A payload is the value of a name that ends with ``data``, or a data URL that is the value of a
+    name that ends with ``url``.
+    """
+    searched = at = 0
+    for _ in range(_MOST_HITS):
+        found = raw.find(b"data", at, at + _SEARCHED - searched)
+        if found < 0:
             return
-        image = raw.startswith(b"image", start + 6)
-        yield end - start, IMAGE_TOKENS if image else OTHER_MEDIA_TOKENS
-        searched += len(b'"data:')
+        start, searched, at = _payload_start(raw, found), searched + found + 4 - at, found + 4
+        if start is None:
+            continue
+        at = raw.find(b'"', start)
+        if at < 0:
+            return
+        image = raw.startswith(b"data:image", start)
+        yield at - start, IMAGE_TOKENS if image else OTHER_MEDIA_TOKENS
+
+
+def _payload_start(raw: RawJson, found: int) -> int | None:
+    """Return where the payload begins that ``data`` is the beginning or the name of."""
+    if raw.startswith(b'"data:', found - 1):
+        before = bytes(raw.data[max(found - _NEAR, 0) : found])
+        return found if _URL_NAME.search(before) else None
+    after = _DATA_NAME.match(raw.data[found : found + _NEAR])
+    return found + after.end() if after else None

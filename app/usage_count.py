@@ -60,6 +60,7 @@ class Count:
         """
         self._odd = False
         self._expected_prompt = expected_prompt
+        self._expected: int | None = None
         self._choices_per_prompt = max(choices_per_prompt, 1)
         # By choice, and by prompt: engines count each choice of a stream for itself.
         self._completions: dict[int, int] = {}
@@ -109,7 +110,9 @@ class Count:
             cached = sum(tokens for _, tokens in self._prompts.values())
             prompt_estimated = final is not None
         else:
-            prompt, cached, prompt_estimated = self._expected_prompt(), 0, True
+            # It looks through the prompt, which may be long.
+            self._expected = self._expected_prompt() if self._expected is None else self._expected
+            prompt, cached, prompt_estimated = self._expected, 0, True
         usage = TokenUsage(prompt, cached, completion)
         return Counted(usage, completion_estimated or prompt_estimated)
 

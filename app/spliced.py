@@ -1,0 +1,37 @@
+"""A request body that is made of parts of another one, without copying them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+_PIECE: Final = 256 * 1024
+"""Bytes that are handed to the socket at once: 0.1 ms of copying into the kernel."""
+
+
+class Spliced:
+    """A JSON object in pieces. Its length is in bytes; iterating gives the pieces, every time."""
+
+    __slots__ = ("_length", "_parts")
+
+    def __init__(self, parts: Sequence[bytes | memoryview]) -> None:
+        self._parts = parts
+        self._length = sum(map(len, parts))
+
+    @classmethod
+    def of(cls, first: bytes, rest: Sequence[memoryview]) -> Spliced:
+        """Return an object of the members of another (``first``) and more members."""
+        parts: list[bytes | memoryview] = [first[:-1]]
+        separator = b"" if first == b"{}" else b","
+        for members in rest:
+            parts += (separator, members)
+            separator = b","
+        return cls([*parts, b"}"])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        for part in self._parts:
+            for start in range(0, len(part), _PIECE):
+                yield part[start : start + _PIECE]
