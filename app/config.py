@@ -71,8 +71,31 @@ class IngressSettings(Settings):
     body_timeout_s: float = Field(
         default=30.0,
         gt=0,
-        description="Longest pause while a client sends its body, so that slow senders do not "
-        "hold connections open.",
+        description="Longest time in which the whole body of a request has to arrive; after it the "
+        "client gets 408. Each `body_min_rate_kb` that has arrived adds a second, so that long "
+        "bodies get their time. Half a minute is more than a short body takes on any network.",
+    )
+    body_min_rate_kb: int = Field(
+        default=512,
+        gt=0,
+        description="KiB of a body that add a second to `body_timeout_s`. The default is an upload "
+        "of 4 Mbit/s, which homes and phones have: a body of 64 MiB may take 158 s.",
+    )
+    body_memory_mb: int = Field(
+        default=1088,
+        gt=0,
+        description="Most memory that the bodies of all requests may take in one ingress, in MiB, "
+        "while they are read, wait and run; further requests get 503. The default is sixteen of "
+        "the longest bodies, and some room for short ones. The first 4 KiB of each body count "
+        "25-fold, because a body of that length stays parsed.",
+    )
+    body_memory_tenant_mb: int = Field(
+        default=512,
+        gt=0,
+        description="Most of `body_memory_mb` that the bodies of one tenant may take, in MiB; its "
+        "further requests get 503. The default is less than half, so that two tenants with large "
+        "bodies leave room for others. It does not apply with `auth: open`, where there is only "
+        "one tenant.",
     )
     engine_timeout_s: float = Field(
         default=600.0,

@@ -144,6 +144,8 @@ class RequestTimeout(InvalidRequest):
 
     def __init__(self) -> None:
         super().__init__("Timed out reading the request body.", code="request_timeout")
+        # What still comes of the body is nobody's request.
+        self.headers["connection"] = "close"
 
 
 class BodyTooLarge(InvalidRequest):
@@ -156,6 +158,7 @@ class BodyTooLarge(InvalidRequest):
             f"The request body is too large: at most {limit} bytes are accepted.",
             code="request_too_large",
         )
+        self.headers["connection"] = "close"
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -242,6 +245,21 @@ class Unavailable(ServerError):
     def __init__(self, message: str, code: str, retry_after_s: float) -> None:
         super().__init__(message, code=code)
         self.headers |= _retry_headers(retry_after_s)
+
+
+def no_memory(reason: str, retry_after_s: float) -> Unavailable:
+    """Return what a request gets whose body finds no room in this ingress' memory at the moment.
+
+    Its body stays unread, so that the connection cannot be used for another request.
+    """
+    error = Unavailable(
+        "The bodies of the requests that wait or run here take all the memory that they may. Try "
+        "again in a few seconds.",
+        "request_memory_full",
+        retry_after_s,
+    )
+    error.headers |= {"x-shed-reason": reason, "connection": "close"}
+    return error
 
 
 def unlisted(model: str, retry_after_s: float) -> Unavailable:

@@ -1,26 +1,15 @@
-"""A request as it comes in over HTTP: its body, read within bounds, and its answer or error."""
+"""A request as it comes in over HTTP: whose it is, its body, and its answer or error."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any
-
 from app import cross_site, errors
 from app.accounts import NOBODY, Caller
-from app.config import IngressSettings
 from app.dialect import Route
-from app.openai_api import parse_request
 from app.passage import Passage, Services
 from app.reply import Reply, Send
+from app.request_body import ClientGone, Headers, Receive, Scope
 
-Scope = MutableMapping[str, Any]
-Headers = Mapping[bytes, bytes]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
-
-class ClientGone(Exception):
-    """The client closed its connection before its request was complete."""
+__all__ = ["Exchange", "Receive", "Scope", "identify"]
 
 
 class Exchange:
@@ -36,10 +25,12 @@ class Exchange:
             headers = dict(scope["headers"])
             caller = await identify(services, headers)
             cross_site.require_json(headers)
-            body = await _read_body(headers, receive, services.settings)
-            inbound = parse_request(self._route, body)
-            admission = services.catalog.require(inbound.model)
-            await Passage(services, admission, caller, inbound, reply).run()
+            with services.bodies.room_for(caller.tenant, services.settings) as room:
+                inbound = await room.read(self._route, headers, receive)
+                admission = services.catalog.require(inbound.model)
+                passage = Passage(services, admission, caller, inbound, reply)
+                inbound.forget()
+                await passage.run()
         except errors.ApiError as error:
             await reply.refuse(error)
         except ClientGone:
@@ -66,25 +57,3 @@ async def identify(services: Services, headers: Headers) -> Caller:
     authorization = headers.get(b"authorization")
     text = None if authorization is None else authorization.decode("latin-1")
     return await services.accounts.identify(text)
-
-
-async def _read_body(headers: Headers, receive: Receive, settings: IngressSettings) -> bytes:
-    limit = settings.max_body_bytes
-    declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > limit:
-        raise errors.BodyTooLarge(limit)
-    pieces, length = [], 0
-    while True:
-        try:
-            async with asyncio.timeout(settings.body_timeout_s):
-                message = await receive()
-        except TimeoutError:
-            raise errors.RequestTimeout from None
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        pieces.append(message.get("body", b""))
-        length += len(pieces[-1])
-        if length > limit:
-            raise errors.BodyTooLarge(limit)
-        if not message.get("more_body", False):
-            return b"".join(pieces)

@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from app.exchange import Headers
 from app.health import Signs, judge
 from app.passage import Services
+from app.request_body import Headers
 from app.supervision import PROCESS
 
 _FRESH = {"cache-control": "no-store"}

@@ -26,6 +26,7 @@ from app.relay import (
     UnaryAnswer,
 )
 from app.reply import JSON, SSE, Place, Reply, milliseconds
+from app.request_body import Bodies
 from app.shares import SharePart
 from app.snapshot import Availability, ReplicaStatus
 from app.stamper import stamp_answer, stream_stamper
@@ -46,9 +47,10 @@ class Services:
     """What every request uses; owned by the ``Ingress`` deployment.
 
     ``ledger`` and ``usage``, where its records are read, are there once the settings are, which is
-    before the first request. ``accounts`` is there where keys are asked for. ``ready`` is set once
-    all of it is there and the models are known: Serve lets requests in before its first call of
-    ``reconfigure``, and they wait for that. ``draining`` is set when this ingress comes to its end.
+    before the first request. ``accounts`` is there where keys are asked for. ``bodies`` reads
+    request bodies and bounds their memory. ``ready`` is set once all of it is there and the models
+    are known: Serve lets requests in before its first call of ``reconfigure``, and they wait for
+    that. ``draining`` is set when this ingress comes to its end.
     """
 
     catalog: Catalog
@@ -59,6 +61,7 @@ class Services:
     usage: UsageReader | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
+    bodies: Bodies = field(default_factory=Bodies)
 
 
 class Passage:

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from app.body_memory import NoRoom
+from app.config import IngressSettings
+from app.json_depth import MAX_DEPTH
+from app.json_members import LONGEST_PARSED
+from app.json_scan import MOST_MEMBERS
 from app.ticket import ShedReason
 from app.tiers import Reason
 
@@ -57,7 +62,23 @@ def test_no_error_code_is_documented_that_there_is_not():
 
 def test_every_reason_is_documented():
     assert [quoted(cell) for cell, _ in rows("Answers", 1)] == [{reason.value} for reason in Reason]
-    assert {cell.strip("`") for cell, _ in rows("Errors", 1)} == {r.value for r in ShedReason}
+    shed = {reason.value for reason in ShedReason}
+    shed |= {reason.value for reason in NoRoom if reason is not NoRoom.TOO_LARGE}
+    assert {cell.strip("`") for cell, _ in rows("Errors", 1)} == shed
+
+
+def test_the_bounds_of_a_request_are_the_codes_own():
+    bounds = {bound: value for bound, value, _ in rows("Requests", 1)}
+    defaults = {name: field.default for name, field in IngressSettings.model_fields.items()}
+    assert f"{defaults['max_body_bytes'] // 1024**2} MiB" in bounds["length of the body"]
+    assert bounds["nested arrays and objects"].startswith(f"{MAX_DEPTH} levels")
+    assert bounds["top-level fields"] == f"{MOST_MEMBERS:,}"
+    assert f"{defaults['body_timeout_s']:g} s" in bounds["time for the whole body"]
+    assert f"{defaults['body_min_rate_kb']} KiB" in bounds["time for the whole body"]
+    memory = bounds["memory of all bodies of a tenant, of an ingress"]
+    assert f"{defaults['body_memory_tenant_mb']:,} MiB" in memory
+    assert f"{defaults['body_memory_mb']:,} MiB" in memory
+    assert f"of up to {LONGEST_PARSED // 1024} KiB is parsed" in PAGE
 
 
 def test_every_header_is_documented():
