@@ -1,0 +1,176 @@
+"""A steady load for a long time: what the processes hold must not grow.
+
+    FRONTLINE_FAULTS=long python -m pytest -s tests/faults/test_soak.py     an hour
+    FRONTLINE_SOAK_S=600 python -m pytest -s tests/faults/test_soak.py      as long as you like
+
+60 requests a second of every kind: whole answers and streams, some left by their clients, some
+refused, some with long bodies. It prints what each process holds, and how that grows in an hour.
+"""
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from statistics import linear_regression, mean
+
+import aiohttp
+import psutil
+import pytest
+
+from tests.serving import (
+    actors_titled,
+    engine_processes,
+    eventually,
+    ingress_app,
+    ingress_processes,
+    simulated_app,
+    test_run_processes,
+)
+
+LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
+SECONDS = float(os.environ.get("FRONTLINE_SOAK_S", "3600" if LONG else "25"))
+RATE = 60
+JUDGED_S = 1200
+"""Slopes are judged from this length on: what starts up grows for minutes."""
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(SECONDS + 300)]
+
+CHAT = {"model": "soaked", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+LONG_PROMPT = "word " * 20_000
+# Kind, path, body, after how many events its client leaves, and how often of a hundred.
+KINDS = [
+    ("unary", "chat/completions", CHAT, None, 40),
+    ("priority", "chat/completions", CHAT | {"service_tier": "priority"}, None, 10),
+    ("stream", "chat/completions", CHAT | {"stream": True, "max_tokens": 24}, None, 20),
+    ("left", "chat/completions", CHAT | {"stream": True, "max_tokens": 400}, 3, 8),
+    (
+        "left response", "responses",
+        {"model": "soaked", "input": "hello", "max_output_tokens": 400, "stream": True}, 6, 7,
+    ),
+    ("long prompt", "completions", {"model": "soaked", "prompt": LONG_PROMPT, "max_tokens": 2},
+     None, 5),
+    ("unknown", "chat/completions", CHAT | {"model": "nobody"}, None, 5),
+    ("bad", "chat/completions", CHAT | {"stream": "yes"}, None, 5),
+]  # fmt: skip
+REFUSED = {"unknown": 404, "bad": 400}
+
+
+@pytest.fixture(scope="module")
+def soaked(cluster):
+    folder = "${FRONTLINE_TEST_LEDGER}/soak"
+    cluster.deploy(
+        ingress_app(journal={"folder": folder}),
+        simulated_app("soaked", slots=64, tokens_per_second=200, context_length=100_000),
+    )
+    cluster.wait_ready("soaked")
+    yield cluster
+    cluster.remove("soaked")
+    cluster.restore_ingress()
+
+
+class Load:
+    """Sends requests at a steady rate, whether or not answers come."""
+
+    def __init__(self, session, base):
+        self.outcomes = Counter()
+        self._session, self._base = session, base
+
+    async def run(self, seconds):
+        began, tasks = time.monotonic(), set()
+        kinds, weights = KINDS, [kind[-1] for kind in KINDS]
+        for number in range(int(seconds * RATE)):
+            await asyncio.sleep(max(0.0, began + number / RATE - time.monotonic()))
+            task = asyncio.create_task(self._one(*random.choices(kinds, weights)[0]))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        await asyncio.gather(*tasks)
+
+    async def _one(self, kind, path, body, leave_after, _):
+        try:
+            async with self._session.post(f"{self._base}/{path}", json=body) as answer:
+                if leave_after is not None:
+                    for _ in range(leave_after):
+                        await answer.content.readuntil(b"\n\n")
+                    self.outcomes[kind, answer.status] += 1
+                    # What is not read to its end closes the connection.
+                    return
+                await answer.read()
+                self.outcomes[kind, answer.status] += 1
+        except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
+            self.outcomes[kind, type(error).__name__] += 1
+
+
+def roles():
+    """The processes to watch, by what they are."""
+    haproxy = [p for p in test_run_processes() if p.name() == "haproxy"]
+    models = actors_titled("ray::ServeReplica:soaked:Model")
+    return {
+        "ingress": ingress_processes(), "haproxy": haproxy, "model": models,
+        "engine": engine_processes(),
+    }  # fmt: skip
+
+
+def sample(folder):
+    """What each role holds now; no process of it may have died."""
+    found = {}
+    for role, processes in roles().items():
+        held = defaultdict(float)
+        for process in processes:
+            try:
+                held["MB"] += process.memory_info().rss / 1e6
+                held["descriptors"] += process.num_fds()
+                held["threads"] += process.num_threads()
+            except psutil.NoSuchProcess:
+                continue
+        found |= {(role, what): value for what, value in held.items()}
+    found["journal", "files"] = float(len(list(folder.glob("*/*.journal"))))
+    return found
+
+
+async def test_nothing_grows_under_a_steady_load(soaked):
+    folder = Path(os.environ["FRONTLINE_TEST_LEDGER"]) / "soak"
+    already = len(await asyncio.to_thread(soaked.records))
+    timeout = aiohttp.ClientTimeout(total=60)
+    connector = aiohttp.TCPConnector(limit=0)
+    points = []
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        load = Load(session, soaked.base_url)
+        running, began = asyncio.create_task(load.run(SECONDS)), time.monotonic()
+        while not running.done():
+            await asyncio.wait([running], timeout=max(1.0, SECONDS / 240))
+            if not running.done():
+                points.append((time.monotonic() - began, await asyncio.to_thread(sample, folder)))
+        await running
+    sent = sum(load.outcomes.values())
+    slopes = tell(points, sent, load.outcomes)
+    wrong = {
+        (kind, outcome): count
+        for (kind, outcome), count in load.outcomes.items()
+        if outcome != REFUSED.get(kind, 200)
+    }
+    assert not wrong
+    placed = sum(count for (kind, _), count in load.outcomes.items() if kind not in REFUSED)
+    # Requests that were refused at once have no record.
+    eventually(lambda: len(soaked.records()) - already >= placed, 30)
+    if SECONDS >= JUDGED_S:
+        for (role, what), (level, slope) in slopes.items():
+            assert slope < (level * 0.05 + 4 if what == "MB" else 2), (role, what, slope)
+
+
+def tell(points, sent, outcomes):
+    """Print what each role holds and how it grows in an hour, and return it."""
+    print(f"\n{sent} requests in {points[-1][0]:.0f} s: {dict(outcomes)}")
+    warm = [point for point in points if point[0] > SECONDS / 3]
+    slopes = {}
+    for name in warm[0][1]:
+        times, values = [t for t, _ in warm], [held.get(name, 0.0) for _, held in warm]
+        slopes[name] = mean(values), linear_regression(times, values).slope * 3600
+        level, slope = slopes[name]
+        first, last = points[0][1].get(name, 0.0), values[-1]
+        print(f"{' '.join(name):24} first {first:8.1f}  mean {level:8.1f}  last {last:8.1f}  "
+              f"{slope:+8.2f} an hour")  # fmt: skip
+    print(json.dumps({" ".join(name): values for name, values in slopes.items()}))
+    return slopes
