@@ -31,12 +31,14 @@ from app.ledger.segments import (
 )
 from app.ledger.settings import JournalSettings
 from app.store.database import StoreAway
+from app.supervision import PROCESS, keep_thread
 
 BATCH: Final = 500
 """Records in one transaction: enough to make its cost small, few enough to end within
 milliseconds."""
 LONGEST_RETRY_S: Final = 10.0
 """How long it takes at most to notice that the store is back."""
+_THREAD: Final = "ledger-flusher"
 
 _log = logging.getLogger(__name__)
 
@@ -155,10 +157,8 @@ class Flusher:
         store: Records,
         freed: Callable[[], None],
     ) -> None:
-        self.away = False
-        """Whether the store could not be reached last time."""
         self.away_since: float | None = None
-        """Since when it could not, by the monotonic clock."""
+        """Since when records cannot be moved, by the monotonic clock, or ``None``."""
         self._own = OwnJournal(journal)
         self._turned = journal.turned
         self._folder = folder
@@ -172,11 +172,15 @@ class Flusher:
             wait=wait_random_exponential(multiplier=0.2, max=LONGEST_RETRY_S),
             stop=stop_when_event_set(self._stop),
             sleep=self._pause,
-            before_sleep=self._note_failure,
+            before_sleep=self._note_outcome,
             retry_error_callback=lambda state: None,
         )
-        self._thread = threading.Thread(target=self._run, name="ledger-flusher", daemon=True)
-        self._thread.start()
+        self._thread = keep_thread(_THREAD, self._run, stop=self._stop)
+
+    @property
+    def away(self) -> bool:
+        """Whether records could not be moved to the store last time."""
+        return self.away_since is not None
 
     def stop(self) -> None:
         """End the thread, after what it is just doing."""
@@ -191,14 +195,22 @@ class Flusher:
         except (StoreAway, OSError) as error:
             _log.warning("the journal is left to the next ingress on this node: %s", error)
             return False
+        except Exception as error:
+            PROCESS.failed(_THREAD, error, restarts=False)
+            return False
         return True
 
     def _run(self) -> None:
-        while not self._stop.is_set():
-            self._turned.clear()
-            self._retrying(self._round)
-            # Streams that write much progress fill segments faster than records come to be moved.
-            self._turned.wait(self._settings.flush_interval_s)
+        try:
+            while not self._stop.is_set():
+                self._turned.clear()
+                self._retrying(self._round)
+                # Streams that write much progress fill segments faster than records come to be
+                # moved.
+                self._turned.wait(self._settings.flush_interval_s)
+        except Exception as error:
+            self._note_failure(error)
+            raise
 
     def _pause(self, seconds: float) -> None:
         self._stop.wait(seconds)
@@ -212,12 +224,13 @@ class Flusher:
             self._next_adoption = time.monotonic() + self._settings.adopt_interval_s
         if self.away:
             _log.warning("the ledger's store can be reached again; %d records moved", moved)
-        self.away, self.away_since = False, None
+        self.away_since = None
         self._freed()
 
-    def _note_failure(self, state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if not self.away:
-            _log.error("records stay in the journal, the store cannot take them: %s", error)
+    def _note_outcome(self, state: RetryCallState) -> None:
+        self._note_failure(state.outcome.exception() if state.outcome is not None else None)
+
+    def _note_failure(self, error: BaseException | None) -> None:
+        if self.away_since is None:
             self.away_since = time.monotonic()
-        self.away = True
+            _log.error("records stay in the journal, the store cannot take them: %s", error)

@@ -10,6 +10,10 @@ waits for.
 A new segment begins with all records that are still open and their progress. Segments before it
 are then needed for their settled records alone, and go as soon as the store has those. While so
 much is open that it would take more than half of a segment, segments follow without it, and stay.
+
+Both threads are restarted whatever they fail with (``app.supervision``). An entry is in the queue
+or in the batch at hand until it is durable, so a restart loses none. It may write a batch a second
+time; readers keep one record of a request. While the writing thread fails, ``failing`` is set.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -31,14 +36,17 @@ from app.ledger.segments import (
     bytes_taken,
     create_journal,
     remove_journal,
+    segment_numbers,
 )
 from app.ledger.settings import JournalSettings
+from app.supervision import PROCESS, keep_thread
 
 _MOST_UNSYNCED: Final = 1024 * 1024
 LAZY_S: Final = 0.05
 """How soon what nobody waits for is written."""
 _RETRY_S: Final = (0.05, 1.0)  # first and longest pause after a failed write
 _REFUSED_S: Final = 0.1  # how long no space is asked for after there was none
+_THREAD: Final = "ledger-journal"
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +74,29 @@ class Position:
     size: int
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Entries that were taken from the queue and are not known to be durable.
+
+    Attributes:
+        entries: in the order in which they came.
+        placed: whether they are in the segment, and have only to be synced.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    placed: bool = False
+
+
 class Journal:
     """The journal of this process. ``durable`` is called, on its thread, with who has waited.
 
-    ``refused`` is called there, too, each time the disk has refused to write: with those who wait
-    for open records, which need not be served. Their entries are written all the same, later.
+    ``refused`` is called there, too, each time a write has failed: with those who wait for open
+    records, which need not be served. Their entries are written all the same, later. When the
+    journal ends without some entries, it is called with everybody who waits for one of them.
+
+    Attributes:
+        failing: whether entries cannot be written at present.
+        ended: whether it is closed, so that no entry is written any more.
 
     Raises:
         OSError: the folder cannot be written, or there is no space for the first segment.
@@ -84,16 +110,15 @@ class Journal:
         refused: Callable[[list[Any]], None],
     ) -> None:
         self.path, self._lock = create_journal(folder)
-        self.failing = False
-        # Whether the batch at hand is in the segment, and has only to be synced.
-        self._placed = False
-        self._closing = False
+        self.failing = self.ended = False
+        self._batch = _Batch()
+        self._stop = threading.Event()
         self._folder = folder
         self._settings = settings
         self._durable = durable
         self._refused = refused
         self._entries: deque[Entry] = deque()
-        self._wakes: SimpleQueue[bool] = SimpleQueue()
+        self._wakes: SimpleQueue[None] = SimpleQueue()
         self._open: dict[str, bytes] = {}
         self._progress: dict[str, bytes] = {}
         self._reserved = 0
@@ -102,7 +127,6 @@ class Journal:
         self._overdrawn = False
         self._refused_until = 0.0
         self._trouble: str | None = None
-        self._allocated = 1
         # Held while a segment is made, so that they come in the order of their numbers.
         self._making = threading.Lock()
         self._space_wanted = threading.Event()
@@ -113,12 +137,8 @@ class Journal:
         self.turned = threading.Event()
         """Set when there is a segment more behind, which may not be needed any longer."""
         self._allocate()
-        self._thread = threading.Thread(target=self._run, name="ledger-journal", daemon=True)
-        self._allocator = threading.Thread(
-            target=self._keep_space, name="ledger-space", daemon=True
-        )
-        self._thread.start()
-        self._allocator.start()
+        self._thread = keep_thread(_THREAD, self._run, stop=self._stop)
+        self._allocator = keep_thread("ledger-space", self._keep_space, stop=self._stop)
 
     @property
     def room(self) -> int:
@@ -143,18 +163,31 @@ class Journal:
 
     def wake(self) -> None:
         """Have what was taken written now, and space taken as far as it is needed."""
-        self._wakes.put(True)
+        self._wakes.put(None)
 
     def close(self) -> None:
-        """Write what was taken, unless the disk refuses it, and no more. It stays locked."""
-        self._closing = True
-        self._wakes.put(False)
+        """Write what was taken, unless that fails, and no more. It stays locked."""
+        self._stop.set()
+        self._wakes.put(None)
         self._thread.join()
         self._space_wanted.set()
         self._allocator.join()
+        self._write_the_rest()
         self._segment.close()
         while self._spares:
             self._spares.pop().discard()
+
+    def _write_the_rest(self) -> None:
+        """Try once more to write what the thread has left; who waits for it is told if it fails."""
+        try:
+            self._write_batches()
+        except Exception as error:
+            PROCESS.failed(_THREAD, error, restarts=False)
+        self.failing = self.ended = True
+        left = self._unwritten()
+        if left:
+            _log.error("the journal ends without %d entries", len(left))
+            self._refused([entry.waiter for entry in left if entry.waiter is not None])
 
     def release(self, *, remove: bool) -> None:
         """Give up the lock of a closed journal; ``remove`` it if the store has all of it."""
@@ -163,70 +196,97 @@ class Journal:
         os.close(self._lock)
 
     @property
-    def has_open(self) -> bool:
-        """Whether some stream's record is open."""
-        return bool(self._open)
+    def unfinished(self) -> bool:
+        """Whether a record is open, or an entry has not been written for sure."""
+        return bool(self._open or self._unwritten())
 
     def _run(self) -> None:
-        going = True
-        while going:
-            going = self._wait()
-            batch = self._take()
-            if batch and self._write_until_done(batch):
-                self._durable([entry.waiter for entry in batch if entry.waiter is not None])
-            if self._overdrawn or self.room < self._wanted_room:
-                self._space_wanted.set()
+        try:
+            self._keep_writing()
+        except Exception:
+            self.failing = True
+            self._refuse_open()
+            raise
 
-    def _wait(self) -> bool:
-        going = self._wakes.get()
+    def _keep_writing(self) -> None:
+        while True:
+            # Read first: nothing is appended any more once it is set.
+            ending = self._stop.is_set()
+            self._write_batches()
+            if ending:
+                return
+            self._wait()
+
+    def _wait(self) -> None:
+        self._wakes.get()
         if self._settings.commit_window_ms:
             time.sleep(self._settings.commit_window_ms / 1000)
-        try:
+        with suppress(Empty):
             while True:
-                going = self._wakes.get_nowait() and going
-        except Empty:
-            return going
+                self._wakes.get_nowait()
 
-    def _take(self) -> list[Entry]:
-        batch = []
-        try:
-            while True:
-                batch.append(self._entries.popleft())
-        except IndexError:
-            return batch
+    def _write_batches(self) -> None:
+        """Write the batch that a failure has left, if there is one, and one of all that came."""
+        if self._batch.entries and not self._write_until_done():
+            return
+        self._take()
+        if self._batch.entries and not self._write_until_done():
+            return
+        self._note_success()
+        if self._overdrawn or self.room < self._wanted_room:
+            self._space_wanted.set()
 
-    def _write_until_done(self, batch: list[Entry]) -> bool:
-        """Write a batch, however long the disk refuses it: these requests have been served."""
+    def _take(self) -> None:
+        """Move what came to the batch at hand; at no moment is an entry in neither."""
+        while self._entries:
+            self._batch.entries.append(self._entries[0])
+            self._entries.popleft()
+
+    def _unwritten(self) -> list[Entry]:
+        return [*self._batch.entries, *self._entries.copy()]
+
+    def _write_until_done(self) -> bool:
+        """Write the batch, however long the disk refuses it: these requests have been served.
+
+        Returns:
+            Whether it is written; ``False`` only where the journal is being closed.
+        """
         pause, longest = _RETRY_S
-        while not self._try_to_write(batch):
+        while not self._try_to_write(self._batch):
             # Those that came meanwhile, too: what is appended from now on finds it failing.
-            behind = (*batch, *tuple(self._entries))
-            self._refused([entry.waiter for entry in behind if entry.kind is Kind.OPEN])
-            if self._closing:
-                _log.error("the journal ends without %d entries", len(batch))
+            self._refuse_open()
+            if self._stop.wait(pause):
                 return False
-            time.sleep(pause)
             pause = min(2 * pause, longest)
         return True
 
-    def _try_to_write(self, batch: list[Entry]) -> bool:
+    def _refuse_open(self) -> None:
+        self._refused([one.waiter for one in self._unwritten() if one.kind is Kind.OPEN])
+
+    def _try_to_write(self, batch: _Batch) -> bool:
+        """Take the batch through all of its steps; those that were done before change nothing."""
+        waiters = [entry.waiter for entry in batch.entries if entry.waiter is not None]
         try:
-            if not self._placed:
-                self._place(batch)
-                self._placed = True
-            awaited = any(entry.waiter is not None for entry in batch)
-            if awaited or self._segment.unsynced > _MOST_UNSYNCED:
+            if not batch.placed:
+                self._place(batch.entries)
+                batch.placed = True
+            if waiters or self._segment.unsynced > _MOST_UNSYNCED:
                 self._segment.sync()
         except OSError as error:
             if not self.failing:
                 _log.error("the journal cannot be written, requests get 503: %s", error)
             self.failing = True
             return False
+        self._note(batch.entries)
+        self._note_success()
+        self._durable(waiters)
+        self._batch = _Batch()
+        return True
+
+    def _note_success(self) -> None:
         if self.failing:
             _log.warning("the journal can be written again")
-        self.failing = self._placed = False
-        self._note(batch)
-        return True
+        self.failing = False
 
     def _place(self, batch: list[Entry]) -> None:
         data = b"".join([entry.line for entry in batch])
@@ -255,8 +315,8 @@ class Journal:
         if worthwhile:
             following.write(carried)
         self._spares.popleft()
-        self._segment.close()
-        self._segment = following
+        before, self._segment = self._segment, following
+        before.close()
         following.sync()
         if worthwhile:
             self.needed_from = following.number
@@ -273,10 +333,11 @@ class Journal:
 
     def _keep_space(self) -> None:
         """Take space on a thread of its own: no record waits for the making of a segment."""
-        while not self._closing:
-            self._space_wanted.wait()
+        while not self._stop.is_set():
+            # First, since a restart must not wait to be asked once more.
             self._space_wanted.clear()
             self._allocate()
+            self._space_wanted.wait()
 
     @property
     def _wanted_room(self) -> int:
@@ -286,7 +347,7 @@ class Journal:
     def _allocate(self) -> None:
         """Take space ahead of need."""
         while (
-            not self._closing
+            not self._stop.is_set()
             and self.room < self._wanted_room
             and time.monotonic() >= self._refused_until
         ):
@@ -313,6 +374,7 @@ class Journal:
         return None
 
     def _create(self) -> SegmentFile:
-        created = SegmentFile(self.path, self._allocated + 1, self._settings.segment_bytes)
-        self._allocated += 1
-        return created
+        # By what is on the disk: a failure may have left a file that is never used, and readers
+        # pass over it; they would not pass over a number that is missing.
+        number = max(segment_numbers(self.path), default=self._segment.number) + 1
+        return SegmentFile(self.path, number, self._settings.segment_bytes)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,7 +50,7 @@ class JournalFull(Unrecordable):
 
 
 class DiskRefuses(Unrecordable):
-    """The disk has refused an open record after there was room for it."""
+    """A record could not be written after there was room for it."""
 
 
 class Opening:
@@ -110,7 +110,7 @@ class Ledger:
 
     @property
     def store_away(self) -> bool:
-        """Whether the database could not be reached last time. Service goes on meanwhile."""
+        """Whether records could not be moved to the database last time. Service goes on."""
         return self._flusher.away
 
     def store_away_s(self, now: float) -> float:
@@ -187,11 +187,15 @@ class Ledger:
         """Write down what became of a request; its last byte may leave when this returns.
 
         The record is written even where the wait for it is cancelled.
+
+        Raises:
+            DiskRefuses: the ledger was closed without it, which could not be written.
         """
         assert record.state is not State.OPEN
         request_id = record.origin.request_id
         self._steps.pop(request_id, None)
-        await self._write(Kind.SETTLED, request_id, record.to_json())
+        if not await self._write(Kind.SETTLED, request_id, record.to_json()):
+            raise DiskRefuses
 
     def write_off(self, record: UsageRecord) -> None:
         """Write down what became of a stream whose open record was refused; nobody waits for it.
@@ -225,7 +229,7 @@ class Ledger:
     def _close(self) -> None:
         self._flusher.stop()
         self._journal.close()
-        done = self._flusher.finish() and not self._journal.has_open
+        done = self._flusher.finish() and not self._journal.unfinished
         self._journal.release(remove=done)
 
     def _write(self, kind: Kind, request_id: str, body: bytes) -> asyncio.Future[bool]:
@@ -233,6 +237,9 @@ class Ledger:
         waiter: asyncio.Future[bool] = self._loop.create_future()
         self._journal.append(Entry.of(kind, request_id, body, waiter))
         self._journal.wake()
+        if self._journal.ended and not waiter.done():
+            # Nobody writes it any more.
+            waiter.set_result(False)
         return waiter
 
     def _write_lazily(self, entry: Entry) -> None:
@@ -246,13 +253,17 @@ class Ledger:
 
     def _durable(self, waiters: list[asyncio.Future[bool]]) -> None:
         """Called on the journal's thread."""
-        if waiters and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_resolve, waiters, True)
+        self._tell(waiters, True)
 
     def _refused(self, waiters: list[asyncio.Future[bool]]) -> None:
         """Called on the journal's thread."""
-        if waiters and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_resolve, waiters, False)
+        self._tell(waiters, False)
+
+    def _tell(self, waiters: list[asyncio.Future[bool]], durable: bool) -> None:
+        if waiters:
+            # A closed loop raises it: nobody waits there any more.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(_resolve, waiters, durable)
 
 
 def open_ledger(store: Engine, settings: JournalSettings) -> Ledger:

@@ -47,7 +47,7 @@ class SegmentFile:
             self._fill_with_zeros()
             os.fsync(self._file)
             sync_folder(journal)
-        except OSError:
+        except BaseException:
             self.discard()
             raise
 
@@ -69,7 +69,8 @@ class SegmentFile:
         written: so it is written once more before the next.
         """
         if not self._written_again:
-            self._write_at(self.size - len(self._unsynced), self._unsynced)
+            # A copy: what a failed write still refers to could not grow any more.
+            self._write_at(self.size - len(self._unsynced), bytes(self._unsynced))
         self._written_again = False
         os.fdatasync(self._file)
         self._written_again = True
@@ -80,7 +81,7 @@ class SegmentFile:
         """How many bytes have been written since the last sync."""
         return len(self._unsynced)
 
-    def _write_at(self, place: int, data: bytes | bytearray) -> None:
+    def _write_at(self, place: int, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
             done = os.pwrite(self._file, rest, place)
