@@ -29,11 +29,14 @@ class ConnectionLost(Exception):
     """There is no connection, or it ended before the answer did.
 
     ``silent``: it was closed from here, because nothing had come for too long.
+    ``stale``: it had been kept from an earlier request, and the engine closed it before it sent any
+    of this answer. Most likely the engine gave up an idle connection just as it was used again.
     """
 
-    def __init__(self, message: str, *, silent: bool = False) -> None:
+    def __init__(self, message: str, *, silent: bool = False, stale: bool = False) -> None:
         super().__init__(message)
         self.silent = silent
+        self.stale = stale
 
 
 class Response:
@@ -82,6 +85,7 @@ class EngineConnection(asyncio.Protocol):
 
     Attributes:
         complete: whether the whole answer has come.
+        kept: whether it has served a request before this one.
         idle_since: when it was given back, by the event loop's clock.
     """
 
@@ -97,6 +101,7 @@ class EngineConnection(asyncio.Protocol):
         self._read_timeout_s = math.inf
         self._heard = 0.0
         self._may_write = True
+        self.kept = False
         self.idle_since = 0.0
         self._begin()
 
@@ -107,7 +112,7 @@ class EngineConnection(asyncio.Protocol):
         self._sending = False
         self._content_type = b""
         self.complete = self._head_came = self._keeps_alive = self._lost = False
-        self._silent = False
+        self._silent = self._answered = False
 
     @property
     def reusable(self) -> bool:
@@ -134,7 +139,7 @@ class EngineConnection(asyncio.Protocol):
         """
         transport = self._transport
         if transport is None or transport.is_closing():
-            raise ConnectionLost("closed")
+            raise ConnectionLost("closed", stale=self.kept)
         self._begin()
         self._heard = self._loop.time()
         if self._timer is not None and read_timeout_s < self._read_timeout_s:
@@ -198,7 +203,8 @@ class EngineConnection(asyncio.Protocol):
             ConnectionLost: the connection has ended.
         """
         if self._lost:
-            raise ConnectionLost("the connection ended", silent=self._silent)
+            stale = self.kept and not (self._silent or self._answered)
+            raise ConnectionLost("the connection ended", silent=self._silent, stale=stale)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -236,6 +242,7 @@ class EngineConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
+        self._answered = True
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
@@ -298,11 +305,33 @@ class Connections:
             connection.close()
         return await _connect(base_url)
 
+    async def send(
+        self, base_url: str, head: bytes, body: bytes, read_timeout_s: float
+    ) -> tuple[EngineConnection, Response]:
+        """Send a request; return its connection, to be given back, and its answer's head.
+
+        A kept connection that the engine closes before it has sent a byte is replaced by a fresh
+        one, once. Nothing came back, so at most the engine computes an answer that nobody gets.
+
+        Raises:
+            ConnectionLost: as ``take`` and ``EngineConnection.send``.
+        """
+        connection = await self.take(base_url)
+        try:
+            return connection, await _sent(connection, head, body, read_timeout_s)
+        except ConnectionLost as lost:
+            if not lost.stale:
+                raise
+        # Other kept connections are likely to be as stale.
+        connection = await _connect(base_url)
+        return connection, await _sent(connection, head, body, read_timeout_s)
+
     def give_back(self, base_url: str, connection: EngineConnection) -> None:
         """Keep a connection for another request, or close it if its answer is not over."""
         if not connection.reusable:
             connection.close()
             return
+        connection.kept = True
         connection.idle_since = self._loop.time()
         self._idle.setdefault(base_url, deque()).append(connection)
         if self._sweeper is None:
@@ -360,6 +389,17 @@ async def fetch(
         return response.status, await response.read()
     finally:
         connection.close()
+
+
+async def _sent(
+    connection: EngineConnection, head: bytes, body: bytes, read_timeout_s: float
+) -> Response:
+    """Send a request; the connection is closed unless the head of an answer comes."""
+    try:
+        return await connection.send(head, body, read_timeout_s)
+    except BaseException:
+        connection.close()
+        raise
 
 
 async def _connect(base_url: str) -> EngineConnection:

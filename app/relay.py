@@ -28,12 +28,13 @@ _EVENT_STREAM: Final = b"text/event-stream"
 class EngineUnreachable(Exception):
     """The engine was lost before it sent any of an answer.
 
-    ``silent``: it had taken the request, and all the time that was waited for an answer nothing
-    came from it to anybody here.
+    ``timed_out``: it had taken the request, and no answer came in time. ``silent``: in all that
+    time nothing came from it to any other request here either.
     """
 
-    def __init__(self, *, silent: bool = False) -> None:
+    def __init__(self, *, timed_out: bool = False, silent: bool = False) -> None:
         super().__init__()
+        self.timed_out = timed_out
         self.silent = silent
 
 
@@ -170,23 +171,22 @@ class EngineClient:
         if pulse is None:
             pulse = self._pulses[replica.replica_id] = _Pulse()
         try:
-            connection = await self._connections.take(url)
+            connection, response = await self._connections.send(url, head, body, read_timeout_s)
         except ConnectionLost as error:
-            raise EngineUnreachable from error
+            raise _unreachable(error, pulse, read_timeout_s) from error
 
         def release() -> None:
             self._connections.give_back(url, connection)
 
         streamed = None
         try:
-            response = await connection.send(head, body, read_timeout_s)
             if response.status != 200 or response.content_type != _EVENT_STREAM:
                 return await _read_whole(response, route, pulse)
             first, reader = await _read_first(response, route, pulse)
             streamed = StreamedAnswer(first, reader, response, pulse, read_timeout_s, release)
             return streamed
         except ConnectionLost as error:
-            raise EngineUnreachable(silent=pulse.missed(error, read_timeout_s)) from error
+            raise _unreachable(error, pulse, read_timeout_s) from error
         finally:
             if streamed is None:
                 release()
@@ -220,6 +220,11 @@ async def _read_first(
                 raise _fault(failure)
             return blocks, reader
     raise EngineUnreachable  # the stream ended before its first event
+
+
+def _unreachable(error: ConnectionLost, pulse: _Pulse, read_timeout_s: float) -> EngineUnreachable:
+    silent = pulse.missed(error, read_timeout_s)
+    return EngineUnreachable(timed_out=error.silent, silent=silent)
 
 
 def _fault(error: errors.ApiError) -> Exception:

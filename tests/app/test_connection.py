@@ -125,6 +125,52 @@ async def test_a_closed_idle_connection_is_not_used():
         assert running.connections == 2
 
 
+async def send(running, connections, timeout_s=5.0):
+    taken, response = await connections.send(running.url, HEAD, b"{}", timeout_s)
+    body = await response.read()
+    connections.give_back(running.url, taken)
+    return body
+
+
+async def test_a_kept_connection_that_is_closed_before_a_byte_is_replaced():
+    async with engine([WHOLE], [None], [WHOLE]) as (running, connections):
+        for _ in range(2):
+            assert await send(running, connections) == b"body"
+        assert running.connections == 2
+
+
+async def test_the_one_that_replaces_it_is_fresh_and_is_not_replaced():
+    async with engine([WHOLE], [WHOLE], [None], [None], [WHOLE]) as (running, connections):
+        both = [await connections.send(running.url, HEAD, b"{}", 5.0) for _ in range(2)]
+        for taken, response in both:
+            await response.read()
+            connections.give_back(running.url, taken)
+        with pytest.raises(ConnectionLost) as lost:
+            await send(running, connections)
+        assert not lost.value.stale
+        assert running.connections == 3, "two kept ones, of which one was tried, and a fresh one"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[b"HTTP/1.1 200", None], [b"HTTP/1.1 100 Continue\r\n\r\n", None], [b"nonsense", None]],
+)
+async def test_one_that_has_sent_a_byte_is_not_replaced(answer):
+    async with engine([WHOLE], answer, [WHOLE]) as (running, connections):
+        await send(running, connections)
+        with pytest.raises(ConnectionLost):
+            await send(running, connections)
+        assert running.connections == 1
+
+
+async def test_one_that_is_silent_for_too_long_is_not_replaced():
+    async with engine([WHOLE], [], [WHOLE]) as (running, connections):
+        await send(running, connections)
+        with pytest.raises(ConnectionLost) as lost:
+            await send(running, connections, 0.1)
+        assert lost.value.silent and running.connections == 1
+
+
 async def test_leaving_an_answer_early_closes_its_connection():
     async with engine([CHUNKED, b"1\r\na\r\n"]) as (running, connections):
         taken = await connections.take(running.url)
