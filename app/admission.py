@@ -119,7 +119,10 @@ class Admission:
         return await self._place_of(ticket)
 
     async def admit_again(self, ticket: Ticket, *, suspend: bool = True) -> ReplicaStatus:
-        """The same for a placed request whose replica failed; see ``Gate.lost``."""
+        """The same for a placed request whose replica failed; see ``Gate.lost``.
+
+        It is shed at once where there is no other replica, and none is about to come.
+        """
         self._call(partial(self._gate.lost, suspend=suspend), ticket, time.monotonic())
         return await self._place_of(ticket)
 
@@ -216,9 +219,9 @@ class Admission:
             self._renewal_sooner.set()
 
     async def _place_of(self, ticket: Ticket) -> ReplicaStatus:
+        if self._closed and ticket.state is not TicketState.PLACED:
+            raise ModelGone
         if ticket.state is TicketState.WAITING:
-            if self._closed:
-                raise ModelGone
             called: asyncio.Future[ReplicaStatus] = self._loop.create_future()
             self._waiting[ticket] = called
             return await called

@@ -101,13 +101,15 @@ class IngressSettings(Settings):
         default=600.0,
         gt=0,
         description="Longest wait for an answer that is not streamed; then the request is sent "
-        "to another replica, once. Ten minutes is what the OpenAI SDKs wait by default.",
+        "to another replica, once, or gets 503 if there is none. Ten minutes is what the OpenAI "
+        "SDKs wait by default.",
     )
     stream_timeout_s: float = Field(
         default=120.0,
         gt=0,
         description="Longest wait for the first or the next event of a stream. Before the first "
-        "the request then goes to another replica, once; after it the stream ends with an error. "
+        "the request then goes to another replica, once, or gets 503 if there is none; after it "
+        "the stream ends with an error. "
         "Where the replica sent nothing at all in that time, to anybody, it is asked for a single "
         "token, and replaced if it does not give one (`probe_timeout_s`). Two minutes is more than "
         "a long prompt takes; raise it where prompts take longer.",

@@ -169,7 +169,7 @@ class EngineConnection(asyncio.Protocol):
                 # The engine refused the request, and may not read the rest: `reusable` is false.
                 return
             if self._lost:
-                raise ConnectionLost("the connection ended", silent=self._silent)
+                raise self._end()
             transport.write(piece)
             # Lets other requests run, also where the engine reads as fast as this writes.
             await asyncio.sleep(0)
@@ -203,13 +203,16 @@ class EngineConnection(asyncio.Protocol):
             ConnectionLost: the connection has ended.
         """
         if self._lost:
-            stale = self.kept and not (self._silent or self._answered)
-            raise ConnectionLost("the connection ended", silent=self._silent, stale=stale)
+            raise self._end()
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+
+    def _end(self) -> ConnectionLost:
+        stale = self.kept and not (self._silent or self._answered)
+        return ConnectionLost("the connection ended", silent=self._silent, stale=stale)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

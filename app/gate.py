@@ -42,6 +42,8 @@ class Gate:
     def __init__(self, ingress: str, settings: LineSettings) -> None:
         self.line = Line(settings)
         self.credits = Credits(ingress)
+        # Waiting requests that a replica has failed; some may have been placed since.
+        self._replays: set[Ticket] = set()
         # When an engine will be ready, where the model rests until then; ``None`` if it does not.
         self._opens: Callable[[float], float] | None = None
         # When whoever waits is turned away, as there is no node for an engine.
@@ -72,6 +74,7 @@ class Gate:
                 nobody knows, and what was expected stands.
         """
         called = self._advance(now)
+        self._replays.discard(ticket)
         if ticket.state is _WAITING:
             self.line.leave(ticket)
         elif ticket.state is _PLACED:
@@ -87,9 +90,10 @@ class Gate:
         """Admit a placed request again because its replica failed it.
 
         The request goes to another replica at once, or to the front of its tenant's requests in
-        the line; however full that is, as it has been admitted. With ``suspend``, where the
-        replica could not be reached, nothing more is placed there for ``SUSPENSION_S``. The
-        returned tickets are other requests that were called.
+        the line; however full that is, as it has been admitted. It is shed where there is no other
+        replica and a newcomer would not wait for one either; so it is later, once that is so. With
+        ``suspend``, where the replica could not be reached, nothing more is placed there for
+        ``SUSPENSION_S``. The returned tickets are other requests that were called.
         """
         assert ticket.state is _PLACED, "only a placed request can lose its replica"
         called = self._advance(now)
@@ -104,7 +108,8 @@ class Gate:
         """Take over which replicas are ready, and when the model delivers priority."""
         self.credits.set_replicas(offers, mode)
         self._configure(self.line.settings)
-        return self._dispatch(now, self._advance(now))
+        called = self._shed_stranded(now)
+        return self._dispatch(now, called + self._advance(now))
 
     def rest(self, start_s: float | None, since: float | None) -> None:
         """Note that the model has no engine, and that one starts as soon as somebody waits.
@@ -210,10 +215,12 @@ class Gate:
             self.line.granted(ticket, now)
             # It may have been the last one before a starving request's turn.
             return self._dispatch(now, called)
-        hopeless = now >= self._gives_up_at
-        if hopeless or ticket.fail_fast:
-            self._shed(ticket, ShedReason.NOT_OFFERED if hopeless else ShedReason.FAIL_FAST, now)
+        reason = self._refusal(ticket, now)
+        if reason is not None:
+            self._shed(ticket, reason, now)
             return called
+        if ticket.replayed:
+            self._replays.add(ticket)
         ticket.needs = (ticket.route if ticket.tier is Tier.PRIORITY else None, ticket.without)
         ticket.state = _WAITING
         loser = self.line.join(ticket, now)
@@ -223,6 +230,34 @@ class Gate:
             self._shed(loser, ShedReason.DISPLACED, now)
             called.append(loser)
         return called
+
+    def _refusal(self, ticket: Ticket, now: float) -> ShedReason | None:
+        """Return why a request for which there is no room may not wait, if it may not."""
+        if now >= self._gives_up_at:
+            return ShedReason.NOT_OFFERED
+        if self._is_stranded(ticket):
+            return ShedReason.NO_OTHER_REPLICA
+        return ShedReason.FAIL_FAST if ticket.fail_fast else None
+
+    def _is_stranded(self, ticket: Ticket) -> bool:
+        """Whether every replica has failed a request, and none is about to come.
+
+        A model that rests wakes for whoever waits; any other without a replica may have failed.
+        """
+        if not ticket.without or self._opens is not None:
+            return False
+        return not any(
+            place.present and place.replica_id not in ticket.without for place in self._places
+        )
+
+    def _shed_stranded(self, now: float) -> list[Ticket]:
+        """Turn away the waiting requests that no replica can take any more; return them."""
+        self._replays = {ticket for ticket in self._replays if ticket.state is _WAITING}
+        stranded = [ticket for ticket in self._replays if self._is_stranded(ticket)]
+        for ticket in stranded:
+            self.line.leave(ticket)
+            self._shed(ticket, ShedReason.NO_OTHER_REPLICA, now)
+        return stranded
 
     def _dispatch(self, now: float, called: list[Ticket]) -> list[Ticket]:
         """Place waiting requests while there is room for any of them, and add them to called."""

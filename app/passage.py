@@ -192,19 +192,33 @@ class Passage:
             await self._pass(replica, decision)
             return
         except EngineUnreachable as lost:
-            if lost.silent:
-                self._admission.suspect(replica.replica_id, self._inbound.route)
-            replica = await self._admission.admit_again(self._ticket)
-        except EngineFailed:
+            # A replica that goes on serving others goes on getting them.
+            suspend = lost.silent or not lost.timed_out
+            replica = await self._admission.admit_again(self._ticket, suspend=suspend)
+        except EngineFailed as failed:
             # It may be the request that it cannot bear. So the replica goes on getting others,
             # and where there is no other replica the failure is the answer.
-            if not self._admission.has_another(self._ticket):
-                raise
-            replica = await self._admission.admit_again(self._ticket, suspend=False)
+            replica = await self._replica_after(failed)
         if not self._still_holds(decision, replica):
             # At the prices that it was decided for: what has become dearer since is not for it.
             decision = replace(self._decide(replica), rate_card=decision.rate_card)
         await self._pass(replica, decision)
+
+    async def _replica_after(self, failed: EngineFailed) -> ReplicaStatus:
+        """Wait for a place on a replica other than the one that failed the request.
+
+        Raises:
+            EngineFailed: there is no other, or no longer.
+            Shed, ModelGone: as ``Admission.admit``.
+        """
+        if not self._admission.has_another(self._ticket):
+            raise failed
+        try:
+            return await self._admission.admit_again(self._ticket, suspend=False)
+        except Shed as shed:
+            if shed.ticket.shed is ShedReason.NO_OTHER_REPLICA:
+                raise failed from None
+            raise
 
     def _decide(self, replica: ReplicaStatus) -> TierDecision:
         model = self._admission.snapshot.settings
@@ -236,15 +250,20 @@ class Passage:
         if inbound.stream:
             self._meter.open()
         settings = self._settings
-        answer = await self._engines.send(
-            replica,
-            inbound.route,
-            rewrite_request(inbound, self._admission.snapshot.id, dialect, decision.served),
-            request_id=self._reply.request_id,
-            read_timeout_s=(
-                settings.stream_timeout_s if inbound.stream else settings.engine_timeout_s
-            ),
-        )
+        try:
+            answer = await self._engines.send(
+                replica,
+                inbound.route,
+                rewrite_request(inbound, self._admission.snapshot.id, dialect, decision.served),
+                request_id=self._reply.request_id,
+                read_timeout_s=(
+                    settings.stream_timeout_s if inbound.stream else settings.engine_timeout_s
+                ),
+            )
+        except EngineUnreachable as lost:
+            if lost.silent:
+                self._admission.suspect(replica.replica_id, inbound.route)
+            raise
         if isinstance(answer, UnaryAnswer):
             await self._forward_unary(answer, place)
         else:
@@ -320,6 +339,8 @@ class Passage:
                 error: errors.ApiError = errors.Overloaded(ticket.retry_after_s)
                 if ticket.shed is ShedReason.NOT_OFFERED:
                     error = self._not_offered()
+                elif ticket.shed is ShedReason.NO_OTHER_REPLICA:
+                    error = self._unavailable()
                 if ticket.shed is not None:
                     error.headers["x-shed-reason"] = ticket.shed.value
             case ModelGone():

@@ -20,6 +20,8 @@ class ShedReason(StrEnum):
     """It made room in a full line for a request of a higher tier."""
     FAIL_FAST = "fail_fast"
     """No slot was free, and the client asked not to wait."""
+    NO_OTHER_REPLICA = "no_other_replica"
+    """The replica that had it failed before its first byte, and there is no other."""
     NOT_OFFERED = "engine_not_offered"
     """No node of the cluster offers what the model's engines ask for, and has not for a while."""
 

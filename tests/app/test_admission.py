@@ -175,6 +175,28 @@ async def test_a_request_whose_replica_is_lost_is_placed_on_another():
     assert {first.replica_id, second.replica_id} == {"one", "two"}
 
 
+async def test_a_request_whose_only_replica_is_lost_is_told_at_once():
+    made = admission(model("one", slots=2))
+    request = ticket()
+    await made.admit(request)
+    with pytest.raises(Shed) as caught:
+        await asyncio.wait_for(made.admit_again(request), 5)
+    assert caught.value.ticket.shed is ShedReason.NO_OTHER_REPLICA
+
+
+async def test_a_request_that_waits_for_another_replica_is_told_when_that_goes():
+    made = admission(model("one", slots=2))
+    request = ticket()
+    await made.admit(request)
+    made.update(model("one", "two", slots=2))
+    again = asyncio.create_task(made.admit_again(request))
+    await asyncio.sleep(0)
+    made.update(model("one", slots=2))
+    with pytest.raises(Shed) as caught:
+        await asyncio.wait_for(again, 5)
+    assert caught.value.ticket.shed is ShedReason.NO_OTHER_REPLICA
+
+
 async def test_whether_a_request_could_go_elsewhere():
     made = admission(model("one", "two", slots=1))
     request = ticket()
@@ -298,6 +320,7 @@ async def test_a_suspect_is_told_soon_though_there_is_nothing_else_to_say():
 async def test_a_replica_that_goes_as_its_suspension_ends_takes_nobody_with_it(monkeypatch):
     monkeypatch.setattr("app.gate.SUSPENSION_S", 0.01)
     made = admission(model("one", slots=1))
+    made.update(model("one", "two", slots=1))
     first, second = ticket(), ticket()
     await made.admit(first)
     [waiting] = await standing(made, second)

@@ -329,22 +329,60 @@ def test_when_a_suspension_ends_those_who_wait_come_before_newcomers():
 def test_a_request_is_not_placed_again_where_it_was_lost():
     floor = Floor()
     floor.add("one", 4)
+    floor.add("two", 0)
     ticket = floor.place()
     assert floor.gate.lost(ticket, 0.0) == []
-    assert ticket.state is WAITING
+    assert ticket.state is WAITING, "the other replica has no room yet"
     floor.now = 10.0
     assert floor.grant() == [] and floor.gate.credits.places.free == 4
-    assert floor.add("two", 1) == [ticket]
+    assert floor.grant({"two": 1}) == [ticket] and ticket.replica_id == "two"
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_a_request_that_the_only_replica_lost_is_shed_at_once(fail_fast):
+    floor = Floor()
+    floor.add("one", 4)
+    ticket = floor.place(fail_fast=fail_fast)
+    assert floor.gate.lost(ticket, 0.0) == []
+    assert (ticket.state, ticket.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
+    assert floor.gate.credits.places["one"].running == 0
+
+
+def test_a_lost_request_waits_no_longer_once_the_other_replica_goes():
+    floor = Floor()
+    floor.add("one", 1)
+    floor.add("two", 0)
+    ticket, waiting = floor.place(), floor.wait()
+    floor.gate.lost(ticket, 0.0)
+    assert ticket.state is WAITING
+    del floor.offers["two"]
+    assert floor.set_replicas() == [ticket]
+    assert (ticket.state, ticket.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
+    assert waiting.state is WAITING, "the replica that is left has not failed this one"
+
+
+def test_a_lost_request_waits_for_a_model_that_wakes_and_no_longer():
+    floor = Floor()
+    floor.add("one", 1)
+    ticket = floor.place()
+    floor.offers.clear()
+    floor.gate.rest(20.0, 0.0)
+    floor.set_replicas()
+    assert floor.gate.lost(ticket, 0.0) == [] and ticket.state is WAITING
+    floor.gate.wake()
+    assert floor.set_replicas() == [ticket], "its start has failed"
+    assert ticket.shed is ShedReason.NO_OTHER_REPLICA
 
 
 def test_a_lost_request_comes_first_among_its_tenants_even_in_a_full_line():
     one = {"max_waiting": 1, "reserved": 0}
     floor = Floor(default=one, flex=one, priority=one)
     floor.add("one", 1)
+    floor.add("two", 0)
     ticket = floor.place()
     waiting = floor.wait()
     assert floor.gate.lost(ticket, 0.0) == []
-    assert floor.add("two", 2) == [ticket, waiting]
+    assert floor.grant({"two": 2}) == [ticket, waiting]
 
 
 def test_silence_closes_the_gate_until_there_is_word():
@@ -495,6 +533,7 @@ class GateMachine(RuleBasedStateMachine):
         self.floor.fresh_until = -math.inf
         self.floor.gives_up_at = math.inf
         self.floor.suspended = {}
+        self.floor.rests = False
         self.names = 0
         self.number, self.changed_at = 0, math.inf
         self.tickets = []
@@ -621,12 +660,27 @@ class GateMachine(RuleBasedStateMachine):
         self.names += 1
         self.floor.fresh_until = self.floor.now + SILENCE_S
         pool = "native" if routes else "plain"
+        self.wake()
         self.call(self.floor.add(f"r{self.names}", credit, routes=routes, pool=pool))
 
     @precondition(lambda self: self.floor.offers)
     @rule(data=st.data())
     def remove_replica(self, data):
         del self.floor.offers[data.draw(st.sampled_from(sorted(self.floor.offers)))]
+        self.call(self.floor.set_replicas())
+
+    def wake(self):
+        self.floor.rests = False
+        self.floor.gate.wake()
+
+    @precondition(lambda self: not self.floor.offers)
+    @rule(rests=st.booleans())
+    def begins_or_ends_its_rest(self, rests):
+        if rests:
+            self.floor.rests = True
+            self.floor.gate.rest(20.0, None)
+        else:
+            self.wake()
         self.call(self.floor.set_replicas())
 
     @rule(
@@ -674,6 +728,12 @@ class GateMachine(RuleBasedStateMachine):
     def nobody_waits_while_a_slot_is_free_that_he_may_use(self):
         for ticket in self.waiting:
             assert not usable(self.floor, ticket)
+
+    @invariant()
+    def nobody_waits_for_a_replica_that_nobody_expects(self):
+        for ticket in self.waiting:
+            others = self.floor.offers.keys() - ticket.without
+            assert not ticket.without or others or self.floor.rests
 
     @invariant()
     def what_changes_is_told_within_a_renewal(self):

@@ -76,6 +76,9 @@ KEYS: dict[str, dict[str, Any]] = {
     "limited": {"limits": Limits(rpm=60)},
 }
 
+HANG_UP = Failures(request="truncate", health_hangs=True)
+"""The engine closes the connection as the request arrives, and goes on serving others."""
+
 _noting: ContextVar[Callable[[str], None]] = ContextVar("noting")
 _serving: ContextVar[SimulatedEngine] = ContextVar("serving")
 _planned: ContextVar[Failures | None] = ContextVar("planned", default=None)
@@ -193,6 +196,11 @@ class SimulatedEngine:
             connection.transport.abort()
         self._server.should_exit = True
 
+    def _hang_up(self, scope: Any) -> None:
+        for connection in self._server.server_state.connections:
+            if connection.scope is scope:
+                connection.transport.abort()
+
     async def ended(self) -> None:
         self.stop()
         await self._task
@@ -209,7 +217,11 @@ class SimulatedEngine:
             fields = orjson.loads(message["body"])
             seen.attempts.append(Attempt(self.status.replica_id, fields, time.monotonic()))
             seen.changed.set()
-            _planned.set(seen.plan[number] if number < len(seen.plan) else None)
+            planned = seen.plan[number] if number < len(seen.plan) else None
+            if planned is HANG_UP:
+                self._hang_up(scope)
+                return
+            _planned.set(planned)
         _serving.set(self)
 
         async def again() -> Any:
