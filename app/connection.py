@@ -25,6 +25,10 @@ _MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that wait for a slow client before the engine has to wait, too."""
 
 
+Body = bytes | Iterable[bytes | memoryview]
+"""A request's body, whole or in pieces, which can be gone through more than once."""
+
+
 class ConnectionLost(Exception):
     """There is no connection, or it ended before the answer did.
 
@@ -127,9 +131,7 @@ class EngineConnection(asyncio.Protocol):
             and not transport.is_closing()
         )
 
-    async def send(
-        self, head: bytes, body: bytes | Iterable[bytes | memoryview], read_timeout_s: float
-    ) -> Response:
+    async def send(self, head: bytes, body: Body, read_timeout_s: float) -> Response:
         """Send a request and return its answer once the head of that has come.
 
         A body in pieces is written as fast as the engine reads it, until an answer comes.
@@ -309,7 +311,7 @@ class Connections:
         return await _connect(base_url)
 
     async def send(
-        self, base_url: str, head: bytes, body: bytes, read_timeout_s: float
+        self, base_url: str, head: bytes, body: Body, read_timeout_s: float
     ) -> tuple[EngineConnection, Response]:
         """Send a request; return its connection, to be given back, and its answer's head.
 
@@ -395,7 +397,7 @@ async def fetch(
 
 
 async def _sent(
-    connection: EngineConnection, head: bytes, body: bytes, read_timeout_s: float
+    connection: EngineConnection, head: bytes, body: Body, read_timeout_s: float
 ) -> Response:
     """Send a request; the connection is closed unless the head of an answer comes."""
     try:
