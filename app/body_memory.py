@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from app.request_json import LONGEST_KEPT_PARSED
+from app.json_members import LONGEST_KEPT_PARSED
 
 _PARSED_FACTOR: Final = 24
 """Bytes that parsed JSON takes at the worst for each byte that it had (short arrays)."""

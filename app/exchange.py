@@ -28,9 +28,7 @@ class Exchange:
             with services.bodies.room_for(caller.tenant, services.settings) as room:
                 inbound = await room.read(self._route, headers, receive)
                 admission = services.catalog.require(inbound.model)
-                passage = Passage(services, admission, caller, inbound, reply)
-                inbound.forget()
-                await passage.run()
+                await Passage(services, admission, caller, inbound, reply).run()
         except errors.ApiError as error:
             await reply.refuse(error)
         except ClientGone:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from itertools import accumulate
-from typing import Final, NamedTuple
+from typing import Final
 
 MAX_DEPTH: Final = 100
 """Most levels of arrays and objects, the document itself included. Engines' own parsers stop at 128
@@ -31,29 +31,14 @@ class TooDeep(ValueError):
         self.name = name
 
 
-class Levels(NamedTuple):
-    """The depths that brackets go through.
-
-    ``lowest`` and ``last`` are exact. ``highest`` is exact where it is over ``MAX_DEPTH``, and may
-    otherwise be too high by ``_MOST_ROUNDS``.
-    """
-
-    lowest: int
-    highest: int
-    last: int
-
-
-def check_depth(body: bytes) -> None:
-    """Refuse JSON of too many levels.
-
-    Raises:
-        TooDeep: it has more than ``MAX_DEPTH``; the member is not named.
-    """
+def is_too_deep(body: bytes) -> bool:
+    """Return whether JSON has more than ``MAX_DEPTH`` levels."""
     # Most documents do not even have so many brackets.
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
-        plain, _ = blank_escapes(body)
-        if levels(brackets(plain, inside=False), 0).highest > MAX_DEPTH:
-            raise TooDeep(None)
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return False
+    plain, _ = blank_escapes(body)
+    _, highest, _ = levels(brackets(plain, inside=False), 0)
+    return highest > MAX_DEPTH
 
 
 def blank_escapes(chunk: bytes) -> tuple[bytes, int]:
@@ -84,8 +69,15 @@ def brackets(plain: bytes, inside: bool) -> bytes:
     return plain.translate(_BRACKETS, _NO_BRACKETS)
 
 
-def levels(found: bytes, depth: int) -> Levels:
-    """Return the depths that ``brackets`` go through, beginning at ``depth``."""
+def levels(found: bytes, depth: int) -> tuple[int, int, int]:
+    """Return the lowest, the highest and the last depth that ``brackets`` go through.
+
+    The highest is exact where it is over ``MAX_DEPTH``, and may otherwise be a little too high.
+
+    Args:
+        found: what ``brackets`` returned.
+        depth: the depth before them.
+    """
     # Removing pairs with nothing in between changes neither the lowest depth nor the last, and
     # the highest by one.
     short, rounds = found, 0
@@ -94,16 +86,15 @@ def levels(found: bytes, depth: int) -> Levels:
         rounds += 1
         if len(short) > len(before) // 2:
             break
-    result = _depths(short, depth)
-    highest = result.highest + rounds
-    if rounds and highest > MAX_DEPTH:
+    lowest, highest, last = _depths(short, depth)
+    if rounds and highest + rounds > MAX_DEPTH:
         return _depths(found, depth)
-    return result._replace(highest=highest)
+    return lowest, highest + rounds, last
 
 
-def _depths(found: bytes, depth: int) -> Levels:
+def _depths(found: bytes, depth: int) -> tuple[int, int, int]:
     depths = list(accumulate(memoryview(found).cast("b"), initial=depth))
-    return Levels(min(depths), max(depths), depths[-1])
+    return min(depths), max(depths), depths[-1]
 
 
 def first_return(plain: bytes, depth: int, inside: bool) -> tuple[int, int]:

@@ -14,6 +14,11 @@ LONGEST_PARSED: Final = 32 * 1024
 Parsing takes 1 ms at the worst (nothing but empty arrays) and usually 0.05 ms."""
 
 
+LONGEST_KEPT_PARSED: Final = 4 * 1024
+"""Documents of up to so many bytes stay parsed while their requests wait. Parsed they take up to
+24 times as much."""
+
+
 class Span(NamedTuple):
     """Where a member is: its number in the document, and where its name and its value are."""
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any, Final, TypeVar
 
 import orjson
@@ -74,22 +74,18 @@ def scan(data: memoryview) -> Steps[Members]:
     return (yield from _Scanner(data).members())
 
 
-def first_items(raw: RawJson, most: int) -> list[Any]:
-    """Return the first items of an array, as many as end within ``LONGEST_PARSED`` bytes.
+def first_items(raw: RawJson) -> Iterator[Any]:
+    """Yield the first items of an array, as many as end within ``LONGEST_PARSED`` bytes.
 
     Raises:
         InvalidJson: one of them is not JSON.
         TooDeep: one of them has too many levels.
     """
-    scanner, items = _Scanner(raw.data[:LONGEST_PARSED]), list[Any]()
+    scanner = _Scanner(raw.data[:LONGEST_PARSED])
     at = run(scanner.skip_space(1))
-    while len(items) < most:
-        end = run(scanner.item_end(at))
-        if end is None:
-            break
-        items.append(_parse(scanner.data[at:end]))
+    while (end := run(scanner.item_end(at))) is not None:
+        yield _parse(scanner.data[at:end])
         at = run(scanner.skip_space(run(scanner.skip_space(end)) + 1))
-    return items
 
 
 def run(steps: Steps[T]) -> T:
@@ -212,9 +208,9 @@ class _Scanner:
         while chunk := bytes(self.data[at : at + size]):
             plain, used = blank_escapes(chunk)
             signs = brackets(plain, inside)
-            gone_through = levels(signs, depth)
+            lowest, highest, last = levels(signs, depth)
             yield from self._spend(size + _BRACKET_WORK * len(signs))
-            if gone_through.lowest <= 1:
+            if lowest <= 1:
                 if size <= _FIRST_LOOK:
                     end, highest = first_return(plain, depth, inside)
                     _refuse_depth(highest, name)
@@ -223,9 +219,9 @@ class _Scanner:
             elif not used:
                 break
             else:
-                _refuse_depth(gone_through.highest, name)
+                _refuse_depth(highest, name)
                 at += used
-                depth = gone_through.last
+                depth = last
                 inside ^= plain.count(_QUOTE) % 2 == 1
             size = max(size // 2, _FIRST_LOOK) if near else min(2 * size, _CHUNK)
         raise InvalidJson

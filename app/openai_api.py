@@ -6,7 +6,7 @@ Everything else in requests and answers passes through untouched, but for nulls 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
 
@@ -14,11 +14,11 @@ import orjson
 
 from app import errors
 from app.dialect import Dialect, Route
-from app.json_members import Members, Reparsed
-from app.json_scan import Steps
+from app.json_members import LONGEST_KEPT_PARSED, Members, Reparsed
+from app.json_scan import Steps, run
 from app.pricing import cost
 from app.prompt_prefix import prompt_prefix
-from app.request_json import parse_object, scan_object
+from app.request_json import LONGEST_WHOLE, parse_plain, scan_object
 from app.spliced import Spliced
 from app.sse import Event
 from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
@@ -79,11 +79,6 @@ class Inbound:
         """Whether the client asked for the usage on every chunk (vLLM's extension)."""
         return self.wants_usage and self.stream_options.get("continuous_usage_stats") is True
 
-    def forget(self) -> None:
-        """Keep the fields as bytes from now on, unless they are few."""
-        if isinstance(self.fields, Reparsed):
-            self.fields.forget()
-
 
 def parse_request(route: Route, body: bytes) -> Inbound:
     """Read a request body at once.
@@ -91,10 +86,27 @@ def parse_request(route: Route, body: bytes) -> Inbound:
     Raises:
         InvalidRequest: it is not a JSON object, or a field that Frontline acts on is wrong.
     """
-    fields = parse_object(body)
+    inbound = parse_plain_request(route, body) if len(body) <= LONGEST_WHOLE else None
+    return run(read_request(route, memoryview(body))) if inbound is None else inbound
+
+
+def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
+    """Read a request body of up to ``LONGEST_WHOLE`` bytes, if parsing it whole is quick.
+
+    Returns ``None`` where ``read_request`` has to decide.
+
+    Raises:
+        InvalidRequest: as ``parse_request``.
+    """
+    fields = parse_plain(body)
+    if fields is None:
+        return None
     prefix = prompt_prefix(route, fields)
     tokens = expected_tokens(route, fields, len(body))
-    return _inbound(route, fields, len(body), prefix, tokens)
+    inbound = _inbound(route, fields, len(body), prefix, tokens)
+    if len(body) > LONGEST_KEPT_PARSED:
+        return replace(inbound, fields=Reparsed(body, fields))
+    return inbound
 
 
 def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
@@ -179,24 +191,41 @@ def rewrite_request(
     stands for absent, and engines refuse some. An engine that refuses fields that it does not
     know gets those it knows. What is kept as bytes goes through as it came.
     """
-    route, accepted = inbound.route, dialect.accepted_fields.get(inbound.route)
-    own: dict[str, Any] = {"model": model_id}
+    accepted = dialect.accepted_fields.get(inbound.route)
+    fields: dict[str, Any] = {}
+    source = inbound.fields
+    if isinstance(source, Members):
+        _set_own_fields(fields, inbound, model_id, dialect, tier)
+        own = fields if accepted is None else _only(fields, accepted)
+        withheld = FRONTLINE_FIELDS | fields.keys()
+        names = (name for name in source if accepted is None or name in accepted)
+        kept = source.pieces(name for name in names if name not in withheld)
+        return Spliced.of(orjson.dumps(own), kept)
+    if isinstance(source, Reparsed):
+        source = source.fields
+    fields = {
+        key: value
+        for key, value in source.items()
+        if key not in FRONTLINE_FIELDS and value is not None
+    }
+    _set_own_fields(fields, inbound, model_id, dialect, tier)
+    return orjson.dumps(fields if accepted is None else _only(fields, accepted))
+
+
+def _set_own_fields(
+    fields: dict[str, Any], inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
+) -> None:
+    route = inbound.route
+    fields["model"] = model_id
     if route in dialect.priority_routes:
-        own["priority"] = dialect.priority_values[tier]
+        fields["priority"] = dialect.priority_values[tier]
     if inbound.stream and route in _STREAM_OPTION_ROUTES:
-        clients = inbound.stream_options if accepted is None else {}
-        own["stream_options"] = {**clients, **dialect.stream_options}
-    fields = inbound.fields
-    if isinstance(fields, Members):
-        withheld = FRONTLINE_FIELDS | own.keys()
-        passing = [n for n in fields if n not in withheld and (accepted is None or n in accepted)]
-        own = {name: value for name, value in own.items() if accepted is None or name in accepted}
-        return Spliced.of(orjson.dumps(own), fields.pieces(passing))
-    sent = {k: v for k, v in fields.items() if v is not None and k not in FRONTLINE_FIELDS}
-    sent |= own
-    if accepted is not None:
-        sent = {name: value for name, value in sent.items() if name in accepted}
-    return orjson.dumps(sent)
+        clients = {} if route in dialect.accepted_fields else inbound.stream_options
+        fields["stream_options"] = {**clients, **dialect.stream_options}
+
+
+def _only(fields: Mapping[str, Any], accepted: frozenset[str]) -> Mapping[str, Any]:
+    return {name: value for name, value in fields.items() if name in accepted}
 
 
 def json_number(amount: Decimal) -> orjson.Fragment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from zlib import crc32
 
@@ -31,15 +31,15 @@ def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
     For messages that is everything up to the first of the user's. A prompt that is kept as bytes
     has the same hash as a parsed one, if these messages are short enough to be parsed.
     """
-    match fields.get(route.prompt_field):
-        case str(prompt):
-            start: Any = prompt[:_CHARACTERS]
-        case [*items] if route is not Route.EMBEDDINGS:
-            start = _leading(items) or items[:1]
-        case RawJson() as raw:
-            start = _raw_start(route, raw)
-        case _:
-            return None
+    prompt = fields.get(route.prompt_field)
+    if isinstance(prompt, str):
+        start: Any = prompt[:_CHARACTERS]
+    elif isinstance(prompt, RawJson):
+        start = _raw_start(route, prompt)
+    elif isinstance(prompt, list) and route is not Route.EMBEDDINGS:
+        start = _leading(prompt) or prompt[:1]
+    else:
+        return None
     if start is None:
         return None
     instructions = fields.get("instructions")
@@ -48,22 +48,25 @@ def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
     return crc32(orjson.dumps([instructions, start]))
 
 
-def _leading(items: list[Any]) -> list[Any] | None:
+def _leading(items: Iterable[Any]) -> list[Any] | None:
     """Return the messages up to the first of the user's, if that is among the first ones."""
-    for place, item in enumerate(items[:_MOST_ITEMS]):
+    leading = []
+    for item in items:
+        leading.append(item)
         if isinstance(item, dict) and item.get("role") == "user":
-            return items[: place + 1]
+            return leading
+        if len(leading) == _MOST_ITEMS:
+            break
     return None
 
 
 def _raw_start(route: Route, raw: RawJson) -> Any:
-    first = bytes(raw.data[:1])
-    if first == b'"':
+    if raw.startswith(b'"'):
         return _first_characters(raw)
-    if first != b"[" or route is Route.EMBEDDINGS:
+    if not raw.startswith(b"[") or route is Route.EMBEDDINGS:
         return None
     try:
-        leading = _leading(first_items(raw, _MOST_ITEMS))
+        leading = _leading(first_items(raw))
     except (InvalidJson, TooDeep):
         # The engine says what is wrong with it.
         return None

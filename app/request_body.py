@@ -1,8 +1,8 @@
 """The bodies of requests: read within bounds of length, time and memory, and understood.
 
-A body of up to ``LONGEST_PARSED`` bytes is parsed at once. A longer one is kept in one piece of
-memory as it came, and scanned in slices (``app.json_scan``): one slice of all requests in each
-turn of the event loop.
+A body of up to ``LONGEST_WHOLE`` bytes is parsed at once, if it is a usual one. A longer one is
+kept in one piece of memory as it came, and scanned in slices (``app.json_scan``): one slice of all
+requests in each turn of the event loop.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from app import errors
 from app.body_memory import BodyLimits, BodyMemory, HeldMemory, NoRoom
 from app.config import IngressSettings
 from app.dialect import Route
-from app.json_members import LONGEST_PARSED
+from app.json_members import Reparsed
 from app.json_scan import Steps
-from app.openai_api import Inbound, parse_request, read_request
+from app.openai_api import Inbound, parse_plain_request, read_request
+from app.request_json import LONGEST_WHOLE
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ _COPIED: Final = 256 * 1024
 """Bytes that are copied at once: 0.1 ms."""
 _TRY_AGAIN_S: Final = 2.0
 """How long others keep their memory is not known; this is how often asking is useful."""
+_PARSED_FOR_S: Final = 0.1
+"""How long the parsed members of a body are kept beside its bytes. Most requests are sent on
+within that time, and need not parse it again."""
 _DIGITS: Final = 18
 _LOG_EVERY_S: Final = 60.0
 
@@ -128,9 +132,13 @@ class Room:
         if length is not None:
             self._take(length)
         body = await self._receive_all(receive, length)
-        if isinstance(body, bytes):
-            return parse_request(route, body)
-        return await self._bodies.in_turns(read_request(route, body))
+        inbound = parse_plain_request(route, body) if isinstance(body, bytes) else None
+        if inbound is None:
+            return await self._bodies.in_turns(read_request(route, memoryview(body)))
+        if isinstance(inbound.fields, Reparsed):
+            loop = asyncio.get_running_loop()
+            loop.call_later(_PARSED_FOR_S, inbound.fields.forget)
+        return inbound
 
     def _take(self, length: int) -> None:
         reason = self._held.hold(length, self._limits)
@@ -138,7 +146,7 @@ class Room:
             raise self._bodies.refuse(reason, self._longest)
 
     async def _receive_all(self, receive: Receive, declared: int | None) -> bytes | memoryview:
-        """Return the body: ``bytes`` of up to ``LONGEST_PARSED``, else a view of its memory."""
+        """Return the body: ``bytes`` of up to ``LONGEST_WHOLE``, else a view of its memory."""
         begun, length, pieces = asyncio.get_running_loop().time(), 0, list[bytes]()
         memory: memoryview | None = None
         more = True
@@ -148,7 +156,7 @@ class Room:
                 self._take(length + len(piece))
             elif length + len(piece) > declared:
                 raise errors.InvalidRequest("The request body is longer than its content-length.")
-            if memory is None and length + len(piece) > LONGEST_PARSED:
+            if memory is None and length + len(piece) > LONGEST_WHOLE:
                 memory = _pages(self._longest if declared is None else declared)
                 start = b"".join(pieces)
                 memory[: len(start)] = start

@@ -6,9 +6,10 @@ import pytest
 from app.config import IngressSettings
 from app.dialect import Dialect, Route
 from app.errors import BodyTooLarge, InvalidRequest, RequestTimeout, Unavailable
-from app.json_members import LONGEST_PARSED, Members
+from app.json_members import Members
 from app.openai_api import rewrite_request
 from app.request_body import Bodies, ClientGone
+from app.request_json import LONGEST_WHOLE
 from app.tiers import Tier
 
 pytestmark = pytest.mark.unit
@@ -50,14 +51,14 @@ async def read(bodies, data, headers=None, tenant="t", *, settings=settings(), *
         return await room.read(Route.COMPLETIONS, headers or {}, client(data, **how))
 
 
-@pytest.mark.parametrize("length", [50, LONGEST_PARSED, LONGEST_PARSED + 1, 3 * MIB])
+@pytest.mark.parametrize("length", [50, LONGEST_WHOLE, LONGEST_WHOLE + 1, 3 * MIB])
 @pytest.mark.parametrize("piece", [1000, MIB, 10 * MIB])
 @pytest.mark.parametrize("says", [True, False])
 async def test_a_body_in_any_pieces_is_the_same_request(length, piece, says):
     data = body(length)
     headers = declared(length) if says else {}
     request = await read(Bodies(), data, headers, piece=piece)
-    assert isinstance(request.fields, Members) == (length > LONGEST_PARSED)
+    assert isinstance(request.fields, Members) == (length > LONGEST_WHOLE)
     sent = rewrite_request(request, "m", Dialect("plain"), Tier.DEFAULT)
     assert orjson.loads(sent if isinstance(sent, bytes) else b"".join(sent)) == orjson.loads(data)
 

@@ -11,6 +11,7 @@ from app.config import IngressSettings
 from app.json_depth import MAX_DEPTH
 from app.json_members import LONGEST_PARSED
 from app.json_scan import MOST_MEMBERS
+from app.request_json import LONGEST_WHOLE
 from app.ticket import ShedReason
 from app.tiers import Reason
 
@@ -78,7 +79,8 @@ def test_the_bounds_of_a_request_are_the_codes_own():
     memory = bounds["memory of all bodies of a tenant, of an ingress"]
     assert f"{defaults['body_memory_tenant_mb']:,} MiB" in memory
     assert f"{defaults['body_memory_mb']:,} MiB" in memory
-    assert f"of up to {LONGEST_PARSED // 1024} KiB is parsed" in PAGE
+    assert f"of more than {LONGEST_PARSED // 1024} KiB is not parsed" in PAGE
+    assert f"of up to {LONGEST_WHOLE // 1024} KiB is parsed" in PAGE
 
 
 def test_every_header_is_documented():
