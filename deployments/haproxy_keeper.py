@@ -16,7 +16,7 @@ Until then every request would be refused or get a 404. Three things close that 
 - **Takeover**: the next HAProxy receives the listening sockets of the process that serves (``-x``)
   and tells it to finish (``-sf``), as with Serve's own reloads. No connection is refused.
 - **Routes**: an HAProxy that Serve starts without routes gets those of its predecessor on the same
-  node. If there are none, it answers 503 instead of 404, which clients retry.
+  node. Without a predecessor it answers 503, which clients retry (``app/haproxy_config.py``).
 
 Files are in HAProxy's own folder, one for each node: ``serving`` (which process serves, and its
 admin socket), ``kept.cfg`` (the last configuration that was proved good), ``keeper.log``.
@@ -51,14 +51,11 @@ UNREACHABLE_S = 5.0
 RESTART_PAUSE_S = 0.2
 MOST_LOG_BYTES = 1_000_000
 
-_NO_ROUTES = """{"error": {"message": "The server is starting. Please try again shortly.", \
-"type": "server_error", "param": null, "code": "starting"}}"""
 _DRAINING = "This node is being drained."
 _ADMIN_SOCKET = re.compile(r"^(\s*stats socket )(\S+)", re.MULTILINE)
 _BIND = re.compile(r"^\s*bind .*$", re.MULTILINE)
 _USES_BACKEND = re.compile(r"^\s*use_backend ", re.MULTILINE)
 _SERVER = re.compile(r"^\s*server \S+ (\S+):(\d+)(.*)$", re.MULTILINE)
-_NOT_FOUND = re.compile(r"(^backend default_backend\n\s*http-request return status )404 .*$", re.M)
 
 
 def has_routes(config: str) -> bool:
@@ -93,20 +90,11 @@ def ingresses(config: str) -> set[tuple[str, int]]:
     return {(host, int(port)) for host, port, rest in servers if " backup" not in rest}
 
 
-def retryable(config: str) -> str:
-    """Return a configuration that does not say 404 for every path while it has no routes."""
-    if has_routes(config):
-        return config
-    body = _NO_ROUTES.replace('"', '\\"')
-    answer = f'503 content-type application/json hdr Retry-After 1 string "{body}"'
-    return _NOT_FOUND.sub(lambda found: found[1] + answer, config)
-
-
 def first_configuration(config: str, kept: str | None) -> str:
     """Return what an HAProxy starts with that replaces none: the kept routes if it has none."""
     if kept is not None and not has_routes(config) and same_ports(config, kept):
         return with_admin_socket(kept, admin_socket(config))
-    return retryable(config)
+    return config
 
 
 class Serving(NamedTuple):
@@ -244,7 +232,7 @@ def start(binary: str, arguments: Sequence[str]) -> None:
     path = Path(arguments[arguments.index("-f") + 1])
     folder = Folder(path.parent)
     config = path.read_text()
-    changed = retryable(config) if "-sf" in arguments else first_configuration(config, folder.kept)
+    changed = config if "-sf" in arguments else first_configuration(config, folder.kept)
     if changed != config:
         path.write_text(changed)
     folder.stage(os.getpid(), changed)

@@ -30,16 +30,7 @@ WITH_ROUTES = WITHOUT_ROUTES.replace(
 DRAINING = WITH_ROUTES + '    http-request return status 503 string "This node is being drained."\n'
 
 
-def test_without_routes_nothing_is_not_found():
-    # Of a2e879e: 404 for every path until Serve has told a new HAProxy its routes.
-    changed = keeper.first_configuration(WITHOUT_ROUTES, kept=None)
-    assert (
-        "status 404" not in changed and "return status 503 content-type application/json" in changed
-    )
-    assert 'hdr Retry-After 1 string "{\\"error\\": {' in changed
-
-
-def test_with_routes_other_paths_are_not_found():
+def test_a_first_start_with_routes_keeps_them():
     assert keeper.first_configuration(WITH_ROUTES, kept=None) == WITH_ROUTES
 
 
