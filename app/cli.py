@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -48,11 +49,13 @@ def plan(
     Nothing is started, no cluster and no GPU is needed. Secrets are not shown.
     """
     text = _checked(config)
-    from app.plan import make_plan
+    from app.plan import make_plan, plan_front
     from app.plan_view import to_json, to_text
 
     models = make_plan(text)
-    typer.echo(json.dumps(to_json(models), indent=2) if as_json else to_text(models))
+    front = plan_front(text, models, int(os.environ.get("RAY_SERVE_HAPROXY_MAXCONN") or 4096))
+    shown = json.dumps(to_json(models, front), indent=2) if as_json else to_text(models, front)
+    typer.echo(shown)
 
 
 def _checked(config: Path) -> str:

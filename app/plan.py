@@ -6,7 +6,7 @@ has a ``plan`` says what it would launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -16,11 +16,14 @@ from ray.serve.config import AutoscalingConfig
 from app.applications import build_application, deployments_of
 from app.catalog import MODEL_DEPLOYMENT
 from app.config import ModelArgs, ModelSettings
+from app.haproxy_config import connections_for, descriptors_for
+from app.line_settings import LineSettings
 from app.redaction import redact, redact_words
 from app.tiers import PriorityMode
 
 _AUTO_MAX: Final = 100
 """Serve's ``max_replicas`` where ``num_replicas`` is ``auto``."""
+_INGRESS: Final = "Ingress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +121,59 @@ class PoolPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model: its application, its name in requests, its pools."""
+    """One model: its application, its name in requests, its pools, how its requests wait."""
 
     application: str
     id: str
     priority: PriorityMode
     flex: bool
     pools: tuple[PoolPlan, ...]
+    line: LineSettings
+
+    def most_requests(self, ingresses: int) -> int:
+        """Return how many requests may run or wait at once, at so many ingresses together."""
+        slots = sum(pool.slots * pool.replicas.most for pool in self.pools)
+        full = max(self.line.bounds(slots=slots, ingresses=ingresses).values())
+        reserved = sum(self.line.reserved(slots=slots, ingresses=ingresses).values())
+        return slots + ingresses * (full + reserved)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontPlan:
+    """What the HAProxy of a node must hold if all requests come through it.
+
+    Attributes:
+        requests: how many may run or wait at once, of all models.
+        maxconn: least ``RAY_SERVE_HAPROXY_MAXCONN`` for them.
+        descriptors: open files that it takes (``ulimit -Hn``).
+        maxconn_here: what it is set to in this environment.
+    """
+
+    requests: int
+    maxconn: int
+    descriptors: int
+    maxconn_here: int
 
 
 def make_plan(text: str) -> list[ModelPlan]:
     """Return every model of a config file in which ``app.check`` has found nothing wrong."""
     applications = yaml.safe_load(text).get("applications") or ()
     return [model for application in applications for model in _models(application)]
+
+
+def plan_front(text: str, models: Sequence[ModelPlan], maxconn_here: int) -> FrontPlan:
+    """Return what the models of a config file ask of HAProxy."""
+    applications = yaml.safe_load(text).get("applications") or ()
+    ingresses = max(1, sum(_ingresses(application) for application in applications))
+    requests = sum(model.most_requests(ingresses) for model in models)
+    maxconn = connections_for(requests)
+    descriptors = descriptors_for(maxconn, servers=ingresses + 1)
+    return FrontPlan(requests, maxconn, descriptors, maxconn_here)
+
+
+def _ingresses(application: Mapping[str, Any]) -> int:
+    options = application.get("deployments") or ()
+    return sum(_replicas(one).most for one in options if one.get("name") == _INGRESS)
 
 
 def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
@@ -140,12 +183,13 @@ def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
     args = ModelArgs.load(application["args"], "args")
     options = {one["name"]: one for one in application.get("deployments") or ()}
     own = options.get(MODEL_DEPLOYMENT, {}).get("user_config") or {}
-    tiers = ModelSettings.load(own, "user_config").tiers
+    settings = ModelSettings.load(own, "user_config")
+    tiers = settings.tiers
     pools = tuple(
         _pool(deployments[pool.name], options.get(pool.name, {}), pool.slots, tiers.priority)
         for pool in args.pools
     )
-    yield ModelPlan(application["name"], args.id, tiers.priority, tiers.flex, pools)
+    yield ModelPlan(application["name"], args.id, tiers.priority, tiers.flex, pools, settings.line)
 
 
 def _pool(deployment: Any, options: Mapping[str, Any], slots: int, mode: PriorityMode) -> PoolPlan:

@@ -8,20 +8,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from app.plan import ModelPlan, OpenPort, PoolPlan, RankPlan, Replicas
+from app.plan import FrontPlan, ModelPlan, OpenPort, PoolPlan, RankPlan, Replicas
 
 _NAMES: Final = 15
 """Columns that the names of entries take."""
 
 
-def to_json(models: Sequence[ModelPlan]) -> dict[str, Any]:
+def to_json(models: Sequence[ModelPlan], front: FrontPlan) -> dict[str, Any]:
     """Return a plan as plain values; their meaning is told by ``app.plan``."""
-    return {"models": [asdict(model) for model in models]}
+    plain = [asdict(model) for model in models]
+    for one, model in zip(plain, models, strict=True):
+        one["line"] = model.line.model_dump(mode="json")
+    return {"models": plain, "front": asdict(front)}
 
 
-def to_text(models: Sequence[ModelPlan]) -> str:
-    """Return a plan as text, a paragraph for each model and pool."""
-    return "\n".join(line for model in models for line in _model(model))
+def to_text(models: Sequence[ModelPlan], front: FrontPlan | None = None) -> str:
+    """Return a plan as text, a paragraph for each model and pool, and one for HAProxy."""
+    lines = [line for model in models for line in _model(model)]
+    if front is not None:
+        lines += [*_front(front), ""]
+    return "\n".join(lines)
+
+
+def _front(front: FrontPlan) -> Iterator[str]:
+    enough = "" if front.maxconn_here >= front.maxconn else ", which is too low"
+    yield "HAProxy, of each node with an ingress"
+    yield from _entry("requests", [f"up to {front.requests:,} run or wait at once"])
+    yield from _entry(
+        "connections",
+        [
+            f"RAY_SERVE_HAPROXY_MAXCONN of at least {front.maxconn}; it is {front.maxconn_here} "
+            f"here{enough}",
+            f"{front.descriptors:,} open files at least (ulimit -Hn)",
+        ],
+    )
 
 
 def _model(model: ModelPlan) -> Iterator[str]:

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from app.cli import main
 from app.dialect import Route
-from app.plan import Replicas, make_plan
+from app.haproxy_config import served_of
+from app.plan import Replicas, make_plan, plan_front
 from app.plan_view import to_text
 from app.redaction import redact
 
@@ -197,3 +198,33 @@ def test_what_is_wrong_is_told_with_its_line(tmp_path):
     shown = plan(config)
     assert shown.exit_code == 1
     assert f"{config}:{line}: applications.1.args.pools.0.engine_args.port" in shown.output
+
+
+def front(text, maxconn_here=4096):
+    return plan_front(text, make_plan(text), maxconn_here)
+
+
+def test_haproxy_must_hold_what_runs_and_what_waits():
+    # Of a model: its slots, 32 times as many that wait, and what is reserved for each tier.
+    text = CLUSTER.read_text()
+    slots = sum(pool.slots * pool.replicas.most for pool in pools(text).values())
+    found = front(text)
+    assert 33 * slots <= found.requests < 40 * slots + 400
+    assert served_of(found.maxconn) >= found.requests
+    assert found.descriptors > 2 * found.maxconn
+
+
+def test_a_line_that_its_operator_bounds_asks_for_less():
+    tiers = "tiers: {priority: auto, flex: true}"
+    bound = {tier: {"max_waiting": 10} for tier in ("priority", "default", "flex")}
+    bounded = THREE.replace(tiers, f"{tiers}\n      line: {json.dumps(bound)}")
+    assert bounded != THREE
+    assert front(bounded).requests < front(THREE).requests / 5
+
+
+def test_too_low_a_maxconn_is_told(monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "10")
+    assert "it is 10 here, which is too low" in plan(CLUSTER).output
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "32768")
+    assert "too low" not in plan(CLUSTER).output
+    assert json.loads(plan("--json", CLUSTER).output)["front"]["maxconn_here"] == 32768
