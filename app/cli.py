@@ -124,5 +124,17 @@ def top(
         return
 
 
+@main.command()
+def doctor() -> None:
+    """Show what listens on this machine, and what of it is open that need not be.
+
+    Ends with status 1 where something is. It only looks on, and starts and changes nothing.
+    """
+    from app.doctor import run
+
+    if not run():
+        raise typer.Exit(1)
+
+
 if __name__ == "__main__":
     main()

@@ -27,6 +27,7 @@ from app.limits_deployment import ServeLimits
 from app.passage import Services
 from app.relay import EngineClient
 from app.reply import Send
+from app.serve_port import keep_on_loopback
 from app.settings import Problem, SettingsError
 from app.store.database import connect
 from app.store.keys import KeyStore
@@ -45,6 +46,7 @@ class Ingress:
     """The data plane: takes requests in, passes them to engines, and stamps the answers."""
 
     def __init__(self, limits: Any) -> None:
+        keep_on_loopback()
         settings = IngressSettings()
         catalog = Catalog(ServeSource(), discover_s=settings.catalog_interval_s)
         self._services = Services(catalog, EngineClient(), settings)

@@ -10,12 +10,14 @@ from ray import serve
 
 from app.allowances import LimitBooks
 from app.limits import Ask, Given
+from app.serve_port import keep_on_loopback
 
 
 class Limits:
     """Every limit that is used. What it knows is a minute old at most, and is lost with it."""
 
     def __init__(self) -> None:
+        keep_on_loopback()
         self._books = LimitBooks()
 
     async def answer(self, asks: Mapping[str, Ask]) -> dict[str, Given]:

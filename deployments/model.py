@@ -22,6 +22,7 @@ from app.credits import Demand
 from app.report import LineReport, ModelBoard, ReportBook
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
+from app.serve_port import keep_on_loopback
 from app.settings import Key, Problem, SettingsError
 from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus, Rest, served_tiers
 from app.tiers import PriorityMode
@@ -49,6 +50,7 @@ class Model:
     async def __init__(  # type: ignore[misc]
         self, args: ModelArgs, pools: dict[str, DeploymentHandle[Any]]
     ) -> None:
+        keep_on_loopback()
         self._args = args
         self._pools = pools
         self._settings = ModelSettings()

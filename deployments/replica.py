@@ -16,6 +16,7 @@ from app.config import LONGEST_STOP_S, PoolSettings
 from app.connection import ConnectionLost, fetch
 from app.dialect import Route
 from app.plan import LaunchPlan
+from app.serve_port import keep_on_loopback
 from app.snapshot import ReplicaStatus
 from deployments.connections import count_connections
 from deployments.engines.base import EngineFacts, Launch
@@ -96,6 +97,7 @@ class EngineReplica:
     # Serve awaits it; until it returns, the replica is starting.
     async def __init__(self, model_id: str, pool: PoolSettings) -> None:  # type: ignore[misc]
         began = time.monotonic()
+        keep_on_loopback()
         self._pool = pool
         self._failed_checks = 0
         self._suspected = self._hangs = False

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from contain import Containment, process_name
 
+from app.doctor import findings, look_around
 from deployments.reaper import Identity, descendants, is_running
 
 MODEL = "deployments.model:build"
@@ -115,6 +116,10 @@ class Readiness:
         if self._models:
             key = KEY_HEADER if self._keyed else ""
             lines += [EXAMPLE.format(url=self._url, model=self._models[0], key=key), ""]
+        open_here = findings(look_around(os.environ, Path.home()))
+        lines += [f"! {finding}" for finding in open_here]
+        if open_here:
+            lines += ["docs/security.md says what of it may be; `scripts/frontline doctor`", ""]
         print("\n".join([*lines, "Ctrl-C ends it."]), flush=True)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from app.body_memory import NoRoom
 from app.config import IngressSettings
+from app.health import CANNOT_SERVE
+from app.health import Reason as HealthReason
 from app.json_depth import MAX_DEPTH
 from app.json_members import LONGEST_PARSED
 from app.json_scan import MOST_MEMBERS
@@ -88,3 +90,9 @@ def test_every_header_is_documented():
     headers = set(re.findall(r'"(x-[a-z-]+)"', text)) - {"x-accel-buffering"}
     assert "x-service-tier" in headers
     assert [header for header in headers if f"`{header}`" not in PAGE] == []
+
+
+def test_every_reason_of_health():
+    told = {name: row[1] for row in rows("Health", 1) for name in quoted(row[0])}
+    codes = {r.value: "503" if r in CANNOT_SERVE else "200" for r in HealthReason}
+    assert told == codes

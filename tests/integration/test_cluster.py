@@ -144,6 +144,20 @@ def test_no_engine_is_reachable_from_another_machine_but_through_its_guard(clust
         cluster.front.run(*asked, f"{url}:{engine_port}/health")
 
 
+def test_no_replica_listens_for_other_deployments_on_every_address(cluster):
+    row = r'(\S+):\d+\s+\S+\s+users:\(\("ray::ServeRepli",pid=(\d+)'
+    for node in (cluster.front, cluster.engines_node):
+        found = re.findall(row, node.run("ss", "-Htlnp"))
+        pids = {pid for _, pid in found}
+        assert pids
+        # Ray's own, which asks for its token; and Serve's.
+        for pid in pids:
+            assert Counter(address for address, one in found if one == pid and ":" in address) <= {
+                "[::ffff:127.0.0.1]": 1
+            }
+            assert sum(address == "*" for address, one in found if one == pid) == 1
+
+
 async def test_a_model_is_added_changed_and_removed_under_load(cluster):
     before = cluster.engines(cluster.engines_node) | cluster.engines(cluster.front)
     async with load(cluster, "one", "two") as (answered, failures):

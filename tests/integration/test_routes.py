@@ -8,6 +8,9 @@ import httpx
 import openai
 import pytest
 
+from app.listening import listeners, processes
+from tests.serving import test_run_processes
+
 pytestmark = pytest.mark.integration
 
 CHAT = {"model": "native", "messages": [{"role": "user", "content": "hello there"}]}
@@ -135,6 +138,13 @@ def test_both_prefixes(frontline, prefix):
         assert http.get(f"{prefix}/models").json()["data"]
         assert http.get(f"{prefix}/models/test/native").json()["id"] == "test/native"
         assert http.get("/health" if prefix == "/v1" else f"{prefix}/health").status_code == 200
+
+
+def test_only_this_machine_reaches_what_listens(frontline):
+    pids = {process.pid for process in test_run_processes()}
+    found = listeners(view for pid, view in processes().items() if pid in pids)
+    assert {one.process for one in found} >= {"raylet", "haproxy"}
+    assert [one for one in found if not one.on_loopback] == []
 
 
 def test_health_tells_the_models(frontline):

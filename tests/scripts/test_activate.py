@@ -1,0 +1,63 @@
+"""Ray's token, as scripts/activate leaves it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.unit
+
+ACTIVATE = Path(__file__).parents[2] / "scripts/activate"
+
+
+def activate(home, **environment):
+    """Source it, and return the process, whose output is Ray's authentication mode."""
+    clean = {name: v for name, v in os.environ.items() if not name.startswith(("RAY_", "BASH"))}
+    return subprocess.Popen(
+        ["bash", "-euc", f". {ACTIVATE}; echo $RAY_AUTH_MODE"],
+        env=clean | {"HOME": str(home)} | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def outcome(home, **environment):
+    out, err = activate(home, **environment).communicate()
+    assert err == ""
+    return out.strip()
+
+
+def test_a_token_is_made_once_for_its_user_alone(tmp_path):
+    shells = [activate(tmp_path) for _ in range(8)]
+    assert {shell.communicate() for shell in shells} == {("token\n", "")}
+    (token,) = (tmp_path / ".ray").iterdir()
+    assert (token.name, token.stat().st_mode & 0o777) == ("auth_token", 0o600)
+    assert token.parent.stat().st_mode & 0o777 == 0o700
+    made = token.read_text()
+    assert len(made) == 64 and int(made, 16)
+    assert outcome(tmp_path) == "token"
+    assert token.read_text() == made
+
+
+def test_a_token_that_others_can_read_is_closed_to_them(tmp_path):
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("mine")
+    token.chmod(0o644)
+    assert outcome(tmp_path) == "token"
+    assert (token.read_text(), token.stat().st_mode & 0o777) == ("mine", 0o600)
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode"),
+    [
+        ({"RAY_AUTH_TOKEN": "given"}, "token"),
+        ({"RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "disabled"),
+        # On a cluster each node would make another one: Ray refuses to start without.
+        ({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}, "token"),
+    ],
+)
+def test_no_token_is_made_where_one_is_given_or_none_wanted(tmp_path, environment, mode):
+    assert outcome(tmp_path, **environment) == mode
+    assert list(tmp_path.iterdir()) == []
