@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime
@@ -226,12 +227,19 @@ def adopt_journals(
     url: Ledger = DEFAULT_URL,
 ) -> None:
     """Move what dead ingresses of this node left to the database. Living ones do that too."""
-    from app.ledger.flusher import adopt
+    from app.ledger.adoption import Adopter
     from app.store.records import RecordStore
 
     with _database(url) as engine:
-        moved = adopt(Path(expand_path(folder)), RecordStore(engine))
+        adopter = Adopter(Path(expand_path(folder)), RecordStore(engine))
+        moved = adopter.adopt(time.monotonic())
     typer.echo(f"{moved} records")
+    if adopter.set_aside:
+        typer.echo(f"{adopter.set_aside} journals set aside, not all of them can be read", err=True)
+    for name, why in adopter.failing.items():
+        typer.echo(f"journal {name}: {why}", err=True)
+    if adopter.failing:
+        raise typer.Exit(1)
 
 
 @ledger.command("refused")

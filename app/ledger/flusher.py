@@ -3,7 +3,7 @@
 It reads what the journal's thread has written. Where it is it remembers only in memory: after a
 crash everything that the journal still holds is written to the store again, which changes nothing
 there. A journal's file goes once the store has all of its records, but for those that it refuses
-for good (``app.ledger.refused``).
+for good (``app.ledger.refused``). Dead ingresses' journals are ``app.ledger.adoption``'s.
 """
 
 from __future__ import annotations
@@ -11,49 +11,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set
 from tenacity.wait import wait_random_exponential
 
-from app.ledger.frames import Frame, Kind, read_segment, settled_bodies
+from app.ledger.adoption import BATCH, Adopter
+from app.ledger.frames import Kind, read_segment
 from app.ledger.journal import Journal
-from app.ledger.refused import add_or_set_aside
-from app.ledger.segments import (
-    DAMAGED,
-    dead_journals,
-    remove_journal,
-    segment_numbers,
-    segment_path,
-)
+from app.ledger.refused import Records, add_or_set_aside
+from app.ledger.segments import segment_path
 from app.ledger.settings import JournalSettings
 from app.store.database import StoreAway
 from app.supervision import PROCESS, keep_thread
 
-BATCH: Final = 500
-"""Records in one transaction: enough to make its cost small, few enough to end within
-milliseconds."""
 LONGEST_RETRY_S: Final = 10.0
 """How long it takes at most to notice that the store is back."""
 _THREAD: Final = "ledger-flusher"
 
 _log = logging.getLogger(__name__)
-
-
-class Records(Protocol):
-    """Where records go: ``app.store.records.RecordStore``."""
-
-    def prepare(self) -> bool:
-        """Bring the tables up to date, and return whether it is another store than before.
-
-        Raises ``StoreAway``.
-        """
-
-    def add(self, bodies: Sequence[bytes]) -> None:
-        """Write settled records in one transaction; raises ``StoreAway``, or ``StoreRefuses``."""
 
 
 class OwnJournal:
@@ -104,45 +83,6 @@ class OwnJournal:
         return moved
 
 
-def adopt(folder: Path, store: Records) -> int:
-    """Move what dead ingresses have left to the store, and count the records.
-
-    Streams that they had open are settled as interrupted. What cannot be read stays, set aside.
-
-    Raises:
-        StoreAway: the rest has to wait.
-        OSError: a journal cannot be read or removed.
-    """
-    moved = 0
-    with dead_journals(folder) as journals:
-        for journal in journals:
-            moved += _adopt(journal, store)
-    return moved
-
-
-def _adopt(journal: Path, store: Records) -> int:
-    damaged: list[int] = []
-    bodies, moved = settled_bodies(_frames(journal, damaged)), 0
-    while batch := list(islice(bodies, BATCH)):
-        add_or_set_aside(store, batch, journal.parent)
-        moved += len(batch)
-    if damaged:
-        _log.error("journal %s: segments %s are damaged; kept aside", journal.name, damaged)
-        journal.rename(journal.with_name(journal.name + DAMAGED))
-    else:
-        remove_journal(journal)
-    _log.warning("settled what a dead ingress left: %d records of %s", moved, journal.name)
-    return moved
-
-
-def _frames(journal: Path, damaged: list[int]) -> Iterator[Frame]:
-    for number in segment_numbers(journal):
-        segment = read_segment(segment_path(journal, number).read_bytes())
-        if segment.damaged:
-            damaged.append(number)
-        yield from segment.frames
-
-
 class Flusher:
     """The thread that flushes and adopts.
 
@@ -161,7 +101,7 @@ class Flusher:
         """Since when records cannot be moved, by the monotonic clock, or ``None``."""
         self._own = OwnJournal(journal)
         self._turned = journal.turned
-        self._folder = folder
+        self.adopter = Adopter(folder, store)
         self._settings = settings
         self._store = store
         self._freed = freed
@@ -220,7 +160,7 @@ class Flusher:
             self._own.rewind()
         moved = self._own.flush(self._store)
         if time.monotonic() >= self._next_adoption:
-            moved += adopt(self._folder, self._store)
+            moved += self.adopter.adopt(time.monotonic())
             self._next_adoption = time.monotonic() + self._settings.adopt_interval_s
         if self.away:
             _log.warning("the ledger's store can be reached again; %d records moved", moved)

@@ -10,16 +10,15 @@ the beginning; where its frames end there are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 from zlib import crc32
 
 import orjson
 
-from app.ledger.record import State, UsageRecord, fields_from_json
+from app.ledger.reading import NotUnderstood, load
 from app.pricing import TokenUsage
 
 _HEADER: Final = 18  # checksum, length and kind, each followed by a space
@@ -40,11 +39,18 @@ class Kind(StrEnum):
     """A record that will not change any more."""
 
 
+_KINDS: Final = {kind.value.encode(): kind for kind in Kind}
+_PROGRESS: Final = [str, int, int, int, str]
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as it was read, and where the next one begins."""
+    """One frame as it was read, and where the next one begins.
 
-    kind: Kind
+    Its kind is ``None`` where a newer version has written one that is unknown here.
+    """
+
+    kind: Kind | None
     body: bytes
     end: int
 
@@ -78,14 +84,22 @@ class Progress:
 
     @classmethod
     def of(cls, found: Frame) -> Progress:
-        """Return the progress that a frame holds."""
-        request_id, prompt, cached, completion, at = orjson.loads(found.body)
-        return cls(
-            request_id,
-            TokenUsage(prompt, cached, completion),
-            datetime.fromisoformat(at),
-            found.kind is Kind.ESTIMATE,
-        )
+        """Return the progress that a frame holds.
+
+        Raises:
+            NotUnderstood: its body is something else.
+        """
+        fields = load(found.body)
+        if not isinstance(fields, list) or [type(field) for field in fields] != _PROGRESS:
+            raise NotUnderstood("it is no progress")
+        request_id, prompt, cached, completion, at = fields
+        try:
+            usage, moment = TokenUsage(prompt, cached, completion), datetime.fromisoformat(at)
+        except ValueError as error:
+            raise NotUnderstood(str(error)) from None
+        if moment.utcoffset() != timedelta(0):
+            raise NotUnderstood("times are in UTC")
+        return cls(request_id, usage, moment, found.kind is Kind.ESTIMATE)
 
 
 def frame(kind: Kind, body: bytes) -> bytes:
@@ -99,18 +113,18 @@ def read_frame(data: bytes, start: int) -> Frame | None:
     """Return the frame that begins at ``start``, or ``None`` if no whole one does."""
     header = data[start : start + _HEADER]
     try:
-        length, kind = int(header[9:15], 16), Kind(header[16:17].decode())
+        length, kind = int(header[9:15], 16), header[16:17]
     except ValueError:
         return None
     end = start + _HEADER + length + 1
     checksum = crc32(data[start + 9 : end - 1])
     if header != _header(checksum, length, kind) or data[end - 1 : end] != b"\n":
         return None
-    return Frame(kind, data[start + _HEADER : end - 1], end)
+    return Frame(_KINDS.get(kind), data[start + _HEADER : end - 1], end)
 
 
-def _header(checksum: int, length: int, kind: Kind) -> bytes:
-    return b"%08x %06x %b " % (checksum, length, kind.value.encode())
+def _header(checksum: int, length: int, kind: bytes) -> bytes:
+    return b"%08x %06x %b " % (checksum, length, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,41 +156,3 @@ def read_segment(data: bytes) -> Segment:
             frames.append(found)
             place = found.end
     return Segment(tuple(frames), damaged)
-
-
-def settled_bodies(frames: Iterable[Frame]) -> Iterator[bytes]:
-    """Yield the JSON of every record that a dead ingress leaves, in no order.
-
-    Requests that it had open are interrupted, with the progress that was written down last.
-    """
-    opened: dict[str, bytes] = {}
-    progress: dict[str, Progress] = {}
-    for found in frames:
-        if found.kind in (Kind.PROGRESS, Kind.ESTIMATE):
-            step = Progress.of(found)
-            progress[step.request_id] = step
-            continue
-        request_id = orjson.loads(found.body)["request_id"]
-        if found.kind is Kind.OPEN:
-            opened[request_id] = found.body
-        else:
-            opened.pop(request_id, None)
-            yield found.body
-    for request_id, body in opened.items():
-        record = UsageRecord.from_fields(fields_from_json(body))
-        yield interrupted(record, progress.get(request_id)).to_json()
-
-
-def interrupted(record: UsageRecord, progress: Progress | None) -> UsageRecord:
-    """Return what an open record becomes when its ingress is lost."""
-    return record.settle(
-        State.INTERRUPTED,
-        record.usage if progress is None else progress.usage,
-        ended=record.origin.arrived if progress is None else progress.at,
-        reason=INGRESS_LOST,
-        estimated=record.usage_estimated if progress is None else progress.estimated,
-    )
-
-
-INGRESS_LOST: Final = "ingress_lost"
-"""The reason of a record whose ingress died while it was open."""

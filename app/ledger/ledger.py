@@ -21,10 +21,11 @@ from typing import Any, Final
 
 from sqlalchemy import Engine
 
-from app.ledger.flusher import Flusher, Records
+from app.ledger.flusher import Flusher
 from app.ledger.frames import Kind, Progress
 from app.ledger.journal import LAZY_S, Entry, Journal
 from app.ledger.record import State, UsageRecord, now_utc
+from app.ledger.refused import Records
 from app.ledger.settings import JournalSettings
 from app.paths import expand_path
 from app.pricing import TokenUsage
@@ -117,6 +118,16 @@ class Ledger:
         """Return for how long it has been so at the monotonic time ``now``, in seconds."""
         since = self._flusher.away_since
         return 0.0 if since is None else max(0.0, now - since)
+
+    @property
+    def journals_set_aside(self) -> int:
+        """How many dead ingresses' journals were set aside, since not all of them can be read."""
+        return self._flusher.adopter.set_aside
+
+    @property
+    def journals_failing(self) -> int:
+        """How many dead ingresses' journals cannot be moved to the store at present."""
+        return len(self._flusher.adopter.failing)
 
     def reserved(self) -> AbstractContextManager[None]:
         """Keep room for a request's record in a block; to be entered before serving it.

@@ -19,6 +19,9 @@ NOTHING_USED: Final = TokenUsage(0, 0, 0)
 _FREE: Final = Decimal(0)
 MAX_TEXT: Final = 300
 """Longest text in a record, in characters."""
+VERSION: Final = 1
+"""The version of a record's JSON (``app.ledger.reading``)."""
+_BEGIN: Final = b'{"version":%d,' % VERSION
 
 
 class State(StrEnum):
@@ -256,8 +259,8 @@ class UsageRecord:
         return record
 
     def to_json(self) -> bytes:
-        """Return ``to_fields`` as JSON; amounts are strings with every digit."""
-        return orjson.dumps(self.to_fields(), default=_text_of_amount)
+        """Return ``to_fields`` as JSON, with ``VERSION``; amounts are strings with every digit."""
+        return _BEGIN + orjson.dumps(self.to_fields(), default=_text_of_amount)[1:]
 
 
 def fields_from_json(line: bytes) -> dict[str, Any]:

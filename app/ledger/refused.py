@@ -27,8 +27,14 @@ _log = logging.getLogger(__name__)
 class Records(Protocol):
     """Where records go: ``app.store.records.RecordStore``."""
 
+    def prepare(self) -> bool:
+        """Bring the tables up to date, and return whether it is another store than before.
+
+        Raises ``StoreAway``.
+        """
+
     def add(self, bodies: Sequence[bytes]) -> None:
-        """Write settled records in one transaction; raises ``StoreAway``."""
+        """Write settled records in one transaction; raises ``StoreAway``, or ``StoreRefuses``."""
 
 
 def add_or_set_aside(store: Records, bodies: Sequence[bytes], folder: Path) -> None:

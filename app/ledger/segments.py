@@ -12,8 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +22,9 @@ _ZEROS: Final = bytes(256 * 1024)
 # Not a journal's name: nobody may adopt a journal between its making and its locking.
 _UNBORN: Final = ".new-"
 DAMAGED: Final = ".damaged"
-"""Ending of a journal's name that held something unreadable: kept for a person to look at."""
+"""Ending of a journal's name that held bytes whose checksum is wrong: kept for a person."""
+UNREAD: Final = ".unread"
+"""Ending of a journal's name that held entries of a newer version, or none that make sense."""
 
 
 class SegmentFile:
@@ -125,10 +126,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def bytes_taken(folder: Path) -> int:
-    """Return how much of the disk all journals of a folder take, damaged ones left out."""
+    """Return how much of the disk all journals of a folder take, those set aside left out."""
     taken = 0
     for path in folder.glob(f"*/*{_SUFFIX}"):
-        if path.parent.name.endswith(DAMAGED):
+        if path.parent.name.endswith((DAMAGED, UNREAD)):
             continue
         with suppress(FileNotFoundError):
             taken += path.stat().st_blocks * 512
@@ -158,28 +159,12 @@ def remove_journal(journal: Path) -> None:
         journal.rmdir()
 
 
-@contextmanager
-def dead_journals(folder: Path) -> Iterator[Iterator[Path]]:
-    """Yield the journals whose ingress is dead; each stays locked until the block ends."""
-    handles: list[int] = []
+def lock_dead(journal: Path) -> int | None:
+    """Return the handle that holds the lock of a dead ingress's journal, or ``None`` if it lives.
 
-    def locked() -> Iterator[Path]:
-        for journal in sorted(folder.glob("*")):
-            if journal.name.startswith(".") or journal.name.endswith(DAMAGED):
-                continue
-            handle = _lock_dead(journal)
-            if handle is not None:
-                handles.append(handle)
-                yield journal
-
-    try:
-        yield locked()
-    finally:
-        for handle in handles:
-            os.close(handle)
-
-
-def _lock_dead(journal: Path) -> int | None:
+    Raises:
+        OSError: that cannot be found out.
+    """
     try:
         handle = os.open(journal / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -187,7 +172,7 @@ def _lock_dead(journal: Path) -> int | None:
         with suppress(OSError):
             journal.rmdir()
         return None
-    except (NotADirectoryError, PermissionError):
+    except NotADirectoryError:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,6 +181,9 @@ def _lock_dead(journal: Path) -> int | None:
     except (BlockingIOError, FileNotFoundError):
         os.close(handle)
         return None
+    except BaseException:
+        os.close(handle)
+        raise
     return handle
 
 

@@ -19,7 +19,7 @@ from threading import Thread
 import pytest
 from sqlalchemy import make_url
 
-from app.ledger.flusher import adopt
+from app.ledger.adoption import adopt
 from app.ledger.record import State
 from app.store.database import connect
 from app.store.records import RecordStore, Wanted

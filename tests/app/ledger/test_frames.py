@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.ledger.frames import (
-    INGRESS_LOST,
     Kind,
     Progress,
     frame,
     read_segment,
-    settled_bodies,
 )
+from app.ledger.leftovers import INGRESS_LOST, Leftovers
 from app.ledger.record import State, UsageRecord, fields_from_json
 from app.pricing import TokenUsage
 from tests.app.ledger.records import NOON, completed, opened, records, usages
@@ -81,7 +80,7 @@ def test_entries_come_back(record, usage, estimated):
 
 def left_behind(*entries):
     data = b"".join(frame(kind, body) for kind, body in entries)
-    found = settled_bodies(read_segment(data).frames)
+    found = Leftovers().settled(read_segment(data).frames)
     return [UsageRecord.from_fields(fields_from_json(body)) for body in found]
 
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.ledger.flusher import OwnJournal, adopt
+from app.ledger.adoption import adopt
+from app.ledger.flusher import OwnJournal
 from app.ledger.frames import Kind, Progress, read_segment
 from app.ledger.journal import Entry, Journal
 from app.ledger.record import State
@@ -33,6 +34,7 @@ def small_batches():
     """Transactions of two records, so that a test sees a flush that ends in the middle."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.ledger.flusher.BATCH", 2)
+        patch.setattr("app.ledger.adoption.BATCH", 2)
         yield
 
 

@@ -6,9 +6,10 @@ from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
-from app.ledger.flusher import adopt
-from app.ledger.frames import INGRESS_LOST, Kind, read_segment
+from app.ledger.adoption import adopt
+from app.ledger.frames import Kind, read_segment
 from app.ledger.ledger import RESERVED_BYTES, DiskRefuses, JournalFull, Ledger, open_ledger
+from app.ledger.leftovers import INGRESS_LOST
 from app.ledger.record import State
 from app.ledger.segments import segment_numbers, segment_path
 from app.ledger.settings import JournalSettings

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from app.cli import main
-from app.ledger.flusher import adopt
+from app.ledger.adoption import adopt
 from app.ledger.ledger import Ledger
 from app.ledger.refused import add_or_set_aside, refused_records, retry_refused
 from app.ledger.settings import JournalSettings

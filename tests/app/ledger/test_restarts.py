@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import supervision
-from app.ledger.flusher import adopt
+from app.ledger.adoption import adopt
 from app.ledger.frames import Kind, Progress
 from app.ledger.journal import Entry, Journal
 from app.ledger.ledger import DiskRefuses, JournalFull, Ledger
@@ -27,7 +27,12 @@ from tests.app.waiting import until
 pytestmark = pytest.mark.unit
 
 QUICK = JournalSettings(segment_mb=1, flush_interval_s=0.01, adopt_interval_s=0.05)
-FILES = ("app/ledger/journal.py", "app/ledger/segments.py", "app/ledger/flusher.py")
+FILES = (
+    "app/ledger/journal.py",
+    "app/ledger/segments.py",
+    "app/ledger/flusher.py",
+    "app/ledger/adoption.py",
+)
 
 
 class Broken(Exception):
@@ -129,7 +134,8 @@ JOURNAL = (
 )  # fmt: skip
 SPACE = ("_keep_space", "_allocate", "_take_segment", "_create", "__init__", "bytes_taken")
 FLUSHER = (
-    "_run", "_round", "flush", "_flush_segment", "_remove_what_is_not_needed", "adopt", "_frames",
+    "_run", "_round", "flush", "_flush_segment", "_remove_what_is_not_needed",
+    "adopt", "_journals", "_adopt_if_dead",
 )  # fmt: skip
 
 

@@ -1,0 +1,151 @@
+"""Adoption: what dead ingresses of this node have left goes to the store.
+
+One journal never holds up another, nor the living ingress's own. A journal with something that
+cannot be read is kept, whole, under another ending, after everything else of it has been moved:
+``.unread`` where a newer version may know better, ``.damaged`` where a checksum is wrong. Those
+that are unread are tried once more by each process that starts, which may be of that version.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from app.ledger.frames import Frame, read_segment
+from app.ledger.leftovers import Leftovers
+from app.ledger.refused import Records, add_or_set_aside
+from app.ledger.segments import (
+    DAMAGED,
+    UNREAD,
+    lock_dead,
+    remove_journal,
+    segment_numbers,
+    segment_path,
+)
+from app.store.database import StoreAway
+
+BATCH: Final = 500
+"""Records in one transaction: enough to make its cost small, few enough to end within
+milliseconds."""
+_AGAIN_S: Final = 60.0
+"""How long a journal is left alone that could not be moved: reading it may be much work."""
+
+_log = logging.getLogger(__name__)
+
+
+class Adopter:
+    """Adopts the journals of one folder.
+
+    Attributes:
+        set_aside: how many journals it has found that hold something unreadable.
+        failing: why journals could not be moved, by name; they stay, and are tried again.
+    """
+
+    def __init__(self, folder: Path, store: Records) -> None:
+        self.set_aside = 0
+        self.failing: dict[str, str] = {}
+        self._folder = folder
+        self._store = store
+        self._again_at: dict[str, float] = {}
+        self._unread_too = True
+
+    def adopt(self, now: float) -> int:
+        """Move what there is to the store, and count the records.
+
+        Streams that were open are settled as interrupted.
+
+        Args:
+            now: the time by the monotonic clock.
+
+        Raises:
+            StoreAway: the rest has to wait.
+        """
+        moved = 0
+        for journal in self._journals(now):
+            try:
+                moved += self._adopt_if_dead(journal)
+            except StoreAway:
+                raise
+            except Exception as error:
+                self._note_failure(journal.name, error, now)
+            else:
+                self._note_success(journal.name)
+        self._unread_too = False
+        return moved
+
+    def _journals(self, now: float) -> Iterator[Path]:
+        journals = sorted(self._folder.glob("*"))
+        # Another may have moved them, or a person.
+        for name in self.failing.keys() - {journal.name for journal in journals}:
+            self._note_success(name)
+        for journal in journals:
+            name = journal.name
+            if name.startswith(".") or name.endswith(DAMAGED):
+                continue
+            if name.endswith(UNREAD) and not self._unread_too:
+                continue
+            if now >= self._again_at.get(name, now):
+                yield journal
+
+    def _note_failure(self, name: str, error: Exception, now: float) -> None:
+        self._again_at[name] = now + _AGAIN_S
+        why = f"{type(error).__name__}: {error}"
+        if self.failing.get(name) != why:
+            _log.error("journal %s cannot be moved to the store, it stays", name, exc_info=error)
+        self.failing[name] = why
+
+    def _note_success(self, name: str) -> None:
+        self.failing.pop(name, None)
+        self._again_at.pop(name, None)
+
+    def _adopt_if_dead(self, journal: Path) -> int:
+        handle = lock_dead(journal)
+        if handle is None:
+            return 0
+        try:
+            return self._adopt(journal)
+        finally:
+            os.close(handle)
+
+    def _adopt(self, journal: Path) -> int:
+        damaged: list[int] = []
+        left, moved = Leftovers(), 0
+        bodies = left.settled(_frames(journal, damaged))
+        while batch := list(islice(bodies, BATCH)):
+            add_or_set_aside(self._store, batch, journal.parent)
+            moved += len(batch)
+        if left.unread:
+            self._keep(journal, UNREAD, f"{len(left.unread)} entries, first: {left.unread[0]}")
+        elif damaged:
+            self._keep(journal, DAMAGED, f"segments {damaged}")
+        else:
+            remove_journal(journal)
+        _log.warning("settled what a dead ingress left: %d records of %s", moved, journal.name)
+        return moved
+
+    def _keep(self, journal: Path, ending: str, what: str) -> None:
+        self.set_aside += 1
+        _log.error("journal %s is %s (%s); kept aside", journal.name, ending[1:], what)
+        journal.rename(journal.with_name(journal.name.removesuffix(UNREAD) + ending))
+
+
+def adopt(folder: Path, store: Records) -> int:
+    """Adopt once, the journals that were set aside unread too, and count the records.
+
+    Raises:
+        StoreAway: the rest has to wait.
+    """
+    return Adopter(folder, store).adopt(time.monotonic())
+
+
+def _frames(journal: Path, damaged: list[int]) -> Iterator[Frame]:
+    for number in segment_numbers(journal):
+        segment = read_segment(segment_path(journal, number).read_bytes())
+        if segment.damaged:
+            damaged.append(number)
+        yield from segment.frames

@@ -1,0 +1,109 @@
+"""Reading records that another process, perhaps of another version, has written down. Pure.
+
+A record's JSON carries a version. One without it is of version 1. A version is raised only where
+code of an older one would misread the record; that code then leaves it alone.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, Final
+
+import orjson
+
+from app.ledger.record import VERSION, UsageRecord
+
+_TEXT: Final = (str,)
+_TEXT_OR_NONE: Final = (str, type(None))
+_SECONDS: Final = (float, int)
+_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("request_id", "tenant", "key_id", "model", "route", "state"), _TEXT),
+    **dict.fromkeys(("engine", "replica", "rate_card", "cost", "arrived"), _TEXT),
+    **dict.fromkeys(("requested_tier", "served_tier", "reason", "ended"), _TEXT_OR_NONE),
+    **dict.fromkeys(("input_price", "cached_input_price", "output_price"), _TEXT_OR_NONE),
+    "multiplier": _TEXT_OR_NONE,
+    **dict.fromkeys(("stream", "usage_estimated"), (bool,)),
+    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), (int,)),
+    "queue_s": _SECONDS,
+    **dict.fromkeys(("ttft_s", "duration_s"), (*_SECONDS, type(None))),
+}
+_AMOUNTS: Final = ("input_price", "cached_input_price", "output_price", "multiplier", "cost")
+# Bounded, so that nobody has to write out an amount with a billion zeros.
+_AMOUNT: Final = re.compile(r"[0-9]{1,40}(\.[0-9]{1,60})?")
+
+
+class NotUnderstood(ValueError):
+    """An entry cannot be read: it is of a newer version, or not what was agreed."""
+
+
+def load(body: bytes) -> Any:
+    """Return what a body of JSON holds.
+
+    Raises:
+        NotUnderstood: it is no JSON.
+    """
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise NotUnderstood("it is no JSON") from None
+
+
+def read_record(body: bytes) -> UsageRecord:
+    """Return the record that ``UsageRecord.to_json`` has written, in this version or before.
+
+    Raises:
+        NotUnderstood: it is of a newer version, or its fields are not those of a record.
+    """
+    fields = load(body)
+    if not isinstance(fields, dict):
+        raise NotUnderstood("it is no record")
+    version = fields.pop("version", 1)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise NotUnderstood(f"it is of version {str(version)[:20]}, and this is {VERSION}")
+    # Records from before there was the field.
+    fields.setdefault("usage_estimated", False)
+    _check_types(fields)
+    try:
+        record = UsageRecord.from_fields(_converted(fields))
+        consistent = record.to_fields() == fields
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise NotUnderstood(f"{type(error).__name__}: {str(error)[:200]}") from None
+    if not consistent:
+        raise NotUnderstood("its fields contradict each other")
+    return record
+
+
+def request_of(body: bytes) -> str | None:
+    """Return which request an entry is about that cannot be read, if that can be told."""
+    try:
+        found = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    if isinstance(found, dict):
+        found = [found.get("request_id")]
+    named = isinstance(found, list) and found and isinstance(found[0], str)
+    return found[0] if named else None
+
+
+def _check_types(fields: dict[str, Any]) -> None:
+    if differing := sorted(_TYPES.keys() ^ fields.keys()):
+        raise NotUnderstood(f"a field is missing or unknown: {differing[0][:40]}")
+    for name, types in _TYPES.items():
+        if type(fields[name]) not in types:
+            raise NotUnderstood(f"{name} is of another type")
+
+
+def _converted(fields: dict[str, Any]) -> dict[str, Any]:
+    """Turn amounts and times into what they are, in place."""
+    for name in _AMOUNTS:
+        text = fields[name]
+        if text is not None:
+            if not _AMOUNT.fullmatch(text):
+                raise ValueError(f"{name} is no amount")
+            fields[name] = Decimal(text)
+    for name in ("arrived", "ended"):
+        if fields[name] is not None:
+            fields[name] = datetime.fromisoformat(fields[name])
+    return fields
