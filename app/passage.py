@@ -13,7 +13,7 @@ from app.accounts import Accounts, Caller
 from app.admission import Admission, ModelGone, Shed
 from app.catalog import Catalog
 from app.config import IngressSettings
-from app.ledger.ledger import Ledger, Unrecordable
+from app.ledger.ledger import JournalFull, Ledger, Unrecordable
 from app.ledger.record import Origin, State, now_utc
 from app.metering import Meter
 from app.openai_api import Inbound, rewrite_request
@@ -167,6 +167,11 @@ class Passage:
             # Only now: those who wait need no room in the journal, and may be very many.
             with self._ledger.reserved():
                 await self._answer(replica)
+        except JournalFull:
+            # No engine has seen it, so there is no record yet that could be written off.
+            refusal = _unrecordable()
+            self._meter.turn_away(State.REFUSED, _reason(refusal))
+            raise refusal from None
         except Unrecordable:
             refusal = _unrecordable()
             self._meter.write_off(_reason(refusal))

@@ -13,7 +13,9 @@ task.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -35,8 +37,14 @@ RESERVED_BYTES: Final = 4096
 """Room that a request needs in the journal: two records, another open one where its engine was
 lost, a copy of that in the next segment, and a few steps of progress, 600 bytes a record with names
 of usual length."""
+MOST_OWED: Final = 4096
+"""Records of requests that were turned away, kept in memory while the journal has no room: less
+than 4 MiB, and minutes of a client that tries again as it is told."""
+_PAY_S: Final = 0.2  # how often room for them is looked for
 _WAKE_EVERY: Final = 256
 # Space is taken ahead for twice as many requests as are under way: a burst must not outrun it.
+
+_log = logging.getLogger(__name__)
 
 
 class Unrecordable(Exception):
@@ -96,7 +104,8 @@ class Ledger:
 
     def __init__(self, folder: Path, settings: JournalSettings, store: Records) -> None:
         self.uncounted = 0
-        """How many requests were turned away without a record, because the journal was full."""
+        """How many requests were turned away without a record: the journal had no room, and
+        ``MOST_OWED`` others waited for it already, or the ledger was closed."""
         self._loop = asyncio.get_running_loop()
         self._settings = settings
         self._in_flight = 0
@@ -104,6 +113,9 @@ class Ledger:
         self._idle.set()
         self._room = _Room(self._reserve, self._release)
         self._lazy_at: asyncio.TimerHandle | None = None
+        # Records of requests that were turned away, which wait for room in the journal.
+        self._owed: deque[Entry] = deque()
+        self._pay_at: asyncio.TimerHandle | None = None
         # Tokens and time of the last step written down, by open stream.
         self._steps: dict[str, tuple[int, float]] = {}
         self._journal = Journal(folder, settings, self._durable, self._refused)
@@ -219,12 +231,28 @@ class Ledger:
         self._write_lazily(Entry.of(Kind.SETTLED, request_id, record.to_json()))
 
     def count(self, record: UsageRecord) -> None:
-        """Write down that a request was turned away; nobody waits for it."""
+        """Write down that a request was turned away; nobody waits for it.
+
+        While the journal has no room, ``MOST_OWED`` of them are kept in memory until it has.
+        """
         assert not record.state.served
-        if not self.has_room:
+        if self._journal.ended or len(self._owed) >= MOST_OWED:
             self.uncounted += 1
             return
-        self._write_lazily(Entry.of(Kind.SETTLED, record.origin.request_id, record.to_json()))
+        self._owed.append(Entry.of(Kind.SETTLED, record.origin.request_id, record.to_json()))
+        if self._pay_at is None:
+            self._pay()
+
+    def _pay(self) -> None:
+        """Write the records that are owed, as far as there is room; look again for the rest."""
+        self._pay_at = None
+        room = self._journal.room - (self._in_flight + 1) * RESERVED_BYTES
+        while self._owed and (room := room - len(self._owed[0].line)) >= 0:
+            self._write_lazily(self._owed.popleft())
+        if self._owed:
+            # Which asks for space, too.
+            self._journal.wake()
+            self._pay_at = self._loop.call_later(_PAY_S, self._pay)
 
     async def retire(self) -> None:
         """Close it once the requests that it keeps room for have ended."""
@@ -233,8 +261,14 @@ class Ledger:
 
     async def close(self) -> None:
         """Write and move what there is. What cannot be moved is left to another ingress."""
-        if self._lazy_at is not None:
-            self._lazy_at.cancel()
+        self._pay()
+        for timer in (self._lazy_at, self._pay_at):
+            if timer is not None:
+                timer.cancel()
+        if self._owed:
+            self.uncounted += len(self._owed)
+            _log.error("the ledger ends without %d records of requests turned away, for want of "
+                       "room in the journal", len(self._owed))  # fmt: skip
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:

@@ -75,13 +75,18 @@ async def test_it_is_refused_and_its_engine_stopped_and_nothing_billed(world, mo
     await asyncio.wait_for(asking, 5)
     assert (late.status, late.attempts) == (503, []), "nobody is let in while the disk fails"
     disk.broken = False
-    await until(lambda: not world.ledger._journal.failing)
+    await until(lambda: not world.ledger.refusing)
+    # Written when there is room again.
+    await until(lambda: world.store.added[late.request_id])
     again, asking = ask(world, max_tokens=3)
     await asyncio.wait_for(asking, 5)
     assert (again.status, again.whole) == (200, True)
     assert again.last.endswith(b"data: [DONE]\n\n"), "the end needs no message of its own"
     records = await world.new_records()
-    assert set(records) == {seen.request_id, again.request_id}
+    # 568732b: the one that found no room left no record.
+    assert set(records) == {seen.request_id, late.request_id, again.request_id}
+    late_one = records[late.request_id]
+    assert (late_one["state"], late_one["reason"]) == ("refused", "ledger_unavailable")
     refused = records[seen.request_id]
     assert (refused["state"], refused["reason"]) == ("failed", "ledger_unavailable")
     assert float(refused["cost"]) == refused["prompt_tokens"] == refused["completion_tokens"] == 0

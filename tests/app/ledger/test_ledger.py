@@ -8,6 +8,7 @@ import pytest
 
 from app.ledger.adoption import adopt
 from app.ledger.frames import Kind, read_segment
+from app.ledger.journal import Journal
 from app.ledger.ledger import RESERVED_BYTES, DiskRefuses, JournalFull, Ledger, open_ledger
 from app.ledger.leftovers import INGRESS_LOST
 from app.ledger.record import State
@@ -164,7 +165,9 @@ async def test_an_open_record_that_the_disk_refuses_is_not_waited_for(tmp_path, 
     }
 
 
-async def test_without_room_nobody_is_served_and_room_comes_back(tmp_path):
+async def test_without_room_nobody_is_served_and_room_comes_back(tmp_path, monkeypatch):
+    """Requests that are turned away meanwhile are recorded then, as many as memory is for."""
+    monkeypatch.setattr("app.ledger.ledger.MOST_OWED", 20)
     store = MemoryStore()
     store.away = True
     settings = JournalSettings(max_mb=8, segment_mb=1, flush_interval_s=0.02)
@@ -188,6 +191,7 @@ async def test_without_room_nobody_is_served_and_room_comes_back(tmp_path):
             counted += 1
             await asyncio.sleep(0.001)
             assert counted < 5000
+        assert counted > 20
         store.away = False
         await until(lambda: len(store.records) == served + counted - 1, 60)
 
@@ -258,3 +262,19 @@ async def test_a_ledger_is_opened_as_it_is_set(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="not set"):
         open_ledger(engine, JournalSettings(folder="${NO_SUCH_VARIABLE}/journal"))
     engine.dispose()
+
+
+async def test_what_is_owed_when_the_ledger_ends_is_written_or_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("app.ledger.ledger._PAY_S", 60)
+    full, room = True, Journal.room.fget
+    monkeypatch.setattr(Journal, "room", property(lambda own: 0 if full else room(own)))
+    for name, full in (("early", False), ("late", True)):
+        now, full = full, True
+        store = MemoryStore()
+        async with ledger(tmp_path / name, store) as ours:
+            ours.count(shed(name))
+            await asyncio.sleep(0.05)
+            assert store.records == {}
+            full = now
+        assert (set(store.records), ours.uncounted) == (set() if now else {name}, int(now))
+    assert "without 1 records" in caplog.text
