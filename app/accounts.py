@@ -11,12 +11,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from app import errors, supervision
 from app.allowances import Allowances, OverLimit
+from app.concurrency import Bounds, InFlight, OverBound
 from app.keyring import KeyRing, Keys
 from app.keys import ApiKey, bearer
 from app.limits import Ask, Given
@@ -27,6 +28,8 @@ _PATIENCE_S: Final = 1.0
 """How long a request waits for allowances. Longer than the books' deployment takes to answer."""
 _ANSWERS_S: Final = 3.0
 """How long it goes on where answers come, none of them refuses, and others take what they bring."""
+_IN_FLIGHT_S: Final = 1.0
+"""When to try again where too many requests are in flight: nobody knows when one of them ends."""
 
 _log = logging.getLogger("ray.serve")
 
@@ -78,6 +81,7 @@ class Accounts:
         self._allowances = Allowances(ingress)
         self._source = limits
         self._shares: dict[str, PriorityShare] = {}
+        self._in_flight = InFlight()
         self._asking: asyncio.Task[None] | None = None
         self._sooner = asyncio.Event()
         self._answered = asyncio.Event()
@@ -131,6 +135,22 @@ class Accounts:
         """Return whether a header holds a key that works, as far as is known without asking."""
         text = bearer(authorization)
         return text is not None and self._ring.known(text) is not None
+
+    def flight(self, caller: Caller, bounds: Bounds) -> AbstractContextManager[None]:
+        """Count a request as in flight until the block that is returned has been left.
+
+        Raises:
+            TooManyInFlight: its key or tenant has as many as there may be; it is not counted.
+        """
+        if caller.key is None:
+            return nullcontext()
+        try:
+            return self._in_flight.enter(
+                caller.key_id, caller.tenant, bounds, max(self._ingresses(), 1)
+            )
+        except OverBound as over:
+            error = errors.TooManyInFlight(over.holder.value, over.part, _IN_FLIGHT_S)
+        raise error
 
     @property
     def keys_read(self) -> bool:

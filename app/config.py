@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, StringConstraints, model_validator
 
+from app.concurrency import Bounds
 from app.cross_site import ANY_HOST, HOST_NAME, HostRule
 from app.ledger.settings import JournalSettings
 from app.line_settings import LineSettings
@@ -57,6 +58,19 @@ class IngressSettings(Settings):
         "none with `auth: open` on loopback. With `auth: keys` every host, since such a page has "
         "no key; with `open_to_network` every host too, since whoever reaches the port is served "
         "and the names it is reached by are not known.",
+    )
+    max_concurrent_per_key: int = Field(
+        default=2000,
+        gt=0,
+        description="Requests of one API key that may be in flight at once, waiting or running; "
+        "one more gets 429. Each ingress keeps to its part of it: the bound divided by the number "
+        "of ingresses, at least 1. The default is for two clients of the OpenAI SDKs with as many "
+        "connections as those open (1,000): it stops loops that never wait, and nobody else.",
+    )
+    max_concurrent_per_tenant: int = Field(
+        default=8000,
+        gt=0,
+        description="The same for all keys of a tenant together: four keys at their bound.",
     )
     default_tier: Tier = Field(
         default=Tier.DEFAULT,
@@ -141,6 +155,11 @@ class IngressSettings(Settings):
             return HostRule.of(self.allowed_hosts)
         everywhere = self.auth == "keys" or self.open_to_network
         return HostRule.of([ANY_HOST] if everywhere else [])
+
+    @cached_property
+    def in_flight(self) -> Bounds:
+        """How many requests may be in flight at once."""
+        return Bounds(self.max_concurrent_per_key, self.max_concurrent_per_tenant)
 
     def check_open(self, host: str | None, *where: str | int) -> None:
         """Refuse to let everybody in from a network, unless that is said twice.

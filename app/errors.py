@@ -217,6 +217,21 @@ class UsageBusy(ApiError):
         self.headers |= _retry_headers(1.0)
 
 
+class TooManyInFlight(ApiError):
+    """The request is one more than ``limit`` of its key or tenant that may be in flight here."""
+
+    status = 429
+    type = "requests"
+
+    def __init__(self, holder: str, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"Too many requests in flight for this {holder}: Limit {limit}. "
+            f"Please try again in {retry_after_s:.3g}s, or wait until others have ended.",
+            code="concurrency_limit_exceeded",
+        )
+        self.headers |= _retry_headers(retry_after_s)
+
+
 class EngineRejected(ApiError):
     """The engine refused the request, and says why."""
 

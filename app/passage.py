@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -110,6 +110,20 @@ class Passage:
         Raises:
             ApiError: it is not answered; nothing has been sent yet.
         """
+        with self._flight():
+            await self._run()
+
+    def _flight(self) -> AbstractContextManager[None]:
+        """Count the request as in flight for its key and tenant."""
+        if self._accounts is None:
+            return nullcontext()
+        try:
+            return self._accounts.flight(self._caller, self._settings.in_flight)
+        except errors.TooManyInFlight as error:
+            self._meter.turn_away(State.REFUSED, _reason(error))
+            raise
+
+    async def _run(self) -> None:
         model = self._admission.snapshot
         if model.state is Availability.NOT_OFFERED:
             self._meter.turn_away(State.REFUSED, Availability.NOT_OFFERED.value)
