@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from zlib import crc32
@@ -19,10 +18,8 @@ _CHARACTERS: Final = 256
 _MOST_ITEMS: Final = 8
 """How many messages are searched for the first of the user's. Usually it is the first or second;
 a few shaped to be slow take 2 ms."""
-_LONGEST_ESCAPE: Final = 12
+_LONGEST_CHARACTER: Final = 12
 """Bytes of the longest way to write one character: two ``\\u`` escapes."""
-# What a cut can leave of an escape, or of the first of two that are one character.
-_TORN: Final = re.compile(rb"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z")
 
 
 def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
@@ -74,10 +71,12 @@ def _raw_start(route: Route, raw: RawJson) -> Any:
 
 
 def _first_characters(raw: RawJson) -> str | None:
-    cut = bytes(raw.data[1 : 1 + _CHARACTERS * _LONGEST_ESCAPE])
-    text = cut.decode("utf-8", "ignore").encode()
-    try:
-        found: str = orjson.loads(b'"%b"' % _TORN.sub(b"", text, count=1))
-    except orjson.JSONDecodeError:
-        return None
-    return found[:_CHARACTERS]
+    text = bytes(raw.data[1 : min(1 + _CHARACTERS * _LONGEST_CHARACTER, len(raw) - 1)])
+    # The cut may be in the middle of a character, or of the first of two that are one.
+    for end in range(len(text), max(len(text) - _LONGEST_CHARACTER, -1), -1):
+        try:
+            found: str = orjson.loads(b'"%b"' % text[:end])
+        except orjson.JSONDecodeError:
+            continue
+        return found[:_CHARACTERS]
+    return None
