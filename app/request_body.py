@@ -193,5 +193,5 @@ async def _copy(piece: bytes, memory: memoryview, at: int) -> None:
     for start in range(0, len(piece), _COPIED):
         part = piece[start : start + _COPIED]
         memory[at + start : at + start + len(part)] = part
-        if start:
-            await asyncio.sleep(0)
+        # Others run in between, also where the next piece is there already.
+        await asyncio.sleep(0)

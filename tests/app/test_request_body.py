@@ -172,3 +172,19 @@ async def test_long_bodies_take_turns_with_each_other_and_with_others():
         await asyncio.sleep(0)
     assert turns > 2 * 8 * MIB // (256 * 1024)
     await asyncio.gather(*reading)
+
+
+async def test_others_run_while_a_body_is_copied_that_is_there_already():
+    data, turns = body(4 * MIB), 0
+    pieces = [data[at : at + 65_536] for at in range(0, len(data), 65_536)]
+
+    async def receive():
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    with Bodies().room_for("t", settings()) as room:
+        reading = asyncio.create_task(room.read(Route.COMPLETIONS, {}, receive))
+        while pieces:
+            await asyncio.sleep(0)
+            turns += 1
+        await reading
+    assert turns > 50
