@@ -39,14 +39,17 @@ BINARY = os.environ["FRONTLINE_HAPROXY"]
 WRAPPER = Path(haproxy_config.__file__).parents[1] / "scripts" / "haproxy"
 PROXIED = Bounds(client_connections=5, trusted_proxies=("10.0.0.0/8", "fd00::/8"))
 
+CLOSED = 1
+"""A port where nothing listens: others might be those of an ingress of another test run."""
+
 
 def backend(name, prefix, servers=1):
     return BackendConfig(
         name=name,
         path_prefix=prefix,
         app_name=name,
-        servers=[ServerConfig(f"s{n}", "127.0.0.1", 20000 + n) for n in range(servers)],
-        fallback_server=ServerConfig("fallback", "127.0.0.1", 8500),
+        servers=[ServerConfig(f"s{n}", "127.0.0.1", CLOSED) for n in range(servers)],
+        fallback_server=ServerConfig("fallback", "127.0.0.1", CLOSED),
     )
 
 

@@ -35,7 +35,7 @@ def ask(frontline, head, wait_s=15):
 
 
 def get(frontline, *headers, target=b"/v1/models", method=b"GET"):
-    lines = [method + b" " + target + b" HTTP/1.1", b"host: x", *headers, b"connection: close"]
+    lines = [method + b" " + target + b" HTTP/1.1", b"host: localhost", *headers, b"connection: close"]
     status, head, body = ask(frontline, b"\r\n".join([*lines, b"", b""]))
     assert "content-type: application/json" in head, (head, body)
     assert "transfer-encoding" in head or json.loads(body)
@@ -157,7 +157,7 @@ def test_half_sent_heads_stop_nobody(frontline):
             for _ in range(4300)
         ]
         for one in held:
-            one.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n")
+            one.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n")
         began = time.monotonic()
         with frontline.http() as http:
             assert http.post("/v1/chat/completions", json=CHAT, timeout=5).status_code == 200
@@ -178,7 +178,7 @@ async def test_4200_open_requests_stop_nobody(frontline):
         for _ in range(4200):
             _, writer = await asyncio.open_connection(*address(frontline))
             writer.write(
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
                 b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
                 % (len(body), body[:-1])
             )
