@@ -35,7 +35,12 @@ def ask(frontline, head, wait_s=15):
 
 
 def get(frontline, *headers, target=b"/v1/models", method=b"GET"):
-    lines = [method + b" " + target + b" HTTP/1.1", b"host: localhost", *headers, b"connection: close"]
+    lines = [
+        method + b" " + target + b" HTTP/1.1",
+        b"host: localhost",
+        *headers,
+        b"connection: close",
+    ]
     status, head, body = ask(frontline, b"\r\n".join([*lines, b"", b""]))
     assert "content-type: application/json" in head, (head, body)
     assert "transfer-encoding" in head or json.loads(body)
