@@ -49,13 +49,17 @@ class Response:
     Attributes:
         status: the HTTP status.
         content_type: without parameters, in lower case; empty if there is none.
+        retry_after: that header; empty if there is none.
     """
 
-    __slots__ = ("_connection", "content_type", "status")
+    __slots__ = ("_connection", "content_type", "retry_after", "status")
 
-    def __init__(self, connection: EngineConnection, status: int, content_type: bytes) -> None:
+    def __init__(
+        self, connection: EngineConnection, status: int, content_type: bytes, retry_after: bytes
+    ) -> None:
         self.status = status
         self.content_type = content_type
+        self.retry_after = retry_after.decode("latin-1").strip()
         self._connection = connection
 
     async def read(self) -> bytes:
@@ -114,7 +118,7 @@ class EngineConnection(asyncio.Protocol):
         self._unread = 0
         self._paused = False
         self._sending = False
-        self._content_type = b""
+        self._content_type = self._retry_after = b""
         self.complete = self._head_came = self._keeps_alive = self._lost = False
         self._silent = self._answered = False
 
@@ -158,7 +162,7 @@ class EngineConnection(asyncio.Protocol):
         while not self._head_came:
             await self.news()
         content_type = self._content_type.partition(b";")[0].strip().lower()
-        return Response(self, self._parser.get_status_code(), content_type)
+        return Response(self, self._parser.get_status_code(), content_type, self._retry_after)
 
     async def _write(
         self, transport: asyncio.Transport, pieces: Iterable[bytes | memoryview]
@@ -276,6 +280,8 @@ class EngineConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(name) == 12 and name.lower() == b"content-type":
             self._content_type = value
+        elif len(name) == 11 and name.lower() == b"retry-after":
+            self._retry_after = value
 
     def on_headers_complete(self) -> None:
         self._head_came = self._parser.get_status_code() >= 200

@@ -15,6 +15,7 @@
     ├── UsageBusy            429  as much usage is being read as may be; carries Retry-After
     ├── EngineRejected       4xx  the engine refused the request; its own words
     └── ServerError          500
+        ├── EngineBusy       429, 503  the engine has no room; its status and Retry-After
         └── Unavailable      503  nothing can serve the model now; carries Retry-After
 
 The wording and codes follow OpenAI's API reference (error codes) and what its service answers.
@@ -277,6 +278,20 @@ def no_memory(reason: str, retry_after_s: float) -> Unavailable:
     return error
 
 
+class EngineBusy(ServerError):
+    """Every engine that was asked is overloaded, and has generated nothing.
+
+    ``status`` is the engine's own. ``retry_after`` is its header: seconds, at most a minute, which
+    is the longest that the OpenAI SDKs wait; anything else counts as absent.
+    """
+
+    def __init__(self, status: int, retry_after: str = "") -> None:
+        super().__init__("Model busy, retry later", code="engine_overloaded")
+        self.status = status
+        sane = _SECONDS.fullmatch(retry_after) is not None
+        self.headers |= _retry_headers(int(retry_after) if sane else _BUSY_S)
+
+
 def unlisted(model: str, retry_after_s: float) -> Unavailable:
     """Return what a request gets that names what may be a model, but not known here yet."""
     return Unavailable(
@@ -297,6 +312,9 @@ def _retry_headers(seconds: float) -> dict[str, str]:
     }
 
 
+# Where an engine does not say when to try again: a few answers have ended by then.
+_BUSY_S = 5
+_SECONDS = re.compile(r"[1-5]?[0-9]|60")
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 # What engines name when a prompt is too long: vLLM its own count, the others nothing.
 _PROMPT_LENGTH_PARAMS = frozenset({None, "input_tokens"})
@@ -317,13 +335,17 @@ _PATH = re.compile(r"(?<![\w/.:-])/(?:[\w.+@-]+/)+[\w.+@-]*")
 _ADDRESS = re.compile(r"\b(?:https?://)?(?:localhost|\d{1,3}(?:\.\d{1,3}){3}):\d+\S*")
 
 
-def from_engine(status: int, body: bytes, prompt_field: str) -> ApiError:
-    """Translate an engine's error answer; ``prompt_field`` is the request field of the prompt.
+def from_engine(status: int, body: bytes, prompt_field: str, retry_after: str = "") -> ApiError:
+    """Translate an engine's error answer.
 
+    ``prompt_field`` is the request field of the prompt, ``retry_after`` the engine's header.
     Understands OpenAI's wrapped shape (vLLM, TensorRT-LLM), the unwrapped one (SGLang) and
-    FastAPI's ``detail``. 401 and 403 speak of the engine's own key, so they are faults of the
-    server; other 4xx are the client's, in the engine's words.
+    FastAPI's ``detail``. 429 and 503 say that the engine has no room. 401 and 403 speak of the
+    engine's own key, so they are faults of the server; other 4xx are the client's, in the engine's
+    words.
     """
+    if status in (429, 503):
+        return EngineBusy(status, retry_after)
     if status >= 500 or status in (401, 403):
         return ServerError()
     fields = _error_fields(body)

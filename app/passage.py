@@ -192,7 +192,7 @@ class Passage:
             raise refusal from None
         except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
             error = self._error_of(failure)
-            if isinstance(error, errors.EngineRejected):
+            if isinstance(error, errors.EngineRejected | errors.EngineBusy):
                 # The engine says that it has generated nothing.
                 self._presumed_tokens = 0
             await self._meter.settle(State.FAILED, _reason(error))

@@ -202,7 +202,8 @@ async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryA
     body = await response.read()
     pulse.beat()
     if response.status != 200:
-        raise _fault(errors.from_engine(response.status, body, route.prompt_field))
+        error = errors.from_engine(response.status, body, route.prompt_field, response.retry_after)
+        raise _fault(error)
     return UnaryAnswer(body)
 
 

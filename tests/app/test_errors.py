@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app import errors
 
@@ -91,11 +93,29 @@ def test_tensorrt_llms_words_for_too_long_a_prompt(words):
     assert (error.code, error.param) == ("context_length_exceeded", "messages")
 
 
-@pytest.mark.parametrize("status", [401, 403, 500, 502, 503])
+@pytest.mark.parametrize("status", [401, 403, 500, 502, 504])
 def test_an_engines_own_trouble_is_told_without_its_words(status):
     error = from_engine(status, {"error": {"message": "CUDA at /opt/x.py line 3"}})
     assert error.status == 500
     assert "CUDA" not in error.message
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@given(
+    header=st.one_of(
+        st.integers(0, 60).map(str),
+        st.integers(61).map(str),
+        st.sampled_from(["", "-1", "1.5", "Wed, 21 Oct 2015 07:28:00 GMT", "\u00b2", "9" * 5000]),
+        st.text(st.characters(codec="latin-1")),
+    )
+)
+def test_an_engine_without_room_keeps_its_status_and_a_sane_retry_after(status, header):
+    error = errors.from_engine(status, b"queue of 10.0.0.1:80 is full", "messages", header)
+    assert (error.status, error.code, error.message) == (
+        status, "engine_overloaded", "Model busy, retry later",
+    )  # fmt: skip
+    told = {str(seconds): max(1, seconds) for seconds in range(61)}.get(header, 5)
+    assert error.headers["retry-after"] == str(told)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +158,7 @@ def test_retry_after_is_in_whole_seconds_and_milliseconds():
 
 
 def test_a_wrong_key_is_not_repeated_back():
-    for given in (True, False):
-        error = errors.InvalidKey(given=given)
+    for was_given in (True, False):
+        error = errors.InvalidKey(given=was_given)
         assert (error.status, error.code, error.param) == (401, "invalid_api_key", None)
         assert error.headers["www-authenticate"] == "Bearer"

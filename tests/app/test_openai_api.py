@@ -146,7 +146,7 @@ def chunk(content):
 
 def test_an_error_as_first_event_is_found_and_ordinary_text_is_not():
     first = Event(b'{"error": {"message": "queue full", "code": 503}}')
-    assert stream_error(first, Route.CHAT).status == 500
+    assert stream_error(first, Route.CHAT).status == 503
     refused = Event(b'{"error": {"message": "bad", "code": 400}}')
     assert stream_error(refused, Route.CHAT).status == 400
     assert stream_error(chunk('say "error"'), Route.CHAT) is None

@@ -4,7 +4,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app.dialect import Dialect, Route
-from app.relay import EngineBroke, EngineClient, EngineUnreachable
+from app.relay import EngineBroke, EngineClient, EngineFailed, EngineUnreachable
 from app.snapshot import ReplicaStatus
 
 pytestmark = pytest.mark.unit
@@ -66,6 +66,10 @@ async def hung_up(writer):
     writer.close()
 
 
+async def without_room(writer):
+    writer.write(b"HTTP/1.1 503 Busy\r\nRetry-After: 7\r\ncontent-length: 2\r\n\r\n{}")
+
+
 async def ask(client, replica):
     events = []
     answer = await client.send(replica, Route.CHAT, b"{}", request_id="r", read_timeout_s=TIMEOUT_S)
@@ -113,3 +117,10 @@ async def test_one_that_hangs_up_is_lost_but_not_silent(client):
         with pytest.raises(EngineUnreachable) as lost:
             await ask(client, replica)
     assert not lost.value.silent
+
+
+async def test_an_engine_without_room_says_when_to_try_again(client):
+    async with engine(without_room) as replica:
+        with pytest.raises(EngineFailed) as failed:
+            await ask(client, replica)
+    assert failed.value.error.headers["retry-after"] == "7"
