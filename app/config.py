@@ -128,6 +128,15 @@ class IngressSettings(Settings):
         "token, and replaced if it does not give one (`probe_timeout_s`). Two minutes is more than "
         "a long prompt takes; raise it where prompts take longer.",
     )
+    slow_reader_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="How long a client may take nothing of its stream once 256 KiB wait for it, "
+        "about a thousand tokens. Then the engine is stopped and the stream broken off, and billed "
+        "to there, so that clients that do not read cannot hold slots. Five seconds bridge a "
+        "network that hiccups. A stream whose engine has ended holds no slot, and waits for its "
+        "client.",
+    )
     catalog_interval_s: float = Field(
         default=2.0,
         gt=0,

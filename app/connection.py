@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Iterable
-from typing import Final, cast
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Final, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -22,7 +22,12 @@ CONNECT_TIMEOUT_S: Final = 5.0
 KEEPALIVE_S: Final = 3.0
 _LONGEST_PAUSE_S: Final = 300.0
 _MOST_UNREAD: Final = 256 * 1024
-"""Bytes of an answer that wait for a slow client before the engine has to wait, too."""
+"""Bytes of an answer that wait for a slow client before the engine has to wait, too. About a
+thousand tokens of a stream."""
+_MOST_HELD: Final = 64 * 1024 * 1024
+"""The same for all answers of an ingress together: 256 full buffers. Beyond it each answer may only
+keep ``_LEAST_UNREAD``, which is what one read from the socket brings at most."""
+_LEAST_UNREAD: Final = 64 * 1024
 
 
 Body = bytes | Iterable[bytes | memoryview]
@@ -62,6 +67,21 @@ class Response:
         self.retry_after = retry_after.decode("latin-1").strip()
         self._connection = connection
 
+    @property
+    def complete(self) -> bool:
+        """Whether all of it has come, though perhaps not been read yet."""
+        return self._connection.complete
+
+    def watch(
+        self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
+    ) -> None:
+        """Say whom to call about a reader that may be slow; see ``EngineConnection.watch``."""
+        self._connection.watch(slow_s, on_slow, on_complete)
+
+    def take_piece(self) -> bytes:
+        """Return what has come of the body since the last call, or nothing, without waiting."""
+        return self._connection.take_piece()
+
     async def read(self) -> bytes:
         """Return the rest of the body.
 
@@ -91,14 +111,20 @@ class Response:
 class EngineConnection(asyncio.Protocol):
     """One connection to an engine. Its methods are for one request after the other.
 
+    ``held`` is how many bytes of answers wait for their readers, on all connections together.
+
     Attributes:
         complete: whether the whole answer has come.
         kept: whether it has served a request before this one.
         idle_since: when it was given back, by the event loop's clock.
     """
 
+    held: ClassVar[int] = 0
+
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._unread = 0
+        self._slow: asyncio.TimerHandle | None = None
         self._pieces: list[bytes] = []
         # The parser calls it for each chunk of a stream.
         self.on_body = self._pieces.append
@@ -114,10 +140,11 @@ class EngineConnection(asyncio.Protocol):
         self._begin()
 
     def _begin(self) -> None:
-        self._pieces.clear()
-        self._unread = 0
+        self._drop()
         self._paused = False
         self._sending = False
+        self._slow_s = math.inf
+        self._on_slow = self._on_complete = _nothing
         self._content_type = self._retry_after = b""
         self.complete = self._head_came = self._keeps_alive = self._lost = False
         self._silent = self._answered = False
@@ -187,8 +214,7 @@ class EngineConnection(asyncio.Protocol):
         if not pieces:
             return b""
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
-        self._unread = 0
+        self._drop()
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
@@ -196,6 +222,40 @@ class EngineConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close it, upon which the engine aborts what it was doing for us."""
+        self._drop()
+        self._shut()
+
+    def watch(
+        self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
+    ) -> None:
+        """Say whom to call about an answer whose reader may be slow.
+
+        Args:
+            slow_s: how long the buffer may be full, and nothing taken from it.
+            on_slow: called once that was so, while there is more to come.
+            on_complete: called when all has come, read or not; not if it had come before.
+        """
+        self._slow_s, self._on_slow, self._on_complete = slow_s, on_slow, on_complete
+        if self._paused:
+            self._slow = self._loop.call_later(slow_s, on_slow)
+
+    def _drop(self) -> None:
+        """Forget what waits to be read."""
+        self._pieces.clear()
+        EngineConnection.held -= self._unread
+        self._unread = 0
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
+
+    def _pause(self) -> None:
+        assert self._transport is not None, "it has just received something"
+        self._paused = True
+        self._transport.pause_reading()
+        if not self.complete and self._slow_s < math.inf:
+            self._slow = self._loop.call_later(self._slow_s, self._on_slow)
+
+    def _shut(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -241,7 +301,7 @@ class EngineConnection(asyncio.Protocol):
 
     def _fail(self) -> None:
         self._lost = True
-        self.close()
+        self._shut()
         self._wake()
 
     # What the event loop calls
@@ -258,9 +318,10 @@ class EngineConnection(asyncio.Protocol):
             self._fail()
             return
         self._unread += len(data)
-        if self._unread > _MOST_UNREAD and not self._paused and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        EngineConnection.held += len(data)
+        most = _MOST_UNREAD if EngineConnection.held <= _MOST_HELD else _LEAST_UNREAD
+        if self._unread > most and not self._paused:
+            self._pause()
         self._wake()
 
     def pause_writing(self) -> None:
@@ -272,7 +333,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
-        self.close()
+        self._shut()
         self._wake()
 
     # What the parser calls
@@ -290,6 +351,13 @@ class EngineConnection(asyncio.Protocol):
         # An interim answer (1xx) is a message of its own.
         self.complete = self._head_came
         self._keeps_alive = self.complete and bool(self._parser.should_keep_alive())
+        if self.complete and self._on_complete is not _nothing:
+            # Not from within the parser, which would have to be told of what it raises.
+            self._loop.call_soon(self._on_complete)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Connections:

@@ -29,8 +29,8 @@ from app.reply import JSON, SSE, Place, Reply, milliseconds
 from app.request_body import Bodies
 from app.shares import SharePart
 from app.snapshot import Availability, ReplicaStatus
-from app.stamper import stamp_answer, stream_stamper
-from app.ticket import ShedReason, Ticket
+from app.stamper import StreamStamper, stamp_answer, stream_stamper
+from app.ticket import ShedReason, Ticket, TicketState
 from app.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
 from app.usage_reader import UsageReader
 
@@ -95,6 +95,8 @@ class Passage:
         self._part: SharePart | None = None
         # What counts against the key's limit where no usage becomes known.
         self._presumed_tokens = 0
+        # Whether a piece of a stream waits for the client.
+        self._writing = False
         self._ticket = Ticket(
             tier=Tier.DEFAULT,
             tenant=caller.tenant,
@@ -152,14 +154,30 @@ class Passage:
                 ending.callback(lambda: self._put_right(tokens, age_s))
             if self._part is not None:
                 ending.callback(self._part.end)
-            ending.callback(lambda: self._admission.end(self._ticket, tokens))
-            if (usage := self._meter.usage) is not None:
-                tokens = usage.prompt_tokens + usage.completion_tokens
+            ending.callback(lambda: self._free_slot(tokens))
+            tokens = self._used_tokens()
 
     def _put_right(self, tokens: int | None, age_s: float) -> None:
         assert self._accounts is not None
         used = self._presumed_tokens if tokens is None else tokens
         self._accounts.put_right(self._caller, self._ticket.tokens, used, age_s)
+
+    def _used_tokens(self) -> int | None:
+        usage = self._meter.usage
+        return None if usage is None else usage.prompt_tokens + usage.completion_tokens
+
+    def _free_slot(self, tokens: int | None) -> None:
+        """Give the slot back, once; ``tokens`` were used, if anybody knows."""
+        if self._ticket.state is not TicketState.ENDED:
+            self._admission.end(self._ticket, tokens)
+
+    def _engine_ended(self) -> None:
+        """Give the slot back where the client does not read, so that the last events have to wait.
+
+        A client that keeps up gets them at once, and then the usage is known.
+        """
+        if self._writing:
+            self._free_slot(self._used_tokens())
 
     async def _charge(self) -> None:
         """Take the request from its key's limits, and find out at which tier it may stand."""
@@ -287,7 +305,7 @@ class Passage:
             await self._forward_unary(answer, place)
         else:
             with answer:
-                await self._forward_stream(answer, place)
+                await self._forward_unless_slow(answer, place)
 
     async def _forward_unary(self, answer: UnaryAnswer, place: Place) -> None:
         body, count = stamp_answer(answer.body, self._inbound, place.decision)
@@ -295,12 +313,37 @@ class Passage:
         self._note_odd_usage(place, odd=count.odd)
         self._meter.first_byte()
         await self._meter.settle(State.COMPLETED)
+        # The engine has ended: its slot does not wait for a client that reads slowly.
+        self._free_slot(self._used_tokens())
         length = (b"content-length", str(len(body)).encode())
         await self._reply.start((JSON, length), place)
         await self._reply.write(body, more=False)
 
-    async def _forward_stream(self, answer: StreamedAnswer, place: Place) -> None:
+    async def _forward_unless_slow(self, answer: StreamedAnswer, place: Place) -> None:
+        """Forward a stream, or break it off where its client does not read.
+
+        The client gets no error event: it would only wait behind what is not read.
+        """
         stamper = stream_stamper(self._inbound, place.decision)
+        try:
+            async with asyncio.timeout(None) as patience:
+                now = asyncio.get_running_loop().time
+                answer.watch(
+                    self._settings.slow_reader_s,
+                    lambda: patience.reschedule(now()),
+                    self._engine_ended,
+                )
+                await self._forward_stream(answer, place, stamper)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            # What was generated for it is billed, read or not.
+            stamper.feed(answer.waiting_events())
+            await self._meter.settle(State.INTERRUPTED, "client_slow")
+
+    async def _forward_stream(
+        self, answer: StreamedAnswer, place: Place, stamper: StreamStamper
+    ) -> None:
         meter, reply = self._meter, self._reply
         await meter.opened(stamper)
         await reply.start(SSE, place)
@@ -320,7 +363,12 @@ class Passage:
                 elif stamper.ended:
                     await meter.settle(State.COMPLETED)
                 over = stamper.ended
+                if answer.complete:
+                    # Its slot does not wait for the client to read the rest.
+                    self._free_slot(self._used_tokens())
+                self._writing = True
                 await reply.write(piece, more=not over)
+                self._writing = False
         except EngineBroke as lost:
             if lost.silent:
                 self._admission.suspect(place.replica.replica_id, self._inbound.route)

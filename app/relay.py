@@ -114,6 +114,22 @@ class StreamedAnswer:
     def __exit__(self, *_: object) -> None:
         self._release()
 
+    @property
+    def complete(self) -> bool:
+        """Whether the engine has sent all of it, though perhaps it has not been read yet."""
+        return self._response.complete
+
+    def watch(
+        self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
+    ) -> None:
+        """Say whom to call about a client that may be slow; see ``EngineConnection.watch``."""
+        self._response.watch(slow_s, on_slow, on_complete)
+
+    def waiting_events(self) -> list[bytes]:
+        """Return the events that have come and were not read yet, without waiting."""
+        blocks, self._first = self._first, []
+        return blocks + self._reader.blocks(self._response.take_piece())
+
     async def next_events(self) -> list[bytes]:
         """Return the events that have come since the last call, or none at the end.
 

@@ -104,6 +104,7 @@ class Seen:
         whole: whether the client got the last byte.
         left: whether the client went away.
         rewrite: what comes of each piece of the engine's answer before it is sent.
+        reads: the client takes none of the body before this is set; ``None``: it always reads.
     """
 
     request: Any
@@ -121,6 +122,7 @@ class Seen:
     attempts: list[Attempt] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     rewrite: Callable[[bytes], bytes] | None = None
+    reads: asyncio.Event | None = None
 
 
 class NotedReply(Reply):
@@ -438,6 +440,8 @@ class World:
                 seen.status = message["status"]
                 seen.headers = {n.decode(): v.decode() for n, v in message["headers"]}
             else:
+                if seen.reads is not None:
+                    await seen.reads.wait()
                 seen.body += message.get("body", b"")
                 seen.pieces += 1
                 seen.last = message.get("body", b"")
