@@ -108,10 +108,19 @@ class Response:
         return piece
 
 
+class Held:
+    """A number of bytes; it changes for every event."""
+
+    __slots__ = ("size",)
+
+    def __init__(self) -> None:
+        self.size = 0
+
+
 class EngineConnection(asyncio.Protocol):
     """One connection to an engine. Its methods are for one request after the other.
 
-    ``held`` is how many bytes of answers wait for their readers, on all connections together.
+    ``held`` counts the bytes of answers that wait for their readers, on all connections together.
 
     Attributes:
         complete: whether the whole answer has come.
@@ -119,7 +128,7 @@ class EngineConnection(asyncio.Protocol):
         idle_since: when it was given back, by the event loop's clock.
     """
 
-    held: ClassVar[int] = 0
+    held: ClassVar[Held] = Held()
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -214,7 +223,12 @@ class EngineConnection(asyncio.Protocol):
         if not pieces:
             return b""
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        self._drop()
+        if self._paused:
+            self._drop()
+        else:
+            pieces.clear()
+            self.held.size -= self._unread
+            self._unread = 0
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
@@ -242,7 +256,7 @@ class EngineConnection(asyncio.Protocol):
     def _drop(self) -> None:
         """Forget what waits to be read."""
         self._pieces.clear()
-        EngineConnection.held -= self._unread
+        self.held.size -= self._unread
         self._unread = 0
         if self._slow is not None:
             self._slow.cancel()
@@ -318,8 +332,8 @@ class EngineConnection(asyncio.Protocol):
             self._fail()
             return
         self._unread += len(data)
-        EngineConnection.held += len(data)
-        most = _MOST_UNREAD if EngineConnection.held <= _MOST_HELD else _LEAST_UNREAD
+        self.held.size += len(data)
+        most = _MOST_UNREAD if self.held.size <= _MOST_HELD else _LEAST_UNREAD
         if self._unread > most and not self._paused:
             self._pause()
         self._wake()

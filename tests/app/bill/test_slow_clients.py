@@ -44,7 +44,7 @@ async def test_a_slot_is_free_once_the_engine_has_ended(world, stream):
     assert (seen.status, seen.whole) == (200, True)
     record = (await world.new_records())[seen.request_id]
     assert (record["state"], record["completion_tokens"]) == ("completed", 40)
-    assert EngineConnection.held == 0
+    assert EngineConnection.held.size == 0
 
 
 @pytest.mark.parametrize("bound", ["_MOST_UNREAD", "of all together"])
@@ -61,7 +61,7 @@ async def test_the_engine_is_stopped_once_the_buffer_is_full(world, monkeypatch,
     assert world.taken() == 0
     record = (await world.new_records())[seen.request_id]
     assert (record["state"], record["reason"]) == ("interrupted", "client_slow")
-    assert EngineConnection.held == 0
+    assert EngineConnection.held.size == 0
 
 
 async def test_a_client_that_reads_again_in_time_gets_all(world, monkeypatch):
