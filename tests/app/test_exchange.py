@@ -65,6 +65,7 @@ class World:
         self.exchange = Exchange(Route.CHAT, services)
 
     async def ask(self, body=BODY, headers=((b"authorization", b"Bearer x"),), last=None):
+        headers = (*headers, (b"content-type", b"application/json"))
         messages = [{"type": "http.request", "body": body, "more_body": last is not None}, last]
 
         async def receive():

@@ -148,7 +148,7 @@ async def test_what_was_counted_is_reported_as_soon_as_a_report_is_due(monkeypat
     assert made._renewal_at() == 1000.0 + REPORT_S - 0.1 + RENEWAL_S
     now = made._renewal_at()
     told = renew()
-    assert told is not None and told.sheds == {(Tier.DEFAULT, ShedReason.FAIL_FAST): 1}
+    assert told is not None and told.sheds == {(Tier.DEFAULT, ShedReason.NO_OTHER_REPLICA): 1}
 
 
 async def test_an_admission_counts_whoever_it_tells(monkeypatch):

@@ -75,7 +75,7 @@ async def test_it_is_refused_and_its_engine_stopped_and_nothing_billed(world, mo
     await asyncio.wait_for(asking, 5)
     assert (late.status, late.attempts) == (503, []), "nobody is let in while the disk fails"
     disk.broken = False
-    await until(lambda: not world.ledger.refusing)
+    await until(lambda: world.ledger.has_room)
     # Written when there is room again.
     await until(lambda: world.store.added[late.request_id])
     again, asking = ask(world, max_tokens=3)
