@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from app import errors, supervision
+from app import alarms, errors, supervision
 from app.allowances import Allowances, OverLimit
 from app.concurrency import Bounds, InFlight, OverBound
 from app.keyring import KeyRing, Keys
@@ -86,7 +86,6 @@ class Accounts:
         self._sooner = asyncio.Event()
         self._answered = asyncio.Event()
         self._away = False
-        self._failures = 0
         self._heard_at = 0.0
 
     def start(self) -> None:
@@ -240,16 +239,11 @@ class Accounts:
         await asyncio.sleep(0)
 
     def _note_away(self, error: Exception) -> None:
-        self._failures += 1
-        if not self._away:
-            _log.error(
-                "limits cannot be shared (failure %d): each ingress keeps to its own part of them",
-                self._failures, exc_info=error,
-            )  # fmt: skip
+        alarms.PROCESS.raised("limits away", "each ingress keeps to its own part of them", error)
         self._set_away(True)
 
     def _set_away(self, away: bool) -> None:
         if self._away and not away:
-            _log.warning("limits are shared again, after %d failures so far", self._failures)
+            _log.warning("limits are shared again")
         self._away = away
         self._allowances.set_alone(away, self._ingresses())

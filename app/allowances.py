@@ -75,9 +75,7 @@ class Allowances:
         needed = self._needed(key, tokens)
         return any(allowance.is_refused(amount, now) for _, allowance, amount in needed)
 
-    def put_right(
-        self, key: ApiKey, expected: int, used: int, age_s: float, now: float | None = None
-    ) -> None:
+    def put_right(self, key: ApiKey, expected: int, used: int, age_s: float, now: float) -> None:
         """Correct the tokens of a request that was taken ``age_s`` ago and has ended."""
         allowance = self._of(key, Measure.TOKENS)
         if allowance is not None:

@@ -124,9 +124,9 @@ def list_keys(as_json: JsonOutput = False, url: Ledger = DEFAULT_URL) -> None:
     from app.store.keys import KeyStore
 
     with _database(url) as engine:
-        store = KeyStore(engine)
-        rows = [_key_fields(key) for key in store.all()]
-        for key_id, fault in store.unreadable().items():
+        found, unreadable = KeyStore(engine).listing()
+        rows = [_key_fields(key) for key in found]
+        for key_id, fault in unreadable.items():
             typer.echo(f"{key_id} cannot be read and does not work: {fault}", err=True)
     if as_json:
         write_json_lines(rows, sys.stdout)

@@ -282,15 +282,14 @@ class Allowance:
         self._taken -= amount
         self._held += amount
 
-    def put_right(self, difference: int, age_s: float, now: float | None = None) -> None:
+    def put_right(self, difference: int, age_s: float, now: float) -> None:
         """Correct what was taken ``age_s`` ago, by what was used more, or less.
 
         What has left the last minute, or may have, is not given back.
         """
         if difference < 0 and age_s > MINUTE_S - LEASE_S:
             return
-        if now is not None:
-            self._own.add(difference, now)
+        self._own.add(difference, now)
         self._used += max(difference, 0)
         self._returned += max(-difference, 0)
         self._held -= difference

@@ -63,11 +63,12 @@ class KeyStore:
 
     def all(self) -> list[ApiKey]:
         """Return every key that can be read, the revoked ones too, oldest first."""
-        return sorted(self._read(every=True)[0], key=lambda key: (key.created, key.key_id))
+        return self.listing()[0]
 
-    def unreadable(self) -> dict[str, str]:
-        """Return what is wrong with each row that cannot be read, by key id."""
-        return self._read(every=True)[1]
+    def listing(self) -> tuple[list[ApiKey], dict[str, str]]:
+        """Return the same, and what is wrong with each row that cannot be read, by key id."""
+        keys, unreadable = self._read(every=True)
+        return sorted(keys, key=lambda key: (key.created, key.key_id)), unreadable
 
     def table(self) -> KeyTable:
         """Return the keys that work now, and what is wrong with rows that cannot be read."""

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import pytest
 
-from app import errors
+from app import alarms, errors
 from app.accounts import NOBODY, Accounts
 from app.allowances import LimitBooks
 from app.keys import KeyTable, Limits, create_key
@@ -125,7 +125,8 @@ async def test_tokens_are_put_right_when_a_request_has_ended():
         assert await admitted(made, caller, 2, tokens=50) == 1
 
 
-async def test_while_the_books_are_away_an_ingress_keeps_to_its_own_part(caplog):
+async def test_while_the_books_are_away_an_ingress_keeps_to_its_own_part(caplog, monkeypatch):
+    monkeypatch.setattr(alarms, "PROCESS", alarms.Alarms())
     stored, text = key(rpm=10)
     books = Books()
     async with accounts(stored, books=books) as made:
@@ -134,7 +135,7 @@ async def test_while_the_books_are_away_an_ingress_keeps_to_its_own_part(caplog)
         assert await admitted(made, caller, 1500) == 10
         assert made.limits_away
         assert dict(made.headers(caller))["x-ratelimit-remaining-requests"] == "0"
-    assert caplog.text.count("limits cannot be shared") == 1
+    assert caplog.text.count("limits away: each ingress keeps to its own part") == 1
 
 
 async def test_the_part_of_an_ingress_is_that_of_as_many_as_there_were():

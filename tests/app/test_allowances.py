@@ -70,7 +70,7 @@ def test_tokens_that_were_not_needed_can_be_used():
     ingress, key = Ingress(LimitBooks()), key_with(tpm=1000)
     assert ingress.request(key, 1000, 1000.0) is None
     assert ingress.request(key, 1000, 1000.3) is not None
-    ingress.allowances.put_right(key, 1000, 10, 0.5)
+    ingress.allowances.put_right(key, 1000, 10, 0.5, 1000.5)
     ingress.exchange(1001.0)
     outcomes = served(ingress, key, 900, 10, start=1002.0)
     assert outcomes.count(None) == 1

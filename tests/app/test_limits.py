@@ -149,7 +149,7 @@ def test_tokens_are_put_right_when_a_request_ends(seed, ingresses, limit):
                 running.append((net.now + lasts, lasts, ingress, back))
         for entry in [entry for entry in running if entry[0] <= net.now]:
             running.remove(entry)
-            net.allowances[entry[2]].put_right(entry[3], entry[1])
+            net.allowances[entry[2]].put_right(entry[3], entry[1], net.now)
         net.step()
     assert 0 < net.most_in_a_minute() <= limit
 
@@ -159,7 +159,7 @@ def test_a_request_that_used_more_than_expected_is_made_up_for():
     assert not net.take(0, 100)
     net.step()
     assert net.take(0, 100)
-    net.allowances[0].put_right(1900, 1.0)
+    net.allowances[0].put_right(1900, 1.0, net.now)
     for _ in range(int(50 / STEP_S)):
         net.step()
         assert not net.take(0, 1)
