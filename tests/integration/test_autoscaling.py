@@ -78,7 +78,7 @@ async def test_replicas_come_and_go_with_the_load(deploy):
 
 async def test_a_model_sleeps_and_the_first_request_wakes_it(deploy):
     frontline = deploy("dormant", bounds={"max_replicas": 1}, slots=2, startup_seconds=3)
-    asleep = await eventually_async(lambda: frontline.entry("dormant"))
+    asleep = await eventually_async(lambda: frontline.entry("dormant"), 60)
     await eventually_async(lambda: (frontline.entry("dormant") or {}).get("service_tiers"))
     assert asleep["id"] == "test/dormant"
     async with frontline.async_client() as client:
