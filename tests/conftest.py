@@ -3,13 +3,14 @@
 import atexit
 import os
 import shutil
-import socket
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.ports import serve_ports
 
 # On a loaded machine an example may take any time. Where nobody is there to look into a new
 # counterexample the examples are the same every time; developers' runs go on finding new ones.
@@ -19,12 +20,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 if "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
     pytest.exit("run scripts/test, or `FRONTLINE_ENV=test . scripts/activate` before pytest", 2)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def _haproxy_folder() -> dict[str, str]:
@@ -39,23 +34,11 @@ def _haproxy_folder() -> dict[str, str]:
     }
 
 
-def _replicas_ports() -> dict[str, str]:
-    """Return a range of ports for ingress replicas that clusters beside this one hardly share.
-
-    Serve passes over ports in use; but two that look at the same moment would take the same.
-    """
-    first = 20000 + os.getpid() % 40 * 250
-    ports = {"MIN_HTTP_PORT": first, "MAX_HTTP_PORT": first + 250}
-    return {f"RAY_SERVE_DIRECT_INGRESS_{name}": str(port) for name, port in ports.items()}
-
-
 # They are read when Ray is imported. A test's cluster lives beside others on the machine: that of
 # another pytest-xdist worker, or one from scripts/run.
 os.environ |= {
     **_haproxy_folder(),
-    **_replicas_ports(),
-    "RAY_SERVE_HAPROXY_METRICS_PORT": _free_port(),
-    "RAY_SERVE_HAPROXY_STATS_PORT": _free_port(),
+    **serve_ports(os.getpid()),
     # Nothing is worth waiting half a minute for when a test is over.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     # Serve's ten times a second take each cluster a tenth of a core, of two that tests have.

@@ -13,12 +13,14 @@ import psutil
 import pytest
 import yaml
 
+from tests.ports import serve_ports
 from tests.serving import eventually, ingress_app, simulated_app
 
 pytestmark = pytest.mark.faults
 
 REPO = Path(__file__).parents[2]
-LOCAL = {"PYTHONUNBUFFERED": "1"}
+# Its cluster stands beside the one that other tests of this process have.
+LOCAL = {"PYTHONUNBUFFERED": "1", **serve_ports(os.getpid() + 20)}
 
 
 @pytest.fixture

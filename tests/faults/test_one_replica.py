@@ -1,0 +1,150 @@
+"""The failure matrix with a single engine replica and a single ingress: nobody is stuck.
+
+Where there is nothing to move a request to, its client gets an error that says so at once, and is
+served again as soon as there is an engine.
+"""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.faults.clients import COMPLETE, CUT, REFUSED, TRUNCATED, Clients, check_bill, told
+from tests.serving import (
+    actors_titled,
+    command_line,
+    engine_processes,
+    eventually,
+    eventually_async,
+    ingress_app,
+    ingress_processes,
+    running_ingresses,
+    simulated_app,
+)
+
+CLIENTS = 4
+STREAM_TIMEOUT_S = 3
+PROBE_TIMEOUT_S = 2
+MAX_WAIT_S = 60
+NO_ENGINE = "503 engine_not_ready"
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def single(cluster):
+    journal = {"folder": "${FRONTLINE_TEST_LEDGER}/journal", "adopt_interval_s": 1}
+    cluster.deploy(
+        ingress_app(
+            journal=journal,
+            stream_timeout_s=STREAM_TIMEOUT_S,
+            engine_timeout_s=STREAM_TIMEOUT_S,
+        ),
+        simulated_app(
+            "single",
+            settings={"line": {"default": {"max_wait_s": MAX_WAIT_S}}},
+            tokens_per_second=60,
+            health_timeout_s=2,
+            probe_timeout_s=PROBE_TIMEOUT_S,
+        ),
+    )
+    cluster.wait_ready("single", timeout_s=90)
+    eventually(lambda: recovered(cluster), 90, "not ready")
+    yield cluster
+    cluster.remove("single")
+    cluster.restore_ingress()
+
+
+def recovered(cluster):
+    one_ingress = running_ingresses() == 1 and len(cluster.board("single").ingresses) == 1
+    return one_ingress and cluster.serves("single") and len(cluster.replicas("single")) == 1
+
+
+def ids(cluster):
+    return {one.replica_id for one in cluster.replicas("single")}
+
+
+@asynccontextmanager
+async def under_load(cluster, what, *, seen):
+    """Clients ask while the block makes something fail, and until all is well again.
+
+    They may see answers, and besides only what is ``seen``, soon; each answer is on the bill once.
+    """
+    clients = Clients(cluster, "single", count=CLIENTS)
+    async with clients.asking():
+        await asyncio.sleep(1)
+        failed = time.monotonic()
+        yield
+        await eventually_async(lambda: recovered(cluster), 60)
+        took_s = time.monotonic() - failed
+        back = time.monotonic()
+        await asyncio.sleep(1.5)
+    print(f"\n| one replica: {what} | {told(clients.answers)} | {took_s:.1f} s |")
+    assert set(clients.outcomes()) <= {COMPLETE, *seen}
+    assert clients.outcomes(since=back)[COMPLETE] > 0, "served again"
+    # Nobody has waited for a place that nobody could give.
+    slowest = max(answer.seconds for answer in clients.answers)
+    assert slowest < 2 * STREAM_TIMEOUT_S + PROBE_TIMEOUT_S + 10 < MAX_WAIT_S
+    await asyncio.to_thread(check_bill, cluster, clients.answers)
+
+
+async def simulate(cluster, **change):
+    def tell():
+        with cluster.engine("single", 0) as engine:
+            assert engine.post("/simulate", json=change).status_code == 200
+
+    await asyncio.to_thread(tell)
+
+
+async def replaced(cluster, before):
+    await eventually_async(lambda: len(ids(cluster) - before) == 1, 60)
+
+
+@pytest.mark.parametrize(
+    ("what", "tokens"),
+    [("engine crashes before the first byte", 0), ("engine crashes in mid-answer", 5)],
+)
+async def test_an_engine_crashes(single, what, tokens):
+    async with under_load(single, what, seen={CUT, NO_ENGINE}):
+        before = ids(single)
+        await simulate(single, failures={"request": "crash", "after_tokens": tokens})
+        await replaced(single, before)
+
+
+async def test_an_engine_takes_requests_and_never_answers_them(single):
+    async with under_load(single, "engine takes requests, never answers", seen={CUT, NO_ENGINE}):
+        before = ids(single)
+        await simulate(single, failures={"request": "hang"})
+        await replaced(single, before)
+
+
+async def test_an_engine_stops_altogether(single):
+    async with under_load(single, "engine stopped (SIGSTOP)", seen={CUT, NO_ENGINE}):
+        before = ids(single)
+        words = ((process, command_line(process)) for process in engine_processes())
+        [engine] = [
+            process
+            for process, line in words
+            if "test/single" in line and "--port" in line and "reaper" not in " ".join(line)
+        ]
+        engine.suspend()
+        await replaced(single, before)
+
+
+async def test_an_engine_replicas_actor_is_killed(single):
+    async with under_load(single, "EngineReplica killed (SIGKILL)", seen={CUT, NO_ENGINE}):
+        before = ids(single)
+        actors_titled("ray::ServeReplica:single:simulated")[0].kill()
+        await replaced(single, before)
+
+
+async def test_the_ingress_is_killed(single):
+    # Until another runs HAProxy answers, in OpenAI's shape.
+    seen = {TRUNCATED, REFUSED, "502 internal_error", "503 ingress_not_ready", NO_ENGINE}
+    async with under_load(single, "the only ingress killed (SIGKILL)", seen=seen):
+        [victim] = ingress_processes()
+        victim.kill()
+        await eventually_async(
+            lambda: {process.pid for process in ingress_processes()} - {victim.pid}, 60
+        )
