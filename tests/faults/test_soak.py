@@ -22,6 +22,7 @@ import pytest
 
 from tests.serving import (
     actors_titled,
+    command_line,
     engine_processes,
     eventually,
     ingress_app,
@@ -99,13 +100,14 @@ class Load:
                     return
                 await answer.read()
                 self.outcomes[kind, answer.status] += 1
-        except (aiohttp.ClientError, asyncio.IncompleteReadError) as error:
+        except (aiohttp.ClientError, asyncio.IncompleteReadError, TimeoutError) as error:
             self.outcomes[kind, type(error).__name__] += 1
 
 
 def roles():
     """The processes to watch, by what they are."""
-    haproxy = [p for p in test_run_processes() if p.name() == "haproxy"]
+    # By its command line: a process that has ended meanwhile has none.
+    haproxy = [p for p in test_run_processes() if "/haproxy" in "".join(command_line(p)[:1])]
     models = actors_titled("ray::ServeReplica:soaked:Model")
     return {
         "ingress": ingress_processes(), "haproxy": haproxy, "model": models,
@@ -168,9 +170,10 @@ def tell(points, sent, outcomes):
     for name in warm[0][1]:
         times, values = [t for t, _ in warm], [held.get(name, 0.0) for _, held in warm]
         slopes[name] = mean(values), linear_regression(times, values).slope * 3600
-        level, slope = slopes[name]
-        first, last = points[0][1].get(name, 0.0), values[-1]
-        print(f"{' '.join(name):24} first {first:8.1f}  mean {level:8.1f}  last {last:8.1f}  "
+        slope = slopes[name][1]
+        # Eight moments, so that what levels off is told from what goes on growing.
+        held = [held.get(name, 0.0) for _, held in points[:: max(1, len(points) // 8)]]
+        print(f"{' '.join(name):24} {' '.join(f'{value:7.1f}' for value in held)}  "
               f"{slope:+8.2f} an hour")  # fmt: skip
     print(json.dumps({" ".join(name): values for name, values in slopes.items()}))
     return slopes
