@@ -22,7 +22,7 @@ from app.request_json import LONGEST_WHOLE, parse_plain, scan_object
 from app.spliced import Spliced
 from app.sse import Event
 from app.tiers import Tier, TierDecision, UnknownTierError, parse_requested
-from app.token_estimate import choices_per_prompt, expected_tokens, prompt_tokens
+from app.token_estimate import Estimate, choices_per_prompt, estimate_tokens
 from app.usage_count import read_usage
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
@@ -47,6 +47,8 @@ class Inbound:
         length: of the body, in bytes.
         prefix: a hash of the prompt's beginning (``app.prompt_prefix``).
         expected_tokens: roughly how many it will take, prompt and answer together.
+        expected_prompt_tokens: roughly how many all its prompts take.
+        choices_per_prompt: how many choices it asks for with each of its prompts.
     """
 
     route: Route
@@ -59,15 +61,8 @@ class Inbound:
     length: int = 0
     prefix: int | None = None
     expected_tokens: int = 0
-
-    def expected_prompt_tokens(self) -> int:
-        """Return roughly how many tokens all prompts of the request take."""
-        return prompt_tokens(self.route, self.fields, self.length)
-
-    @property
-    def choices_per_prompt(self) -> int:
-        """How many choices the request asks for with each of its prompts."""
-        return choices_per_prompt(self.fields)
+    expected_prompt_tokens: int = 0
+    choices_per_prompt: int = 1
 
     @property
     def wants_usage(self) -> bool:
@@ -102,7 +97,7 @@ def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
     if fields is None:
         return None
     prefix = prompt_prefix(route, fields)
-    tokens = expected_tokens(route, fields, len(body))
+    tokens = estimate_tokens(route, fields, len(body))
     inbound = _inbound(route, fields, len(body), prefix, tokens)
     if len(body) > LONGEST_KEPT_PARSED:
         return replace(inbound, fields=Reparsed(body, fields))
@@ -119,13 +114,13 @@ def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
     yield
     prefix = prompt_prefix(route, fields)
     yield
-    tokens = expected_tokens(route, fields, len(body))
+    tokens = estimate_tokens(route, fields, len(body))
     yield
     return _inbound(route, fields, len(body), prefix, tokens)
 
 
 def _inbound(
-    route: Route, fields: Mapping[str, Any], length: int, prefix: int | None, tokens: int
+    route: Route, fields: Mapping[str, Any], length: int, prefix: int | None, tokens: Estimate
 ) -> Inbound:
     model = fields.get("model")
     if not isinstance(model, str) or not model:
@@ -154,7 +149,9 @@ def _inbound(
         _flag(fields, "fail_fast"),
         length,
         prefix,
-        tokens,
+        tokens.total,
+        tokens.prompt,
+        choices_per_prompt(fields),
     )
 
 

@@ -154,20 +154,21 @@ class ChunkStamper:
     def _note(self, choices: list[dict[str, Any]], usage: object, *, text: bool) -> None:
         self._take_spliced()
         if usage is not None:
-            sane = self._count.told(usage, _only_choice(choices))
-            self._told = usage if sane and isinstance(usage, dict) else None
+            self._take_usage(usage, _only_choice(choices))
         size = sum(map(choice_text_size, choices))
         # Where usage comes with them, deltas are told or, if that cannot be, one token each.
         self._count.sent(bool(size) or text, size if usage is None else 0)
+
+    def _take_usage(self, usage: object, choice: int | None) -> None:
+        sane = self._count.told(usage, choice)
+        self._told = usage if sane and isinstance(usage, dict) else None
 
     def _take_spliced(self) -> None:
         splicer = self._splicer
         if splicer is None:
             return
         for choice, raw in splicer.usages.items():
-            usage = _usage_of(raw)
-            sane = self._count.told(usage, choice)
-            self._told = usage if sane and isinstance(usage, dict) else None
+            self._take_usage(_usage_of(raw), choice)
         splicer.usages.clear()
         if splicer.deltas:
             # As they came: what is escaped counts a little more.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from app.dialect import Route
 from app.raw_json import RawJson
@@ -66,19 +66,31 @@ _MEDIA: Final = {
 _PAYLOADS: Final = ("url", "data", "file_data")
 
 
-def expected_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
-    """Return roughly how many tokens a request will take, prompt and answers together.
+class Estimate(NamedTuple):
+    """Roughly how many tokens a request will take.
+
+    Attributes:
+        prompt: of all its prompts.
+        total: prompts and answers together.
+    """
+
+    prompt: int
+    total: int
+
+
+def estimate_tokens(route: Route, fields: Mapping[str, Any], length: int) -> Estimate:
+    """Return roughly how many tokens a request will take.
 
     Args:
         route: where it came in.
         fields: its top-level members; a long one may be ``RawJson``.
         length: of the whole body, in bytes.
     """
-    answer = 0
+    prompt, answer = _prompt_tokens(route, fields, length), 0
     if route is not Route.EMBEDDINGS:
         limits = [_count(fields.get(name)) for name in _ANSWER_FIELDS[route]]
         answer = (max(limits) or _USUAL_ANSWER) * sequences(route, fields)
-    return prompt_tokens(route, fields, length) + answer + 1
+    return Estimate(prompt, prompt + answer + 1)
 
 
 def sequences(route: Route, fields: Mapping[str, Any]) -> int:
@@ -130,8 +142,7 @@ def _prompts(prompt: object) -> int:
     return 1
 
 
-def prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
-    """Return roughly how many tokens the prompts of a request take; arguments as above."""
+def _prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
     prompt = fields.get(route.prompt_field)
     if route in (Route.COMPLETIONS, Route.EMBEDDINGS):
         return _token_ids(prompt) or length // _BYTES_PER_TOKEN

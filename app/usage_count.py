@@ -13,7 +13,7 @@ An estimate never replaces a count that can be true, and it never lowers one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 from app.dialect import Route
@@ -51,16 +51,15 @@ class _Told(NamedTuple):
 class Count:
     """Counts the tokens of one answer as it comes."""
 
-    def __init__(self, expected_prompt: Callable[[], int], choices_per_prompt: int = 1) -> None:
+    def __init__(self, expected_prompt: int, choices_per_prompt: int = 1) -> None:
         """Begin to count.
 
         Args:
-            expected_prompt: gives the estimate of the prompt's tokens.
+            expected_prompt: the estimate of the prompt's tokens.
             choices_per_prompt: how many choices the request asks for with each of its prompts.
         """
         self._odd = False
         self._expected_prompt = expected_prompt
-        self._expected: int | None = None
         self._choices_per_prompt = max(choices_per_prompt, 1)
         # By choice, and by prompt: engines count each choice of a stream for itself.
         self._completions: dict[int, int] = {}
@@ -110,9 +109,7 @@ class Count:
             cached = sum(tokens for _, tokens in self._prompts.values())
             prompt_estimated = final is not None
         else:
-            # It looks through the prompt, which may be long.
-            self._expected = self._expected_prompt() if self._expected is None else self._expected
-            prompt, cached, prompt_estimated = self._expected, 0, True
+            prompt, cached, prompt_estimated = self._expected_prompt, 0, True
         usage = TokenUsage(prompt, cached, completion)
         return Counted(usage, completion_estimated or prompt_estimated)
 
@@ -128,7 +125,7 @@ class Count:
         return estimate, True
 
 
-def count_answer(answer: dict[str, Any], route: Route, expected_prompt: Callable[[], int]) -> Count:
+def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> Count:
     """Return the count of an answer that came whole."""
     count = Count(expected_prompt)
     usage = answer.get("usage")

@@ -6,9 +6,13 @@ from hypothesis import strategies as st
 from app.dialect import Route
 from app.openai_api import parse_request
 from app.raw_json import RawJson
-from app.token_estimate import IMAGE_TOKENS, expected_tokens, sequences
+from app.token_estimate import IMAGE_TOKENS, estimate_tokens, sequences
 
 pytestmark = pytest.mark.unit
+
+
+def expected_tokens(route, fields, length):
+    return estimate_tokens(route, fields, length).total
 
 
 def expected(route, **fields):

@@ -42,7 +42,7 @@ def sane(prompt, completion, cached=None):
 
 
 def new(choices_per_prompt=1):
-    return Count(lambda: PROMPT, choices_per_prompt)
+    return Count(PROMPT, choices_per_prompt)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_whole_answer_of_any_shape_is_counted(usage):
         {"choices": [{"text": "four" * 10}]},
         {"output": [{"type": "message", "content": [{"type": "t", "text": "four" * 10}]}]},
     ):
-        counted = count_answer({**answer, "usage": usage}, Route.CHAT, lambda: PROMPT).result()
+        counted = count_answer({**answer, "usage": usage}, Route.CHAT, PROMPT).result()
         read = read_usage(usage)
         if read is None or not read.completion_tokens:
             assert counted.estimated and counted.usage.completion_tokens >= 8
@@ -161,7 +161,7 @@ def test_a_whole_answer_of_any_shape_is_counted(usage):
 
 
 def test_an_answer_without_usage_is_odd_and_an_embedding_has_no_completion():
-    count = count_answer({"data": [], "usage": None}, Route.EMBEDDINGS, lambda: PROMPT)
+    count = count_answer({"data": [], "usage": None}, Route.EMBEDDINGS, PROMPT)
     assert count.odd and count.result() == Counted(TokenUsage(PROMPT, 0, 0), estimated=True)
 
 
