@@ -8,11 +8,13 @@ import asyncio
 import signal
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults.clients import COMPLETE, CUT, REFUSED, TRUNCATED, Clients, check_bill, told
+from tests.faults.engines import change_engine, one_replaced, replica_ids
 from tests.serving import (
     actors_titled,
     command_line,
@@ -89,7 +91,7 @@ async def under_load(cluster, what, *, seen=frozenset(), recovers=True):
 
     They may see answers, and besides only what is ``seen``; each answer is on the bill once.
     """
-    before = {one.replica_id for one in cluster.snapshot("matrix").replicas}
+    before = ids(cluster)
     clients = Clients(cluster, "matrix", count=CLIENTS)
     async with clients.asking():
         await asyncio.sleep(1)
@@ -98,7 +100,7 @@ async def under_load(cluster, what, *, seen=frozenset(), recovers=True):
         await eventually_async(lambda: recovered(cluster), 60)
         took_s = time.monotonic() - failed
         await asyncio.sleep(1)
-    after = {one.replica_id for one in cluster.snapshot("matrix").replicas}
+    after = ids(cluster)
     print(
         f"\n| {what} | {told(clients.answers)} | {took_s:.1f} s, "
         f"{len(before - after)} replicas replaced |"
@@ -110,20 +112,9 @@ async def under_load(cluster, what, *, seen=frozenset(), recovers=True):
     await asyncio.to_thread(check_bill, cluster, clients.answers)
 
 
-def ids(cluster):
-    return {one.replica_id for one in cluster.snapshot("matrix").replicas}
-
-
-async def simulate(cluster, **change):
-    def tell():
-        with cluster.engine("matrix", 0) as engine:
-            assert engine.post("/simulate", json=change).status_code == 200
-
-    await asyncio.to_thread(tell)
-
-
-async def replaced(cluster, before):
-    await eventually_async(lambda: len(ids(cluster) - before) == 1, 60)
+simulate = partial(change_engine, model="matrix")
+ids = partial(replica_ids, model="matrix")
+replaced = partial(one_replaced, model="matrix")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ served again as soon as there is an engine.
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
 from tests.faults.clients import COMPLETE, CUT, REFUSED, TRUNCATED, Clients, check_bill, told
+from tests.faults.engines import change_engine, one_replaced, replica_ids
 from tests.serving import (
     actors_titled,
     command_line,
@@ -61,10 +63,6 @@ def recovered(cluster):
     return one_ingress and cluster.serves("single") and len(cluster.replicas("single")) == 1
 
 
-def ids(cluster):
-    return {one.replica_id for one in cluster.replicas("single")}
-
-
 @asynccontextmanager
 async def under_load(cluster, what, *, seen):
     """Clients ask while the block makes something fail, and until all is well again.
@@ -89,16 +87,9 @@ async def under_load(cluster, what, *, seen):
     await asyncio.to_thread(check_bill, cluster, clients.answers)
 
 
-async def simulate(cluster, **change):
-    def tell():
-        with cluster.engine("single", 0) as engine:
-            assert engine.post("/simulate", json=change).status_code == 200
-
-    await asyncio.to_thread(tell)
-
-
-async def replaced(cluster, before):
-    await eventually_async(lambda: len(ids(cluster) - before) == 1, 60)
+simulate = partial(change_engine, model="single")
+ids = partial(replica_ids, model="single")
+replaced = partial(one_replaced, model="single")
 
 
 @pytest.mark.parametrize(
