@@ -14,26 +14,28 @@ from sqlalchemy import Engine
 from starlette.exceptions import HTTPException
 from starlette.routing import Route as HttpRoute
 
-from app import errors, limits_deployment, supervision
-from app.accounts import Accounts
-from app.catalog import Catalog, ServeSource, model_entry, serve_host
-from app.config import LONGEST_STOP_S, IngressSettings
-from app.dialect import Route
-from app.exchange import Exchange, Receive, Scope, identify
-from app.health_route import add_health_routes
-from app.interpreter import settle_in
+from app import supervision
+from app.config.ingress import LONGEST_STOP_S, IngressSettings
+from app.core import errors
+from app.core.dialect import Route
+from app.core.settings import Problem, SettingsError
+from app.gateway.gc_tuning import settle_in
+from app.gateway.handler import Exchange, Receive, Scope, identify
+from app.gateway.health_route import add_health_routes
+from app.gateway.lifecycle import Services
+from app.gateway.registry import Catalog, ServeSource, model_entry, serve_host
+from app.gateway.response import Send
+from app.gateway.usage_reader import UsageReader
+from app.gateway.usage_route import add_usage_route
 from app.ledger.ledger import open_ledger
-from app.limits_deployment import ServeLimits
-from app.passage import Services
-from app.relay import EngineClient
-from app.reply import Send
-from app.serve_port import keep_on_loopback
-from app.settings import Problem, SettingsError
+from app.ray_compat.serve_port import keep_on_loopback
 from app.store.database import connect
-from app.store.keys import KeyStore
-from app.store.url import resolve_url
-from app.usage_reader import UsageReader
-from app.usage_route import add_usage_route
+from app.store.database_url import resolve_url
+from app.tenants import deployment
+from app.tenants.access import Accounts
+from app.tenants.deployment import ServeLimits
+from app.tenants.key_store import KeyStore
+from app.upstream.client import EngineClient
 
 PREFIXES = ("/v1", "/v1/openai")
 """Every route is served below both; the second is the base URL of DeepInfra's API."""
@@ -163,7 +165,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise SettingsError(
             *(Problem(("args", key), "the ingress is set by user_config") for key in args)
         )
-    return _deployment.bind(limits_deployment.deployment.bind())
+    return _deployment.bind(deployment.deployment.bind())
 
 
 class Front:

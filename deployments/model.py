@@ -15,23 +15,23 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app import supervision
-from app.book import LOOK_AFTER_S, Capacity, CreditBook
-from app.catalog import MODEL_DEPLOYMENT
-from app.config import ModelArgs, ModelSettings, PoolSettings
-from app.credits import Demand
-from app.report import LineReport, ModelBoard, ReportBook
+from app.config.ingress import ModelArgs, ModelSettings, PoolSettings
+from app.contracts.stats import LineReport, ModelBoard, ReportBook
+from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus, Rest, served_tiers
+from app.core.settings import Key, Problem, SettingsError
+from app.core.tiers import PriorityMode
+from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditBook
+from app.flow.credits import Demand
+from app.gateway.registry import MODEL_DEPLOYMENT
+from app.ray_compat.serve_port import keep_on_loopback
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
-from app.serve_port import keep_on_loopback
-from app.settings import Key, Problem, SettingsError
-from app.snapshot import ModelSnapshot, Renewal, ReplicaStatus, Rest, served_tiers
-from app.tiers import PriorityMode
 from deployments import replica
+from deployments.control.placement import PlacementWatch
+from deployments.control.pool_state import Standing, Wakings, standing
+from deployments.control.wakeups import Nudges
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
-from deployments.nudges import Nudges
-from deployments.placement import PlacementWatch
-from deployments.rest import Standing, Wakings, standing
 
 logger = logging.getLogger("ray.serve")
 

@@ -12,27 +12,27 @@ from typing import Any, Final
 import orjson
 from ray import serve
 
-from app.config import LONGEST_STOP_S, PoolSettings
-from app.connection import ConnectionLost, fetch
-from app.dialect import Route
-from app.plan import LaunchPlan
-from app.serve_port import keep_on_loopback
-from app.snapshot import ReplicaStatus
-from deployments.connections import count_connections
+from app.cli.plan import LaunchPlan
+from app.config.ingress import LONGEST_STOP_S, PoolSettings
+from app.contracts.status import ReplicaStatus
+from app.core.dialect import Route
+from app.ray_compat.serve_port import keep_on_loopback
+from app.upstream.http1 import ConnectionLost, fetch
 from deployments.engines.base import EngineFacts, Launch
 from deployments.engines.registry import adapter_named
-from deployments.guard import LOOPBACK, Guard, GuardFailed, needs_guard
-from deployments.launching import (
+from deployments.hosting.drain import count_connections
+from deployments.hosting.guard import LOOPBACK, Guard, GuardFailed, needs_guard
+from deployments.hosting.launch import (
     log_folder,
     log_name,
     make_launch,
     plan_launch,
     start_engine,
 )
-from deployments.ports import reserve_port
-from deployments.probe import probe_request
-from deployments.process import sweep_orphans
-from deployments.ranks import OtherRanks, RankEnded, lead, node_address
+from deployments.hosting.multinode import OtherRanks, RankEnded, lead, node_address
+from deployments.hosting.ports import reserve_port
+from deployments.hosting.probe import probe_request
+from deployments.process.supervisor import sweep_orphans
 
 logger = logging.getLogger("ray.serve")
 
@@ -130,7 +130,7 @@ class EngineReplica:
 
     @staticmethod
     def plan(model_id: str, pool: PoolSettings) -> LaunchPlan:
-        """Return what a replica would start; see ``app.plan``."""
+        """Return what a replica would start; see ``app.cli.plan``."""
         return plan_launch(model_id, pool)
 
     async def status(self) -> ReplicaStatus | None:

@@ -14,13 +14,13 @@ from pydantic_core import PydanticUndefined
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from app.config import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
-from app.ledger.settings import JournalSettings  # noqa: E402
-from app.line_settings import LineSettings, TierLine  # noqa: E402
-from app.pricing import Multipliers, RateCard  # noqa: E402
-from app.scaling.settings import ScalingSettings  # noqa: E402
-from app.settings import Settings  # noqa: E402
-from app.usage_settings import UsageSettings  # noqa: E402
+from app.config.ingress import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.config.journal import JournalSettings  # noqa: E402
+from app.config.queue import LineSettings, TierLine  # noqa: E402
+from app.config.scaling import ScalingSettings  # noqa: E402
+from app.config.usage_reads import UsageSettings  # noqa: E402
+from app.core.pricing import Multipliers, RateCard  # noqa: E402
+from app.core.settings import Settings  # noqa: E402
 
 TARGET = REPO / "docs" / "configuration.md"
 HEAD = """\

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from deployments.reaper import descendants, signal_exactly
+from deployments.process.reaper import descendants, signal_exactly
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36

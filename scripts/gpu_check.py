@@ -18,7 +18,7 @@ import yaml
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from app.settings import SettingsError  # noqa: E402
+from app.core.settings import SettingsError  # noqa: E402
 from deployments.engines.registry import ADAPTERS  # noqa: E402
 from deployments.model import build  # noqa: E402
 

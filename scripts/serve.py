@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from contain import Containment, process_name
 
-from app.doctor import findings, look_around
-from deployments.reaper import Identity, descendants, is_running
+from app.cli.doctor import findings, look_around
+from deployments.process.reaper import Identity, descendants, is_running
 
 MODEL = "deployments.model:build"
 GRACE_S = 60.0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.ports import serve_ports
+from tests.support.ports import serve_ports
 
 # On a loaded machine an example may take any time. Where nobody is there to look into a new
 # counterexample the examples are the same every time; developers' runs go on finding new ones.
@@ -114,7 +114,7 @@ def pytest_xdist_make_scheduler(config, log):
 def cluster():
     """One local Ray cluster with Serve for all tests of a run that need one."""
     # Imports Ray, which the settings above must precede and most tests do without.
-    from tests.serving import local_serve
+    from tests.support.cluster import local_serve
 
     with local_serve() as deployment:
         yield deployment

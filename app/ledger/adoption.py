@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from app.ledger.frames import Frame, read_segment
+from app.ledger.codec import Frame, read_segment
+from app.ledger.dead_letter import Records, add_or_set_aside
 from app.ledger.leftovers import Leftovers
-from app.ledger.refused import Records, add_or_set_aside
 from app.ledger.segments import (
     DAMAGED,
     UNREAD,

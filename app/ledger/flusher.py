@@ -3,7 +3,7 @@
 It reads what the journal's thread has written. Where it is it remembers only in memory: after a
 crash everything that the journal still holds is written to the store again, which changes nothing
 there. A journal's file goes once the store has all of its records, but for those that it refuses
-for good (``app.ledger.refused``). Dead ingresses' journals are ``app.ledger.adoption``'s.
+for good (``app.ledger.dead_letter``). Dead ingresses' journals are ``app.ledger.adoption``'s.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Final
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set
 from tenacity.wait import wait_random_exponential
 
+from app.config.journal import JournalSettings
 from app.ledger.adoption import BATCH, Adopter
-from app.ledger.frames import Kind, read_segment
+from app.ledger.codec import Kind, read_segment
+from app.ledger.dead_letter import Records, add_or_set_aside
 from app.ledger.journal import Journal
-from app.ledger.refused import Records, add_or_set_aside
 from app.ledger.segments import segment_path
-from app.ledger.settings import JournalSettings
 from app.store.database import StoreAway
 from app.supervision import PROCESS, keep_thread
 

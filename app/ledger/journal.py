@@ -30,7 +30,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
-from app.ledger.frames import Kind, frame
+from app.config.journal import JournalSettings
+from app.ledger.codec import Kind, frame
 from app.ledger.segments import (
     SegmentFile,
     bytes_taken,
@@ -38,7 +39,6 @@ from app.ledger.segments import (
     remove_journal,
     segment_numbers,
 )
-from app.ledger.settings import JournalSettings
 from app.supervision import PROCESS, keep_thread
 
 _MOST_UNSYNCED: Final = 1024 * 1024

@@ -23,15 +23,15 @@ from typing import Any, Final
 
 from sqlalchemy import Engine
 
+from app.config.journal import JournalSettings
+from app.core.paths import expand_path
+from app.core.pricing import TokenUsage
+from app.ledger.codec import Kind, Progress
+from app.ledger.dead_letter import Records
 from app.ledger.flusher import Flusher
-from app.ledger.frames import Kind, Progress
 from app.ledger.journal import LAZY_S, Entry, Journal
 from app.ledger.record import State, UsageRecord, now_utc
-from app.ledger.refused import Records
-from app.ledger.settings import JournalSettings
-from app.paths import expand_path
-from app.pricing import TokenUsage
-from app.store.records import RecordStore
+from app.ledger.record_store import RecordStore
 
 RESERVED_BYTES: Final = 4096
 """Room that a request needs in the journal: two records, another open one where its engine was

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from app.ledger.frames import Frame, Kind, Progress
+from app.ledger.codec import Frame, Kind, Progress
 from app.ledger.reading import NotUnderstood, read_record, request_of
 from app.ledger.record import State, UsageRecord
 

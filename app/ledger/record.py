@@ -12,8 +12,8 @@ from typing import Any, Final, Self
 
 import orjson
 
-from app.pricing import Prices, TokenUsage
-from app.tiers import Tier, TierDecision
+from app.core.pricing import Prices, TokenUsage
+from app.core.tiers import Tier, TierDecision
 
 NOTHING_USED: Final = TokenUsage(0, 0, 0)
 _FREE: Final = Decimal(0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from app.report import IngressBoard, LineReport
+from app.config.scaling import ScalingSettings
+from app.contracts.stats import IngressBoard, LineReport
+from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
-from app.scaling.settings import ScalingSettings
-from app.tiers import Tier
 
 
 class DemandBook:

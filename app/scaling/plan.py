@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from app.line_settings import headroom_of
+from app.config.queue import headroom_of
+from app.config.scaling import ScalingSettings
+from app.core.tiers import Tier
 from app.scaling.queueing import Crowd, crowd
-from app.scaling.settings import ScalingSettings
 from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
-from app.tiers import Tier
 
 # How long flex may wait on the average, where replicas may be added for it: half of its longest
 # wait in line, so that few have to be turned away.

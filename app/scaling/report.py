@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from app.scaling.settings import ScalingSettings
-from app.tiers import Tier
+from app.config.scaling import ScalingSettings
+from app.core.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from app.config.scaling import ScalingSettings
+from app.core.tiers import Tier
 from app.scaling.forecast import Counted, forecast, sudden, window_for
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
-from app.scaling.settings import ScalingSettings
 from app.scaling.starts import Starts
 from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
-from app.tiers import Tier
 
 # Rates are measured over longer where engines start slowly or few requests come, up to so many
 # times ``smoothing_s``.

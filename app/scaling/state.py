@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from app.tiers import Tier
+from app.core.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)

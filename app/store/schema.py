@@ -104,8 +104,8 @@ usage_records = Table(
     Index("usage_records_by_day", "day"),
 )
 
-# Values are read as they are stored, and each row is checked by itself (``app.store.keys``): one
-# that cannot be read must not keep the others from being read.
+# Values are read as they are stored, and each row is checked by itself (``app.tenants.key_store``):
+# one that cannot be read must not keep the others from being read.
 api_keys = Table(
     "api_keys",
     metadata,

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
-from app.dialect import Dialect, Route
-from app.settings import Problem, SettingsError
-from app.tiers import Tier
+from app.core.dialect import Dialect, Route
+from app.core.settings import Problem, SettingsError
+from app.core.tiers import Tier
 
 EngineArg = str | int | float | bool | None | list[str] | dict[str, Any]
 """A value of ``engine_args`` in a model's configuration."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from app.settings import Problem, SettingsError
+from app.core.settings import Problem, SettingsError
 from deployments.engines.base import EngineAdapter
 
 ADAPTERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from app.dialect import Dialect, Route
+from app.core.dialect import Dialect, Route
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,

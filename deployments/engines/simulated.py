@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
-from app.dialect import Dialect, Route
-from app.tiers import Tier
+from app.core.dialect import Dialect, Route
+from app.core.tiers import Tier
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -20,15 +20,15 @@ from deployments.engines.base import (
     Launch,
     Span,
 )
-from deployments.engines.simulated_server import KEY_VARIABLE
-from deployments.engines.simulated_server.settings import DialectName, Policy, SimulatedSettings
 from deployments.engines.tensorrt_llm_requests import (
     CLIENT_FIELDS,
     PRIORITY_ROUTES,
     PRIORITY_VALUES,
 )
+from deployments.simulator import KEY_VARIABLE
+from deployments.simulator.settings import DialectName, Policy, SimulatedSettings
 
-_SERVER: Final = "deployments.engines.simulated_server"
+_SERVER: Final = "deployments.simulator"
 _ROOT: Final = Path(__file__).resolve().parents[2]
 
 _HIGH_FIRST: Final = {tier: -value for tier, value in LOW_FIRST.items()}

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from app.dialect import Dialect, Route
-from app.settings import Problem, SettingsError
+from app.core.dialect import Dialect, Route
+from app.core.settings import Problem, SettingsError
 from deployments.engines.base import (
     METERED_STREAM,
     EngineAdapter,

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from app.dialect import Route
-from app.tiers import Tier
+from app.core.dialect import Route
+from app.core.tiers import Tier
 
 PRIORITY_VALUES: Final = {Tier.PRIORITY: 1.0, Tier.DEFAULT: 0.5, Tier.FLEX: 0.0}
 """Between 0 and 1, higher first; 0.5 is what the engine takes where a request says nothing."""

@@ -30,8 +30,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.line_settings import LineSettings
-from app.scaling.settings import ScalingSettings
+from app.config.queue import LineSettings
+from app.config.scaling import ScalingSettings
 from scripts.bench.fleet import Fleet, Outcome, Policy, Simulation
 from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn
 from scripts.bench.traces import MIX, SLOTS, Trace, traces

@@ -2,7 +2,7 @@
 
 What is simulated: requests of three tiers come, wait in one line and run in slots of replicas that
 take time to start and end only once their requests have. The line's rules are those of
-`app.line_settings`: order by tier, headroom, length by tier with displacement, longest waits. Left
+`app.config.queue`: order by tier, headroom, length by tier with displacement, longest waits. Left
 out: tenants, affinity, credits of several ingresses and the starvation guard, none of which a
 policy sees. Everything random comes from the trace's seed, and is the same for every policy.
 """
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from app.line_settings import LineSettings
+from app.config.queue import LineSettings
+from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
-from app.tiers import Tier
 
 _TIERS = tuple(Tier)
 _P, _D, _F = 0, 1, 2

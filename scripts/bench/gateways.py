@@ -21,12 +21,12 @@ import orjson
 import psutil
 import yaml
 
-from app.keys import create_key
+from app.core.tiers import Tier
 from app.ledger.record import now_utc
 from app.store.database import connect, migrate
-from app.store.keys import KeyStore
-from app.store.url import resolve_url
-from app.tiers import Tier
+from app.store.database_url import resolve_url
+from app.tenants.key_store import KeyStore
+from app.tenants.keys import create_key
 from scripts.bench.drive import Gateway, Roles
 
 _HERE = Path(__file__).parent

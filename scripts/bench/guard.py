@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 
 import uvloop
 
-from app.dialect import Route
-from deployments.guard import LOOPBACK, Guard
+from app.core.dialect import Route
+from deployments.hosting.guard import LOOPBACK, Guard
 
 KEY = "benchmark"
 NODE = "127.0.0.2"

@@ -21,13 +21,13 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from app.config.journal import JournalSettings
+from app.core.pricing import RateCard, TokenUsage
+from app.core.tiers import Tier, TierDecision
 from app.ledger.ledger import Ledger, open_ledger
 from app.ledger.record import Origin, State, UsageRecord, now_utc
-from app.ledger.settings import JournalSettings
-from app.pricing import RateCard, TokenUsage
 from app.store.database import connect
-from app.store.url import resolve_url
-from app.tiers import Tier, TierDecision
+from app.store.database_url import resolve_url
 
 AT_ONCE = (1, 16, 64, 256)
 PACES = (100, 500, 1000, 2000)

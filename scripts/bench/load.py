@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-from app.sse import DONE, EventReader
+from app.protocol.sse import DONE, EventReader
 
 _LONGEST_PAUSE_S = 300.0
 _RETRY_S = 1.0

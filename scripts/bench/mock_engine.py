@@ -24,7 +24,7 @@ import httptools
 import orjson
 import uvloop
 
-from deployments.engines.simulated_server import KEY_VARIABLE
+from deployments.simulator import KEY_VARIABLE
 
 PACED: Final = b"paced"
 """In a prompt: one token every 10 ms."""

@@ -27,12 +27,12 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.config import AutoscalingConfig
 
+from app.config.scaling import ScalingSettings
+from app.core.tiers import Tier
 from app.scaling.plan import plan
 from app.scaling.report import ScalingReport
 from app.scaling.scaler import Bounds, Scaler
-from app.scaling.settings import ScalingSettings
 from app.scaling.state import ModelState, PoolState, TierDemand
-from app.tiers import Tier
 from scripts.bench.fleet import View
 from scripts.bench.traces import MIX, SLOTS, Trace
 

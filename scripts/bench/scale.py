@@ -26,16 +26,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from app.book import Capacity, CreditBook
-from app.config import ModelSettings
-from app.credits import RENEWAL_S, Demand, Grant
-from app.dialect import Route
-from app.gate import Gate
-from app.line_settings import LineSettings
-from app.places import Offer
-from app.snapshot import ModelSnapshot
-from app.ticket import Ticket
-from app.tiers import PriorityMode, Tier
+from app.config.ingress import ModelSettings
+from app.config.queue import LineSettings
+from app.contracts.status import ModelSnapshot
+from app.core.dialect import Route
+from app.core.tiers import PriorityMode, Tier
+from app.flow.allocation.allocator import Capacity, CreditBook
+from app.flow.credits import RENEWAL_S, Demand, Grant
+from app.flow.request import Ticket
+from app.flow.scheduler import Gate
+from app.flow.slots import Offer
 from scripts.bench.stand_ins import ON_RAY, SLOTS, on_ray, status
 
 _GRACE_S = 30.0

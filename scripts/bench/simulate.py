@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """How near many ingresses with credits come to one line: a discrete-event simulation.
 
-Drives the very code that serves (`app.gate`, `app.credits`, `app.book`) with a simulated clock,
-network and engines, at scales that no test machine has. Each scenario is run twice with the same
-requests: as the ideal, one line that holds every slot, and with as many ingresses as it says, which
-renew their credits over a network that takes time. A request's wait lasts from its arrival at an
-ingress until an engine has a slot for it.
+Drives the very code that serves (`app.flow.scheduler`, `app.flow.credits`,
+`app.flow.allocation.allocator`) with a simulated clock, network and engines, at scales that no test
+machine has. Each scenario is run twice with the same requests: as the ideal, one line that holds
+every slot, and with as many ingresses as it says, which renew their credits over a network that
+takes time. A request's wait lasts from its arrival at an ingress until an engine has a slot for it.
 
     scripts/bench/simulate.py                          every scenario
     scripts/bench/simulate.py --only "8 x 100"         those whose name contains this
@@ -29,8 +29,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.line_settings import LineSettings
-from app.tiers import Tier
+from app.config.queue import LineSettings
+from app.core.tiers import Tier
 from scripts.bench.simulation import Outcome, Scenario, Simulation
 
 LOADS = (0.9, 1.5, 3.0)

@@ -1,7 +1,7 @@
 """A discrete-event simulation of ingresses, a Model and engines, on the code that serves.
 
-`app.gate`, `app.credits` and `app.book` run as they are; the clock, the network and the engines are
-simulated. Everything random comes from a scenario's seed.
+`app.flow.scheduler`, `app.flow.credits` and `app.flow.allocation.allocator` run as they are; the
+clock, the network and the engines are simulated. Everything random comes from a scenario's seed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from random import Random
 
-from app.book import LOOK_AFTER_S, Capacity, CreditBook
-from app.credits import Demand, Grant
-from app.gate import Gate
-from app.line_settings import LineSettings
-from app.places import Offer
-from app.ticket import Ticket, TicketState
-from app.tiers import PriorityMode, Tier
+from app.config.queue import LineSettings
+from app.core.tiers import PriorityMode, Tier
+from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditBook
+from app.flow.credits import Demand, Grant
+from app.flow.request import Ticket, TicketState
+from app.flow.scheduler import Gate
+from app.flow.slots import Offer
 
 ROUTE = "chat/completions"
 TICK_S = 1.0

@@ -17,9 +17,9 @@ from typing import Any
 
 import aiohttp
 
-from app.config import ModelArgs
-from app.dialect import Dialect, Route
-from app.snapshot import ReplicaStatus
+from app.config.ingress import ModelArgs
+from app.contracts.status import ReplicaStatus
+from app.core.dialect import Dialect, Route
 from deployments.engines.base import LOW_FIRST, METERED_STREAM
 from scripts.bench.load import regular_arrivals
 
@@ -113,23 +113,23 @@ def on_ray(sizes: list[str]) -> Iterator[OnRay]:
     # It sets what Ray reads when it is imported, so it comes first.
     import tests.conftest  # noqa: F401
     from scripts.bench.gateways import mock_engine
-    from tests import serving
+    from tests.support import cluster
 
     with (
         TemporaryDirectory() as folder,
         mock_engine(Path(folder)) as engine,
-        serving.local_serve() as deployment,
+        cluster.local_serve() as deployment,
     ):
         known = (0, 0)
         for size in sizes:
             replicas, ingresses, faster = (*map(int, size.split("x")), 1)[:3]
             args = {"faster": faster, "engine": f"http://127.0.0.1:{engine.port}"}
             began = time.monotonic()
-            known = _deploy(serving, deployment, args, known, (replicas, ingresses))
+            known = _deploy(cluster, deployment, args, known, (replicas, ingresses))
             ready_s = time.monotonic() - began
             for per_s in (0.0, ASKED_PER_S * ingresses):
                 time.sleep(_SETTLE_S)
-                measured = _measure(serving, deployment, per_s)
+                measured = _measure(cluster, deployment, per_s)
                 yield OnRay(replicas, ingresses, faster, **measured, ready_s=ready_s)
 
 

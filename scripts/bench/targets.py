@@ -73,9 +73,9 @@ class Target:
 @contextmanager
 def simulated() -> Iterator[Target]:
     """Frontline over the simulated engine."""
-    with _frontline() as (deployment, serving):
-        app = serving.simulated_app(_SIMULATED, default_completion_tokens=64, **_SIMULATION)
-        deployment.deploy(serving.ingress_app(catalog_interval_s=_CATALOG_S), app)
+    with _frontline() as (deployment, cluster):
+        app = cluster.simulated_app(_SIMULATED, default_completion_tokens=64, **_SIMULATION)
+        deployment.deploy(cluster.ingress_app(catalog_interval_s=_CATALOG_S), app)
         deployment.wait_ready(_SIMULATED)
         yield _both(deployment, _SIMULATED, {}, simulated=True)
 
@@ -83,11 +83,11 @@ def simulated() -> Iterator[Target]:
 @contextmanager
 def vllm() -> Iterator[Target]:
     """Frontline over vLLM on the CPU, as configs/local.yaml has it."""
-    with _frontline() as (deployment, serving):
+    with _frontline() as (deployment, cluster):
         apps = yaml.safe_load(_LOCAL.read_text())["applications"]
         # Its own ingress but for the ledger, which a benchmark's requests do not belong into.
         [chat] = (app for app in apps if app["name"] == _CHAT)
-        deployment.deploy(serving.ingress_app(catalog_interval_s=_CATALOG_S), chat)
+        deployment.deploy(cluster.ingress_app(catalog_interval_s=_CATALOG_S), chat)
         deployment.wait_ready(_CHAT, timeout_s=_START_S)
         # A model ends its answer where it likes: this makes lengths what was asked for.
         yield _both(deployment, _CHAT, {"ignore_eos": True}, simulated=False)
@@ -97,10 +97,10 @@ def vllm() -> Iterator[Target]:
 def _frontline() -> Iterator[tuple[Any, Any]]:
     # It sets what Ray reads when it is imported, so it comes first.
     import tests.conftest  # noqa: F401
-    from tests import serving
+    from tests.support import cluster
 
-    with serving.local_serve() as deployment:
-        yield deployment, serving
+    with cluster.local_serve() as deployment:
+        yield deployment, cluster
 
 
 def _both(deployment: Any, app: str, body: dict[str, Any], *, simulated: bool) -> Target:
@@ -115,7 +115,7 @@ def _both(deployment: Any, app: str, body: dict[str, Any], *, simulated: bool) -
 
 
 def _cluster_processes() -> dict[str, float]:
-    from tests.serving import test_run_processes
+    from tests.support.cluster import test_run_processes
 
     used: Counter[str] = Counter()
     for process in test_run_processes():

@@ -17,7 +17,7 @@ COPY app /opt/frontline/app
 COPY deployments /opt/frontline/deployments
 COPY scripts/activate scripts/haproxy /opt/frontline/scripts/
 COPY scripts/docker/leave /opt/frontline/scripts/docker/
-RUN printf '#!/opt/frontline/env/bin/python\nfrom app.cli import main\n\nmain()\n' \
+RUN printf '#!/opt/frontline/env/bin/python\nfrom app.cli.main import main\n\nmain()\n' \
         >/opt/frontline/env/bin/frontline \
     && chmod +x /opt/frontline/env/bin/frontline \
     && install -d -o 1000 -g 1000 /opt/frontline/home

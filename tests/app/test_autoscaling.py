@@ -8,8 +8,8 @@ from ray.serve._private.common import DeploymentID, TimeStampedValue
 from ray.serve.config import AutoscalingPolicy
 
 from app.autoscaling import POLICY_PATH
+from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
-from app.tiers import Tier
 
 pytestmark = pytest.mark.unit
 

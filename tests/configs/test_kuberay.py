@@ -11,7 +11,7 @@ import yaml
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from app.check import check_config
+from app.cli.check import check_config
 from tests.configs.kuberay_schema import Validator, rayservice_schema
 
 pytestmark = pytest.mark.unit

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from app.body_memory import NoRoom
-from app.config import IngressSettings
-from app.health import CANNOT_SERVE
-from app.health import Reason as HealthReason
-from app.json_depth import MAX_DEPTH
-from app.json_members import LONGEST_PARSED
-from app.json_scan import MOST_MEMBERS
-from app.request_json import LONGEST_WHOLE
-from app.ticket import ShedReason
-from app.tiers import Reason
+from app.config.ingress import IngressSettings
+from app.core.tiers import Reason
+from app.flow.request import ShedReason
+from app.gateway.body_memory import NoRoom
+from app.gateway.health import CANNOT_SERVE
+from app.gateway.health import Reason as HealthReason
+from app.protocol.json_body.depth import MAX_DEPTH
+from app.protocol.json_body.members import LONGEST_PARSED
+from app.protocol.json_body.parse import LONGEST_WHOLE
+from app.protocol.json_body.scan import MOST_MEMBERS
 
 pytestmark = pytest.mark.unit
 
@@ -86,7 +86,9 @@ def test_the_bounds_of_a_request_are_the_codes_own():
 
 
 def test_every_header_is_documented():
-    text = (ROOT / "app" / "reply.py").read_text() + (ROOT / "app" / "passage.py").read_text()
+    text = "".join(
+        SOURCES[ROOT / "app" / "gateway" / name] for name in ("response.py", "lifecycle.py")
+    )
     headers = set(re.findall(r'"(x-[a-z-]+)"', text)) - {"x-accel-buffering"}
     assert "x-service-tier" in headers
     assert [header for header in headers if f"`{header}`" not in PAGE] == []

@@ -6,7 +6,7 @@ import yaml
 
 from tests.engines.pools import SGLANG
 from tests.engines.subjects import REAL, SIMULATED, checked_subject
-from tests.serving import ingress_app
+from tests.support.cluster import ingress_app
 
 LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 

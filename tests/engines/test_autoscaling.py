@@ -12,9 +12,9 @@ import httpx
 import pytest
 import yaml
 
-from app.frame import Sight, make_frame
+from app.cli.board import Sight, make_frame
 from tests.faults.clients import COMPLETE, Answer, Clients, check_bill, told
-from tests.serving import actors_titled, eventually_async, ingress_app
+from tests.support.cluster import actors_titled, eventually_async, ingress_app
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 CONFIG = Path(__file__).parents[2] / "configs" / "autoscaling.yaml"

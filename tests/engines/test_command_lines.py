@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.paths import frontline_home
-from app.plan import make_plan
+from app.cli.plan import make_plan
+from app.core.paths import frontline_home
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "gpu").glob("*.yaml"))
 

@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.engines.subjects import Can, Subject
-from tests.serving import Deployment, eventually, eventually_async
+from tests.support.cluster import Deployment, eventually, eventually_async
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -8,11 +8,11 @@ import openai
 import psutil
 import pytest
 
-from app.paths import frontline_home
+from app.core.paths import frontline_home
 from tests.engines.padded import pad_heads
-from tests.machines import namespaces_work
-from tests.ray_machines import FRONT, front_ingress, ray_machines
-from tests.serving import eventually_async
+from tests.support.cluster import eventually_async
+from tests.support.machines import namespaces_work
+from tests.support.ray_machines import FRONT, front_ingress, ray_machines
 
 pytestmark = [
     pytest.mark.engine,

@@ -12,8 +12,8 @@ import openai
 import psutil
 import pytest
 
-from app.paths import frontline_home
-from tests.serving import command_line, engine_processes, eventually, eventually_async
+from app.core.paths import frontline_home
+from tests.support.cluster import command_line, engine_processes, eventually, eventually_async
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -8,7 +8,13 @@ import pytest
 import yaml
 
 from tests.engines.pools import CONFIGS
-from tests.serving import command_line, engine_processes, eventually, eventually_async, ingress_app
+from tests.support.cluster import (
+    command_line,
+    engine_processes,
+    eventually,
+    eventually_async,
+    ingress_app,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

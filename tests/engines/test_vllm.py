@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import command_line, engine_processes, eventually, eventually_async
+from tests.support.cluster import command_line, engine_processes, eventually, eventually_async
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

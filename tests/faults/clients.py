@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 
-from tests.serving import Deployment
+from tests.support.cluster import Deployment
 
 COMPLETE = "complete"
 CUT = "cut, with an error event"

@@ -1,7 +1,7 @@
 import pytest
 
-from tests.app.store.conftest import NO_POSTGRES
-from tests.postgres import binaries, postgres_server
+from tests.app.conftest import NO_POSTGRES
+from tests.support.postgres import binaries, postgres_server
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tests.serving import Deployment, eventually_async
+from tests.support.cluster import Deployment, eventually_async
 
 
 async def change_engine(cluster: Deployment, *, model: str, **change: Any) -> None:

@@ -11,13 +11,13 @@ import os
 import random
 import sys
 
+from app.config.journal import JournalSettings
+from app.core.pricing import TokenUsage
 from app.ledger.ledger import JournalFull, Ledger, open_ledger
 from app.ledger.record import State, now_utc
-from app.ledger.settings import JournalSettings
-from app.pricing import TokenUsage
 from app.store.database import connect
-from app.store.url import resolve_url
-from tests.app.ledger.records import completed, new_id, opened
+from app.store.database_url import resolve_url
+from tests.support.records import completed, new_id, opened
 
 STEP = 50
 

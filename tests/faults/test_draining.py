@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from app.frame import Sight, make_frame
+from app.cli.board import Sight, make_frame
 from tests.faults.clients import COMPLETE, LEFT, Clients, ask, check_bill, told
-from tests.serving import (
+from tests.support.cluster import (
     command_line,
     engine_processes,
     eventually,

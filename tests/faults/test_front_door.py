@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.serving import (
+from tests.support.cluster import (
     PLAIN,
     actors_titled,
     eventually,

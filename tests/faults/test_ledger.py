@@ -21,8 +21,8 @@ from sqlalchemy import make_url
 
 from app.ledger.adoption import adopt
 from app.ledger.record import State
+from app.ledger.record_store import RecordStore, Wanted
 from app.store.database import connect
-from app.store.records import RecordStore, Wanted
 from tests.faults.ledger_writer import STEP
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"

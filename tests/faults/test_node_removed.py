@@ -11,9 +11,9 @@ import pytest
 from ray._private import worker
 from ray.cluster_utils import Cluster
 
-from app.gate import GIVE_UP_S
+from app.flow.scheduler import GIVE_UP_S
 from tests.faults.clients import COMPLETE, CUT, Clients, check_bill, told
-from tests.serving import (
+from tests.support.cluster import (
     command_line,
     engine_processes,
     eventually,

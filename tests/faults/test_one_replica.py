@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.clients import COMPLETE, CUT, REFUSED, TRUNCATED, Clients, check_bill, told
 from tests.faults.engines import change_engine, one_replaced, replica_ids
-from tests.serving import (
+from tests.support.cluster import (
     actors_titled,
     command_line,
     engine_processes,

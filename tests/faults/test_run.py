@@ -13,8 +13,8 @@ import psutil
 import pytest
 import yaml
 
-from tests.ports import serve_ports
-from tests.serving import eventually, ingress_app, simulated_app
+from tests.support.cluster import eventually, ingress_app, simulated_app
+from tests.support.ports import serve_ports
 
 pytestmark = pytest.mark.faults
 

@@ -14,8 +14,8 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import main
-from tests.serving import (
+from app.cli.main import main
+from tests.support.cluster import (
     command_line,
     engine_processes,
     eventually,

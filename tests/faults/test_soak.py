@@ -20,7 +20,7 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.serving import (
+from tests.support.cluster import (
     actors_titled,
     command_line,
     engine_processes,

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.serving import ingress_app, simulated_app
+from tests.support.cluster import ingress_app, simulated_app
 
 
 @pytest.fixture(scope="session")

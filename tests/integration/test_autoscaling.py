@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import eventually, eventually_async, pooled_app
+from tests.support.cluster import eventually, eventually_async, pooled_app
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 

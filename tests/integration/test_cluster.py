@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 import psutil
 import pytest
 
-from tests.machines import namespaces_work
-from tests.ray_machines import FRONT, front_ingress, ray_machines
-from tests.serving import eventually_async, simulated_app
+from tests.support.cluster import eventually_async, simulated_app
+from tests.support.machines import namespaces_work
+from tests.support.ray_machines import FRONT, front_ingress, ray_machines
 
 pytestmark = [
     pytest.mark.integration,

@@ -6,7 +6,7 @@ import time
 import openai
 import pytest
 
-from tests.serving import (
+from tests.support.cluster import (
     actors_titled,
     command_line,
     engine_processes,

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.serving import ingress_app, simulated_app
+from tests.support.cluster import ingress_app, simulated_app
 
 pytestmark = pytest.mark.integration
 

@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import PLAIN
+from tests.support.cluster import PLAIN
 
 pytestmark = pytest.mark.integration
 

@@ -10,8 +10,8 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import main
-from tests.serving import (
+from app.cli.main import main
+from tests.support.cluster import (
     eventually,
     eventually_async,
     ingress_app,

@@ -7,7 +7,7 @@ from decimal import Decimal
 import openai
 import pytest
 
-from tests.serving import eventually, eventually_async, ingress_processes, simulated_app
+from tests.support.cluster import eventually, eventually_async, ingress_processes, simulated_app
 
 pytestmark = pytest.mark.integration
 

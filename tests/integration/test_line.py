@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import openai
 import pytest
 
-from tests.serving import (
+from tests.support.cluster import (
     eventually,
     eventually_async,
     ingress_app,

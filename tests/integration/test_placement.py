@@ -10,7 +10,7 @@ import pytest
 import ray
 import yaml
 
-from tests.serving import eventually, simulated_app
+from tests.support.cluster import eventually, simulated_app
 
 pytestmark = pytest.mark.integration
 

@@ -8,8 +8,8 @@ import httpx
 import openai
 import pytest
 
-from app.listening import listeners, processes
-from tests.serving import test_run_processes
+from app.cli.listening import listeners, processes
+from tests.support.cluster import test_run_processes
 
 pytestmark = pytest.mark.integration
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.serving import eventually, simulated_app
+from tests.support.cluster import eventually, simulated_app
 
 pytestmark = pytest.mark.integration
 

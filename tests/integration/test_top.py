@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray import serve
 
-from app.tiers import Tier
-from tests.serving import eventually_async, simulated_app
+from app.core.tiers import Tier
+from tests.support.cluster import eventually_async, simulated_app
 
 pytestmark = pytest.mark.integration
 

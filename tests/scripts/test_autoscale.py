@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from app.line_settings import LineSettings
-from app.scaling.settings import ScalingSettings
+from app.config.queue import LineSettings
+from app.config.scaling import ScalingSettings
 from scripts.bench.autoscale import OURS, Row, hindsight, verdict
 from scripts.bench.fleet import Fleet, Simulation
 from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn

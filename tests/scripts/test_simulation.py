@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from app.line_settings import LineSettings
-from app.tiers import Tier
+from app.config.queue import LineSettings
+from app.core.tiers import Tier
 from scripts.bench.simulate import distance, markdown
 from scripts.bench.simulation import Outcome, Scenario, Simulation, arrivals
 

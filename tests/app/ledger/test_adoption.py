@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config.journal import JournalSettings
+from app.core.pricing import TokenUsage
 from app.ledger.adoption import Adopter, adopt
-from app.ledger.frames import Kind, Progress, frame
+from app.ledger.codec import Kind, Progress, frame
 from app.ledger.ledger import Ledger
 from app.ledger.leftovers import INGRESS_LOST
 from app.ledger.reading import NotUnderstood, read_record
 from app.ledger.record import NOTHING_USED, State
 from app.ledger.segments import lock_dead, segment_path
-from app.ledger.settings import JournalSettings
-from app.pricing import TokenUsage
-from tests.app.ledger.records import NOON, completed, opened, records, shed
-from tests.app.ledger.stores import MemoryStore
-from tests.app.waiting import until
+from tests.support.records import NOON, completed, opened, records, shed
+from tests.support.stores import MemoryStore
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 

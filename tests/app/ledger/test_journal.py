@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config.journal import JournalSettings
+from app.core.pricing import TokenUsage
 from app.ledger.adoption import adopt
+from app.ledger.codec import Kind, Progress, read_segment
 from app.ledger.flusher import OwnJournal
-from app.ledger.frames import Kind, Progress, read_segment
 from app.ledger.journal import Entry, Journal
 from app.ledger.record import State
 from app.ledger.segments import SegmentFile, bytes_taken, segment_numbers, segment_path
-from app.ledger.settings import JournalSettings
-from app.pricing import TokenUsage
 from app.store.database import StoreAway
-from tests.app.ledger.records import NOON, completed, new_id, opened
-from tests.app.ledger.stores import MemoryStore
+from tests.support.records import NOON, completed, new_id, opened
+from tests.support.stores import MemoryStore
 
 pytestmark = pytest.mark.unit
 

@@ -6,22 +6,22 @@ from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
+from app.config.journal import JournalSettings
+from app.core.pricing import TokenUsage
+from app.core.settings import SettingsError
 from app.ledger.adoption import adopt
-from app.ledger.frames import Kind, read_segment
+from app.ledger.codec import Kind, read_segment
 from app.ledger.journal import Journal
 from app.ledger.ledger import RESERVED_BYTES, DiskRefuses, JournalFull, Ledger, open_ledger
 from app.ledger.leftovers import INGRESS_LOST
 from app.ledger.record import State
+from app.ledger.record_store import RecordStore, Wanted
 from app.ledger.segments import segment_numbers, segment_path
-from app.ledger.settings import JournalSettings
-from app.pricing import TokenUsage
-from app.settings import SettingsError
 from app.store.database import connect
-from app.store.records import RecordStore, Wanted
-from app.store.url import resolve_url
-from tests.app.ledger.records import NOON, completed, new_id, opened, shed
-from tests.app.ledger.stores import MemoryStore
-from tests.app.waiting import until
+from app.store.database_url import resolve_url
+from tests.support.records import NOON, completed, new_id, opened, shed
+from tests.support.stores import MemoryStore
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.core.pricing import TokenUsage
+from app.core.tiers import Tier
 from app.ledger.record import NOTHING_USED, State, UsageRecord, fields_from_json
-from app.pricing import TokenUsage
-from app.tiers import Tier
-from tests.app.ledger.records import CARD, NOON, cards, completed, opened, origin, records, usages
+from tests.support.records import CARD, NOON, cards, completed, opened, origin, records, usages
 
 pytestmark = pytest.mark.unit
 

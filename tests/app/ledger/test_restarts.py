@@ -12,17 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import supervision
+from app.config.journal import JournalSettings
+from app.core.pricing import TokenUsage
 from app.ledger.adoption import adopt
-from app.ledger.frames import Kind, Progress
+from app.ledger.codec import Kind, Progress
 from app.ledger.journal import Entry, Journal
 from app.ledger.ledger import DiskRefuses, JournalFull, Ledger
 from app.ledger.record import State
-from app.ledger.settings import JournalSettings
-from app.pricing import TokenUsage
 from app.supervision import PROCESS, keep_thread
-from tests.app.ledger.records import NOON, completed, opened
-from tests.app.ledger.stores import MemoryStore
-from tests.app.waiting import until
+from tests.support.records import NOON, completed, opened
+from tests.support.stores import MemoryStore
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from app.credits import Demand
-from app.report import IngressBoard, Tally
+from app.config.scaling import ScalingSettings
+from app.contracts.stats import IngressBoard, Tally
+from app.core.tiers import Tier
+from app.flow.credits import Demand
+from app.flow.request import Ticket, TicketState
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
-from app.scaling.settings import ScalingSettings
-from app.ticket import Ticket, TicketState
-from app.tiers import Tier
 
 pytestmark = pytest.mark.unit
 

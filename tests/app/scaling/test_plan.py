@@ -6,10 +6,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from app.config.scaling import ScalingSettings
+from app.core.tiers import Tier
 from app.scaling.plan import plan
-from app.scaling.settings import ScalingSettings
 from app.scaling.state import ModelState, PoolState, TierDemand
-from app.tiers import Tier
 
 pytestmark = pytest.mark.unit
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import settings as trying
 from hypothesis import strategies as st
 
+from app.config.scaling import ScalingSettings
+from app.core.tiers import Tier
 from app.scaling.forecast import Counted, forecast, sudden, window_for
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.scaler import Bounds, Scaler
-from app.scaling.settings import ScalingSettings
-from app.tiers import Tier
 
 pytestmark = pytest.mark.unit
 

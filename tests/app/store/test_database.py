@@ -8,10 +8,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, MetaData, Table, insert, inspect, make_url, text
 
+from app.ledger.record_store import RecordStore, Wanted
 from app.store.database import StoreAway, StoreTooSlow, connect, migrate, translated
-from app.store.records import RecordStore, Wanted
 from app.store.schema import metadata, usage_records
-from tests.app.ledger.records import completed
+from tests.support.records import completed
 
 pytestmark = pytest.mark.unit
 

@@ -8,14 +8,14 @@ from contextlib import closing
 import pytest
 from sqlalchemy import event, make_url, text
 
-from app.keys import create_key
+from app.config.journal import JournalSettings
 from app.ledger.ledger import open_ledger
-from app.ledger.settings import JournalSettings
+from app.ledger.record_store import RecordStore
 from app.store.database import StoreAway, connect
-from app.store.keys import KeyStore
-from app.store.records import RecordStore
-from tests.app.ledger.records import NOON, completed
-from tests.app.waiting import until
+from app.tenants.key_store import KeyStore
+from app.tenants.keys import create_key
+from tests.support.records import NOON, completed
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from app.dialect import Route
-from app.settings import SettingsError
-from app.tiers import Tier
+from app.core.dialect import Route
+from app.core.settings import SettingsError
+from app.core.tiers import Tier
 from deployments.engines.base import EngineContractError, Launch
 from deployments.engines.tensorrt_llm import TensorrtLlm
 from deployments.engines.tensorrt_llm_requests import CLIENT_FIELDS, refused_fields

@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 
-from app.dialect import Route
-from app.settings import SettingsError
-from app.tiers import Tier
+from app.core.dialect import Route
+from app.core.settings import SettingsError
+from app.core.tiers import Tier
 from deployments.engines.base import EngineContractError, Launch, Span
 from deployments.engines.vllm import Vllm
 

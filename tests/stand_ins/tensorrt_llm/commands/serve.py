@@ -9,9 +9,9 @@ import socket
 import uvicorn
 import yaml
 
-from deployments.engines.simulated_server.application import Application
-from deployments.engines.simulated_server.engine import Engine
-from deployments.engines.simulated_server.settings import SimulatedSettings
+from deployments.simulator.application import Application
+from deployments.simulator.engine import Engine
+from deployments.simulator.settings import SimulatedSettings
 
 SETTINGS_VARIABLE = "STAND_IN_SETTINGS"
 """Further settings of the simulated engine, as JSON."""

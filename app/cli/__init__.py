@@ -1,0 +1,1 @@
+"""The ``frontline`` command: what runs in the operator's terminal."""

@@ -1,0 +1,332 @@
+"""The commands that work on the store: ``frontline keys``, ``usage`` and ``ledger``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import date, datetime
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from app.config.journal import JournalSettings
+from app.core.paths import expand_path
+from app.core.settings import SettingsError
+from app.core.tiers import Tier
+from app.ledger.record import now_utc
+from app.ledger.usage import (
+    Grouping,
+    Total,
+    add_up,
+    cloud_event,
+    plain,
+    record_fields,
+    write_csv,
+    write_json_lines,
+)
+from app.store.database_url import DEFAULT_URL
+from app.tenants.keys import ApiKey, Limits, create_key
+
+if TYPE_CHECKING:
+    from app.ledger.dead_letter import RefusedRecord
+
+Member = TypeVar("Member", bound=StrEnum)
+keys = typer.Typer(no_args_is_help=True, help="API keys.")
+ledger = typer.Typer(no_args_is_help=True, help="The database of records and keys.")
+
+Ledger = Annotated[
+    str,
+    typer.Option(
+        "--ledger",
+        envvar="FRONTLINE_LEDGER",
+        show_default=DEFAULT_URL,
+        help="The database, as `ledger` in the ingress's user_config.",
+    ),
+]
+JournalFolder = Annotated[
+    str, typer.Option("--folder", help="`journal.folder` in the ingress's user_config.")
+]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, a line for each.")]
+_JOURNALS = JournalSettings().folder
+_FILE_WIDTH = 240
+
+
+@contextmanager
+def _database(url: str) -> Iterator[Any]:
+    """Yield an engine for an up-to-date database; end the command with a word if there is none."""
+    from app.store.database import StoreAway, connect, migrate
+    from app.store.database_url import resolve_url
+
+    try:
+        engine = connect(resolve_url(url))
+        try:
+            migrate(engine)
+            yield engine
+        finally:
+            engine.dispose()
+    except (StoreAway, SettingsError, ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"frontline: {message}", err=True)
+    raise typer.Exit(1)
+
+
+@keys.command("create")
+def create(
+    tenant: Annotated[str, typer.Option(help="Who pays, and sees the usage.")],
+    name: Annotated[str, typer.Option(help="What to call it.")] = "",
+    default_tier: Annotated[
+        Tier, typer.Option(help="The tier of requests that ask for none.")
+    ] = Tier.DEFAULT,
+    tiers: Annotated[
+        str, typer.Option(help="The tiers that it may use, separated by commas.")
+    ] = ",".join(Tier),
+    rpm: Annotated[int | None, typer.Option(min=1, help="Requests in any minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens in any minute.")] = None,
+    priority_share: Annotated[
+        str | None,
+        typer.Option(help="Part of its requests that may be priority, from 0 to 1."),
+    ] = None,
+    as_json: JsonOutput = False,
+    url: Ledger = DEFAULT_URL,
+) -> None:
+    """Make a key and print it, this once: what is stored cannot be made into a key again."""
+    from app.tenants.key_store import KeyStore
+
+    with _database(url) as engine:
+        share = None if priority_share is None else _share(priority_share)
+        key, text = create_key(
+            tenant,
+            name=name,
+            default_tier=default_tier,
+            tiers=_members(Tier, tiers, "tiers"),
+            limits=Limits(rpm, tpm, share),
+            created=now_utc(),
+        )
+        KeyStore(engine).add(key)
+        if as_json:
+            write_json_lines([{**_key_fields(key), "key": text}], sys.stdout)
+            return
+        typer.echo(text)
+        typer.echo(f"This is key {key.key_id} of {tenant}. It is not shown again.", err=True)
+
+
+@keys.command("list")
+def list_keys(as_json: JsonOutput = False, url: Ledger = DEFAULT_URL) -> None:
+    """Show every key, without what is secret of it."""
+    from app.tenants.key_store import KeyStore
+
+    with _database(url) as engine:
+        found, unreadable = KeyStore(engine).listing()
+        rows = [_key_fields(key) for key in found]
+        for key_id, fault in unreadable.items():
+            typer.echo(f"{key_id} cannot be read and does not work: {fault}", err=True)
+    if as_json:
+        write_json_lines(rows, sys.stdout)
+    else:
+        _print_table(rows)
+
+
+@keys.command("revoke")
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")],
+    url: Ledger = DEFAULT_URL,
+) -> None:
+    """Let a key work no more; ingresses know within a few seconds."""
+    from app.tenants.key_store import KeyStore
+
+    with _database(url) as engine:
+        if not KeyStore(engine).revoke(key_id, now_utc()):
+            _fail(f"no key {key_id!r} works")
+    typer.echo(f"{key_id} is revoked")
+
+
+class Format(StrEnum):
+    """How usage is printed."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    RECORDS_CSV = "records-csv"
+    RECORDS_JSON = "records-json"
+    CLOUDEVENTS = "cloudevents"
+
+
+def usage(
+    by: Annotated[
+        str, typer.Option(help=f"What totals are split by, of {', '.join(Grouping)}.")
+    ] = "day,model,tier",
+    tenant: Annotated[str | None, typer.Option(help="Of this tenant.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
+    since: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="From this day, in UTC.")
+    ] = None,
+    until: Annotated[
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Until before this day.")
+    ] = None,
+    form: Annotated[
+        Format,
+        typer.Option("--format", help="`csv` and `json` of totals, the others record by record."),
+    ] = Format.TABLE,
+    source: Annotated[
+        str, typer.Option(help="`source` of CloudEvents; the same for every export.")
+    ] = "frontline",
+    url: Ledger = DEFAULT_URL,
+) -> None:
+    """Show what was used and what it costs, to the last digit."""
+    from app.ledger.record_store import RecordStore, Wanted
+
+    with _database(url) as engine:
+        store = RecordStore(engine)
+        wanted = Wanted(tenant, _day(since), _day(until), model)
+        if form in _OF_RECORDS:
+            _OF_RECORDS[form](store.each(wanted), source)
+            return
+        totals = store.totals(wanted, _members(Grouping, by, "by"))
+    _print_totals(totals, form)
+
+
+def _print_totals(totals: list[Total], form: Format) -> None:
+    rows = [total.to_fields() for total in totals]
+    if form is Format.CSV:
+        write_csv(rows, sys.stdout)
+    elif form is Format.JSON:
+        write_json_lines(rows, sys.stdout)
+    else:
+        _print_table(rows, total=add_up(totals).to_fields())
+
+
+_OF_RECORDS: dict[Format, Callable[[Iterable[Any], str], None]] = {
+    Format.RECORDS_CSV: lambda records, _: write_csv(map(record_fields, records), sys.stdout),
+    Format.RECORDS_JSON: lambda records, _: write_json_lines(
+        map(record_fields, records), sys.stdout
+    ),
+    Format.CLOUDEVENTS: lambda records, source: write_json_lines(
+        (cloud_event(record, source) for record in records), sys.stdout
+    ),
+}
+
+
+@ledger.command("migrate")
+def migrate_store(url: Ledger = DEFAULT_URL) -> None:
+    """Bring the tables up to date. Ingresses do that too, when they start."""
+    with _database(url):
+        typer.echo("the tables are up to date")
+
+
+@ledger.command("adopt")
+def adopt_journals(
+    folder: JournalFolder = _JOURNALS,
+    url: Ledger = DEFAULT_URL,
+) -> None:
+    """Move what dead ingresses of this node left to the database. Living ones do that too."""
+    from app.ledger.adoption import Adopter
+    from app.ledger.record_store import RecordStore
+
+    with _database(url) as engine:
+        adopter = Adopter(Path(expand_path(folder)), RecordStore(engine))
+        moved = adopter.adopt(time.monotonic())
+    typer.echo(f"{moved} records")
+    if adopter.set_aside:
+        typer.echo(f"{adopter.set_aside} journals set aside, not all of them can be read", err=True)
+    for name, why in adopter.failing.items():
+        typer.echo(f"journal {name}: {why}", err=True)
+    if adopter.failing:
+        raise typer.Exit(1)
+
+
+@ledger.command("refused")
+def show_refused(
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try to write them once more before.")
+    ] = False,
+    folder: JournalFolder = _JOURNALS,
+    as_json: JsonOutput = False,
+    url: Ledger = DEFAULT_URL,
+) -> None:
+    """Show the records that the database has refused for good, kept on this node."""
+    from app.ledger.dead_letter import refused_records, retry_refused
+    from app.ledger.record_store import RecordStore
+
+    journals = Path(expand_path(folder))
+    if retry:
+        with _database(url) as engine:
+            written = retry_refused(RecordStore(engine), journals)
+        typer.echo(f"{written} records written", err=True)
+    kept = list(refused_records(journals))
+    if as_json:
+        write_json_lines([{"why": one.why, **one.fields} for one in kept], sys.stdout)
+    else:
+        _print_table([_refused_fields(one) for one in kept])
+
+
+def _refused_fields(refused: RefusedRecord) -> dict[str, Any]:
+    fields = refused.fields
+    shown = {name: fields.get(name) for name in ("request_id", "tenant", "model", "state", "cost")}
+    return {**shown, "why": refused.why}
+
+
+def _members(kind: type[Member], text: str, option: str) -> list[Member]:
+    try:
+        return [kind(name.strip()) for name in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{option}: expected some of {', '.join(kind)}") from None
+
+
+def _share(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise ValueError("priority_share is from 0 to 1") from None
+
+
+def _day(moment: datetime | None) -> date | None:
+    return None if moment is None else moment.date()
+
+
+def _key_fields(key: ApiKey) -> dict[str, Any]:
+    share = key.limits.priority_share
+    return {
+        "key_id": key.key_id,
+        "tenant": key.tenant,
+        "name": key.name,
+        "default_tier": key.default_tier.value,
+        "tiers": ",".join(tier for tier in Tier if tier in key.tiers),
+        "rpm": key.limits.rpm,
+        "tpm": key.limits.tpm,
+        "priority_share": None if share is None else plain(share),
+        "created": key.created.isoformat(timespec="seconds"),
+        "revoked": key.revoked and key.revoked.isoformat(timespec="seconds"),
+    }
+
+
+def _print_table(rows: list[dict[str, Any]], total: dict[str, Any] | None = None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_footer=total is not None)
+    for name in rows[0] if rows else ():
+        justify = "right" if name in (total or ()) else "left"
+        footer = "" if total is None else _cell(total.get(name, ""))
+        table.add_column(name, footer, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        # Text, since names may hold what Rich takes for markup.
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    if not rows:
+        typer.echo("nothing")
+        return
+    # In a file a row is a line; in a terminal it fits.
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,255 @@
+"""The numbers of one frame of ``frontline top``, out of what Models say. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from app.contracts.stats import IngressBoard, LineReport, ModelBoard
+from app.core.tiers import Tier
+from app.flow.request import ShedReason
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A model application at one look.
+
+    Attributes:
+        state: what Serve says of it, such as ``RUNNING``.
+        board: what its Model says; ``None`` where it did not answer.
+    """
+
+    state: str
+    board: ModelBoard | None
+
+
+Look = Mapping[str, Sight]
+"""Every model application at one moment, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sheds:
+    """Requests turned away for one reason.
+
+    Attributes:
+        total: how many since the ingresses that are there now began.
+        per_s: how many a second between two looks; ``None`` where there is nothing to compare.
+    """
+
+    total: int
+    per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TierRow:
+    """One tier of a model, over all ingresses.
+
+    Attributes:
+        running: requests inside engines.
+        waiting: requests in the line.
+        oldest_s: how long the oldest of them has waited; 0 where none waits.
+        queued_s: how long those that were placed between two looks had waited, on average;
+            ``None`` where none was.
+        grants_per_s: requests that were given a slot lately, per second: the drain rate.
+        sheds: by reason, where there are any.
+    """
+
+    running: int
+    waiting: int
+    oldest_s: float
+    queued_s: float | None
+    grants_per_s: float
+    sheds: Mapping[ShedReason, Sheds]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRow:
+    """One engine replica.
+
+    Attributes:
+        replica_id: its name.
+        pool: the pool that it belongs to.
+        engine: its engine's name.
+        engine_version: as the engine told it.
+        native_priority: whether it has proved native priority on any route.
+        running: requests of all ingresses in it.
+        slots: how many it runs at once.
+        credits: how many of them ingresses hold.
+        draining: it was told to stop, and serves only what it has begun: it has no slots any more,
+            and nothing but its name and what runs is known of it.
+    """
+
+    replica_id: str
+    pool: str
+    engine: str
+    engine_version: str
+    native_priority: bool
+    running: int
+    slots: int
+    credits: int
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IngressRow:
+    """One ingress's part in a model."""
+
+    ingress: str
+    running: int
+    waiting: int
+    credits: int
+    headroom: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFrame:
+    """One model.
+
+    Attributes:
+        application: the name of its Serve application.
+        state: what Serve says of it; ``ASLEEP`` or ``WAKING`` where it was scaled to zero.
+        id: its name in requests; ``None`` where its Model did not answer, and then all that
+            follows is empty.
+        tiers: from the front of the line to its end.
+        slots: of all replicas.
+        credits: how many of those the ingresses hold.
+        headroom: how many free slots the ingresses keep for priority.
+        replicas: those that are ready, then those that drain.
+        ingresses: those that are not silent.
+        missing: by pool, what no node of the cluster offers of what a replica of it asks for.
+    """
+
+    application: str
+    state: str
+    id: str | None = None
+    tiers: Mapping[Tier, TierRow] = field(default_factory=dict)
+    slots: int = 0
+    credits: int = 0
+    headroom: int = 0
+    replicas: tuple[ReplicaRow, ...] = ()
+    ingresses: tuple[IngressRow, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_frame(now: Look, before: Look) -> list[ModelFrame]:
+    """Return every model, by application; rates are those since the look ``before``."""
+    return [
+        _model(name, sight, earlier.board if (earlier := before.get(name)) else None)
+        for name, sight in sorted(now.items())
+    ]
+
+
+def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFrame:
+    board = sight.board
+    if board is None:
+        return ModelFrame(application, sight.state)
+    spans = _spans(board, before)
+    replicas = _replicas(board)
+    ingresses = tuple(_ingress(one) for one in board.ingresses)
+    rest = board.snapshot.rest
+    return ModelFrame(
+        application,
+        sight.state if rest is None else "WAKING" if rest.waking else "ASLEEP",
+        id=board.snapshot.id,
+        tiers={tier: _tier(tier, board.ingresses, spans) for tier in Tier},
+        slots=sum(replica.slots for replica in replicas),
+        credits=sum(ingress.credits for ingress in ingresses),
+        headroom=sum(ingress.headroom for ingress in ingresses),
+        replicas=replicas,
+        ingresses=ingresses,
+        missing=board.snapshot.missing,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Two reports of one ingress."""
+
+    first: LineReport
+    last: LineReport
+
+    @property
+    def seconds(self) -> float:
+        return self.last.at - self.first.at
+
+
+def _spans(board: ModelBoard, before: ModelBoard | None) -> list[_Span]:
+    """Pair the reports of each ingress; one that has not reported anew tells no rate."""
+    if before is None:
+        return []
+    earlier = {one.demand.ingress: one.report for one in before.ingresses}
+    pairs = ((earlier.get(one.demand.ingress), one.report) for one in board.ingresses)
+    return [_Span(first, last) for first, last in pairs if first and last.at > first.at]
+
+
+def _tier(tier: Tier, ingresses: Iterable[IngressBoard], spans: list[_Span]) -> TierRow:
+    demands = [one.demand for one in ingresses]
+    reports = [one.report for one in ingresses]
+    return TierRow(
+        running=sum(demand.running[tier] for demand in demands),
+        waiting=sum(demand.waiting[tier] for demand in demands),
+        oldest_s=max((demand.oldest_s[tier] for demand in demands), default=0.0),
+        queued_s=_queued_s(tier, spans),
+        grants_per_s=sum(report.grants_per_s[tier] for report in reports),
+        sheds=_sheds(tier, reports, spans),
+    )
+
+
+def _queued_s(tier: Tier, spans: list[_Span]) -> float | None:
+    placed = sum(span.last.placed[tier] - span.first.placed[tier] for span in spans)
+    queued_s = sum(span.last.queued_s[tier] - span.first.queued_s[tier] for span in spans)
+    return queued_s / placed if placed else None
+
+
+def _sheds(tier: Tier, reports: list[LineReport], spans: list[_Span]) -> dict[ShedReason, Sheds]:
+    sheds = {}
+    for reason in ShedReason:
+        key = (tier, reason)
+        if total := sum(report.sheds.get(key, 0) for report in reports):
+            rates = [
+                (span.last.sheds.get(key, 0) - span.first.sheds.get(key, 0)) / span.seconds
+                for span in spans
+            ]
+            sheds[reason] = Sheds(total, sum(rates) if rates else None)
+    return sheds
+
+
+def _replicas(board: ModelBoard) -> tuple[ReplicaRow, ...]:
+    credits: Counter[str] = Counter()
+    running: Counter[str] = Counter()
+    for ingress in board.ingresses:
+        for replica_id, (held, used) in ingress.demand.held.items():
+            credits[replica_id] += held
+            running[replica_id] += used
+    ready = {status.replica_id: status for status in board.snapshot.replicas}
+    draining = sorted(one for one in running if running[one] and one not in ready)
+    rows = [
+        ReplicaRow(
+            replica_id=status.replica_id,
+            pool=status.pool,
+            engine=status.dialect.engine,
+            engine_version=status.engine_version,
+            native_priority=status.dialect.native_priority,
+            running=running[status.replica_id],
+            slots=status.slots,
+            credits=credits[status.replica_id],
+        )
+        for status in ready.values()
+    ]
+    return (*rows, *(_draining(one, running[one]) for one in draining))
+
+
+def _draining(replica_id: str, running: int) -> ReplicaRow:
+    return ReplicaRow(replica_id, "", "", "", False, running, slots=0, credits=0, draining=True)
+
+
+def _ingress(board: IngressBoard) -> IngressRow:
+    demand = board.demand
+    return IngressRow(
+        ingress=demand.ingress,
+        running=sum(demand.running.values()),
+        waiting=sum(demand.waiting.values()),
+        credits=sum(held for held, _ in demand.held.values()),
+        headroom=board.report.headroom,
+    )

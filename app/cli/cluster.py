@@ -1,0 +1,139 @@
+"""The Ray cluster that ``frontline top`` looks at. Nothing here is on the way of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final
+
+import ray
+from ray import serve
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._private.services import find_gcs_addresses
+from ray.exceptions import RayError
+from ray.serve.schema import ServeStatus
+
+from app import supervision
+from app.cli.board import Look, Sight
+from app.contracts.stats import ModelBoard
+from app.gateway.registry import MODEL_DEPLOYMENT
+
+_CONNECT_TIMEOUT_S: Final = 10.0
+_ANSWER_TIMEOUT_S: Final = 2.0
+_LOOPBACK: Final = ("127.", "localhost", "[::1]")
+
+
+class NothingToShow(Exception):
+    """There is no cluster, or no model on it. The message is for the user."""
+
+
+class Cluster:
+    """The Serve applications of the Ray cluster that this process is connected to."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._handles: dict[str, Any] = {}
+
+    async def look(self) -> Look:
+        """Return every model application as it is now.
+
+        Raises:
+            NothingToShow: there is none, or Serve does not answer.
+        """
+        status = await self._status()
+        states = {
+            name: application.status.value
+            for name, application in status.applications.items()
+            if MODEL_DEPLOYMENT in application.deployments
+        }
+        if not states:
+            others = ", ".join(sorted(status.applications))
+            what = f"no model among the Serve applications ({others})" if others else "no Serve"
+            raise NothingToShow(f"{what} on the Ray cluster at {self.address}")
+        boards = await asyncio.gather(*(self._board(name) for name in states))
+        pairs = zip(states.items(), boards, strict=True)
+        return {name: Sight(state, board) for (name, state), board in pairs}
+
+    async def _status(self) -> ServeStatus:
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                return await asyncio.to_thread(serve.status)
+        except (TimeoutError, RayError) as error:
+            raise NothingToShow(f"Serve does not answer: {type(error).__name__}") from None
+
+    async def _board(self, application: str) -> ModelBoard | None:
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                handle = self._handles.get(application)
+                if handle is None:
+                    handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=application)
+                    self._handles[application] = handle
+                board: ModelBoard = await handle.board.remote()
+                return board
+        except Exception:
+            # It starts, restarts or hangs. The frame says that it does not answer.
+            self._handles.pop(application, None)
+            return None
+
+
+def connect(address: str | None) -> Cluster:
+    """Connect to a Ray cluster; to the one on this machine if no address is given.
+
+    Raises:
+        NothingToShow: there is none, or it does not let us in.
+    """
+    local = _local_clusters()
+    address = address or _only_one(local)
+    if address in local or address.startswith(_LOOPBACK):
+        # A local cluster wants its user's token. Where an address is given Ray does not look for
+        # one by itself, lest it be sent to strangers; this one stays on the machine.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    connecting = supervision.keep_thread("ray-connect", partial(_init_ray, address))
+    # Ray itself would go on for minutes where something else listens at that address.
+    connecting.join(_CONNECT_TIMEOUT_S)
+    if connecting.is_alive() or not ray.is_initialized():
+        raise NothingToShow(
+            f"cannot connect to a Ray cluster at {address}: does it run, and is RAY_AUTH_MODE "
+            "set here as it is there?"
+        )
+    return Cluster(ray.get_runtime_context().gcs_address)
+
+
+def _local_clusters() -> list[str]:
+    return sorted(find_gcs_addresses())  # type: ignore[no-untyped-call]
+
+
+def _only_one(clusters: Sequence[str]) -> str:
+    # Ray's own "auto" takes any of several.
+    if not clusters:
+        raise NothingToShow("no Ray cluster on this machine; --address names another")
+    if len(clusters) > 1:
+        raise NothingToShow(f"several Ray clusters here: --address {' or '.join(clusters)}")
+    return clusters[0]
+
+
+def _init_ray(address: str) -> None:
+    try:
+        ray.init(
+            address=address, namespace="serve", log_to_driver=False, logging_level=logging.ERROR
+        )
+    except Exception as error:
+        logging.getLogger(__name__).debug("cannot connect: %s", error)
+
+
+def silence_ray() -> None:
+    """Keep Ray from writing across the screen, for as long as this process lives.
+
+    Parts of it write to the descriptor itself, and go on after a failure that we have reported.
+    """
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

@@ -1,0 +1,213 @@
+"""``frontline status``: the whole deployment at one moment.
+
+Everything in it comes from Ray, Serve and the Models; nothing is asked of ingresses or engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+import yaml
+from ray._private.state import available_resources_per_node
+from rich.console import Console
+
+from app.cli.board import ModelFrame, make_frame
+from app.cli.cluster import Cluster, NothingToShow, connect, silence_ray
+from app.cli.diff import Difference, differences
+from app.contracts.stats import REPORT_S
+from app.ray_compat.controller import serve_controller
+
+_APART_S: Final = REPORT_S + 0.5
+"""How far apart the two looks at the lines are: every ingress reports anew between them."""
+_ANSWER_S: Final = 10.0
+_SHOWN: Final = ("CPU", "GPU")
+_OF_RAY: Final = ("node:", "memory", "object_store_memory", "accelerator_type:")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """One node.
+
+    Attributes:
+        id: Ray's name for it.
+        address: its own.
+        head: whether Ray's head is on it.
+        alive: whether Ray hears of it.
+        resources: what it has that replicas ask for, as pairs of what is used and what there is.
+        labels: those that somebody gave it.
+    """
+
+    id: str
+    address: str
+    head: bool
+    alive: bool
+    resources: Mapping[str, tuple[float, float]]
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRow:
+    """One deployment: a pool, a Model, the ingresses.
+
+    Attributes:
+        name: its own, which is a pool's too.
+        state: what Serve says of it, such as ``HEALTHY``.
+        running: replicas that run.
+        wanted: replicas that there are to be.
+        others: replicas in other states, such as ``STARTING``, by state.
+        message: what Serve has to say, if all is not well.
+        nodes: the addresses of its replicas' nodes.
+    """
+
+    name: str
+    state: str
+    running: int
+    wanted: int
+    others: Mapping[str, int]
+    message: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationRow:
+    """One application; ``model`` is there where it is a model that answers."""
+
+    name: str
+    state: str
+    message: str
+    deployments: tuple[DeploymentRow, ...]
+    model: ModelFrame | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The whole deployment; ``differs`` is ``None`` where no file was named."""
+
+    address: str
+    nodes: tuple[NodeRow, ...]
+    applications: tuple[ApplicationRow, ...]
+    differs: tuple[Difference, ...] | None = None
+
+
+def run(address: str | None, config: Path | None, *, as_json: bool) -> None:
+    """Print the status of a cluster.
+
+    Args:
+        address: the cluster's, as host and port; ``None``: the one on this machine.
+        config: a config file to compare with what is deployed.
+        as_json: print it as JSON.
+
+    Raises:
+        NothingToShow: there is no cluster, or no Serve on it.
+    """
+    from app.cli.status_view import render
+
+    silence_ray()
+    cluster = connect(address)
+    try:
+        file = yaml.safe_load(config.read_text()) if config else None
+        status = asyncio.run(take(cluster, file))
+        if as_json:
+            print(json.dumps(asdict(status), indent=2))
+        else:
+            Console(soft_wrap=True).print(render(status))
+    finally:
+        ray.shutdown()
+
+
+async def take(cluster: Cluster, file: Mapping[str, Any] | None) -> Status:
+    """Return the status now; ``file`` is a config to compare with.
+
+    Raises:
+        NothingToShow: there is no Serve.
+    """
+    details = await asyncio.to_thread(_details, cluster.address)
+    models = {model.application: model for model in await _models(cluster)}
+    applications = tuple(
+        _application(name, one, models.get(name))
+        for name, one in sorted((details.get("applications") or {}).items())
+    )
+    return Status(
+        address=cluster.address,
+        nodes=await asyncio.to_thread(_nodes),
+        applications=applications,
+        differs=None if file is None else tuple(differences(file, details)),
+    )
+
+
+async def _models(cluster: Cluster) -> list[ModelFrame]:
+    try:
+        before = await cluster.look()
+        await asyncio.sleep(_APART_S)
+        return make_frame(await cluster.look(), before)
+    except NothingToShow:
+        return []
+
+
+def _details(address: str) -> dict[str, Any]:
+    try:
+        answer = serve_controller().get_serve_instance_details.remote()
+        details: dict[str, Any] = ray.get(answer, timeout=_ANSWER_S)
+    except (ValueError, ray.exceptions.RayError):
+        raise NothingToShow(f"no Serve on the Ray cluster at {address}") from None
+    return details
+
+
+def _application(name: str, details: Mapping[str, Any], model: ModelFrame | None) -> ApplicationRow:
+    deployments = details.get("deployments") or {}
+    return ApplicationRow(
+        name=name,
+        state=_word(details["status"]),
+        message=details.get("message") or "",
+        deployments=tuple(_deployment(one) for _, one in sorted(deployments.items())),
+        model=model,
+    )
+
+
+def _deployment(details: Mapping[str, Any]) -> DeploymentRow:
+    replicas: Sequence[Mapping[str, Any]] = details.get("replicas") or ()
+    states = [_word(replica["state"]) for replica in replicas]
+    others = sorted({state for state in states if state != "RUNNING"})
+    return DeploymentRow(
+        name=details["name"],
+        state=_word(details["status"]),
+        running=states.count("RUNNING"),
+        wanted=details.get("target_num_replicas") or 0,
+        others={state: states.count(state) for state in others},
+        message=details.get("message") or "",
+        nodes=tuple(sorted({one["node_ip"] for one in replicas if one.get("node_ip")})),
+    )
+
+
+def _word(state: Any) -> str:
+    return str(getattr(state, "value", state))
+
+
+def _nodes() -> tuple[NodeRow, ...]:
+    free: Mapping[str, Mapping[str, float]]
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    rows = [_node(node, free.get(node["NodeID"], {})) for node in nodes if node["Alive"]]
+    return tuple(sorted(rows, key=lambda row: (not row.head, row.address, row.id)))
+
+
+def _node(node: Mapping[str, Any], free: Mapping[str, float]) -> NodeRow:
+    total: Mapping[str, float] = node["Resources"]
+    shown = [name for name in total if not name.startswith(_OF_RAY)]
+    order = [*(name for name in _SHOWN if name in shown), *sorted(set(shown) - set(_SHOWN))]
+    return NodeRow(
+        id=node["NodeID"],
+        address=node["NodeManagerAddress"],
+        head="node:__internal_head__" in total,
+        alive=node["Alive"],
+        resources={name: (total[name] - free.get(name, 0.0), total[name]) for name in order},
+        labels={
+            name: value for name, value in node["Labels"].items() if not name.startswith("ray.io/")
+        },
+    )

@@ -1,0 +1,1 @@
+"""Every setting that an operator can set, typed, validated and documented."""

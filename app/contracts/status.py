@@ -1,0 +1,161 @@
+"""What a model and its engine replicas can do at one moment, as plain values.
+
+``EngineReplica`` makes ``ReplicaStatus``, ``Model`` makes ``ModelSnapshot``, ingresses read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from app.config.ingress import ModelSettings, TierSettings
+from app.core.dialect import Dialect, Route
+from app.core.tiers import PriorityMode, Tier
+from app.flow.credits import Grant
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """One engine replica that is ready to serve.
+
+    Attributes:
+        replica_id: its name, never used again after a restart.
+        pool: the pool that it belongs to.
+        base_url: where the engine's own server listens, without a trailing slash.
+        key: the secret that the engine wants as a bearer token. Never shown.
+        slots: how many requests it runs at once.
+        engine_version: the engine's version as it told it.
+        context_length: longest prompt and answer together, in tokens; ``None``: not known.
+        dialect: how to speak to it.
+        weight: its pool's, which says how much of the load it takes.
+        start_s: how long it took from its start until its engine was ready.
+    """
+
+    replica_id: str
+    pool: str
+    base_url: str
+    key: str
+    slots: int
+    engine_version: str
+    context_length: int | None
+    dialect: Dialect
+    weight: float = 1.0
+    start_s: float = 0.0
+
+    def honours_priority(self, route: Route) -> bool:
+        """Whether the engine has native priority in force on this route."""
+        return route in self.dialect.priority_routes
+
+    def __repr__(self) -> str:
+        # The key stays out of logs and traces.
+        return f"<ReplicaStatus {self.replica_id} of {self.pool}>"
+
+
+class Availability(StrEnum):
+    """Whether a model can be served now."""
+
+    READY = "ready"
+    ASLEEP = "asleep"
+    """Nobody had asked for it; the first request wakes it."""
+    STARTING = "starting"
+    NOT_OFFERED = "engine_not_offered"
+    """No node of the cluster offers what its engines ask for, and none is about to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """That a model has no replica because nobody had asked. Requests wait, and so wake it.
+
+    Attributes:
+        tiers: the tiers at which it will serve, as far as anybody can tell.
+        waking: whether an engine is starting.
+        start_s: how long that took the last time; ``None`` if nobody knows.
+    """
+
+    tiers: tuple[Tier, ...]
+    waking: bool = False
+    start_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSnapshot:
+    """A model as it is served now.
+
+    Attributes:
+        id: the model's name.
+        aliases: other names that requests may use.
+        owned_by: for the models list.
+        created: when the model's application was started, in Unix seconds.
+        settings: rate card and tiers in force.
+        replicas: the engine replicas that are ready.
+        rest: set where there are none because the model sleeps or wakes; not where its engines
+            are being deployed or have failed.
+        pools: the names of its pools.
+        missing: by pool, what a replica of it asks for and no node of the cluster offers, in words.
+    """
+
+    id: str
+    aliases: tuple[str, ...]
+    owned_by: str
+    created: int
+    settings: ModelSettings
+    replicas: tuple[ReplicaStatus, ...]
+    rest: Rest | None = None
+    pools: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def state(self) -> Availability:
+        """Whether it can be served now."""
+        if self.replicas:
+            return Availability.READY
+        if self.pools and all(pool in self.missing for pool in self.pools):
+            return Availability.NOT_OFFERED
+        sleeps = self.rest is not None and not self.rest.waking
+        return Availability.ASLEEP if sleeps else Availability.STARTING
+
+    @property
+    def service_tiers(self) -> tuple[Tier, ...]:
+        """The tiers at which a request could be served now.
+
+        Those to come while the model rests; otherwise none while no replica is ready.
+        """
+        if not self.replicas:
+            return self.rest.tiers if self.rest is not None else ()
+        native = any(replica.dialect.native_priority for replica in self.replicas)
+        return served_tiers(self.settings.tiers, native=native)
+
+    @property
+    def context_length(self) -> int | None:
+        """The shortest context of its replicas: what every one of them can take."""
+        lengths = [replica.context_length for replica in self.replicas]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that serve it now, by name."""
+        return tuple(sorted({replica.dialect.engine for replica in self.replicas}))
+
+
+def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
+    """Return what is served, by what is offered and whether an engine has native priority."""
+    auto = tiers.priority is PriorityMode.AUTO
+    delivered = tiers.priority is PriorityMode.LINE or (auto and native)
+    offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
+    return tuple(tier for tier in Tier if offered[tier])
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """A Model's answer to an ingress that renews its credits.
+
+    Attributes:
+        version: of what there is to know about the model.
+        snapshot: the model as it is now; ``None`` if the ingress knows that version.
+        grant: the credits that the ingress gets.
+    """
+
+    version: str
+    snapshot: ModelSnapshot | None
+    grant: Grant

@@ -1,0 +1,1 @@
+"""The words that all others use: tiers, prices, errors, settings. Imports no other package."""

@@ -1,0 +1,290 @@
+"""Admission of requests to one model in this ingress: the gate on an event loop.
+
+``Gate`` is a function of events and time; this gives it both: a future for each waiting request,
+a timer for its next tick, and a wake-up for renewals of credits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from app import supervision
+from app.config.queue import LineSettings
+from app.contracts.stats import REPORT_S, LineReport, Tally
+from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Rest
+from app.core.dialect import Route
+from app.core.tiers import Tier
+from app.flow.credits import RENEWAL_S, Demand, Grant
+from app.flow.request import Ticket, TicketState
+from app.flow.scheduler import Gate
+from app.flow.slots import Offer
+
+_TICK_AGAIN_S: Final = 0.2
+
+
+class Shed(Exception):
+    """A request was turned away; its ticket says why."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        super().__init__(ticket.shed)
+        self.ticket = ticket
+
+
+class ModelGone(Exception):
+    """The model was removed while requests for it waited."""
+
+
+class Admission:
+    """One model's gate. Belongs to the event loop on which it was made."""
+
+    def __init__(self, ingress: str) -> None:
+        self._gate = Gate(ingress, LineSettings())
+        self._snapshot: ModelSnapshot | None = None
+        self._replicas: dict[str, ReplicaStatus] = {}
+        self._waiting: dict[Ticket, asyncio.Future[ReplicaStatus]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._tick_at = math.inf
+        self._renewal_planned = -math.inf
+        self._renewed_at = -math.inf
+        self._renewal_sooner = asyncio.Event()
+        self._nudged = False
+        self._waking = False
+        self._suspects: dict[str, Route] = {}
+        self._suspects_told: frozenset[str] = frozenset()
+        self._closed = False
+        self._tally = Tally()
+        self._report_due = -math.inf
+
+    @property
+    def snapshot(self) -> ModelSnapshot:
+        """The model as it was told last."""
+        assert self._snapshot is not None, "nothing is admitted before the model is known"
+        return self._snapshot
+
+    @property
+    def known(self) -> bool:
+        """Whether the model has been told."""
+        return self._snapshot is not None
+
+    @property
+    def ingresses(self) -> int:
+        """How many ingresses share the model, as its Model said last."""
+        return self._gate.credits.ingresses
+
+    def update(self, snapshot: ModelSnapshot) -> None:
+        """Take over what the model reports now."""
+        now = time.monotonic()
+        self._snapshot = snapshot
+        self._rest(snapshot.rest, now)
+        if snapshot.state is Availability.NOT_OFFERED:
+            self._gate.withdraw(now)
+        else:
+            self._gate.offer()
+        self._replicas = {status.replica_id: status for status in snapshot.replicas}
+        offers = [_offer(status) for status in snapshot.replicas]
+        # The gate's replicas first: with its old ones it would place requests on some that have
+        # gone.
+        self._call(self._gate.set_replicas, offers, snapshot.settings.tiers.priority, now)
+        self._call(self._gate.configure, snapshot.settings.line, now)
+
+    def _rest(self, rest: Rest | None, now: float) -> None:
+        """Tell the gate whether the model rests, and since when it wakes."""
+        if rest is None:
+            self._gate.wake()
+        elif not rest.waking:
+            self._gate.rest(rest.start_s, None)
+        elif not self._waking:
+            self._gate.rest(rest.start_s, now)
+        self._waking = rest is not None and rest.waking
+
+    async def admit(self, ticket: Ticket) -> ReplicaStatus:
+        """Wait for a place, and return the replica on which it is.
+
+        However this ends, ``end`` must be called for the ticket.
+
+        Raises:
+            Shed: the request is turned away.
+            ModelGone: the model was removed.
+        """
+        self._call(self._gate.arrive, ticket, time.monotonic())
+        self._tally.arrive(ticket)
+        return await self._place_of(ticket)
+
+    async def admit_again(self, ticket: Ticket, *, suspend: bool = True) -> ReplicaStatus:
+        """The same for a placed request whose replica failed; see ``Gate.lost``.
+
+        It is shed at once where there is no other replica, and none is about to come.
+        """
+        self._call(partial(self._gate.lost, suspend=suspend), ticket, time.monotonic())
+        return await self._place_of(ticket)
+
+    def has_another(self, ticket: Ticket) -> bool:
+        """Whether a placed request could go to another replica, now or later."""
+        return self._replicas.keys() - ticket.without - {ticket.replica_id} != set()
+
+    def end(self, ticket: Ticket, tokens: int | None) -> None:
+        """Let go of a request; ``tokens`` is what it took in all, if anybody knows."""
+        self._waiting.pop(ticket, None)
+        now = time.monotonic()
+        if ticket.state is TicketState.PLACED:
+            self._tally.end(ticket, now)
+        self._call(self._gate.end, ticket, now, tokens)
+
+    def close(self) -> None:
+        """Turn away whoever waits, or is to wait again, because the model was removed.
+
+        What runs goes on.
+        """
+        self._closed = True
+        for called in self._waiting.values():
+            if not called.done():
+                called.set_exception(ModelGone())
+        self._waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def demand(self) -> Demand:
+        """Return the demand to send to the Model now."""
+        self._renewed_at = time.monotonic()
+        demand = self._gate.demand(self._renewed_at)
+        self._suspects_told = frozenset(self._suspects)
+        return replace(demand, suspects=dict(self._suspects)) if self._suspects else demand
+
+    def suspect(self, replica_id: str, route: Route) -> None:
+        """Have the Model find out whether a replica hangs that gives no answers on a route."""
+        self._suspects[replica_id] = route
+        self._hasten()
+
+    def report(self) -> LineReport | None:
+        """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago.
+
+        It goes with the demand that was returned last.
+        """
+        now = self._renewed_at
+        if now < self._report_due:
+            return None
+        self._report_due = now + REPORT_S
+        gate = self._gate
+        return self._tally.report(
+            now,
+            headroom=gate.credits.places.headroom,
+            grants_per_s={tier: gate.line.grant_rate(tier, now) for tier in Tier},
+        )
+
+    def receive(self, grant: Grant) -> None:
+        """Take a grant from the Model, which has heard the last demand."""
+        for replica_id in self._suspects_told:
+            self._suspects.pop(replica_id, None)
+        self._call(self._gate.receive, grant, time.monotonic())
+
+    def renewal_failed(self, demand: Demand) -> None:
+        """Note that the Model could not be reached."""
+        self._call(self._gate.renewal_failed, demand, time.monotonic())
+
+    def nudge(self) -> None:
+        """Renew now: the Model says that another ingress needs credits, or that this one does."""
+        self._nudged = True
+        self._renewal_sooner.set()
+
+    async def wait_for_renewal(self) -> None:
+        """Return when the next demand is due."""
+        while not self._nudged and (wait_s := self._renewal_at() - time.monotonic()) > 0:
+            self._renewal_planned = self._renewal_at()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._renewal_sooner.wait()
+            self._renewal_sooner.clear()
+        self._nudged = False
+
+    def _renewal_at(self) -> float:
+        """Return when the next demand is due, for itself or for what goes along with it."""
+        at = self._gate.renewal_at()
+        if self._suspects:
+            at = min(at, self._renewed_at + RENEWAL_S)
+        if self._tally.untold:
+            at = min(at, max(self._renewed_at + RENEWAL_S, self._report_due))
+        return at
+
+    def _hasten(self) -> None:
+        """Wake whoever waits for the next renewal if it has come to be due sooner."""
+        if self._renewal_at() < self._renewal_planned:
+            self._renewal_sooner.set()
+
+    async def _place_of(self, ticket: Ticket) -> ReplicaStatus:
+        if self._closed and ticket.state is not TicketState.PLACED:
+            raise ModelGone
+        if ticket.state is TicketState.WAITING:
+            called: asyncio.Future[ReplicaStatus] = self._loop.create_future()
+            self._waiting[ticket] = called
+            return await called
+        self._tally.count(ticket)
+        if ticket.state is TicketState.SHED:
+            # Nothing else tells of it: it has changed neither the line nor what runs.
+            self._hasten()
+            raise Shed(ticket)
+        return self._replicas[ticket.replica_id]
+
+    def _call(self, event: Callable[..., Iterable[Ticket]], *arguments: Any) -> None:
+        """Pass an event to the gate, and tell waiting requests what it has made of them.
+
+        They are told also where the gate fails: nobody else would.
+        """
+        tickets: Iterable[Ticket] = ()
+        try:
+            tickets = event(*arguments)
+        except Exception:
+            tickets = [t for t in self._waiting if t.state is not TicketState.WAITING]
+            raise
+        finally:
+            self._tell(tickets)
+            self._arm()
+
+    def _tell(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            called = self._waiting.pop(ticket, None)
+            if called is None or called.done():
+                # Its client has gone: `end` is about to give back what it was given.
+                continue
+            self._tally.count(ticket)
+            if ticket.state is TicketState.SHED:
+                called.set_exception(Shed(ticket))
+            elif (status := self._replicas.get(ticket.replica_id)) is not None:
+                called.set_result(status)
+            else:
+                called.set_exception(LookupError("a request was placed on a replica unknown here"))
+
+    def _arm(self) -> None:
+        """Set the timer to the gate's next tick, and hasten the renewal if it is due sooner."""
+        at = self._gate.next_tick()
+        if at != self._tick_at:
+            self._set_timer(at)
+        self._hasten()
+
+    def _set_timer(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._tick_at = at
+        delay_s = max(0.0, at - time.monotonic())
+        self._timer = self._loop.call_later(delay_s, self._tick) if at < math.inf else None
+
+    def _tick(self) -> None:
+        self._timer, self._tick_at = None, math.inf
+        try:
+            self._call(self._gate.tick, time.monotonic())
+        except Exception as error:
+            # The next event sets the timer again; a fault that is due at once must not spin.
+            supervision.PROCESS.failed("queue timer", error, about=self.snapshot.id)
+            self._set_timer(time.monotonic() + _TICK_AGAIN_S)
+
+
+def _offer(status: ReplicaStatus) -> Offer:
+    routes = frozenset(status.dialect.priority_routes)
+    return Offer(status.replica_id, status.pool, status.slots, routes, status.weight)

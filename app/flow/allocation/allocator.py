@@ -1,0 +1,353 @@
+"""The Model's book of credits: who may hold which slots. Pure: the time is passed in.
+
+``app.flow.allocation.fair_share`` and ``app.flow.allocation.rebalance`` decide how many credits
+each ingress ought to have; ``CreditBook`` moves credits towards that without ever giving one slot
+to two ingresses:
+
+- What an ingress may hold is what it reported last, plus what was granted to it since and not
+  yet reported back. A credit is added only on a replica where the sum of that over all ingresses
+  is below the replica's slots.
+- Nothing is taken from an ingress. It is told how many credits to keep; a credit that it gives up
+  is free once it reports not to hold it any more. It gives one up only with a free slot.
+- At most one grant to an ingress is under way; until it is acknowledged it is repeated.
+- An ingress that was not heard for ``SILENCE_S`` is forgotten, and its credits are free. By then
+  it has closed them itself (``app.flow.credits``). When it is back it holds nothing but the slots
+  of its running requests, which count as held until they end.
+- A Model that was just started adds nothing before it has listened for ``SILENCE_S``, and until
+  every ingress it heard has acknowledged a grant of this Model. What they report counts as held.
+
+What holds then, under any order, loss or delay of messages, crashes and restarts: **the credits
+that all ingresses together can use on a replica are never more than its slots plus the floor**,
+where the floor is the smallest number per replica that lets every ingress have one slot for
+priority: 0 as long as the headroom has a slot for each ingress. The requests that run on a
+replica are never more than that either, but for those that an ingress had running when it fell
+silent: while they last they come on top, because nobody can tell whether they still run. (A
+crashed ingress's requests end with its connections.) Neither holds for an ingress that believes
+the Model to be down while it is not; see ``Credits.renewal_failed``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from app.config.queue import LineSettings
+from app.core.tiers import Tier
+from app.flow.allocation.fair_share import Want
+from app.flow.allocation.rebalance import Standing, Terms, balance
+from app.flow.credits import RENEWAL_S, SILENCE_S, Demand, Grant
+
+LOOK_AFTER_S = 1.1 * RENEWAL_S
+"""How long after a renewal ``nudges`` is to be asked once more."""
+# An ingress that was not heard for so long had nothing to say: otherwise it would have come again,
+# messages taking what they take.
+_QUIET_AFTER_S = 1.05 * RENEWAL_S
+_TIERS = tuple(Tier)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """An engine replica's slots; ``kept``: whether headroom is kept on it."""
+
+    replica_id: str
+    pool: str
+    slots: int
+    kept: bool
+
+
+@dataclass(slots=True)
+class _Pool:
+    """The replicas of one pool."""
+
+    replicas: dict[str, Capacity] = field(default_factory=dict)
+    slots: int = 0
+    kept_slots: int = 0
+    headroom: int = 0
+    # Credits that may be given on each replica beyond its slots.
+    floor: int = 0
+    # The parts of an ingress's requests, and of its priority requests, that fall to this pool.
+    part: float = 1.0
+    priority_part: float = 1.0
+    # Where credits can be added, and how many.
+    room: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Account:
+    """One ingress: what it may hold by replica, and the grant under way to it."""
+
+    demand: Demand
+    heard: float
+    known: bool = False
+    pending: Grant | None = None
+    held: dict[str, int] = field(default_factory=dict)
+    # What it wants, may hold and uses, by pool.
+    standings: dict[str, Standing] = field(default_factory=dict)
+    # As its last grant found: whether it lacks slots for priority.
+    urgent: bool = False
+    nudged: bool = False
+
+
+class CreditBook:
+    """Who may hold which credits of one model. Kept by its Model actor."""
+
+    def __init__(self, life: str, settings: LineSettings, now: float) -> None:
+        self._life = life
+        self._settings = settings
+        self._numbers = 0
+        self._listening_until = now + SILENCE_S
+        self._listening = True
+        self._accounts: dict[str, _Account] = {}
+        self._held: Counter[str] = Counter()
+        self._pools: dict[str, _Pool] = {}
+        self._pool_of: dict[str, str] = {}
+        # Of every ingress, by pool, for as long as nothing has changed that they follow from.
+        self._struck: dict[str, dict[str, Terms]] = {}
+
+    def configure(self, settings: LineSettings) -> None:
+        """Take over changed settings."""
+        self._settings = settings
+        for pool in self._pools.values():
+            self._size(pool)
+
+    def set_replicas(self, capacities: Iterable[Capacity]) -> None:
+        """Take over which replicas there are."""
+        self._pools, self._pool_of = {}, {}
+        for capacity in capacities:
+            pool = self._pools.setdefault(capacity.pool, _Pool())
+            pool.replicas[capacity.replica_id] = capacity
+            self._pool_of[capacity.replica_id] = capacity.pool
+        for pool in self._pools.values():
+            self._size(pool)
+        slots = sum(pool.slots for pool in self._pools.values())
+        kept = sum(pool.kept_slots for pool in self._pools.values())
+        for pool in self._pools.values():
+            pool.part = pool.slots / slots
+            pool.priority_part = pool.kept_slots / kept if kept else pool.part
+        for account in self._accounts.values():
+            self._sum_up(account)
+
+    def demands(self, now: float) -> list[Demand]:
+        """Return the latest demand of every ingress that is not silent."""
+        self._forget_silent(now)
+        return [account.demand for account in self._accounts.values()]
+
+    def renew(self, demand: Demand, now: float) -> Grant:
+        """Take note of what an ingress holds and wants, and return what it gets."""
+        self._forget_silent(now)
+        account = self._accounts.get(demand.ingress)
+        if account is not None and demand.number > account.demand.number:
+            self._update(account, demand, now)
+        self._end_listening(now)
+        if account is None:
+            account = self._open(demand, now)
+        if account.pending is None:
+            self._grant(account)
+        assert account.pending is not None
+        return replace(account.pending, answers=demand.number, sent_at=demand.sent_at)
+
+    def nudges(self, now: float) -> list[str]:
+        """Return the ingresses that ought to renew now and not only when it is time.
+
+        They have slots to give up for others' priority, or lack some that are free now; or they
+        had nothing to say, and would have heard something by now had they said it. To tell them is
+        a kindness, not a duty: they renew soon enough by themselves. The book does not name them
+        again before they have.
+        """
+        if self._listening:
+            return []
+        urgent = any(account.urgent for account in self._accounts.values())
+        names = [
+            name
+            for name, account in self._accounts.items()
+            if not account.nudged and self._ought_to_renew(account, now, urgent=urgent)
+        ]
+        for name in names:
+            self._accounts[name].nudged = True
+        return sorted(names)
+
+    def _ought_to_renew(self, account: _Account, now: float, *, urgent: bool) -> bool:
+        quiet = now - account.heard >= _QUIET_AFTER_S
+        told = account.pending
+        if quiet and told is not None and told.ingresses != len(self._accounts):
+            return True
+        return (urgent or quiet) and any(
+            self._ought_to_move(account, name, pool, urgent=urgent, quiet=quiet)
+            for name, pool in self._pools.items()
+        )
+
+    def _ought_to_move(
+        self, account: _Account, name: str, pool: _Pool, *, urgent: bool, quiet: bool
+    ) -> bool:
+        """Whether an ingress has credits to give up in a pool, or would be given some."""
+        held, terms = account.standings[name].held, self._terms(name, pool)[account.demand.ingress]
+        if pool.room and held < terms.up_to and (terms.urgent or quiet):
+            return True
+        # Who has been told to, but for urgent needs, gives them up as soon as it can.
+        told = account.pending.at_most.get(name) if account.pending else None
+        return held > terms.at_most and (urgent or terms.at_most != told)
+
+    def _open(self, demand: Demand, now: float) -> _Account:
+        account = self._accounts[demand.ingress] = _Account(demand, now)
+        self._resize()
+        # Where this Model does not listen any more the credits that it holds, if any, have been
+        # given away: its first grant says so, and only what runs counts.
+        self._take_stock(account, forget=not self._listening)
+        if not self._listening:
+            self._grant(account, anew=True)
+        return account
+
+    def _update(self, account: _Account, demand: Demand, now: float) -> None:
+        account.demand, account.heard, account.nudged = demand, now, False
+        pending = account.pending
+        if pending is not None and demand.life == self._life and demand.applied >= pending.number:
+            account.pending, account.known = None, True
+        self._take_stock(account)
+
+    def _forget_silent(self, now: float) -> None:
+        accounts = self._accounts
+        silent = [name for name, a in accounts.items() if now - a.heard >= SILENCE_S]
+        for name in silent:
+            self._hold(accounts.pop(name), {})
+        if silent:
+            self._struck.clear()
+            self._resize()
+
+    def _end_listening(self, now: float) -> None:
+        if self._listening and now >= self._listening_until:
+            self._listening = not all(account.known for account in self._accounts.values())
+
+    def _next_grant(self, *, anew: bool) -> Grant:
+        # Numbers are never used again in one life, not even for an ingress that comes back.
+        self._numbers += 1
+        return Grant(self._life, self._numbers, 0, 0.0, anew, ingresses=len(self._accounts))
+
+    def _grant(self, account: _Account, *, anew: bool = False) -> None:
+        """Make the next grant to an ingress."""
+        grant = self._next_grant(anew=anew)
+        if not self._listening:
+            added: dict[str, int] = {}
+            at_most: dict[str, int] = {}
+            headroom = keep = 0
+            account.urgent = False
+            for name, pool in self._pools.items():
+                terms = self._terms(name, pool)[account.demand.ingress]
+                lacking = terms.up_to - account.standings[name].held
+                added |= self._pick(account, pool, lacking)
+                at_most[name] = terms.at_most
+                headroom += terms.headroom
+                keep += terms.keep
+                account.urgent |= terms.urgent
+            grant = replace(grant, added=added, at_most=at_most, headroom=headroom, keep=keep)
+        account.pending = grant
+        if grant.added:
+            self._take_stock(account)
+
+    def _take_stock(self, account: _Account, *, forget: bool = False) -> None:
+        """Count what an ingress may hold, by what it reported and what is under way to it."""
+        pending = account.pending
+        forget |= pending is not None and pending.anew
+        held = {
+            replica_id: running if forget else max(credit, running)
+            for replica_id, (credit, running) in account.demand.held.items()
+        }
+        if pending is not None:
+            for replica_id, added in pending.added.items():
+                held[replica_id] = held.get(replica_id, 0) + added
+        self._hold(account, held)
+        self._sum_up(account)
+
+    def _hold(self, account: _Account, held: dict[str, int]) -> None:
+        old, account.held = account.held, held
+        for replica_id in old.keys() | held.keys():
+            change = held.get(replica_id, 0) - old.get(replica_id, 0)
+            if change:
+                self._held[replica_id] += change
+                self._note_room(replica_id)
+
+    def _sum_up(self, account: _Account) -> None:
+        held: Counter[str] = Counter()
+        running: Counter[str] = Counter()
+        for replica_id, count in account.held.items():
+            if (name := self._pool_of.get(replica_id)) is not None:
+                held[name] += count
+                running[name] += account.demand.held.get(replica_id, (0, 0))[1]
+        standings = {
+            name: Standing(_part(account.demand, pool), held[name], running[name])
+            for name, pool in self._pools.items()
+        }
+        if standings != account.standings:
+            account.standings = standings
+            self._struck.clear()
+
+    def _resize(self) -> None:
+        """Fit the floor to the number of ingresses."""
+        for pool in self._pools.values():
+            if pool.floor != self._floor(pool):
+                self._size(pool)
+
+    def _floor(self, pool: _Pool) -> int:
+        lacking = len(self._accounts) - pool.headroom
+        return max(0, math.ceil(lacking / len(pool.replicas))) if pool.headroom else 0
+
+    def _size(self, pool: _Pool) -> None:
+        pool.slots = sum(replica.slots for replica in pool.replicas.values())
+        pool.kept_slots = sum(r.slots for r in pool.replicas.values() if r.kept)
+        pool.headroom = self._settings.headroom_of(pool.kept_slots)
+        pool.floor = self._floor(pool)
+        self._struck.clear()
+        pool.room = {}
+        for replica_id in pool.replicas:
+            self._note_room(replica_id)
+
+    def _note_room(self, replica_id: str) -> None:
+        name = self._pool_of.get(replica_id)
+        if name is None:
+            return
+        self._struck.clear()
+        pool = self._pools[name]
+        room = pool.replicas[replica_id].slots + pool.floor - self._held[replica_id]
+        if room > 0:
+            pool.room[replica_id] = room
+        else:
+            pool.room.pop(replica_id, None)
+
+    def _terms(self, name: str, pool: _Pool) -> dict[str, Terms]:
+        """Return the terms of every ingress in a pool."""
+        if (struck := self._struck.get(name)) is not None:
+            return struck
+        terms = balance(
+            [account.standings[name] for account in self._accounts.values()],
+            slots=pool.slots,
+            headroom=pool.headroom,
+            every=self._settings.starvation_every,
+            room=sum(pool.room.values()),
+        )
+        struck = self._struck[name] = dict(zip(self._accounts, terms, strict=True))
+        return struck
+
+    def _pick(self, account: _Account, pool: _Pool, wanted: int) -> dict[str, int]:
+        """Choose where to add credits: where the ingress has fewest, then where most is free."""
+        added: Counter[str] = Counter()
+        held = account.held
+        order = sorted(pool.room, key=lambda r: (held.get(r, 0), -pool.room[r], r))
+        while wanted > 0 and order:
+            for replica_id in order[:wanted]:
+                added[replica_id] += 1
+                wanted -= 1
+            order = [r for r in order if added[r] < pool.room[r]]
+        return dict(added)
+
+
+def _part(demand: Demand, pool: _Pool) -> Want:
+    """Return what an ingress wants of a pool."""
+    parts = (pool.priority_part, pool.part, pool.part)
+
+    def scaled(counts: Mapping[Tier, int]) -> tuple[int, ...]:
+        return tuple(math.ceil(counts[t] * p) for t, p in zip(_TIERS, parts, strict=True))
+
+    ages = tuple(demand.oldest_s[tier] for tier in _TIERS)
+    starving = math.ceil(demand.starving * pool.part)
+    return Want(scaled(demand.running), scaled(demand.waiting), ages, starving)

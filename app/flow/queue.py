@@ -1,0 +1,378 @@
+"""The line: the waiting room of one model in one ingress. Pure: the time is passed in.
+
+Order: tier; then tenants, fairly; then arrival. Fairness follows VTC (Sheng et al., "Fairness in
+Serving Large Language Models", OSDI 2024): inside a tier the tenant that was given the fewest
+tokens comes first, and a tenant that comes back after idling is lifted to the least counter among
+the waiting ones, so that it can neither save up its idle time nor be made to pay for it.
+
+With n waiting requests every operation takes O(log n) time, or O(1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+
+from sortedcontainers import SortedList
+
+from app.config.queue import LineSettings
+from app.core.tiers import Tier
+from app.flow.request import Ticket
+
+Room = Callable[[Ticket], bool]
+"""Whether a slot is free that the ticket, and every other of its tier and needs, may use."""
+
+_TIERS = tuple(Tier)
+_FORGET_EVERY = 1024
+
+
+class Line:
+    """Waiting requests of one model in one ingress.
+
+    The line never grants by itself: its owner asks with ``take`` whenever a slot may be free.
+
+    Attributes:
+        settings: how it behaves.
+        count: how many requests wait.
+    """
+
+    def __init__(self, settings: LineSettings) -> None:
+        self.settings = settings
+        self._bounds = settings.bounds(slots=0, ingresses=1)
+        self._reserved = settings.reserved(slots=0, ingresses=1)
+        self._lanes = {tier: _Lane() for tier in _TIERS}
+        self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
+        self.count = 0
+        self._numbers = 0
+        self._passed_over = 0
+
+    def configure(self, settings: LineSettings, *, slots: int, ingresses: int) -> None:
+        """Take over changed settings, or another number of slots or ingresses.
+
+        Longest waits hold for those who wait already; a shorter line only for newcomers.
+        """
+        if settings.drain_window_s != self.settings.drain_window_s:
+            self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
+        self.settings = settings
+        self._bounds = settings.bounds(slots=slots, ingresses=ingresses)
+        self._reserved = settings.reserved(slots=slots, ingresses=ingresses)
+
+    def waiting(self, tier: Tier) -> int:
+        """Return how many requests wait at a tier."""
+        return len(self._lanes[tier].waiting)
+
+    def oldest_s(self, tier: Tier, now: float) -> float:
+        """Return how long the oldest waiting request of a tier has waited; 0 if none waits."""
+        oldest = self._lanes[tier].oldest
+        return 0.0 if oldest is None else max(0.0, now - oldest.since)
+
+    def starving(self, now: float) -> int:
+        """Return how many wait in those lower tiers whose oldest request is starving."""
+        lower = (tier for tier in _TIERS[1:] if self._overdue_s(tier, now) >= 0)
+        return sum(self.waiting(tier) for tier in lower)
+
+    def join(self, ticket: Ticket, now: float) -> Ticket | None:
+        """Let a request wait, and return who is to be shed because of that.
+
+        In a full line that is the newest waiting request of the lowest tier below the
+        newcomer's, which is displaced, or else the newcomer itself. But as many as are reserved
+        for a tier get in and stay however full the line is; and a replay always gets in, at the
+        front of its tenant's requests: it has been admitted once.
+        """
+        displaced: Ticket | None = None
+        if self.count >= self._bounds[ticket.tier] and not ticket.replayed:
+            displaced = self._newest_below(ticket.tier)
+            if displaced is not None:
+                self.leave(displaced)
+            elif self.waiting(ticket.tier) >= self._reserved[ticket.tier]:
+                return ticket
+        self._number(ticket)
+        ticket.since = now
+        self._lanes[ticket.tier].add(ticket)
+        self.count += 1
+        return displaced
+
+    def leave(self, ticket: Ticket) -> None:
+        """Take a waiting request out of the line."""
+        self._lanes[ticket.tier].remove(ticket)
+        self.count -= 1
+
+    def take(self, room: Room, starving_room: Room, now: float) -> Ticket | None:
+        """Take out and return the next request for which a slot is free, if there is one.
+
+        Starvation guard: once the oldest waiting request of a lower tier has waited for its
+        starvation age, it is next after every ``starvation_every - 1`` grants to higher tiers.
+        Where several starve, the one that is longest past its starvation age is served.
+
+        Args:
+            room: whether a slot is free for this ticket in its turn.
+            starving_room: the same where the ticket is served out of turn.
+            now: seconds.
+        """
+        if not self.count:
+            return None
+        starving = self._starving_one(starving_room, now)
+        ticket = starving or self._first(room)
+        if ticket is not None:
+            self.leave(ticket)
+            self.granted(ticket, now)
+        if starving is not None:
+            self._passed_over = 0
+        return ticket
+
+    def granted(self, ticket: Ticket, now: float) -> None:
+        """Count a request that has been given a slot, from the line or without waiting."""
+        self._number(ticket)
+        self._lanes[ticket.tier].charge(ticket.tenant, 0 if ticket.replayed else ticket.tokens)
+        self._rates[ticket.tier].count(now)
+        if not self.count:
+            self._passed_over = 0
+            return
+        starving = self._most_overdue(now)
+        if starving is None:
+            self._passed_over = 0
+        elif ticket.tier.rank < starving.tier.rank:
+            self._passed_over += 1
+
+    def settle(self, ticket: Ticket, tokens: int) -> None:
+        """Put right what a tenant was charged, once the tokens it really took are known."""
+        if tokens != ticket.tokens:
+            self._lanes[ticket.tier].charge(ticket.tenant, tokens - ticket.tokens, served=False)
+
+    def expire(self, now: float) -> Iterator[Ticket]:
+        """Take out and yield the requests whose longest wait is over."""
+        for tier in _TIERS:
+            lane, limit = self._lanes[tier], self.settings.of(tier).max_wait_s
+            while (oldest := lane.oldest) is not None and now - oldest.since >= limit:
+                self.leave(oldest)
+                yield oldest
+
+    def clear(self) -> Iterator[Ticket]:
+        """Take out and yield every waiting request."""
+        for lane in self._lanes.values():
+            while (oldest := lane.oldest) is not None:
+                self.leave(oldest)
+                yield oldest
+
+    def next_expiry(self) -> float:
+        """Return when the next request will have waited too long; infinity if none waits."""
+        if not self.count:
+            return math.inf
+        return min(
+            (
+                oldest.since + self.settings.of(tier).max_wait_s
+                for tier, lane in self._lanes.items()
+                if (oldest := lane.oldest) is not None
+            ),
+            default=math.inf,
+        )
+
+    def grant_rate(self, tier: Tier, now: float) -> float:
+        """Return how many requests of a tier were given a slot lately, per second."""
+        return self._rates[tier].per_second(now)
+
+    def retry_after(self, tier: Tier, now: float) -> float:
+        """Return in how many seconds trying again may help a request of this tier.
+
+        That is when the requests that would stand before it will have been granted, at the
+        rate at which such requests, of its tier and the higher ones, were granted lately. At
+        least ``min_retry_after_s``; at most ``max_retry_after_s``, also where nothing was granted.
+        """
+        tiers = _TIERS[: tier.rank + 1]
+        rate = sum(self.grant_rate(one, now) for one in tiers)
+        ahead = sum(self.waiting(one) for one in tiers) + 1
+        longest = self.settings.max_retry_after_s
+        seconds = ahead / rate if rate * longest > ahead else longest
+        return max(self.settings.min_retry_after_s, seconds)
+
+    def _number(self, ticket: Ticket) -> None:
+        if not ticket.number:
+            self._numbers += 1
+            ticket.number = self._numbers
+
+    def _newest_below(self, tier: Tier) -> Ticket | None:
+        for lower in reversed(_TIERS[tier.rank + 1 :]):
+            if self.waiting(lower) <= self._reserved[lower]:
+                continue
+            # Replays stay: they were admitted. There are at most a lost replica's slots of them.
+            for ticket in reversed(self._lanes[lower].waiting):
+                if not ticket.replayed:
+                    return ticket
+        return None
+
+    def _first(self, room: Room) -> Ticket | None:
+        for tier in _TIERS:
+            ticket = self._lanes[tier].first(room)
+            if ticket is not None:
+                return ticket
+        return None
+
+    def _starving_one(self, room: Room, now: float) -> Ticket | None:
+        if self._passed_over < self.settings.starvation_every - 1:
+            return None
+        ticket = self._most_overdue(now)
+        return ticket if ticket is not None and room(ticket) else None
+
+    def _most_overdue(self, now: float) -> Ticket | None:
+        overdue_s, tier = max((self._overdue_s(tier, now), tier) for tier in _TIERS[1:])
+        return self._lanes[tier].oldest if overdue_s >= 0 else None
+
+    def _overdue_s(self, tier: Tier, now: float) -> float:
+        oldest = self._lanes[tier].oldest
+        if oldest is None:
+            return -math.inf
+        return now - oldest.since - self.settings.of(tier).starvation_age_s
+
+
+class _Lane:
+    """The waiting requests of one tier, and the counters of its tenants."""
+
+    def __init__(self) -> None:
+        # In the order in which they began to wait, which only time decides.
+        self.waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self._queues: dict[Hashable, _Queue] = {}
+        self._counters: dict[str, float] = {}
+        # What newcomers are lifted to while nobody waits; never falls.
+        self._floor = 0.0
+        self._forget_at = _FORGET_EVERY
+
+    @property
+    def oldest(self) -> Ticket | None:
+        return next(iter(self.waiting), None)
+
+    def add(self, ticket: Ticket) -> None:
+        tenant = ticket.tenant
+        if not self._waits(tenant):
+            lift = self._least() if self._queues else self._floor
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lift)
+        queue = self._queues.get(ticket.needs)
+        if queue is None:
+            queue = self._queues[ticket.needs] = _Queue()
+        queue.add(ticket, self._counters[tenant])
+        self.waiting[ticket] = None
+
+    def remove(self, ticket: Ticket) -> None:
+        del self.waiting[ticket]
+        queue = self._queues[ticket.needs]
+        queue.remove(ticket, self._counters[ticket.tenant])
+        if not queue.tickets:
+            del self._queues[ticket.needs]
+
+    def first(self, room: Room) -> Ticket | None:
+        """Return the next in turn among those for whom a slot is free."""
+        heads = (queue.head for queue in self._queues.values())
+        usable = [(key, ticket) for key, ticket in heads if room(ticket)]
+        # Keys end in the ticket's number, which no other has.
+        return min(usable)[1] if usable else None
+
+    def charge(self, tenant: str, tokens: int, *, served: bool = True) -> None:
+        """Add to a tenant's counter; ``served`` if it was given a slot just now."""
+        counter = self._counters.get(tenant, 0.0)
+        if counter < self._floor and not self._waits(tenant):
+            counter = self._floor
+        least = min(counter, self._least())
+        self._counters[tenant] = counter = counter + tokens
+        if served:
+            # Where nobody is left waiting all start anew from the one that was served last.
+            self._floor = max(self._floor, least if self._queues else counter)
+        for queue in self._queues.values():
+            queue.recount(tenant, counter)
+        if len(self._counters) >= self._forget_at:
+            self._forget()
+
+    def _waits(self, tenant: str) -> bool:
+        return any(tenant in queue.tickets for queue in self._queues.values())
+
+    def _least(self) -> float:
+        """Return the least counter of those who wait; infinity if nobody does."""
+        if not self._queues:
+            return math.inf
+        return min(queue.head[0][0] for queue in self._queues.values())
+
+    def _forget(self) -> None:
+        """Drop idle tenants that would be lifted anyway; seldom enough to cost nothing."""
+        self._counters = {
+            tenant: counter
+            for tenant, counter in self._counters.items()
+            if counter > self._floor or self._waits(tenant)
+        }
+        self._forget_at = 2 * len(self._counters) + _FORGET_EVERY
+
+
+_Key = tuple[float, int]
+
+
+class _Queue:
+    """Waiting requests of one tier that can use the same slots: by tenant, then arrival."""
+
+    def __init__(self) -> None:
+        self.tickets: dict[str, OrderedDict[Ticket, None]] = {}
+        self._keys: dict[str, _Key] = {}
+        self._order: SortedList[tuple[float, int, str]] = SortedList()
+
+    @property
+    def head(self) -> tuple[_Key, Ticket]:
+        counter, number, tenant = self._order[0]
+        return (counter, number), next(iter(self.tickets[tenant]))
+
+    def add(self, ticket: Ticket, counter: float) -> None:
+        tickets = self.tickets.get(ticket.tenant)
+        if tickets is None:
+            tickets = self.tickets[ticket.tenant] = OrderedDict()
+        tickets[ticket] = None
+        if ticket.replayed:
+            tickets.move_to_end(ticket, last=False)
+        self.recount(ticket.tenant, counter)
+
+    def remove(self, ticket: Ticket, counter: float) -> None:
+        tickets = self.tickets[ticket.tenant]
+        del tickets[ticket]
+        if not tickets:
+            del self.tickets[ticket.tenant]
+        self.recount(ticket.tenant, counter)
+
+    def recount(self, tenant: str, counter: float) -> None:
+        """Put a tenant in its right place after its counter or its first request has changed."""
+        tickets = self.tickets.get(tenant)
+        key = (counter, next(iter(tickets)).number) if tickets else None
+        old = self._keys.get(tenant)
+        if key == old:
+            return
+        if old is not None:
+            self._order.remove((*old, tenant))
+            del self._keys[tenant]
+        if key is not None:
+            self._order.add((*key, tenant))
+            self._keys[tenant] = key
+
+
+class GrantRate:
+    """How many grants a second there were lately: an exponentially weighted mean.
+
+    A grant counts 1/window when it happens, and that fades with e^(-age/window), so that the mean
+    falls towards 0 while nothing is granted. The first window is measured over the time that has
+    really passed, not over a whole window.
+    """
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._weight = 0.0
+        self._began = math.inf
+        self._last = 0.0
+
+    def count(self, now: float) -> None:
+        """Count a grant."""
+        if self._began == math.inf:
+            self._began = self._last = now
+        self._weight = self._weight * math.exp((self._last - now) / self._window_s) + 1.0
+        self._last = now
+
+    def per_second(self, now: float) -> float:
+        """Return the rate; 0 before the first grant."""
+        if self._began == math.inf:
+            return 0.0
+        faded = self._weight * math.exp((self._last - now) / self._window_s)
+        # One second at least: a first burst is no rate.
+        seen = -math.expm1(-max(now - self._began, 1.0) / self._window_s)
+        return faded / (self._window_s * seen)

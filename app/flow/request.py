@@ -1,0 +1,82 @@
+"""A request's place in the line, and what becomes of it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from app.core.tiers import Tier
+
+
+class ShedReason(StrEnum):
+    """Why a request is turned away; HTTP's 429, or 503, is made from it elsewhere."""
+
+    LINE_FULL = "line_full"
+    """As many requests wait as the line takes at this tier, and none of a lower tier."""
+    WAITED_TOO_LONG = "waited_too_long"
+    """The longest wait of its tier is over."""
+    DISPLACED = "displaced"
+    """It made room in a full line for a request of a higher tier."""
+    FAIL_FAST = "fail_fast"
+    """No slot was free, and the client asked not to wait."""
+    NO_OTHER_REPLICA = "no_other_replica"
+    """The replica that had it failed before its first byte, and there is no other."""
+    NOT_OFFERED = "engine_not_offered"
+    """No node of the cluster offers what the model's engines ask for, and has not for a while."""
+
+
+class TicketState(StrEnum):
+    """Where a request stands. It goes down this list; only a replay goes back to waiting."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    PLACED = "placed"
+    SHED = "shed"
+    ENDED = "ended"
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """One request as the line sees it.
+
+    The caller sets the first six; the gate and the line keep the rest, for the caller to read.
+
+    Attributes:
+        tier: the tier at which it stands in line. The gate lowers it from priority to default
+            where priority cannot be delivered to it.
+        tenant: who shares fairly with other tenants of the same tier.
+        tokens: how many tokens it will probably take, prompt and answer together, at least 1.
+            Put right when it ends.
+        route: what a replica must honour priority on for it to count as priority.
+        prefix: a stable 32-bit hash of its leading messages, the same in every process; ``None``
+            for no preference.
+        fail_fast: whether it is shed at once when no slot is free.
+        state: where it stands.
+        arrived: when it arrived, in seconds.
+        since: when it last began to wait, in seconds; later than ``arrived`` only for a replay.
+        placed: when it was last given a slot, in seconds.
+        replica_id: the replica whose slot it has, or last had.
+        shed: why it was shed.
+        retry_after_s: in how many seconds trying again may help, once it is shed.
+        without: replicas that lost it, where it is not placed again.
+    """
+
+    tier: Tier
+    tenant: str
+    tokens: int
+    route: Hashable = None
+    prefix: int | None = None
+    fail_fast: bool = False
+    state: TicketState = TicketState.NEW
+    arrived: float = 0.0
+    since: float = 0.0
+    placed: float = 0.0
+    replica_id: str = ""
+    shed: ShedReason | None = None
+    retry_after_s: float = 0.0
+    without: frozenset[str] = frozenset()
+    # Requests of one tier with the same needs can use the same slots.
+    needs: Hashable = None
+    number: int = field(default=0, repr=False)
+    replayed: bool = False

@@ -1,0 +1,111 @@
+"""How much memory the request bodies in one ingress may take. Pure.
+
+A body counts from before it is read until its request has ended: while it is read, waits in the
+queue, and runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from app.protocol.json_body.members import LONGEST_KEPT_PARSED
+
+_PARSED_FACTOR: Final = 24
+"""Bytes that parsed JSON takes at the worst for each byte that it had (short arrays)."""
+_NOBODY: Final = ""
+
+
+class NoRoom(StrEnum):
+    """Why a body finds no room."""
+
+    TOO_LARGE = "too_large"
+    """It could not have room even if it were alone."""
+    TENANT = "tenant_request_memory"
+    """The bodies of its tenant take all that one tenant may."""
+    INGRESS = "request_memory"
+    """The bodies in this ingress take all that there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bounds in bytes: of one body, of all of one tenant, and of all."""
+
+    longest: int
+    tenant: int
+    total: int
+
+    def longest_for(self, tenant: str) -> int:
+        """Return the length of the longest body that can ever have room."""
+        return min(self.longest, self.total if tenant == _NOBODY else self.tenant, self.total)
+
+
+class BodyMemory:
+    """What the bodies in one ingress take, together and by tenant."""
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._tenants: Counter[str] = Counter()
+
+    @property
+    def used(self) -> int:
+        """The bytes of all."""
+        return self._used
+
+    def used_by(self, tenant: str) -> int:
+        """Return the bytes of one tenant."""
+        return self._tenants[tenant]
+
+    def add(self, tenant: str, size: int) -> None:
+        """Count so many bytes more of a tenant, or fewer if it is negative."""
+        self._used += size
+        self._tenants[tenant] += size
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
+
+
+class HeldMemory:
+    """The room of one request in a ``BodyMemory``; ``release`` gives it back."""
+
+    __slots__ = ("_held", "_memory", "tenant")
+
+    def __init__(self, memory: BodyMemory, tenant: str) -> None:
+        self._memory = memory
+        self.tenant = tenant
+        self._held = 0
+
+    def hold(self, length: int, limits: BodyLimits) -> NoRoom | None:
+        """Hold room for a body of ``length`` bytes in all, or return why there is none.
+
+        It may be called again as a body grows; what it held before is part of it. Without keys
+        everybody is one tenant, for which only the bound of all holds.
+        """
+        memory, tenant, cost = self._memory, self.tenant, _cost(length)
+        more = cost - self._held
+        if length > limits.longest_for(tenant):
+            return NoRoom.TOO_LARGE
+        if more <= 0:
+            return None
+        if tenant != _NOBODY and memory.used_by(tenant) + more > _allowed(limits.tenant):
+            return NoRoom.TENANT
+        if memory.used + more > _allowed(limits.total):
+            return NoRoom.INGRESS
+        memory.add(tenant, more)
+        self._held = cost
+        return None
+
+    def release(self) -> None:
+        """Give the room back. Calling it again has no effect."""
+        self._memory.add(self.tenant, -self._held)
+        self._held = 0
+
+
+def _cost(length: int) -> int:
+    return length + _PARSED_FACTOR * min(length, LONGEST_KEPT_PARSED)
+
+
+def _allowed(limit: int) -> int:
+    # A body as long as the whole limit has room, with what is kept beside its bytes.
+    return limit + _PARSED_FACTOR * LONGEST_KEPT_PARSED

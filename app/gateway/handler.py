@@ -1,0 +1,58 @@
+"""A request as it comes in over HTTP: whose it is, its body, and its answer or error."""
+
+from __future__ import annotations
+
+from app.core import errors
+from app.core.dialect import Route
+from app.gateway import cross_site
+from app.gateway.lifecycle import Passage, Services
+from app.gateway.request_body import ClientGone, Headers, Receive, Scope
+from app.gateway.response import Reply, Send
+from app.tenants.access import NOBODY, Caller
+
+__all__ = ["Exchange", "Receive", "Scope", "identify"]
+
+
+class Exchange:
+    """The ASGI application of one route that an engine answers."""
+
+    def __init__(self, route: Route, services: Services) -> None:
+        self._route = route
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services, reply = self._services, Reply(send)
+        try:
+            headers = dict(scope["headers"])
+            caller = await identify(services, headers)
+            cross_site.require_json(headers)
+            with services.bodies.room_for(caller.tenant, services.settings) as room:
+                inbound = await room.read(self._route, headers, receive)
+                admission = services.catalog.require(inbound.model)
+                await Passage(services, admission, caller, inbound, reply).run()
+        except errors.ApiError as error:
+            await reply.refuse(error)
+        except ClientGone:
+            return
+        except Exception:
+            if not reply.started:
+                await reply.refuse(errors.ServerError(code="internal_error"))
+            # Serve writes it to its log.
+            raise
+
+
+async def identify(services: Services, headers: Headers) -> Caller:
+    """Return who sends a request, once this ingress is ready and before its body is read.
+
+    Raises:
+        HostNotAllowed: it names a host that is not served here.
+        InvalidKey: keys are asked for, and it carries none that works.
+    """
+    if not services.ready.is_set():
+        await services.ready.wait()
+    services.settings.host_rule.require(headers)
+    if services.accounts is None:
+        return NOBODY
+    authorization = headers.get(b"authorization")
+    text = None if authorization is None else authorization.decode("latin-1")
+    return await services.accounts.identify(text)

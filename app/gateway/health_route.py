@@ -1,0 +1,65 @@
+"""``GET /health``, whether this ingress can serve, and ``GET /livez``, whether it runs."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from app.gateway.health import Signs, judge
+from app.gateway.lifecycle import Services
+from app.gateway.request_body import Headers
+from app.supervision import PROCESS
+
+_FRESH = {"cache-control": "no-store"}
+
+
+def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
+    """Add both routes. Neither asks for a key or a known host, or waits for anything."""
+
+    @api.get(f"{prefix}/health")
+    async def health(request: Request) -> Response:
+        signs = read_signs(services, time.monotonic())
+        result = judge(signs)
+        body: dict[str, Any] = {
+            "status": result.status.value,
+            "reasons": [reason.value for reason in result.reasons],
+            "model_states": {state.value: count for state, count in signs.models.items()},
+        }
+        if _may_see_models(services, dict(request.scope["headers"])):
+            body["models"] = {model.id: model.state.value for model in services.catalog.models()}
+        return JSONResponse(body, result.code, headers=_FRESH)
+
+    @api.get(f"{prefix}/livez")
+    async def livez() -> Response:
+        return JSONResponse({"status": "alive"}, headers=_FRESH)
+
+
+def read_signs(services: Services, now: float) -> Signs:
+    """Return what an ingress knows of itself at the monotonic time ``now``, in seconds."""
+    accounts, ledger = services.accounts, services.ledger
+    return Signs(
+        started=services.ready.is_set(),
+        draining=services.draining,
+        keys_read=accounts is None or accounts.keys_read,
+        keys_away=accounts is not None and accounts.keys_away,
+        unreadable_keys=0 if accounts is None else accounts.unreadable_keys,
+        limits_away=accounts is not None and accounts.limits_away,
+        has_room=ledger is None or ledger.has_room,
+        store_away_s=0.0 if ledger is None else ledger.store_away_s(now),
+        failures=len(PROCESS.recent(now)),
+        models=Counter(model.state for model in services.catalog.models()),
+    )
+
+
+def _may_see_models(services: Services, headers: Headers) -> bool:
+    """Return whether the models list would show a request the models."""
+    if not services.ready.is_set() or not services.settings.host_rule.allows(headers):
+        return False
+    if services.accounts is None:
+        return True
+    authorization = headers.get(b"authorization")
+    return authorization is not None and services.accounts.knows(authorization.decode("latin-1"))

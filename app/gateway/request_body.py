@@ -1,0 +1,197 @@
+"""The bodies of requests: read within bounds of length, time and memory, and understood.
+
+A body of up to ``LONGEST_WHOLE`` bytes is parsed at once, if it is a usual one. A longer one is
+kept in one piece of memory as it came, and scanned in slices (``app.protocol.json_body.scan``): one
+slice of all requests in each turn of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import Any, Final
+
+from app.config.ingress import IngressSettings
+from app.core import errors
+from app.core.dialect import Route
+from app.gateway.body_memory import BodyLimits, BodyMemory, HeldMemory, NoRoom
+from app.protocol.json_body.members import Reparsed
+from app.protocol.json_body.parse import LONGEST_WHOLE
+from app.protocol.json_body.scan import Steps
+from app.protocol.requests import Inbound, parse_plain_request, read_request
+
+_log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Headers = Mapping[bytes, bytes]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+_MIB: Final = 1024 * 1024
+_COPIED: Final = 256 * 1024
+"""Bytes that are copied at once: 0.1 ms."""
+_TRY_AGAIN_S: Final = 2.0
+"""How long others keep their memory is not known; this is how often asking is useful."""
+_PARSED_FOR_S: Final = 0.1
+"""How long the parsed members of a body are kept beside its bytes. Most requests are sent on
+within that time, and need not parse it again."""
+_DIGITS: Final = 18
+_LOG_EVERY_S: Final = 60.0
+
+
+class ClientGone(Exception):
+    """The client closed its connection before its request was complete."""
+
+
+class Bodies:
+    """The bodies in one ingress. Belongs to its event loop.
+
+    Attributes:
+        memory: what they take.
+        refused: how many found no room because of others, by reason.
+    """
+
+    def __init__(self) -> None:
+        self.memory = BodyMemory()
+        self.refused: Counter[NoRoom] = Counter()
+        self._logged_at = -_LOG_EVERY_S
+        self._turn = asyncio.Lock()
+
+    def room_for(self, tenant: str, settings: IngressSettings) -> Room:
+        """Return the room for a request of a tenant."""
+        return Room(self, tenant, settings)
+
+    async def in_turns(self, steps: Steps[Inbound]) -> Inbound:
+        """Run a generator, one step of all of them in each turn of the event loop.
+
+        The lock is fair: who waits for it gets it in the next turn.
+        """
+        while True:
+            async with self._turn:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    inbound: Inbound = end.value
+                    return inbound
+            await asyncio.sleep(0)
+
+    def refuse(self, reason: NoRoom, longest: int) -> errors.ApiError:
+        """Return the error of a body without room; count it if the room is taken by others."""
+        if reason is NoRoom.TOO_LARGE:
+            return errors.BodyTooLarge(longest)
+        self.refused[reason] += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = now
+            counts = ", ".join(f"{why.value} {count}" for why, count in self.refused.items())
+            used = self.memory.used // _MIB
+            _log.warning("No room for request bodies: %d MiB in use, refused: %s", used, counts)
+        return errors.no_memory(reason.value, _TRY_AGAIN_S)
+
+
+def _declared_length(headers: Headers) -> int | None:
+    declared = headers.get(b"content-length", b"")
+    if not declared.isdigit():
+        return None
+    return int(declared[:_DIGITS]) if len(declared) <= _DIGITS else 10**_DIGITS
+
+
+class Room:
+    """The room for the body of one request: a context in which its memory is held."""
+
+    def __init__(self, bodies: Bodies, tenant: str, settings: IngressSettings) -> None:
+        self._bodies = bodies
+        self._settings = settings
+        self._held = HeldMemory(bodies.memory, tenant)
+        self._limits = BodyLimits(
+            settings.max_body_bytes,
+            settings.body_memory_tenant_mb * _MIB,
+            settings.body_memory_mb * _MIB,
+        )
+        self._longest = self._limits.longest_for(tenant)
+
+    def __enter__(self) -> Room:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.release()
+
+    async def read(self, route: Route, headers: Headers, receive: Receive) -> Inbound:
+        """Read a body and return the request.
+
+        Raises:
+            BodyTooLarge: it is longer than may ever be read.
+            Unavailable: other bodies take the memory that it needs.
+            RequestTimeout: it did not come in time.
+            InvalidRequest: it is not a request.
+            ClientGone: the client left.
+        """
+        length = _declared_length(headers)
+        if length is not None:
+            self._take(length)
+        body = await self._receive_all(receive, length)
+        inbound = parse_plain_request(route, body) if isinstance(body, bytes) else None
+        if inbound is None:
+            return await self._bodies.in_turns(read_request(route, memoryview(body)))
+        if isinstance(inbound.fields, Reparsed):
+            loop = asyncio.get_running_loop()
+            loop.call_later(_PARSED_FOR_S, inbound.fields.forget)
+        return inbound
+
+    def _take(self, length: int) -> None:
+        reason = self._held.hold(length, self._limits)
+        if reason is not None:
+            raise self._bodies.refuse(reason, self._longest)
+
+    async def _receive_all(self, receive: Receive, declared: int | None) -> bytes | memoryview:
+        """Return the body: ``bytes`` of up to ``LONGEST_WHOLE``, else a view of its memory."""
+        begun, length, pieces = asyncio.get_running_loop().time(), 0, list[bytes]()
+        memory: memoryview | None = None
+        more = True
+        while more:
+            piece, more = await self._receive(receive, begun, length)
+            if declared is None:
+                self._take(length + len(piece))
+            elif length + len(piece) > declared:
+                raise errors.InvalidRequest("The request body is longer than its content-length.")
+            if memory is None and length + len(piece) > LONGEST_WHOLE:
+                memory = _pages(self._longest if declared is None else declared)
+                start = b"".join(pieces)
+                memory[: len(start)] = start
+            if memory is None:
+                pieces.append(piece)
+            else:
+                await _copy(piece, memory, length)
+            length += len(piece)
+        return b"".join(pieces) if memory is None else memory[:length]
+
+    async def _receive(self, receive: Receive, begun: float, length: int) -> tuple[bytes, bool]:
+        """Return the next piece, and whether more follow, within the time for what has come."""
+        settings = self._settings
+        patience_s = settings.body_timeout_s + length / (settings.body_min_rate_kb * 1024)
+        try:
+            async with asyncio.timeout_at(begun + patience_s):
+                message = await receive()
+        except TimeoutError:
+            raise errors.RequestTimeout from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        return message.get("body", b""), message.get("more_body", False)
+
+
+def _pages(size: int) -> memoryview:
+    """Return private memory of a size, for which the kernel gives pages only as they are written.
+
+    A ``bytearray`` that grows may be copied as a whole.
+    """
+    return memoryview(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
+
+
+async def _copy(piece: bytes, memory: memoryview, at: int) -> None:
+    for start in range(0, len(piece), _COPIED):
+        part = piece[start : start + _COPIED]
+        memory[at + start : at + start + len(part)] = part
+        # Others run in between, also where the next piece is there already.
+        await asyncio.sleep(0)

@@ -1,0 +1,104 @@
+"""``GET /v1/usage``: what the caller has used, in totals."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from app.core import errors
+from app.gateway.handler import identify
+from app.gateway.lifecycle import Services
+from app.ledger.record import now_utc
+from app.ledger.record_store import TooManyRows, Wanted
+from app.ledger.usage import Grouping, usage_object
+from app.store.database import StoreAway, StoreTooSlow
+
+_DEFAULT_GROUPS = (Grouping.DAY, Grouping.MODEL, Grouping.TIER)
+# What a tenant may split by: its own name would be the same everywhere.
+_GROUPS = tuple(one for one in Grouping if one is not Grouping.TENANT)
+_PARAMETERS = frozenset({"start", "end", "group_by"})
+
+
+def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
+    """Add the route. A tenant sees its own usage, whichever of its keys it was."""
+
+    @api.get(f"{prefix}/usage")
+    async def usage(request: Request) -> Response:
+        caller = await identify(services, dict(request.scope["headers"]))
+        query = request.query_params
+        for name in query:
+            if name not in _PARAMETERS:
+                raise errors.InvalidRequest(f"Unknown parameter: '{name}'.", param=name)
+        assert services.usage is not None, "settings come before requests"
+        bounds = services.usage.settings
+        start, end = span(
+            _day(query.get("start"), "start"), _day(query.get("end"), "end"),
+            now_utc().date(), bounds.max_days,
+        )  # fmt: skip
+        groups = _groups(query.get("group_by"))
+        wanted = Wanted(tenant=caller.tenant, since=start, until=end)
+        try:
+            totals = await services.usage.totals(wanted, groups)
+        except TooManyRows:
+            raise _too_large(f"has more than {bounds.max_rows} groups") from None
+        except StoreTooSlow:
+            raise _too_large(f"takes longer than {bounds.timeout_s:g} s to add up") from None
+        except StoreAway:
+            raise errors.Unavailable(
+                "Usage cannot be read at the moment. What is used meanwhile is recorded.",
+                "ledger_unavailable",
+                5.0,
+            ) from None
+        days = {"start": start.isoformat(), "end": end.isoformat()}
+        return JSONResponse(usage_object(totals) | days)
+
+
+def span(start: date | None, end: date | None, today: date, max_days: int) -> tuple[date, date]:
+    """Return the days that are asked for, from the first to the one after the last.
+
+    Without ``end`` they go on until today, and without ``start`` they are as many as may be.
+
+    Raises:
+        InvalidRequest: there are more of them than ``max_days``.
+    """
+    tomorrow = today + timedelta(days=1)
+    until = end or max(tomorrow, start or tomorrow)
+    since = start or date.fromordinal(max(1, min(until, tomorrow).toordinal() - max_days))
+    if start is not None and (until - since).days > max_days:
+        raise errors.InvalidRequest(
+            f"Invalid 'start': at most {max_days} days can be asked for at once, from 'start' to "
+            "'end'.",
+            param="start",
+        )
+    return since, until
+
+
+def _too_large(why: str) -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"The usage that is asked for {why}. Ask for fewer days, or for fewer groups ('group_by').",
+        code="usage_too_large",
+        param="start",
+    )
+
+
+def _day(text: str | None, name: str) -> date | None:
+    try:
+        return None if text is None else date.fromisoformat(text)
+    except ValueError:
+        raise errors.InvalidRequest(
+            f"Invalid '{name}': expected a day such as 2026-11-22.", param=name
+        ) from None
+
+
+def _groups(text: str | None) -> list[Grouping]:
+    if text is None:
+        return list(_DEFAULT_GROUPS)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in _GROUPS]:
+        raise errors.InvalidRequest(
+            f"Invalid 'group_by': '{unknown[0]}' is none of {', '.join(_GROUPS)}.",
+            param="group_by",
+        )
+    return [Grouping(name) for name in dict.fromkeys(names)]

@@ -1,0 +1,158 @@
+"""Frames: how one entry of a journal is written down, and read again after anything. Pure.
+
+A frame is one line: its checksum, its length, its kind, and JSON, which holds no line break.
+
+    0f3a9c51 000252 s {"request_id":"req_…", …}
+
+The checksum (CRC-32) is over what follows it. A segment's file is as long as it will ever be from
+the beginning; where its frames end there are zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+from zlib import crc32
+
+import orjson
+
+from app.core.pricing import TokenUsage
+from app.ledger.reading import NotUnderstood, load
+
+_HEADER: Final = 18  # checksum, length and kind, each followed by a space
+_MAX_BODY: Final = 0xFFFFFF
+
+
+class Kind(StrEnum):
+    """What a frame says."""
+
+    OPEN = "o"
+    """A stream begins: its open record."""
+    PROGRESS = "p"
+    """An open stream has got so far."""
+    ESTIMATE = "e"
+    """The same, where the tokens are Frontline's estimate. A kind of its own, since versions
+    without it then pass over it, and could not read a longer ``PROGRESS``."""
+    SETTLED = "s"
+    """A record that will not change any more."""
+
+
+_KINDS: Final = {kind.value.encode(): kind for kind in Kind}
+_PROGRESS: Final = [str, int, int, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame as it was read, and where the next one begins.
+
+    Its kind is ``None`` where a newer version has written one that is unknown here.
+    """
+
+    kind: Kind | None
+    body: bytes
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an open stream has got.
+
+    Attributes:
+        request_id: the stream's.
+        usage: its tokens so far.
+        at: when that was, in UTC.
+        estimated: whether the tokens are Frontline's estimate and not the engine's count.
+    """
+
+    request_id: str
+    usage: TokenUsage
+    at: datetime
+    estimated: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its frame."""
+        return Kind.ESTIMATE if self.estimated else Kind.PROGRESS
+
+    def to_json(self) -> bytes:
+        """Return it as a JSON array."""
+        usage = self.usage
+        tokens = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        return orjson.dumps((self.request_id, *tokens, self.at))
+
+    @classmethod
+    def of(cls, found: Frame) -> Progress:
+        """Return the progress that a frame holds.
+
+        Raises:
+            NotUnderstood: its body is something else.
+        """
+        fields = load(found.body)
+        if not isinstance(fields, list) or [type(field) for field in fields] != _PROGRESS:
+            raise NotUnderstood("it is no progress")
+        request_id, prompt, cached, completion, at = fields
+        try:
+            usage, moment = TokenUsage(prompt, cached, completion), datetime.fromisoformat(at)
+        except ValueError as error:
+            raise NotUnderstood(str(error)) from None
+        if moment.utcoffset() != timedelta(0):
+            raise NotUnderstood("times are in UTC")
+        return cls(request_id, usage, moment, found.kind is Kind.ESTIMATE)
+
+
+def frame(kind: Kind, body: bytes) -> bytes:
+    """Return a frame's bytes."""
+    assert len(body) <= _MAX_BODY
+    rest = b"%06x %b %b" % (len(body), kind.value.encode(), body)
+    return b"%08x %b\n" % (crc32(rest), rest)
+
+
+def read_frame(data: bytes, start: int) -> Frame | None:
+    """Return the frame that begins at ``start``, or ``None`` if no whole one does."""
+    header = data[start : start + _HEADER]
+    try:
+        length, kind = int(header[9:15], 16), header[16:17]
+    except ValueError:
+        return None
+    end = start + _HEADER + length + 1
+    checksum = crc32(data[start + 9 : end - 1])
+    if header != _header(checksum, length, kind) or data[end - 1 : end] != b"\n":
+        return None
+    return Frame(_KINDS.get(kind), data[start + _HEADER : end - 1], end)
+
+
+def _header(checksum: int, length: int, kind: bytes) -> bytes:
+    return b"%08x %06x %b " % (checksum, length, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What a segment holds.
+
+    Attributes:
+        frames: every whole frame.
+        damaged: whether something unreadable stands before a whole frame. What a killed writer
+            leaves half-written stands after all of them, and is not damage.
+    """
+
+    frames: tuple[Frame, ...]
+    damaged: bool
+
+
+def read_segment(data: bytes) -> Segment:
+    """Return every whole frame of a segment, whatever lies between them."""
+    frames: list[Frame] = []
+    place, skipped, damaged = 0, False, False
+    while 0 <= place < len(data):
+        found = read_frame(data, place)
+        if found is None:
+            # The next frame, if there is one, follows a line break.
+            skipped = True
+            place = data.find(b"\n", place) + 1 or -1
+        else:
+            damaged = damaged or skipped
+            frames.append(found)
+            place = found.end
+    return Segment(tuple(frames), damaged)

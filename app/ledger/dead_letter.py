@@ -1,0 +1,124 @@
+"""Records that the database refuses for good: kept in files beside the journals, for a person.
+
+    <folder>/refused/<request id>.json   {"why": …, "record": {…}}
+
+One of them must not hold up those behind it, and is not thrown away either: it is a bill.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+from urllib.parse import quote
+
+import orjson
+
+from app.ledger.segments import sync_folder
+from app.store.database import StoreRefuses
+
+_FOLDER: Final = "refused"
+_log = logging.getLogger(__name__)
+
+
+class Records(Protocol):
+    """Where records go: ``app.ledger.record_store.RecordStore``."""
+
+    def prepare(self) -> bool:
+        """Bring the tables up to date, and return whether it is another store than before.
+
+        Raises ``StoreAway``.
+        """
+
+    def add(self, bodies: Sequence[bytes]) -> None:
+        """Write settled records in one transaction; raises ``StoreAway``, or ``StoreRefuses``."""
+
+
+def add_or_set_aside(store: Records, bodies: Sequence[bytes], folder: Path) -> None:
+    """Write settled records to the store, all but those that it refuses for good.
+
+    Args:
+        store: the store.
+        bodies: the records as JSON.
+        folder: that of the journals, where refused ones are kept.
+
+    Raises:
+        StoreAway: the store cannot be used now.
+        OSError: a refused record cannot be kept.
+    """
+    try:
+        store.add(bodies)
+    except StoreRefuses as refusal:
+        if len(bodies) == 1:
+            _set_aside(folder, bodies[0], str(refusal))
+            return
+        # Which one it is the database does not tell.
+        middle = len(bodies) // 2
+        add_or_set_aside(store, bodies[:middle], folder)
+        add_or_set_aside(store, bodies[middle:], folder)
+
+
+def _set_aside(folder: Path, body: bytes, why: str) -> None:
+    request_id = orjson.loads(body)["request_id"]
+    kept = folder / _FOLDER / f"{quote(request_id, safe='')}.json"
+    if kept.exists():
+        return
+    kept.parent.mkdir(mode=0o700, exist_ok=True)
+    unborn = kept.with_suffix(f".{os.getpid()}")
+    with unborn.open("wb") as file:
+        file.write(b'{"why":%b,"record":%b}' % (orjson.dumps(why), body))
+        file.flush()
+        os.fsync(file.fileno())
+    unborn.rename(kept)
+    sync_folder(kept.parent)
+    sync_folder(folder)
+    _log.error("the database refuses the record of %s for good: %s; kept in %s",
+               request_id, why, kept)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedRecord:
+    """A record that was set aside.
+
+    Attributes:
+        path: its file.
+        why: what the database said.
+        body: the record as JSON.
+    """
+
+    path: Path
+    why: str
+    body: bytes
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The record's fields, as JSON has them."""
+        fields: dict[str, Any] = orjson.loads(self.body)
+        return fields
+
+
+def refused_records(folder: Path) -> Iterator[RefusedRecord]:
+    """Yield what was set aside on this node, by name."""
+    for path in sorted((folder / _FOLDER).glob("*.json")):
+        kept = orjson.loads(path.read_bytes())
+        yield RefusedRecord(path, kept["why"], orjson.dumps(kept["record"]))
+
+
+def retry_refused(store: Records, folder: Path) -> int:
+    """Write to the store what it takes by now, and count those records; the others stay.
+
+    Raises:
+        StoreAway: the store cannot be used now.
+    """
+    written = 0
+    for refused in refused_records(folder):
+        try:
+            store.add([refused.body])
+        except StoreRefuses:
+            continue
+        refused.path.unlink()
+        written += 1
+    return written

@@ -1,0 +1,218 @@
+"""Usage records in the store: written once each, read for bills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
+from typing import Any, Final
+
+from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, func, select, text
+
+from app.core.pricing import Prices, TokenUsage
+from app.ledger.record import UsageRecord
+from app.ledger.usage import Grouping, Total, add_up
+from app.store.database import StoreAway, StoreRefuses, migrate, translated
+from app.store.schema import Amount, Moment, usage_records
+from app.store.sqlite_file import MISSING, Identity, identity, path_of, was_replaced
+
+READ_AT_ONCE: Final = 1000
+_SERVER: Final[Identity] = (-1, -1)
+"""In place of a file's identity where the store is a database server."""
+
+
+class TooManyRows(Exception):
+    """There are more groups than may be read at once."""
+
+
+class RecordStore:
+    """The usage records in a database.
+
+    Every method may block, and raises ``StoreAway`` where the database cannot be used.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._prepared: Identity | None = None
+        self._insert = _insert_statement(engine.dialect.name)
+
+    def prepare(self) -> bool:
+        """Bring the tables up to date, unless they are.
+
+        Returns:
+            Whether this may be another store than before: SQLite's file was replaced, the store
+            was away, or nothing was prepared yet.
+        """
+        path = path_of(self._engine.url)
+        # Before the tables are made: what replaces the file meanwhile is found the next time.
+        store = _SERVER if path is None else identity(path)
+        if store == self._prepared and store != MISSING:
+            return False
+        migrate(self._engine)
+        self._prepared = store
+        return True
+
+    def add(self, bodies: Sequence[bytes]) -> None:
+        """Write settled records, given as JSON (``UsageRecord.to_json``), in one transaction.
+
+        A request that has its record already keeps it, so that writing twice changes nothing.
+        The database itself reads the JSON: this thread shares its interpreter with requests.
+        """
+        batch = b"[" + b",".join(bodies) + b"]"
+        try:
+            self._add(batch.decode())
+        except StoreRefuses:
+            raise
+        except StoreAway:
+            # It may come back as another one: from a backup, or a standby.
+            self._prepared = None
+            raise
+
+    def _add(self, batch: str) -> None:
+        with translated(), self._engine.connect() as connection:
+            connection.execute(self._insert, {"batch": batch})
+            connection.commit()
+            if was_replaced(connection):
+                raise StoreAway("its file was replaced while it was written to")
+
+    def each(self, wanted: Wanted) -> Iterator[UsageRecord]:
+        """Yield records by the time of their arrival, all of one moment's view."""
+        query = select(usage_records).where(wanted.condition())
+        order = (usage_records.c.arrived, usage_records.c.request_id)
+        with translated(), self._engine.connect() as connection:
+            streamed = connection.execution_options(yield_per=READ_AT_ONCE)
+            for row in streamed.execute(query.order_by(*order)).mappings():
+                yield UsageRecord.from_fields(dict(row))
+
+    def totals(
+        self, wanted: Wanted, groupings: Sequence[Grouping], max_rows: int | None = None
+    ) -> list[Total]:
+        """Return totals of records, in the order of their groups.
+
+        They add up to the records to the last digit: the database sums tokens, which are whole
+        numbers, of the same prices, and a cost is tokens times prices.
+
+        Raises:
+            TooManyRows: the database would find more than ``max_rows`` groups, of a price each.
+        """
+        groups = [_GROUPS[grouping].label(grouping.value) for grouping in groupings]
+        sums = [func.count(), *(func.sum(column) for column in _TOKENS)]
+        query = select(*groups, *_PRICES, *sums).where(wanted.condition())
+        query = query.group_by(*groups, *_PRICES)
+        if max_rows is not None:
+            query = query.limit(max_rows + 1)
+        with translated(), self._engine.connect() as connection:
+            rows = connection.execute(query).all()
+        if max_rows is not None and len(rows) > max_rows:
+            raise TooManyRows
+        names = [grouping.value for grouping in groupings]
+        totals: dict[tuple[str | None, ...], list[Total]] = {}
+        for row in rows:
+            key = tuple(_group_value(value) for value in row[: len(groups)])
+            totals.setdefault(key, []).append(_total(row[len(groups) :]))
+        return [
+            replace(add_up(parts), group=dict(zip(names, key, strict=True)))
+            for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
+        ]
+
+
+def _group_value(value: object) -> str | None:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return None if value is None else str(value)
+
+
+def _total(row: Sequence[Any]) -> Total:
+    """Return the total of a row of prices and sums."""
+    *prices, requests, prompt, cached, completion = row
+    usage = TokenUsage(int(prompt), int(cached), int(completion))
+    cost = Decimal(0) if prices[0] is None else Prices(*prices).cost(usage)
+    return Total(
+        {}, requests, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost
+    )
+
+
+_columns = usage_records.c
+_GROUPS: Final = {
+    Grouping.DAY: _columns.day,
+    Grouping.TENANT: _columns.tenant,
+    Grouping.KEY: _columns.key_id,
+    Grouping.MODEL: _columns.model,
+    Grouping.TIER: _columns.served_tier,
+    Grouping.STATE: _columns.state,
+    Grouping.ESTIMATED: _columns.usage_estimated,
+}
+_PRICES: Final = (
+    _columns.input_price,
+    _columns.cached_input_price,
+    _columns.output_price,
+    _columns.multiplier,
+)
+_TOKENS: Final = (_columns.prompt_tokens, _columns.cached_tokens, _columns.completion_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which records are asked for; ``None`` restricts nothing.
+
+    Attributes:
+        tenant: of this tenant.
+        since: the first day.
+        until: the day after the last.
+        model: of this model.
+    """
+
+    tenant: str | None = None
+    since: date | None = None
+    until: date | None = None
+    model: str | None = None
+
+    def condition(self) -> ColumnElement[bool]:
+        """Return what selects these records alone."""
+        columns = usage_records.c
+        conditions = [
+            None if self.tenant is None else columns.tenant == self.tenant,
+            None if self.since is None else columns.day >= self.since,
+            None if self.until is None else columns.day < self.until,
+            None if self.model is None else columns.model == self.model,
+        ]
+        return and_(True, *(each for each in conditions if each is not None))
+
+
+def _insert_statement(dialect: str) -> TextClause:
+    names = [column.name for column in usage_records.c if column.name != "day"]
+    if dialect == "sqlite":
+        values = ", ".join(_or_default(name, f"json_extract(value, '$.{name}')") for name in names)
+        source = f"{values}, substr(json_extract(value, '$.arrived'), 1, 10) FROM json_each(:batch)"
+        # SQLite cannot tell ON CONFLICT from a join's ON without a WHERE.
+        source += " WHERE true"
+    else:
+        typed = ", ".join(f"{name} {_postgresql_type(name)}" for name in names)
+        values = ", ".join(_or_default(name, name) for name in names)
+        source = (
+            f"{values}, (arrived AT TIME ZONE 'UTC')::date "
+            f"FROM json_to_recordset(CAST(:batch AS json)) AS entry({typed})"
+        )
+    return text(
+        f"INSERT INTO usage_records ({', '.join(names)}, day) SELECT {source} "
+        "ON CONFLICT (request_id) DO NOTHING"
+    )
+
+
+def _or_default(name: str, value: str) -> str:
+    # Records from before there was the field have none; NULL would be refused.
+    return f"coalesce({value}, false)" if name == "usage_estimated" else value
+
+
+def _postgresql_type(name: str) -> str:
+    kind = usage_records.c[name].type
+    if isinstance(kind, Amount):
+        return "numeric"
+    if isinstance(kind, Moment):
+        return "timestamptz"
+    if isinstance(kind, Boolean):
+        return "boolean"
+    if isinstance(kind, Float):
+        return "double precision"
+    return "bigint" if name.endswith("_tokens") else "text"

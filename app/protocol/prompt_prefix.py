@@ -1,0 +1,82 @@
+"""A hash of a prompt's beginning, by which requests find the replica that has it cached. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+from zlib import crc32
+
+import orjson
+
+from app.core.dialect import Route
+from app.protocol.json_body.depth import TooDeep
+from app.protocol.json_body.members import LONGEST_PARSED
+from app.protocol.json_body.raw import RawJson
+from app.protocol.json_body.scan import InvalidJson, first_items
+
+_CHARACTERS: Final = 256
+_MOST_ITEMS: Final = 8
+"""How many messages are searched for the first of the user's. Usually it is the first or second;
+a few shaped to be slow take 2 ms."""
+_LONGEST_CHARACTER: Final = 12
+"""Bytes of the longest way to write one character: two ``\\u`` escapes."""
+
+
+def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
+    """Return a hash of the prompt's beginning, which stays as a conversation grows.
+
+    For messages that is everything up to the first of the user's. A prompt that is kept as bytes
+    has the same hash as a parsed one, if these messages are short enough to be parsed.
+    """
+    prompt = fields.get(route.prompt_field)
+    if isinstance(prompt, str):
+        start: Any = prompt[:_CHARACTERS]
+    elif isinstance(prompt, RawJson):
+        start = _raw_start(route, prompt)
+    elif isinstance(prompt, list) and route is not Route.EMBEDDINGS:
+        start = _leading(prompt) or prompt[:1]
+    else:
+        return None
+    if start is None:
+        return None
+    instructions = fields.get("instructions")
+    if isinstance(instructions, RawJson):
+        instructions = crc32(instructions.data[:LONGEST_PARSED])
+    return crc32(orjson.dumps([instructions, start]))
+
+
+def _leading(items: Iterable[Any]) -> list[Any] | None:
+    """Return the messages up to the first of the user's, if that is among the first ones."""
+    leading = []
+    for item in items:
+        leading.append(item)
+        if isinstance(item, dict) and item.get("role") == "user":
+            return leading
+        if len(leading) == _MOST_ITEMS:
+            break
+    return None
+
+
+def _raw_start(route: Route, raw: RawJson) -> Any:
+    if raw.startswith(b'"'):
+        return _first_characters(raw)
+    if not raw.startswith(b"[") or route is Route.EMBEDDINGS:
+        return None
+    try:
+        leading = _leading(first_items(raw))
+    except (InvalidJson, TooDeep):
+        # The engine says what is wrong with it.
+        return None
+    return crc32(raw.data[:LONGEST_PARSED]) if leading is None else leading
+
+
+def _first_characters(raw: RawJson) -> str | None:
+    text = bytes(raw.data[1 : min(1 + _CHARACTERS * _LONGEST_CHARACTER, len(raw) - 1)])
+    # The cut may be in the middle of a character, or of the first of two that are one.
+    for end in range(len(text), max(len(text) - _LONGEST_CHARACTER, -1), -1):
+        try:
+            found: str = orjson.loads(b'"%b"' % text[:end])
+        except orjson.JSONDecodeError:
+            continue
+        return found[:_CHARACTERS]
+    return None

@@ -1,0 +1,257 @@
+"""OpenAI's API as far as Frontline has to know it: the fields that matter, and stamping.
+
+Everything else in requests and answers passes through untouched, but for nulls in requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any, Final
+
+import orjson
+
+from app.core import errors
+from app.core.dialect import Dialect, Route
+from app.core.pricing import cost
+from app.core.tiers import Tier, TierDecision, UnknownTierError, parse_requested
+from app.protocol.json_body.members import LONGEST_KEPT_PARSED, Members, Reparsed
+from app.protocol.json_body.parse import LONGEST_WHOLE, parse_plain, scan_object
+from app.protocol.json_body.scan import Steps, run
+from app.protocol.json_body.spliced import Spliced
+from app.protocol.prompt_prefix import prompt_prefix
+from app.protocol.sse import Event
+from app.protocol.token_estimate import Estimate, choices_per_prompt, estimate_tokens
+from app.protocol.usage import read_usage
+
+FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
+"""Request fields that never reach an engine: ours, and the engines' own priority."""
+
+_STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
+
+
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """A client's request, with the fields that Frontline acts on taken out of it.
+
+    Attributes:
+        route: where it came in.
+        fields: the JSON object as it came. Those of a long body are ``Members``, whose long
+            values are ``RawJson``.
+        model: the name of the model, an id or an alias.
+        requested_tier: what ``service_tier`` asks for; ``None`` for nothing or ``auto``.
+        stream: whether the answer is to be streamed.
+        stream_options: the client's own, empty if there are none.
+        fail_fast: whether it would rather be turned away than wait.
+        length: of the body, in bytes.
+        prefix: a hash of the prompt's beginning (``app.protocol.prompt_prefix``).
+        expected_tokens: roughly how many it will take, prompt and answer together.
+        expected_prompt_tokens: roughly how many all its prompts take.
+        choices_per_prompt: how many choices it asks for with each of its prompts.
+    """
+
+    route: Route
+    fields: Mapping[str, Any]
+    model: str
+    requested_tier: Tier | None
+    stream: bool
+    stream_options: Mapping[str, Any]
+    fail_fast: bool = False
+    length: int = 0
+    prefix: int | None = None
+    expected_tokens: int = 0
+    expected_prompt_tokens: int = 0
+    choices_per_prompt: int = 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the client asked for a last chunk with the usage."""
+        return self.stream_options.get("include_usage") is True
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        """Whether the client asked for the usage on every chunk (vLLM's extension)."""
+        return self.wants_usage and self.stream_options.get("continuous_usage_stats") is True
+
+
+def parse_request(route: Route, body: bytes) -> Inbound:
+    """Read a request body at once.
+
+    Raises:
+        InvalidRequest: it is not a JSON object, or a field that Frontline acts on is wrong.
+    """
+    inbound = parse_plain_request(route, body) if len(body) <= LONGEST_WHOLE else None
+    return run(read_request(route, memoryview(body))) if inbound is None else inbound
+
+
+def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
+    """Read a request body of up to ``LONGEST_WHOLE`` bytes, if parsing it whole is quick.
+
+    Returns ``None`` where ``read_request`` has to decide.
+
+    Raises:
+        InvalidRequest: as ``parse_request``.
+    """
+    fields = parse_plain(body)
+    if fields is None:
+        return None
+    prefix = prompt_prefix(route, fields)
+    tokens = estimate_tokens(route, fields, len(body))
+    inbound = _inbound(route, fields, len(body), prefix, tokens)
+    if len(body) > LONGEST_KEPT_PARSED:
+        return replace(inbound, fields=Reparsed(body, fields))
+    return inbound
+
+
+def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
+    """Read a request body of any length without parsing it whole, yielding every few milliseconds.
+
+    Raises:
+        InvalidRequest: as ``parse_request``.
+    """
+    fields = yield from scan_object(body)
+    yield
+    prefix = prompt_prefix(route, fields)
+    yield
+    tokens = estimate_tokens(route, fields, len(body))
+    yield
+    return _inbound(route, fields, len(body), prefix, tokens)
+
+
+def _inbound(
+    route: Route, fields: Mapping[str, Any], length: int, prefix: int | None, tokens: Estimate
+) -> Inbound:
+    model = fields.get("model")
+    if not isinstance(model, str) or not model:
+        raise errors.InvalidRequest("you must provide a model parameter", param="model")
+    try:
+        requested = parse_requested(fields.get("service_tier"))
+    except UnknownTierError as error:
+        raise errors.InvalidRequest(
+            str(error), param="service_tier", code="invalid_value"
+        ) from None
+    if route is Route.RESPONSES and fields.get("background") not in (None, False):
+        # Its answer would be fetched later, where nobody counts or bills it. Engines take other
+        # values than `true` for it, too.
+        raise errors.InvalidRequest(
+            "Background responses are not supported: leave 'background' out.",
+            param="background",
+            code="unsupported_value",
+        )
+    return Inbound(
+        route,
+        fields,
+        model,
+        requested,
+        _flag(fields, "stream"),
+        _stream_options(fields),
+        _flag(fields, "fail_fast"),
+        length,
+        prefix,
+        tokens.total,
+        tokens.prompt,
+        choices_per_prompt(fields),
+    )
+
+
+def _flag(fields: Mapping[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise errors.InvalidRequest(
+            f"Invalid type for '{name}': expected a boolean.", param=name, code="invalid_type"
+        )
+    return bool(value)
+
+
+def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    options = fields.get("stream_options")
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise errors.InvalidRequest(
+            "Invalid type for 'stream_options': expected an object.",
+            param="stream_options",
+            code="invalid_type",
+        )
+    return options
+
+
+def rewrite_request(
+    inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
+) -> bytes | Spliced:
+    """Return the body that the engine gets.
+
+    Our own fields and any priority that the client set are taken out, the engine's priority for
+    ``tier`` is put in where the engine has it in force on this route, and a stream is asked for
+    its usage whether or not the client wants to see it. Nulls are left out: in OpenAI's API null
+    stands for absent, and engines refuse some. An engine that refuses fields that it does not
+    know gets those it knows. What is kept as bytes goes through as it came.
+    """
+    accepted = dialect.accepted_fields.get(inbound.route)
+    fields: dict[str, Any] = {}
+    source = inbound.fields
+    if isinstance(source, Members):
+        _set_own_fields(fields, inbound, model_id, dialect, tier)
+        own = fields if accepted is None else _only(fields, accepted)
+        withheld = FRONTLINE_FIELDS | fields.keys()
+        names = (name for name in source if accepted is None or name in accepted)
+        kept = source.pieces(name for name in names if name not in withheld)
+        return Spliced.of(orjson.dumps(own), kept)
+    if isinstance(source, Reparsed):
+        source = source.fields
+    fields = {
+        key: value
+        for key, value in source.items()
+        if key not in FRONTLINE_FIELDS and value is not None
+    }
+    _set_own_fields(fields, inbound, model_id, dialect, tier)
+    return orjson.dumps(fields if accepted is None else _only(fields, accepted))
+
+
+def _set_own_fields(
+    fields: dict[str, Any], inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
+) -> None:
+    route = inbound.route
+    fields["model"] = model_id
+    if route in dialect.priority_routes:
+        fields["priority"] = dialect.priority_values[tier]
+    if inbound.stream and route in _STREAM_OPTION_ROUTES:
+        clients = {} if route in dialect.accepted_fields else inbound.stream_options
+        fields["stream_options"] = {**clients, **dialect.stream_options}
+
+
+def _only(fields: Mapping[str, Any], accepted: frozenset[str]) -> Mapping[str, Any]:
+    return {name: value for name, value in fields.items() if name in accepted}
+
+
+def json_number(amount: Decimal) -> orjson.Fragment:
+    """Return an amount as a JSON number with every digit of it."""
+    return orjson.Fragment(format(amount.normalize(), "f") if amount else "0.0")
+
+
+def stamp(answer: dict[str, Any], decision: TierDecision) -> None:
+    """Put the served tier into an answer, chunk or Responses object, in place, and the cost into
+    its ``usage``, which tells what is billed.
+    """
+    answer["service_tier"] = decision.served.value
+    usage = answer.get("usage")
+    tokens = read_usage(usage)
+    if tokens is not None and isinstance(usage, dict):
+        usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
+
+
+def stream_error(event: Event, route: Route) -> errors.ApiError | None:
+    """Return the error that a stream's first event holds, if it does.
+
+    An engine that answers 200 and then an error has not begun to answer: the client gets the
+    error's own status (SGLang 0.5 does this when it is overloaded).
+    """
+    if b'"error"' not in event.data:
+        return None
+    fields = orjson.loads(event.data)
+    if not isinstance(fields, dict) or not fields.get("error") or fields.get("choices"):
+        return None
+    code = fields["error"].get("code") if isinstance(fields["error"], dict) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    return errors.from_engine(status, event.data, route.prompt_field)

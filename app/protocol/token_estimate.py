@@ -1,0 +1,225 @@
+"""How many tokens and sequences a request will probably take, before an engine has seen it. Pure.
+
+Limits are charged with this until the answer has ended; then the real usage replaces it. Only what
+engines read counts, per route:
+
+| route | answer | sequences |
+|---|---|---|
+| chat completions | the larger of ``max_completion_tokens`` and ``max_tokens`` | ``n`` |
+| completions | ``max_tokens`` | prompts x the larger of ``n`` and ``best_of`` |
+| responses | ``max_output_tokens`` | 1 |
+| embeddings | none | inputs |
+
+The larger of two fields holds whichever of them an engine prefers. Pydantic, with which engines
+read requests, takes numbers written as text or as floats too, so these count as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from app.core.dialect import Route
+from app.protocol.json_body.raw import RawJson
+
+_BYTES_PER_TOKEN: Final = 4
+_USUAL_ANSWER: Final = 256
+_SMALL: Final = 8192
+"""Bodies up to this length are not searched for media: they could change little."""
+_MOST: Final = 10**9
+"""Larger counts are taken for this: no engine accepts them."""
+
+_SEARCHED: Final = 4 * 1024 * 1024
+"""How much of a raw member is searched; a few milliseconds. The rest counts as its worst case."""
+_MOST_HITS: Final = 2048
+"""How many words ``data`` in a raw member are looked at; a few milliseconds. Media behind them
+count as text."""
+_NEAR: Final = 32
+_URL_NAME: Final = re.compile(rb'url"\s*:\s*"\Z')
+_DATA_NAME: Final = re.compile(rb'data"\s*:\s*"')
+_LONGEST_NUMBER: Final = 64
+
+_ANSWER_FIELDS: Final = {
+    Route.CHAT: ("max_completion_tokens", "max_tokens"),
+    Route.COMPLETIONS: ("max_tokens",),
+    Route.RESPONSES: ("max_output_tokens",),
+    Route.EMBEDDINGS: (),
+}
+_COPIES_FIELDS: Final = {Route.CHAT: ("n",), Route.COMPLETIONS: ("n", "best_of")}
+
+IMAGE_TOKENS: Final = 1105
+"""Most tokens of one image: OpenAI's count for 2048 x 4096 pixels in high detail
+(85 + 6 tiles x 170)."""
+AUDIO_TOKENS: Final = 1500
+"""Most tokens of one recording: a minute at 25 tokens a second, as Qwen2-Audio encodes it."""
+OTHER_MEDIA_TOKENS: Final = 4096
+"""Most tokens of one video or file."""
+_MEDIA: Final = {
+    "image_url": IMAGE_TOKENS,
+    "input_audio": AUDIO_TOKENS,
+    "audio_url": AUDIO_TOKENS,
+    "video_url": OTHER_MEDIA_TOKENS,
+    "file": OTHER_MEDIA_TOKENS,
+    "file_data": OTHER_MEDIA_TOKENS,
+}
+_PAYLOADS: Final = ("url", "data", "file_data")
+
+
+class Estimate(NamedTuple):
+    """Roughly how many tokens a request will take.
+
+    Attributes:
+        prompt: of all its prompts.
+        total: prompts and answers together.
+    """
+
+    prompt: int
+    total: int
+
+
+def estimate_tokens(route: Route, fields: Mapping[str, Any], length: int) -> Estimate:
+    """Return roughly how many tokens a request will take.
+
+    Args:
+        route: where it came in.
+        fields: its top-level members; a long one may be ``RawJson``.
+        length: of the whole body, in bytes.
+    """
+    prompt, answer = _prompt_tokens(route, fields, length), 0
+    if route is not Route.EMBEDDINGS:
+        limits = [_count(fields.get(name)) for name in _ANSWER_FIELDS[route]]
+        answer = (max(limits) or _USUAL_ANSWER) * sequences(route, fields)
+    return Estimate(prompt, prompt + answer + 1)
+
+
+def sequences(route: Route, fields: Mapping[str, Any]) -> int:
+    """Return how many sequences an engine runs for a request; at least 1."""
+    copies = max((_count(fields.get(name)) for name in _COPIES_FIELDS.get(route, ())), default=1)
+    if route is Route.COMPLETIONS:
+        embeds = fields.get("prompt_embeds")
+        prompts = _prompts(fields.get("prompt")) + (_prompts(embeds) if embeds else 0)
+    else:
+        prompts = _prompts(fields.get("input")) if route is Route.EMBEDDINGS else 1
+    return max(copies, 1) * max(prompts, 1)
+
+
+def choices_per_prompt(fields: Mapping[str, Any]) -> int:
+    """Return how many choices a request asks for with each of its prompts; at least 1."""
+    return _count(fields.get("n")) or 1
+
+
+def _count(value: object) -> int:
+    """Return a positive whole number as engines read it, or 0."""
+    if type(value) is int:
+        return min(max(value, 0), _MOST)
+    if isinstance(value, RawJson):
+        return _MOST if value.startswith(b'"') else 0
+    if not isinstance(value, str | float):
+        return 0
+    if isinstance(value, str) and len(value) > _LONGEST_NUMBER:
+        return _MOST
+    try:
+        return int(min(max(float(value), 0.0), float(_MOST)))
+    except ValueError:
+        return 0
+
+
+def _prompts(prompt: object) -> int:
+    """Return how many prompts a ``prompt`` or ``input`` holds.
+
+    Those of a raw one are bounded from above: two quotes a string, one bracket an array.
+    """
+    if isinstance(prompt, RawJson):
+        if not prompt.startswith(b"["):
+            return 1
+        unsearched = max(0, len(prompt) - _SEARCHED) // len('"",')
+        strings = prompt.count(b'"', _SEARCHED) // 2
+        arrays = prompt.count(b"[", _SEARCHED) - 1
+        return max(1, strings + unsearched, arrays + unsearched)
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return len(prompt)
+    return 1
+
+
+def _prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
+    prompt = fields.get(route.prompt_field)
+    if route in (Route.COMPLETIONS, Route.EMBEDDINGS):
+        return _token_ids(prompt) or length // _BYTES_PER_TOKEN
+    if length <= _SMALL:
+        return length // _BYTES_PER_TOKEN
+    media = _raw_media(prompt) if isinstance(prompt, RawJson) else _media(prompt)
+    tokens = 0
+    for size, most in media:
+        length -= size
+        tokens += min(most, size // _BYTES_PER_TOKEN)
+    return max(length, 0) // _BYTES_PER_TOKEN + tokens
+
+
+def _token_ids(prompt: object) -> int:
+    """Return the length of a prompt that is one or several arrays of token ids, or 0."""
+    if isinstance(prompt, RawJson):
+        if prompt.find(b'"', 0, _SEARCHED) >= 0:
+            return 0
+        unsearched = max(0, len(prompt) - _SEARCHED) // len("1,")
+        return prompt.count(b",", _SEARCHED) + unsearched + 1
+    if not isinstance(prompt, list) or not prompt:
+        return 0
+    if isinstance(prompt[0], int):
+        return len(prompt)
+    if isinstance(prompt[0], list):
+        return sum(len(ids) for ids in prompt if isinstance(ids, list))
+    return 0
+
+
+def _media(messages: object) -> Iterator[tuple[int, int]]:
+    """Yield size in bytes and most tokens of all inline media in messages or input items."""
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict):
+                continue
+            for name in part.keys() & _MEDIA.keys():
+                if size := _payload(part[name], name):
+                    yield size, _MEDIA[name]
+
+
+def _payload(value: object, name: str) -> int:
+    """Return how long the payload of a content part is; 0 for one that is fetched by its URL."""
+    if isinstance(value, dict):
+        held = [text for key in _PAYLOADS if isinstance(text := value.get(key), str)]
+        value = max(held, key=len, default="")
+    if not isinstance(value, str):
+        return 0
+    inline = value.startswith("data:") or name in ("input_audio", "file", "file_data")
+    return len(value) if inline else 0
+
+
+def _raw_media(raw: RawJson) -> Iterator[tuple[int, int]]:
+    """Yield the same for the inline media in raw JSON; each is as large as an image or as a file.
+
+    A payload is the value of a name that ends with ``data``, or a data URL that is the value of a
+    name that ends with ``url``.
+    """
+    searched = at = 0
+    for _ in range(_MOST_HITS):
+        found = raw.find(b"data", at, at + _SEARCHED - searched)
+        if found < 0:
+            return
+        start, searched, at = _payload_start(raw, found), searched + found + 4 - at, found + 4
+        if start is None:
+            continue
+        at = raw.find(b'"', start)
+        if at < 0:
+            return
+        image = raw.startswith(b"data:image", start)
+        yield at - start, IMAGE_TOKENS if image else OTHER_MEDIA_TOKENS
+
+
+def _payload_start(raw: RawJson, found: int) -> int | None:
+    """Return where the payload begins that ``data`` is the beginning or the name of."""
+    if raw.startswith(b'"data:', found - 1):
+        before = bytes(raw.data[max(found - _NEAR, 0) : found])
+        return found if _URL_NAME.search(before) else None
+    after = _DATA_NAME.match(raw.data[found : found + _NEAR])
+    return found + after.end() if after else None

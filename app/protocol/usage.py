@@ -1,0 +1,217 @@
+"""How many tokens an answer is billed for: the engine's counts, or else a stated estimate. Pure.
+
+Engines tell an answer's usage at its end, and on every chunk of a stream where they can. Where an
+answer is left or lost before that, or an engine tells nothing or what cannot be, tokens are
+estimated:
+
+- An answer has one token for each delta that was sent, or one for every 5 bytes if that is more,
+  as where several tokens come together or the whole answer does.
+- A prompt has what limits expect of it (``app.protocol.token_estimate``).
+
+An estimate never replaces a count that can be true, and it never lowers one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+from app.core.dialect import Route
+from app.core.pricing import TokenUsage
+
+MOST_TOKENS: Final = 10**9
+"""More than any context holds: a larger count cannot be."""
+_BYTES_PER_TOKEN: Final = 5
+"""A little more than tokens have on average, so that deltas of one token count as one."""
+_NOT_TEXT: Final = frozenset({"role", "type", "id", "call_id", "status", "logprobs", "annotations"})
+_TEXTS: Final = ("message", "text", "delta")
+
+
+class Counted(NamedTuple):
+    """Tokens of an answer, so far or in all.
+
+    Attributes:
+        usage: the tokens.
+        estimated: whether some of them are not the engine's own count.
+    """
+
+    usage: TokenUsage
+    estimated: bool = False
+
+
+class _Told(NamedTuple):
+    """What a ``usage`` object tells; ``None`` stands for a number that cannot be."""
+
+    prompt: int | None
+    cached: int
+    completion: int | None
+    odd: bool
+
+
+class Count:
+    """Counts the tokens of one answer as it comes."""
+
+    def __init__(self, expected_prompt: int, choices_per_prompt: int = 1) -> None:
+        """Begin to count.
+
+        Args:
+            expected_prompt: the estimate of the prompt's tokens.
+            choices_per_prompt: how many choices the request asks for with each of its prompts.
+        """
+        self._odd = False
+        self._expected_prompt = expected_prompt
+        self._choices_per_prompt = max(choices_per_prompt, 1)
+        # By choice, and by prompt: engines count each choice of a stream for itself.
+        self._completions: dict[int, int] = {}
+        self._prompts: dict[int, tuple[int, int]] = {}
+        self._final: _Told | None = None
+        self._deltas = self._bytes = 0
+
+    def told(self, usage: object, choice: int | None = None) -> bool:
+        """Take note of a ``usage`` object, and return whether it can be true.
+
+        Args:
+            usage: as the engine gave it; ``None`` is no usage.
+            choice: the choice it is about; ``None`` where it is about the whole answer.
+        """
+        if usage is None:
+            return False
+        told = _read(usage)
+        self._odd = self._odd or told.odd
+        if choice is None:
+            self._final = told
+        else:
+            if told.completion is not None:
+                self._completions[choice] = told.completion
+            if told.prompt is not None:
+                self._prompts[choice // self._choices_per_prompt] = (told.prompt, told.cached)
+        return not told.odd and told.prompt is not None and told.completion is not None
+
+    def sent(self, deltas: int, size: int) -> None:
+        """Take note of text that was sent: how many deltas, and their bytes."""
+        self._deltas += deltas
+        self._bytes += size
+
+    @property
+    def odd(self) -> bool:
+        """Whether the engine has told something that cannot be."""
+        return self._odd or (self._final is not None and self.result().estimated)
+
+    def result(self) -> Counted:
+        """Return the tokens so far."""
+        final = self._final
+        completion, completion_estimated = self._completion(final)
+        if final is not None and final.prompt is not None:
+            prompt, cached = final.prompt, final.cached
+            prompt_estimated = final.odd
+        elif self._prompts:
+            prompt = sum(tokens for tokens, _ in self._prompts.values())
+            cached = sum(tokens for _, tokens in self._prompts.values())
+            prompt_estimated = final is not None
+        else:
+            prompt, cached, prompt_estimated = self._expected_prompt, 0, True
+        usage = TokenUsage(prompt, cached, completion)
+        return Counted(usage, completion_estimated or prompt_estimated)
+
+    def _completion(self, final: _Told | None) -> tuple[int, bool]:
+        told, sane = sum(self._completions.values()), final is None
+        if final is not None and final.completion is not None:
+            # An answer has no fewer than its choices.
+            told, sane = max(final.completion, told), final.completion >= told
+        estimate = max(self._deltas, -(-self._bytes // _BYTES_PER_TOKEN))
+        if told or not estimate:
+            return told, not sane
+        # Text that was sent took tokens.
+        return estimate, True
+
+
+def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> Count:
+    """Return the count of an answer that came whole."""
+    count = Count(expected_prompt)
+    usage = answer.get("usage")
+    # A stream may be left before its usage comes; a whole answer has it.
+    count.told({} if usage is None else usage)
+    if route is not Route.EMBEDDINGS and not _tells_completion(usage):
+        size = sum(map(text_size, _parts(answer)))
+        count.sent(bool(size), size)
+    return count
+
+
+def text_size(value: object) -> int:
+    """Return how many bytes of text a delta, a message or an output item holds."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "surrogatepass"))
+    if isinstance(value, dict):
+        return sum(text_size(item) for name, item in value.items() if name not in _NOT_TEXT)
+    if isinstance(value, list):
+        return sum(map(text_size, value))
+    return 0
+
+
+def choice_text_size(choice: object) -> int:
+    """Return how many bytes of text a choice holds."""
+    return sum(text_size(choice.get(name)) for name in _TEXTS) if isinstance(choice, dict) else 0
+
+
+def usage_fields(counted: Counted, route: Route) -> dict[str, Any]:
+    """Return a ``usage`` object, as a route has it, of tokens that the engine did not tell so."""
+    usage, estimated = counted
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    names = ("prompt", "completion") if route is not Route.RESPONSES else ("input", "output")
+    return {
+        f"{names[0]}_tokens": prompt,
+        f"{names[1]}_tokens": completion,
+        "total_tokens": prompt + completion,
+        f"{names[0]}_tokens_details": {"cached_tokens": usage.cached_tokens},
+    } | ({"usage_estimated": True} if estimated else {})
+
+
+def read_usage(usage: object) -> TokenUsage | None:
+    """Return the tokens that a ``usage`` object tells, or ``None`` if it tells none that can be."""
+    if not isinstance(usage, dict):
+        return None
+    told = _read(usage)
+    if told.prompt is None or told.completion is None:
+        return None
+    return TokenUsage(told.prompt, told.cached, told.completion)
+
+
+def _parts(answer: dict[str, Any]) -> Iterable[object]:
+    for choice in _list(answer.get("choices")):
+        yield from ((choice.get(name) for name in _TEXTS) if isinstance(choice, dict) else ())
+    yield from _list(answer.get("output"))
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _tells_completion(usage: object) -> bool:
+    told = _read(usage) if isinstance(usage, dict) else None
+    return told is not None and bool(told.completion)
+
+
+def _read(usage: object) -> _Told:
+    if not isinstance(usage, dict):
+        return _Told(None, 0, None, odd=True)
+    prompt = _tokens(usage.get("prompt_tokens", usage.get("input_tokens")))
+    # Embeddings have none.
+    completion = _tokens(_first(usage, "completion_tokens", "output_tokens", 0))
+    details = _first(usage, "prompt_tokens_details", "input_tokens_details", {})
+    known = isinstance(details, dict)
+    cached = _tokens(_first(details, "cached_tokens", "cached_tokens", 0)) if known else None
+    most = prompt or 0
+    odd = prompt is None or completion is None or cached is None or cached > most
+    return _Told(prompt, min(cached or 0, most), completion, odd)
+
+
+def _first(fields: dict[str, Any], name: str, other: str, otherwise: object) -> Any:
+    """Return what is there under one of two names."""
+    for value in (fields.get(name), fields.get(other)):
+        if value is not None:
+            return value
+    return otherwise
+
+
+def _tokens(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None

@@ -1,0 +1,1 @@
+"""Every use of private parts of Ray and Ray Serve, behind functions of our own."""

@@ -1,0 +1,1 @@
+"""API keys: whose request it is, its rate limits, and its share of priority."""

@@ -1,0 +1,250 @@
+"""Whose request it is and what it may: keys and their limits, on an ingress's event loop.
+
+``Accounts`` finds the key that a request carries (``app.tenants.key_cache``) and takes the request
+from the key's limits (``app.tenants.limiter``), which several ingresses share through the
+``Limits`` deployment. Where the ingress is open to all, every request is ``NOBODY``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from app import alarms, supervision
+from app.core import errors
+from app.core.tiers import ALL_RIGHTS, Tier, TierRights
+from app.tenants.concurrency import Bounds, InFlight, OverBound
+from app.tenants.key_cache import KeyRing, Keys
+from app.tenants.keys import ApiKey, bearer
+from app.tenants.limiter import Allowances, OverLimit
+from app.tenants.priority_share import PriorityShare, SharePart
+from app.tenants.rate_limit import Ask, Given
+
+_PATIENCE_S: Final = 1.0
+"""How long a request waits for allowances. Longer than the books' deployment takes to answer."""
+_ANSWERS_S: Final = 3.0
+"""How long it goes on where answers come, none of them refuses, and others take what they bring."""
+_IN_FLIGHT_S: Final = 1.0
+"""When to try again where too many requests are in flight: nobody knows when one of them ends."""
+
+_log = logging.getLogger("ray.serve")
+
+
+class LimitSource(Protocol):
+    """Where limits are shared out: ``app.tenants.deployment``."""
+
+    async def answer(self, asks: Mapping[str, Ask]) -> Mapping[str, Given]:
+        """Return what may be used of each limit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sends a request.
+
+    Attributes:
+        tenant: who pays; empty where the ingress is open to all.
+        key_id: the public part of the key, or empty.
+        default_tier: the tier of requests that ask for none; ``None`` for the ingress's own.
+        key: the key itself, or ``None``.
+    """
+
+    tenant: str = ""
+    key_id: str = ""
+    default_tier: Tier | None = None
+    key: ApiKey | None = None
+
+
+NOBODY: Final = Caller()
+"""Everybody, where the ingress is open to all."""
+
+
+class Accounts:
+    """The keys and limits that one ingress knows. Belongs to its event loop.
+
+    ``ingresses`` returns how many ingresses there are, for when the books of the limits are away.
+    """
+
+    def __init__(
+        self,
+        ingress: str,
+        keys: Keys,
+        limits: LimitSource,
+        ingresses: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self._ingresses = ingresses
+        self._ring = KeyRing(keys)
+        self._allowances = Allowances(ingress)
+        self._source = limits
+        self._shares: dict[str, PriorityShare] = {}
+        self._in_flight = InFlight()
+        self._asking: asyncio.Task[None] | None = None
+        self._sooner = asyncio.Event()
+        self._answered = asyncio.Event()
+        self._away = False
+        self._heard_at = 0.0
+
+    def start(self) -> None:
+        """Begin to read keys and to renew allowances."""
+        self._ring.start()
+        self._asking = supervision.keep_running("limits", self._keep_asking)
+
+    async def stop(self) -> None:
+        """End both."""
+        await self._ring.stop()
+        await supervision.stop(self._asking)
+
+    async def identify(self, authorization: str | None) -> Caller:
+        """Return whose key an ``Authorization`` header holds.
+
+        Raises:
+            InvalidKey: it holds none, or one that does not work.
+        """
+        text = bearer(authorization)
+        key = await self._ring.find(text) if text else None
+        if key is None:
+            raise errors.InvalidKey(given=text is not None)
+        return Caller(key.tenant, key.key_id, key.default_tier, key)
+
+    async def charge(self, caller: Caller, tokens: int) -> None:
+        """Take a request of so many expected tokens from its key's limits.
+
+        While the books are away, this ingress's own part of each limit holds.
+
+        Raises:
+            RateLimited: it is over one of them.
+        """
+        if caller.key is None:
+            return
+        came = time.monotonic()
+        while over := self._allowances.take(caller.key, tokens, now := time.monotonic()):
+            if self._away:
+                raise self._limited(caller.key, over)
+            # By the answers' clock: where the event loop stood still, none has come.
+            long_heard = self._heard_at > came + _ANSWERS_S
+            if self._allowances.is_refused(caller.key, tokens, now) or long_heard:
+                raise self._limited(caller.key, over)
+            await self._ask_now()
+
+    def knows(self, authorization: str | None) -> bool:
+        """Return whether a header holds a key that works, as far as is known without asking."""
+        text = bearer(authorization)
+        return text is not None and self._ring.known(text) is not None
+
+    def flight(self, caller: Caller, bounds: Bounds) -> AbstractContextManager[None]:
+        """Count a request as in flight until the block that is returned has been left.
+
+        Raises:
+            TooManyInFlight: its key or tenant has as many as there may be; it is not counted.
+        """
+        if caller.key is None:
+            return nullcontext()
+        try:
+            return self._in_flight.enter(
+                caller.key_id, caller.tenant, bounds, max(self._ingresses(), 1)
+            )
+        except OverBound as over:
+            error = errors.TooManyInFlight(over.holder.value, over.part, _IN_FLIGHT_S)
+        raise error
+
+    @property
+    def keys_read(self) -> bool:
+        """Whether the keys have been read since the start."""
+        return self._ring.read
+
+    @property
+    def keys_away(self) -> bool:
+        """Whether the keys could not be read the last time."""
+        return self._ring.away
+
+    @property
+    def unreadable_keys(self) -> int:
+        """How many rows of keys could not be read the last time; those keys do not work."""
+        return self._ring.unreadable
+
+    @property
+    def limits_away(self) -> bool:
+        """Whether the books of the limits did not answer the last time."""
+        return self._away
+
+    def put_right(self, caller: Caller, expected: int, used: int, age_s: float) -> None:
+        """Correct the tokens of a request that was charged ``age_s`` ago and has ended."""
+        if caller.key is not None:
+            self._allowances.put_right(caller.key, expected, used, age_s, time.monotonic())
+
+    def rights(self, caller: Caller, wanted: Tier) -> tuple[TierRights, SharePart | None]:
+        """Return which tiers a request may have, and its part in its key's priority share.
+
+        The part is to be told what is decided, and the end; there is none without a share.
+        """
+        key = caller.key
+        if key is None:
+            return ALL_RIGHTS, None
+        share = key.limits.priority_share
+        if share is None:
+            return TierRights(key.tiers), None
+        book = self._shares.setdefault(key.key_id, PriorityShare())
+        may_ask = wanted is Tier.PRIORITY and wanted in key.tiers
+        part = book.enter(float(share), time.monotonic(), wants=may_ask)
+        return TierRights(key.tiers, over_share=may_ask and not part.allowed), part
+
+    def headers(self, caller: Caller) -> list[tuple[str, str]]:
+        """Return the headers that tell a client how it stands with its limits."""
+        return [] if caller.key is None else self._allowances.headers(caller.key, time.monotonic())
+
+    def _limited(self, key: ApiKey, over: OverLimit) -> errors.RateLimited:
+        error = errors.RateLimited(over.measure.value, over.limit, over.retry_after_s)
+        error.headers |= dict(self._allowances.headers(key, time.monotonic()))
+        return error
+
+    async def _ask_now(self) -> None:
+        """Wait until the books have answered once more, or have not in time."""
+        answered = self._answered
+        self._sooner.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_S):
+                await answered.wait()
+
+    async def _keep_asking(self) -> None:
+        while True:
+            wait_s = self._allowances.next_ask() - time.monotonic()
+            if wait_s > 0:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s if wait_s < float("inf") else None):
+                        await self._sooner.wait()
+                self._sooner.clear()
+                continue
+            await self._ask()
+
+    async def _ask(self) -> None:
+        asks = self._allowances.asks(time.monotonic())
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                answers = await self._source.answer(asks)
+        except Exception as error:
+            self._note_away(error)
+        else:
+            # A fault of ours in here is no sign that the books are away: it is reported as ours.
+            self._heard_at = time.monotonic()
+            self._set_away(False)
+            self._allowances.receive(answers, self._heard_at)
+        finally:
+            self._answered.set()
+            self._answered = asyncio.Event()
+        # Whoever waits takes from it before what seems to be needed by nobody is given up.
+        await asyncio.sleep(0)
+
+    def _note_away(self, error: Exception) -> None:
+        alarms.PROCESS.raised("limits away", "each ingress keeps to its own part of them", error)
+        self._set_away(True)
+
+    def _set_away(self, away: bool) -> None:
+        if self._away and not away:
+            _log.warning("limits are shared again")
+        self._away = away
+        self._allowances.set_alone(away, self._ingresses())

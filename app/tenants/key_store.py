@@ -1,0 +1,128 @@
+"""API keys in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Engine,
+    Row,
+    Text,
+    case,
+    cast,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from app.core.tiers import Tier
+from app.store.database import translated
+from app.store.schema import api_keys
+from app.tenants.keys import MAX_NAME, ApiKey, KeyTable, Limits
+
+
+class KeyStore:
+    """The keys in a database.
+
+    Every method may block, and raises ``StoreAway`` where the database cannot be used.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, key: ApiKey) -> None:
+        """Store a new key."""
+        values = {
+            "key_id": key.key_id,
+            "secret_hash": key.secret_hash,
+            "tenant": key.tenant,
+            "name": key.name,
+            "default_tier": key.default_tier.value,
+            "tiers": ",".join(tier.value for tier in Tier if tier in key.tiers),
+            "rpm": key.limits.rpm,
+            "tpm": key.limits.tpm,
+            "priority_share": key.limits.priority_share,
+            "created": key.created,
+            "revoked": key.revoked,
+        }
+        with translated(), self._engine.begin() as connection:
+            connection.execute(insert(api_keys).values(values))
+
+    def revoke(self, key_id: str, at: datetime) -> bool:
+        """Let a key work no more, and return whether there was one that did."""
+        columns = api_keys.c
+        working = (columns.key_id == key_id) & columns.revoked.is_(None)
+        with translated(), self._engine.begin() as connection:
+            done = connection.execute(update(api_keys).where(working).values(revoked=at))
+            return done.rowcount > 0
+
+    def all(self) -> list[ApiKey]:
+        """Return every key that can be read, the revoked ones too, oldest first."""
+        return self.listing()[0]
+
+    def listing(self) -> tuple[list[ApiKey], dict[str, str]]:
+        """Return the same, and what is wrong with each row that cannot be read, by key id."""
+        keys, unreadable = self._read(every=True)
+        return sorted(keys, key=lambda key: (key.created, key.key_id)), unreadable
+
+    def table(self) -> KeyTable:
+        """Return the keys that work now, and what is wrong with rows that cannot be read."""
+        return KeyTable.of(*self._read(every=False))
+
+    def _read(self, *, every: bool) -> tuple[list[ApiKey], dict[str, str]]:
+        # As text, so that whatever a row holds, the database hands it over.
+        columns: list[ColumnElement[Any]] = [
+            cast(column, Text).label(column.name) for column in api_keys.c
+        ]
+        if self._engine.dialect.name == "sqlite":
+            columns = [_sqlite_text(column).label(column.name) for column in api_keys.c]
+        query = select(*columns)
+        if not every:
+            query = query.where(api_keys.c.revoked.is_(None))
+        with translated(), self._engine.connect() as connection:
+            rows: Sequence[Row[Any]] = connection.execute(query).all()
+        keys, unreadable = [], {}
+        for row in rows:
+            try:
+                keys.append(_key(row))
+            except (ValueError, ArithmeticError, TypeError, AttributeError) as error:
+                unreadable[str(row.key_id)[:MAX_NAME]] = f"{type(error).__name__}: {error}"[:200]
+        return keys, unreadable
+
+
+def _sqlite_text(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a column as text; bytes, which SQLite takes anywhere, as text that no value may be."""
+    return case((func.typeof(column) == "blob", "bytes\n"), else_=cast(column, Text))
+
+
+def _key(row: Row[Any]) -> ApiKey:
+    """Return the key of a row, whose values are text.
+
+    Raises:
+        ValueError, ArithmeticError, TypeError, AttributeError: a value is not what it must be.
+    """
+    if not (row.key_id or "").isalnum():
+        raise ValueError("a key has an id")
+    tiers = frozenset(Tier(name) for name in row.tiers.split(","))
+    share = None if row.priority_share is None else Decimal(row.priority_share)
+    limits = Limits(_whole(row.rpm), _whole(row.tpm), share)
+    return ApiKey(
+        row.key_id, row.secret_hash, row.tenant, row.name, Tier(row.default_tier), tiers, limits,
+        _moment(row.created), None if row.revoked is None else _moment(row.revoked),
+    )  # fmt: skip
+
+
+def _whole(text: str | None) -> int | None:
+    return None if text is None else int(text)
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        raise ValueError("a time has a time zone")
+    return moment

@@ -1,0 +1,248 @@
+"""The HTTP passage from the ingress to an engine's own server.
+
+An ``EngineClient`` opens a passage to one replica. It either fails before the first byte of an
+answer, as ``EngineUnreachable``, so that the request can go to another replica, or it has an
+answer: whole, streamed, or an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final, Self
+from weakref import WeakValueDictionary
+
+from app.contracts.status import ReplicaStatus
+from app.core import errors
+from app.core.dialect import Route
+from app.protocol.json_body.spliced import Spliced
+from app.protocol.requests import stream_error
+from app.protocol.sse import EventReader, parse_block
+from app.upstream.http1 import ConnectionLost, Connections, Response, request_head
+
+_EVENT_STREAM: Final = b"text/event-stream"
+
+
+class EngineUnreachable(Exception):
+    """The engine was lost before it sent any of an answer.
+
+    ``timed_out``: it had taken the request, and no answer came in time. ``silent``: in all that
+    time nothing came from it to any other request here either.
+    """
+
+    def __init__(self, *, timed_out: bool = False, silent: bool = False) -> None:
+        super().__init__()
+        self.timed_out = timed_out
+        self.silent = silent
+
+
+class EngineFailed(Exception):
+    """The engine answered, but with a fault of its own, before it sent any of an answer.
+
+    Another replica may do better. ``error`` is what the client gets if there is none.
+    """
+
+    def __init__(self, error: errors.ServerError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class EngineBroke(Exception):
+    """The engine was lost in the middle of an answer; ``silent`` as above."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        super().__init__()
+        self.silent = silent
+
+
+class _Pulse:
+    """When something came from a replica last, to any request that is there."""
+
+    __slots__ = ("__weakref__", "_at")
+
+    def __init__(self) -> None:
+        self.beat()
+
+    def beat(self) -> None:
+        self._at = time.monotonic()
+
+    def missed(self, error: ConnectionLost, read_timeout_s: float) -> bool:
+        """Whether a read failed because the replica as a whole was silent for so long.
+
+        One request that stands still while others get on is its own misfortune.
+        """
+        silent_s = time.monotonic() - self._at
+        # A little less: the two clocks began one after the other.
+        return error.silent and silent_s > 0.9 * read_timeout_s
+
+
+@dataclass(frozen=True, slots=True)
+class UnaryAnswer:
+    """A whole answer with status 200."""
+
+    body: bytes
+
+
+class StreamedAnswer:
+    """An answer with status 200 whose first events have come.
+
+    It is to be read in a ``with`` block. Leaving that before the answer has ended closes the
+    connection, upon which the engine aborts.
+    """
+
+    def __init__(
+        self,
+        first: list[bytes],
+        reader: EventReader,
+        response: Response,
+        pulse: _Pulse,
+        read_timeout_s: float,
+        release: Callable[[], None],
+    ) -> None:
+        self._first = first
+        self._reader = reader
+        self._response = response
+        self._pulse = pulse
+        self._read_timeout_s = read_timeout_s
+        self._release = release
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the engine has sent all of it, though perhaps it has not been read yet."""
+        return self._response.complete
+
+    def watch(
+        self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
+    ) -> None:
+        """Say whom to call about a client that may be slow; see ``EngineConnection.watch``."""
+        self._response.watch(slow_s, on_slow, on_complete)
+
+    def waiting_events(self) -> list[bytes]:
+        """Return the events that have come and were not read yet, without waiting."""
+        blocks, self._first = self._first, []
+        return blocks + self._reader.blocks(self._response.take_piece())
+
+    async def next_events(self) -> list[bytes]:
+        """Return the events that have come since the last call, or none at the end.
+
+        They are as they came (``EventReader.blocks``). What came together is returned together, so
+        that it leaves together.
+
+        Raises:
+            EngineBroke: the connection ended before the HTTP message did.
+        """
+        blocks, self._first = self._first, []
+        try:
+            while not blocks and (piece := await self._response.next_piece()):
+                self._pulse.beat()
+                blocks = self._reader.blocks(piece)
+        except ConnectionLost as error:
+            silent = self._pulse.missed(error, self._read_timeout_s)
+            raise EngineBroke(silent=silent) from error
+        return blocks
+
+
+class EngineClient:
+    """Connections from one ingress to the engines of all its models."""
+
+    def __init__(self) -> None:
+        self._pulses: WeakValueDictionary[str, _Pulse] = WeakValueDictionary()
+        self._connections = Connections()
+
+    async def close(self) -> None:
+        """Close the connections that nobody uses."""
+        self._connections.close()
+
+    async def send(
+        self,
+        replica: ReplicaStatus,
+        route: Route,
+        body: bytes | Spliced,
+        *,
+        request_id: str,
+        read_timeout_s: float,
+    ) -> UnaryAnswer | StreamedAnswer:
+        """Send a request to an engine and return its answer.
+
+        Only the headers named here reach the engine: none of the client's do. ``read_timeout_s``
+        is the longest pause between two reads.
+
+        Raises:
+            EngineUnreachable: the engine was lost before it sent anything of an answer.
+            EngineFailed: it answered with a fault of its own.
+            ApiError: it refused the request.
+        """
+        url = replica.base_url
+        own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (request_id.encode(), len(body))
+        head = _head(route, url, replica.key) + own
+        pulse = self._pulses.get(replica.replica_id)
+        if pulse is None:
+            pulse = self._pulses[replica.replica_id] = _Pulse()
+        try:
+            connection, response = await self._connections.send(url, head, body, read_timeout_s)
+        except ConnectionLost as error:
+            raise _unreachable(error, pulse, read_timeout_s) from error
+
+        def release() -> None:
+            self._connections.give_back(url, connection)
+
+        streamed = None
+        try:
+            if response.status != 200 or response.content_type != _EVENT_STREAM:
+                return await _read_whole(response, route, pulse)
+            first, reader = await _read_first(response, route, pulse)
+            streamed = StreamedAnswer(first, reader, response, pulse, read_timeout_s, release)
+            return streamed
+        except ConnectionLost as error:
+            raise _unreachable(error, pulse, read_timeout_s) from error
+        finally:
+            if streamed is None:
+                release()
+
+
+@lru_cache(1024)
+def _head(route: Route, base_url: str, key: str) -> bytes:
+    """Return what the heads of all requests to a route of an engine begin with."""
+    return request_head("POST", route.path, base_url, key) + b"content-type: application/json\r\n"
+
+
+async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryAnswer:
+    body = await response.read()
+    pulse.beat()
+    if response.status != 200:
+        error = errors.from_engine(response.status, body, route.prompt_field, response.retry_after)
+        raise _fault(error)
+    return UnaryAnswer(body)
+
+
+async def _read_first(
+    response: Response, route: Route, pulse: _Pulse
+) -> tuple[list[bytes], EventReader]:
+    """Return the first events of a stream that does not begin with an error."""
+    reader = EventReader()
+    while piece := await response.next_piece():
+        blocks = reader.blocks(piece)
+        first = next((event for block in blocks if (event := parse_block(block))), None)
+        if first is not None:
+            pulse.beat()
+            if failure := stream_error(first, route):
+                raise _fault(failure)
+            return blocks, reader
+    raise EngineUnreachable  # the stream ended before its first event
+
+
+def _unreachable(error: ConnectionLost, pulse: _Pulse, read_timeout_s: float) -> EngineUnreachable:
+    silent = pulse.missed(error, read_timeout_s)
+    return EngineUnreachable(timed_out=error.silent, silent=silent)
+
+
+def _fault(error: errors.ApiError) -> Exception:
+    return EngineFailed(error) if isinstance(error, errors.ServerError) else error

@@ -1,0 +1,1 @@
+"""One engine replica: its launch, its other nodes, its guard, its ports."""

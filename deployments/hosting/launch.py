@@ -1,0 +1,143 @@
+"""How a pool's settings become the launch of one engine: for a replica, and for who asks before."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+from typing import Final
+
+from app.cli.plan import LaunchPlan, OpenPort, RankPlan
+from app.config.ingress import PoolSettings
+from app.core.paths import expand_path, frontline_home
+from app.core.settings import SettingsError
+from deployments.engines.base import EngineAdapter, Launch, Span
+from deployments.engines.registry import adapter_named
+from deployments.hosting.guard import LOOPBACK, plan_guard
+from deployments.process.supervisor import EngineProcess
+
+_RAY_THREADS: Final = "OMP_NUM_THREADS"
+_MEETING_PLACE: Final = OpenPort(
+    name="meeting place",
+    where="NODE_0; once they have met, the parts open more ports to each other, by torch's choice",
+    lets_in="whoever reaches it: torch asks for no key",
+)
+
+
+def make_launch(
+    model_id: str,
+    pool: PoolSettings,
+    *,
+    host: str,
+    port: int,
+    key: str | None = None,
+    span: Span = Span(),  # noqa: B008 - frozen
+) -> Launch:
+    """Return the launch of a replica, or of its part on this machine; with a new key by default.
+
+    Raises:
+        SettingsError: a path names an environment variable that is not set here.
+    """
+    return Launch(
+        model=expand_path(pool.model),
+        served_name=model_id,
+        host=host,
+        port=port,
+        slots=pool.slots,
+        key=key or secrets.token_urlsafe(32),
+        python=expand_path(pool.python) if pool.python else sys.executable,
+        engine_args=pool.engine_args,
+        span=span,
+    )
+
+
+async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:
+    """Start the engine, or this node's part of it.
+
+    Raises:
+        EngineNotStarted: its command cannot be run.
+        OSError: its log cannot be written.
+    """
+    inherited = dict(os.environ)
+    # Ray sets it to the actor's share of CPUs, which is not the engine's.
+    inherited.pop(_RAY_THREADS, None)
+    return await EngineProcess.start(
+        adapter.command(launch),
+        inherited | environment(adapter, launch, pool),
+        log_folder(),
+        name=log_name(launch.served_name, pool, launch.span.rank),
+        stop_grace_s=pool.stop_grace_s,
+    )
+
+
+def environment(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> dict[str, str]:
+    """Return what is set in an engine's environment besides what it inherits."""
+    return adapter.environment(launch) | pool.environment
+
+
+def log_folder() -> Path:
+    """The folder of the engines' logs on this machine."""
+    return frontline_home() / "logs"
+
+
+def log_name(model_id: str, pool: PoolSettings, rank: int = 0) -> str:
+    """What the names of a pool's logs begin with."""
+    part = f".rank{rank}" if rank else ""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", f"{model_id}.{pool.name}{part}")
+
+
+def plan_launch(model_id: str, pool: PoolSettings) -> LaunchPlan:
+    """Return what a replica of a pool would start, as far as it is known before.
+
+    Nothing is reserved or made: the port is 0, the key a word, and ``NODE_n`` the address of the
+    node of part n, where the engine has several. Paths are expanded as on this machine, but for
+    variables that are set on the replica's node alone.
+    """
+    adapter = adapter_named(pool.engine)
+    first, *others = (_planned(model_id, pool, rank) for rank in range(pool.nodes))
+    return LaunchPlan(
+        engine=pool.engine,
+        command=tuple(adapter.command(first)),
+        environment=environment(adapter, first, pool),
+        files=adapter.files(first),
+        log=_log_pattern(first, pool),
+        priority_routes=tuple(sorted(route.value for route in adapter.priority_routes(first))),
+        ranks=tuple(
+            RankPlan(
+                rank=launch.span.rank,
+                command=tuple(adapter.command(launch)),
+                environment=environment(adapter, launch, pool),
+                log=_log_pattern(launch, pool),
+            )
+            for launch in others
+        ),
+        opens=(plan_guard(), *([_MEETING_PLACE] if others else [])),
+    )
+
+
+def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
+    return Launch(
+        model=_expanded(pool.model),
+        served_name=model_id,
+        host=LOOPBACK,
+        port=0,
+        slots=pool.slots,
+        key="made anew for every replica",
+        # That of Ray's worker; which one that is only its node knows.
+        python=_expanded(pool.python) if pool.python else "python",
+        engine_args=pool.engine_args,
+        span=Span(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else Span(),
+    )
+
+
+def _log_pattern(launch: Launch, pool: PoolSettings) -> str:
+    return f"{log_folder() / log_name(launch.served_name, pool, launch.span.rank)}-*.log"
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expand_path(path)
+    except SettingsError:
+        return path

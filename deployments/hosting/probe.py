@@ -1,0 +1,29 @@
+"""The smallest request that makes an engine generate. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from app.core.dialect import Dialect, Route
+from app.core.tiers import Tier
+
+_TEXT: Final = "1"
+
+
+def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
+    """Return the body of a request for a single token, ahead of all others where that goes.
+
+    Args:
+        model: the name that the engine serves the model under.
+        route: where it is to be sent.
+        dialect: how to speak to the engine.
+    """
+    prompt: Any = [{"role": "user", "content": _TEXT}] if route is Route.CHAT else _TEXT
+    request = {"model": model, route.prompt_field: prompt}
+    if route is Route.RESPONSES:
+        request["max_output_tokens"] = 1
+    elif route is not Route.EMBEDDINGS:
+        request["max_tokens"] = 1
+    if route in dialect.priority_routes:
+        request["priority"] = dialect.priority_values[Tier.PRIORITY]
+    return request

@@ -1,0 +1,1 @@
+"""Engine processes: started, watched, logged, and ended to the last descendant."""

@@ -1,0 +1,350 @@
+"""Engine processes as their owner sees them: started, watched, and ended to the last descendant.
+
+Linux only. An owner (the Ray actor of an engine replica) starts each engine through
+``deployments.process.reaper``, which explains why. What can die, and who cleans up then:
+
+- the engine's main process: the reaper ends its helpers;
+- the owner, however it dies: the reaper ends the engine;
+- the reaper: the owner ends what is left, or, if the owner died as well, ``sweep_orphans``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from app import supervision
+from deployments.process import logs, reaper
+from deployments.process.reaper import OWNER_MARK, REAPER_MARK, Identity
+
+_FIRST_WORD_S = 60.0
+"""Longest wait for the reaper's first word: a Python start, on a loaded node, from a slow disk."""
+_AFTER_KILL_S = 10.0
+"""How long after SIGKILL a process may take to vanish: freeing a GPU's memory takes seconds."""
+_LOOK_AGAIN_S = 0.02
+
+
+class EngineProcessError(Exception):
+    """Something is wrong with an engine's process. Subclasses survive pickling, as Ray needs."""
+
+
+class EngineNotStarted(EngineProcessError):
+    """The engine's command could not be run at all."""
+
+
+class EngineNotStopped(EngineProcessError):
+    """Processes of an engine are left, though they were sent SIGKILL (stuck in the kernel)."""
+
+
+class EngineEnded(EngineProcessError):
+    """An engine's main process has ended. ``log`` is the end of what it wrote."""
+
+    def __init__(self, name: str, returncode: int, log: str) -> None:
+        super().__init__(name, returncode, log)
+        self.name = name
+        self.returncode = returncode
+        self.log = log
+
+    def __str__(self) -> str:
+        how = _describe_end(self.returncode)
+        return f"engine {self.name!r} has ended: {how}; its last log lines:\n{self.log}"
+
+
+class _Reins(NamedTuple):
+    """What an owner holds of a running engine: the connection to its reaper, and their names."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    pid: int
+    reaper: Identity
+
+
+class EngineProcess:
+    """One engine with all its descendants. Create it with ``start``, in a running event loop.
+
+    It belongs to that loop: when the loop ends or the owner dies, the engine is ended too.
+    """
+
+    def __init__(self, name: str, log_path: Path, reins: _Reins, stop_grace_s: float) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._reins = reins
+        self._stop_grace_s = stop_grace_s
+        self._returncode: int | None = None
+        self._ended = asyncio.Event()
+        self._gone = asyncio.Event()
+        self._listening = supervision.run_once("engine process listener", self._listen, about=name)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log_dir: Path,
+        *,
+        name: str,
+        stop_grace_s: float = 30.0,
+        owner_grace_s: float = 2.0,
+        linger_s: float = 1.0,
+        keep_logs: int = logs.KEEP_LOGS,
+    ) -> EngineProcess:
+        """Run ``command`` with exactly the environment ``env`` (and marks of our own).
+
+        Its output goes to a new file in ``log_dir``, of whose predecessors of the same ``name`` the
+        newest are kept, ``keep_logs`` in all, besides those still written to. Returns when the
+        command runs, which says nothing of its being ready.
+
+        ``stop_grace_s``: what ``stop`` allows between SIGTERM and SIGKILL, unless told otherwise.
+        ``owner_grace_s``: the same when the owner has died; short, as the next replica waits for
+        the GPU. ``linger_s``: how long helpers may outlive the main process, to tidy up.
+
+        Raises EngineNotStarted if the command cannot be run, OSError if the log cannot be written.
+        Cancelled, it leaves nothing running.
+        """
+        log_path, log = logs.open_log(log_dir, name, keep_logs)
+        graces = ("--owner-grace", str(owner_grace_s), "--linger", str(linger_s))
+        try:
+            launcher, ours = _launch_reaper(graces, command, log)
+        finally:
+            os.close(log)
+        # It ends by itself once the reaper has detached; collected in a thread, cancelled or not.
+        asyncio.get_running_loop().run_in_executor(None, launcher.wait)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        try:
+            writer.write(json.dumps(dict(env)).encode() + b"\n")
+            first_word = await _hear_first_word(name, reader)
+            pid, identity = _parse_first_word(first_word, name, command[0], log_path)
+        except BaseException:
+            writer.write(b"kill\n")
+            writer.close()
+            raise
+        return cls(name, log_path, _Reins(reader, writer, pid, identity), stop_grace_s)
+
+    @property
+    def pid(self) -> int:
+        """The pid of the engine's main process, also after its end."""
+        return self._reins.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The main process's exit status, minus a signal's number if that ended it, None before."""
+        return self._returncode
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's main process runs, as far as its owner has heard."""
+        return self._returncode is None
+
+    def check(self) -> None:
+        """Raise EngineEnded, with the end of the log, if the main process has ended."""
+        if self._returncode is not None:
+            raise EngineEnded(self.name, self._returncode, self.tail())
+
+    def tail(self, lines: int = 30) -> str:
+        """The last lines of the engine's log, long ones cut; empty if there is none."""
+        return logs.tail(self.log_path, lines)
+
+    async def wait(self) -> int:
+        """Wait for the end of the main process and return its ``returncode``.
+
+        Its helpers may live on for ``linger_s``; ``stop`` waits for them as well.
+        """
+        await self._ended.wait()
+        assert self._returncode is not None
+        return self._returncode
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Ask the engine to end and return when nothing of it is left.
+
+        SIGTERM to the main process first; SIGKILL to every descendant when ``grace_s`` seconds have
+        passed (at once for 0), ``reaper.TIDY_S`` later to those that tidy up after the others. May
+        be called at any time and again: a later call can only bring the end forward. Cancelling
+        the call does not take the order back: the reaper keeps the deadline.
+
+        Raises ValueError for a grace that is negative or not finite, EngineNotStopped if SIGKILL
+        has not removed everything.
+        """
+        grace = self._stop_grace_s if grace_s is None else grace_s
+        if not 0 <= grace < math.inf:
+            raise ValueError(f"grace_s must be a number of seconds from 0, not {grace}")
+        self._order(f"stop {grace}")
+        try:
+            async with asyncio.timeout(grace + _AFTER_KILL_S):
+                await self._gone.wait()
+        except TimeoutError as error:
+            raise EngineNotStopped(f"engine {self.name!r}: processes survive SIGKILL") from error
+
+    def kill(self) -> None:
+        """SIGKILL every process of the engine; returns before they have ended."""
+        self._order("kill")
+
+    async def _listen(self) -> None:
+        """Follow the reaper's reports to their end, which is the reaper's own."""
+        try:
+            with contextlib.suppress(ConnectionError):
+                while report := await self._reins.reader.readline():
+                    self._heed(report.decode().split())
+            if not self._gone.is_set():
+                await asyncio.to_thread(_kill_marked, _has_reaper(self._reins.reaper))
+                self._heed(["exited", str(-signal.SIGKILL)])
+                self._heed(["gone"])
+        finally:
+            self._reins.writer.close()  # also when the loop ends first: the reaper sees it
+
+    def _heed(self, report: list[str]) -> None:
+        match report:
+            case ["exited", status] if self._returncode is None:
+                self._returncode = int(status)
+                self._ended.set()
+            case ["gone"]:
+                self._gone.set()
+
+    def _order(self, order: str) -> None:
+        if not self._gone.is_set() and not self._reins.writer.is_closing():
+            self._reins.writer.write(order.encode() + b"\n")
+
+
+def sweep_orphans() -> list[int]:
+    """SIGKILL every engine process of this user whose owner exists no longer; return their pids.
+
+    For the start of an owner: it ends what is left when an owner and its reaper were killed both.
+    Blocks until they have ended, some milliseconds when there is nothing to do, up to ten seconds
+    when there is. An engine whose owner lives is never touched, nor are processes of another pid
+    namespace, whose owners' pids mean nothing here.
+    """
+    return _kill_marked(_has_dead_owner)
+
+
+def _launch_reaper(
+    graces: Sequence[str], command: Sequence[str], log: int
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a reaper; returns the process that detaches it, and the owner's end of its input."""
+    # -I and -S keep the reaper's start independent of the environment and of site-packages.
+    program = (sys.executable, "-I", "-S", reaper.__file__)
+    owner = ("--owner", str(Identity.of(os.getpid())))
+    ours, theirs = socket.socketpair()
+    try:
+        words = [*program, *owner, *graces, "--", *command]
+        return subprocess.Popen(words, stdin=theirs.fileno(), stdout=log, stderr=log), ours
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+
+
+async def _hear_first_word(name: str, reader: asyncio.StreamReader) -> str:
+    try:
+        async with asyncio.timeout(_FIRST_WORD_S):
+            return (await reader.readline()).decode().strip()
+    except TimeoutError as error:
+        raise EngineNotStarted(f"engine {name!r}: its reaper does not answer") from error
+    except ConnectionError:
+        return ""
+
+
+def _parse_first_word(text: str, name: str, program: str, log_path: Path) -> tuple[int, Identity]:
+    """The engine's pid and its reaper. Raises EngineNotStarted if the command does not run."""
+    match text.split(" ", 2):
+        case ["started", pid, identity]:
+            return int(pid), Identity.parse(identity)
+        case ["failed", code, reason]:
+            if int(code) == errno.ENOENT:
+                reason = "it does not exist, or the interpreter it names does not"
+            raise EngineNotStarted(f"engine {name!r}: cannot run {program!r}: {reason}")
+        case _:
+            raise EngineNotStarted(
+                f"engine {name!r}: its reaper failed:\n{logs.tail(log_path, 30)}"
+            )
+
+
+def _describe_end(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    try:
+        return f"killed by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"killed by signal {-returncode}"
+
+
+# --- killing by mark: what no reaper can do any more ---
+
+Marks = Mapping[str, str]
+"""The marks in one process's environment, by name."""
+
+
+def _has_dead_owner(marks: Marks) -> bool:
+    try:
+        return reaper.has_ended(Identity.parse(marks[OWNER_MARK]))
+    except (KeyError, ValueError, OverflowError):  # no mark, or none of ours
+        return False
+
+
+def _has_reaper(identity: Identity) -> Callable[[Marks], bool]:
+    return lambda marks: marks.get(REAPER_MARK) == str(identity)
+
+
+def _kill_marked(doomed: Callable[[Marks], bool]) -> list[int]:
+    """SIGKILL this user's processes with such marks until none is left or time is up.
+
+    Those that tidy up (``reaper.tidies_up``) come last, if they have not ended by themselves.
+    """
+    limit = time.monotonic() + _AFTER_KILL_S
+    tidied_by = time.monotonic() + reaper.TIDY_S
+    killed: list[Identity] = []
+    while (left := _running(killed, doomed)) and time.monotonic() < limit:
+        others = [identity for identity in left if not reaper.tidies_up(identity.pid)]
+        if others:
+            tidied_by = time.monotonic() + reaper.TIDY_S
+        targets = others if time.monotonic() < tidied_by else left
+        killed += (it for it in targets if it not in killed and _kill(it))
+        time.sleep(_LOOK_AGAIN_S)
+    return [identity.pid for identity in killed]
+
+
+def _running(killed: list[Identity], doomed: Callable[[Marks], bool]) -> list[Identity]:
+    """What is left. A process that ends shows no environment, but may hold a GPU still."""
+    return list({*filter(reaper.is_running, killed), *_marked(doomed)})
+
+
+def _marked(doomed: Callable[[Marks], bool]) -> list[Identity]:
+    found: list[Identity] = []
+    for pid in reaper.process_ids():
+        stat = reaper.read_stat(pid)
+        if stat is not None and pid != os.getpid() and doomed(_read_marks(pid)):
+            found.append(stat.identity)
+    return found
+
+
+def _kill(identity: Identity) -> bool:
+    return reaper.signal_exactly(identity, signal.SIGKILL)
+
+
+def _read_marks(pid: int) -> Marks:
+    """Our marks in a process's environment; none if it is not ours, not readable or vanished."""
+    entry = Path("/proc", str(pid))
+    try:
+        if entry.stat().st_uid != os.geteuid():
+            return {}
+        if os.readlink(entry / "ns/pid") != os.readlink("/proc/self/ns/pid"):
+            return {}
+        environment = (entry / "environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (item.partition(b"=") for item in environment.split(b"\0"))
+    names = (OWNER_MARK.encode(), REAPER_MARK.encode())
+    return {
+        name.decode(): value.decode(errors="replace") for name, _, value in pairs if name in names
+    }

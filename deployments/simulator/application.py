@@ -1,0 +1,150 @@
+"""The engine's HTTP server, as an ASGI application without a framework: it must never be what a
+load test measures."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+
+from app.core.dialect import Route
+from app.core.settings import SettingsError
+from deployments.simulator import VERSION
+from deployments.simulator.engine import Engine
+from deployments.simulator.exchange import JSON, Exchange, Receive, Scope, Send
+from deployments.simulator.inference import Inference
+from deployments.simulator.requests import (
+    InvalidBodyError,
+    RefusedError,
+    parse_json,
+)
+from deployments.simulator.settings import Change, DialectName
+from deployments.simulator.wire import Headers, Wire
+from deployments.simulator.wire_sglang import SglangWire
+from deployments.simulator.wire_tensorrt_llm import TensorrtLlmWire
+from deployments.simulator.wire_vllm import VllmWire
+
+WIRES: Final[Mapping[DialectName, type[Wire]]] = {
+    DialectName.VLLM: VllmWire,
+    DialectName.SGLANG: SglangWire,
+    DialectName.TENSORRT_LLM: TensorrtLlmWire,
+}
+
+_TEXT: Final = b"text/plain; version=0.0.4; charset=utf-8"
+_ROUTES: Final = {route.path: route for route in Route}
+
+
+class Application:
+    """Routes requests to the engine and writes its answers in its dialect.
+
+    Every route demands the key, unlike vLLM's, whose key guards ``/v1`` alone; with the setting
+    ``guarded: false`` none does, as with TensorRT-LLM's server.
+    """
+
+    def __init__(self, engine: Engine, served_name: str, model: str, key: str) -> None:
+        self.engine = engine
+        self.wire = WIRES[engine.settings.dialect](engine.settings, served_name, model)
+        self._inference = Inference(engine, self.wire)
+        self.ready = False
+        self.child: int | None = None
+        self._credentials = b"Bearer " + key.encode()
+        self._created = int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
+        exchange = Exchange(scope, receive, send)
+        if not self._admitted(exchange.headers):
+            await exchange.answer(401, _unauthorized())
+            return
+        route = _ROUTES.get(exchange.path)
+        if route is None:
+            await self._side_route(exchange, scope["method"])
+        elif scope["method"] == "POST":
+            await self._inference.serve(exchange, route)
+        else:
+            words = "Method Not Allowed"
+            await self._inference.refuse(exchange, RefusedError(405, words, words))
+
+    def _admitted(self, headers: Headers) -> bool:
+        if not self.engine.settings.guarded:
+            return True
+        return hmac.compare_digest(headers.get(b"authorization", b""), self._credentials)
+
+    async def _side_route(self, exchange: Exchange, method: str) -> None:
+        path = exchange.path
+        if path == "/simulate":
+            await self._simulate(exchange, method)
+        elif method != "GET":
+            await self._inference.refuse(exchange, RefusedError(404, "Not Found", "Not Found"))
+        elif path in ("/health", "/ready"):  # /ready is SGLang's; here all dialects have it
+            if self.engine.settings.failures.health_hangs:
+                await exchange.gone()
+            await exchange.answer(200 if self.ready else 503)
+        elif path == "/version":
+            await exchange.answer(200, orjson.dumps({"version": VERSION}))
+        elif path == "/v1/models":
+            models = {"object": "list", "data": [self.wire.model_card(self._created)]}
+            await exchange.answer(200, orjson.dumps(models))
+        elif (metrics := self.wire.metrics(self._gauges()).get(path)) is not None:
+            await exchange.answer(200, metrics, JSON if metrics.startswith(b"[") else _TEXT)
+        else:
+            await self._inference.refuse(exchange, RefusedError(404, "Not Found", "Not Found"))
+
+    def _gauges(self) -> dict[str, float]:
+        scheduler = self.engine.scheduler
+        return {
+            "running": scheduler.running,
+            "waiting": scheduler.waiting,
+            "preemptions": scheduler.preemptions,
+            "usage": scheduler.running / scheduler.slots,
+        }
+
+    # What tests ask and change
+
+    async def _simulate(self, exchange: Exchange, method: str) -> None:
+        if method == "POST":
+            try:
+                body = parse_json(await exchange.body())
+                self.engine.change(Change.load(body, "simulate"))
+            except (InvalidBodyError, SettingsError) as error:
+                await self._inference.refuse(exchange, RefusedError(400, str(error)))
+                return
+        await exchange.answer(200, orjson.dumps(self._report()))
+
+    def _report(self) -> dict[str, Any]:
+        engine, scheduler, seen = self.engine, self.engine.scheduler, self.engine.observations
+        settings = engine.settings
+        return {
+            "simulated": True,
+            "version": VERSION,
+            "dialect": settings.dialect,
+            "policy": settings.policy,
+            "lower_goes_first": settings.lower_goes_first,
+            "slots": settings.slots,
+            "context_length": settings.context_length,
+            "settings": settings.model_dump(mode="json"),
+            "pid": os.getpid(),
+            "child_pid": self.child,
+            "received": seen.received,
+            "aborted": seen.aborted,
+            "preempted": scheduler.preemptions,
+            "running": scheduler.running,
+            "waiting": scheduler.waiting,
+            "max_running": scheduler.max_running,
+            "starts": [start._asdict() for start in scheduler.starts],
+            "requests": seen.report(),
+        }
+
+
+def _unauthorized() -> bytes:
+    error = {
+        "message": "Incorrect API key provided.",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+    return orjson.dumps({"error": error})

@@ -1,0 +1,225 @@
+"""The inference routes: a request from its body to the last byte of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import orjson
+
+from app.core.dialect import Route
+from deployments.simulator.chunks import StreamWriter
+from deployments.simulator.engine import Engine, GivenUpError, Run
+from deployments.simulator.exchange import Exchange
+from deployments.simulator.generation import Reply
+from deployments.simulator.requests import (
+    InvalidBodyError,
+    RefusedError,
+    ResponsesBody,
+    parse_json,
+)
+from deployments.simulator.responses import ResponsesAnswer, ResponsesWriter
+from deployments.simulator.settings import Failures, RequestFailure
+from deployments.simulator.wire import Wire
+
+_STREAM_FAILURES: Final = {RequestFailure.TRUNCATE, RequestFailure.TRUNCATE_CLEANLY}
+"""Failures that only a stream can have; a request that does not stream is answered."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A request on its way through the engine."""
+
+    exchange: Exchange
+    route: Route
+    number: int
+    values: dict[str, Any]
+    priority: float
+    failure: Failures | None
+    """What is to go wrong with it, after some tokens."""
+
+
+class Inference:
+    """Reads inference requests, runs them in the engine and writes their answers."""
+
+    def __init__(self, engine: Engine, wire: Wire) -> None:
+        self.engine, self.wire = engine, wire
+
+    async def serve(self, exchange: Exchange, route: Route) -> None:
+        """Answer an inference request, or fail at it as was set."""
+        body = await exchange.body()
+        number = self.engine.observations.record(exchange.path, exchange.raw_headers, body)
+        try:
+            failure = self.engine.failure_of(number)
+            if failure is not None and not failure.after_tokens:
+                await _fail_at_once(exchange, failure)
+            values = self._read(route, body)
+            priority = self.wire.priority(route, values, exchange.headers)
+            call = Call(exchange, route, number, values, priority, failure)
+            await (self._embed(call) if route is Route.EMBEDDINGS else self._generate(call))
+        except InvalidBodyError as error:
+            await exchange.answer(400, orjson.dumps(self.wire.invalid(error, route)))
+        except RefusedError as error:
+            await self.refuse(exchange, error, route)
+        except GivenUpError:
+            return
+
+    async def refuse(
+        self, exchange: Exchange, error: RefusedError, route: Route | None = None
+    ) -> None:
+        """Answer with an error."""
+        await exchange.answer(error.status, orjson.dumps(self.wire.refused(error, route)))
+
+    def _read(self, route: Route, body: bytes) -> dict[str, Any]:
+        values = parse_json(body)
+        self.wire.check_fields(route, values)
+        settings = self.engine.settings
+        able = settings.embedding_dimensions if route is Route.EMBEDDINGS else settings.generates
+        if not able:
+            raise RefusedError(404, "Not Found", "Not Found")
+        self.wire.check_stream_options(route, values)
+        return values
+
+    def _admit(self, call: Call, total: int, computed: int) -> Run:
+        if self.engine.full:
+            raise self.wire.busy()
+        return self.engine.admit(call.number, call.priority, total, computed, call.exchange.gone)
+
+    def _id(self, call: Call, requested: str | None) -> str:
+        header = call.exchange.headers.get(b"x-request-id")
+        given = header.decode("latin-1") if header is not None else requested
+        return given if given is not None and self.wire.keeps_request_id else uuid.uuid4().hex
+
+    async def _embed(self, call: Call) -> None:
+        body, prompts = self.wire.read_embedding(call.values)
+        self.wire.check_model(call.route, body.model)
+        tokens = sum(len(prompt.tokens) for prompt in prompts)
+        run = self._admit(call, 1, tokens)
+        try:
+            await run.advance(1)
+        finally:
+            run.finish()
+        vectors = self.wire.vectors(body, prompts)
+        id_, model = self._id(call, body.request_id), self.wire.answered_model(body.model)
+        answer = self.wire.embedding(id_, int(time.time()), model, vectors, tokens)
+        await call.exchange.answer(200, orjson.dumps(answer))
+
+    async def _generate(self, call: Call) -> None:
+        reply, responses = self._reply(call)
+        if reply.wish.stream and self.wire.refuses_in_band and self.engine.full:
+            await self._end_with_error(call, self.wire.busy())
+            return
+        run = self._admit(call, reply.steps, reply.prompt_tokens - reply.cached_tokens)
+        try:
+            if reply.wish.stream:
+                await self._stream(call, run, self._writer(call.route, reply, responses))
+            else:
+                await self._answer(call, run, reply, responses)
+        finally:
+            run.finish()
+
+    def _reply(self, call: Call) -> tuple[Reply, ResponsesAnswer | None]:
+        body, wish = self.wire.read_generation(call.route, call.values)
+        self.wire.check_model(call.route, body.model)
+        choices, cached = self.engine.answers(wish)
+        tokens = sum(len(prompt.tokens) for prompt in wish.prompts)
+        created, model = int(time.time()), self.wire.answered_model(body.model)
+        if not isinstance(body, ResponsesBody):
+            id_ = self._id(call, body.request_id)
+            return Reply(id_, created, model, tokens, cached, choices, wish), None
+        id_ = body.request_id or f"resp_{uuid.uuid4().hex}"
+        reply = Reply(id_, created, model, tokens, cached, choices, wish)
+        room = self.engine.settings.context_length - tokens
+        return reply, ResponsesAnswer(reply, body, self.wire.echoes_service_tier, room)
+
+    def _writer(
+        self, route: Route, reply: Reply, responses: ResponsesAnswer | None
+    ) -> StreamWriter:
+        if responses is not None:
+            return ResponsesWriter(responses)
+        if route is Route.CHAT:
+            return self.wire.chat_stream(reply)
+        return self.wire.completion_stream(reply)
+
+    async def _answer(
+        self, call: Call, run: Run, reply: Reply, responses: ResponsesAnswer | None
+    ) -> None:
+        failure = call.failure
+        if failure is not None and failure.request not in _STREAM_FAILURES:
+            await run.advance(min(failure.after_tokens, reply.steps))
+            await self._fail(call, run, failure, streams=False)
+        await run.advance(reply.steps)
+        run.finish()
+        if responses is not None:
+            answer = responses.finished()
+        elif call.route is Route.CHAT:
+            answer = self.wire.chat(reply)
+        else:
+            answer = self.wire.completion(reply)
+        await call.exchange.answer(200, orjson.dumps(answer))
+
+    async def _stream(self, call: Call, run: Run, writer: StreamWriter) -> None:
+        exchange, failure, steps = call.exchange, call.failure, writer.reply.steps
+        end = steps if failure is None else min(failure.after_tokens, steps)
+        if self.wire.headers_before_first_token:
+            await exchange.start_stream()
+        if greeting := writer.greeting():
+            await exchange.write(greeting)
+        written = 0
+        while written < end:
+            reached = min(await run.advance(written + 1), end)
+            opening = b"" if written else writer.opening()
+            data = opening + writer.tokens(written, reached)
+            written = reached
+            if written == steps and failure is None:
+                run.finish()
+                await exchange.write(data + writer.closing(), more=False)
+            else:
+                await exchange.write(data)
+        if failure is not None:
+            await self._fail(call, run, failure, streams=True)
+
+    async def _fail(self, call: Call, run: Run, failure: Failures, *, streams: bool) -> NoReturn:
+        kind, exchange = failure.request, call.exchange
+        if kind is RequestFailure.CRASH:
+            # uvloop sends what was written when a turn of the event loop ends.
+            await asyncio.sleep(0)
+            _crash()
+        elif kind is RequestFailure.HANG:
+            await run.stall()
+        elif kind in (RequestFailure.ERROR, RequestFailure.ERROR_EVENT):
+            if not streams:
+                raise _asked_for(failure)
+            await self._end_with_error(call, _asked_for(failure))
+        elif kind is RequestFailure.TRUNCATE_CLEANLY:
+            await exchange.write(b"", more=False)
+        else:
+            await exchange.start_stream()
+        raise GivenUpError  # an answer that is left incomplete breaks its connection
+
+    async def _end_with_error(self, call: Call, error: RefusedError) -> None:
+        last, well_formed = self.wire.stream_error(call.route, error)
+        await call.exchange.write(last, more=not well_formed)
+
+
+async def _fail_at_once(exchange: Exchange, failure: Failures) -> None:
+    if failure.request is RequestFailure.CRASH:
+        _crash()
+    elif failure.request is RequestFailure.HANG:
+        await exchange.gone()
+        raise GivenUpError
+    elif failure.request is RequestFailure.ERROR:
+        raise _asked_for(failure)
+
+
+def _asked_for(failure: Failures) -> RefusedError:
+    return RefusedError(failure.status, "This failure was asked for.", "InternalServerError")
+
+
+def _crash() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,266 @@
+"""What the dialects have in common: reading requests, writing answers and streams. Pure."""
+
+from __future__ import annotations
+
+import base64
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import orjson
+
+from app.core.dialect import Route
+from deployments.simulator import OWNER
+from deployments.simulator.chunks import DONE, StreamWriter, event
+from deployments.simulator.generation import Reply
+from deployments.simulator.language import embed, minimal_json
+from deployments.simulator.requests import (
+    COMPLETION_LIMIT,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerationBody,
+    InvalidBodyError,
+    Problem,
+    Prompt,
+    RefusedError,
+    ResponsesBody,
+    Wish,
+    chat_prompt,
+    fixed_text,
+    forced_tool,
+    problem,
+    prompts_of,
+    read,
+)
+from deployments.simulator.settings import SimulatedSettings
+
+Headers = Mapping[bytes, bytes]
+"""A request's headers by lower-case name; of a repeated one the last."""
+
+
+class Wire(ABC):
+    """One engine's HTTP dialect: what it accepts, what it refuses in which words, and the exact
+    shape and order of what it answers."""
+
+    headers_before_first_token: ClassVar[bool]
+    """Whether a stream's status line goes out before its first token is there."""
+    refuses_in_band: ClassVar[bool] = False
+    """Whether a stream that finds the engine full gets HTTP 200 and an error as first event."""
+    accepted_fields: ClassVar[Mapping[Route, frozenset[str]]] = {}
+    """By route, the only fields that are accepted; a route not named here tolerates others."""
+    keeps_request_id: ClassVar[bool] = False
+    """Whether an answer's id is made of the ``x-request-id`` that the request came with."""
+    echoes_service_tier: ClassVar[bool] = False
+    """Whether ``/v1/responses`` answers with the request's ``service_tier``."""
+    listens_before_ready: ClassVar[bool] = False
+    """Whether the port is open while the engine is still getting ready."""
+    default_limit: ClassVar[int | None] = COMPLETION_LIMIT
+    """The length of a completion whose request sets no limit; ``None``: the engine's default."""
+
+    def __init__(self, settings: SimulatedSettings, served_name: str, model: str) -> None:
+        self.settings, self.served_name, self.model = settings, served_name, model
+
+    # Reading
+
+    @abstractmethod
+    def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:
+        """Return the priority that the engine takes from a request."""
+
+    @abstractmethod
+    def check_length(self, prompt_tokens: int, limit: int | None, field: str) -> None:
+        """Refuse a prompt, or a limit given in ``field``, that exceeds the context."""
+
+    def check_fields(self, route: Route, values: Mapping[str, Any]) -> None:
+        """Refuse fields that the engine does not know, where it does not tolerate them."""
+        if unknown := self.unknown_fields(route, values):
+            raise InvalidBodyError(unknown)
+
+    def unknown_fields(self, route: Route, values: Mapping[str, Any]) -> list[Problem]:
+        """Return a problem for each field that the engine does not know and does not tolerate."""
+        known = self.accepted_fields.get(route)
+        if known is None:
+            return []
+        lacking, words = self.settings.lacking_fields, "Extra inputs are not permitted"
+        unknown = [name for name in values if name not in known or name in lacking]
+        return [problem("extra_forbidden", (name,), words, values[name]) for name in unknown]
+
+    @abstractmethod
+    def check_model(self, route: Route, model: str | None) -> None:
+        """Refuse an unknown model, where the engine looks."""
+
+    @abstractmethod
+    def check_stream_options(self, route: Route, values: Mapping[str, Any]) -> None:
+        """Refuse stream options that do not fit the request."""
+
+    def answered_model(self, requested: str | None) -> str:
+        """Return the name of the model that answers carry: the one that was asked for."""
+        return requested or self.served_name
+
+    def include_usage(self, body: GenerationBody) -> bool:
+        """Return whether a stream ends with a chunk of usage."""
+        return bool(body.stream_options and body.stream_options.include_usage)
+
+    def continuous_usage(self, body: GenerationBody) -> bool:
+        """Return whether every chunk of a stream carries usage."""
+        options = body.stream_options
+        return self.include_usage(body) and bool(options and options.continuous_usage_stats)
+
+    def read_generation(
+        self, route: Route, values: Mapping[str, Any]
+    ) -> tuple[GenerationBody | ResponsesBody, Wish]:
+        """Return a request for generation and what it asks for."""
+        if route is Route.CHAT:
+            return self._read_chat(values)
+        if route is Route.COMPLETIONS:
+            return self._read_completion(values)
+        return self._read_responses(values)
+
+    def _read_chat(self, values: Mapping[str, Any]) -> tuple[ChatBody, Wish]:
+        body = read(ChatBody, values)
+        limit = body.max_completion_tokens
+        if limit is None:
+            limit = body.max_tokens
+        wish = self._wish(body, [chat_prompt(body.messages)], limit)
+        function, wish.tool_required = forced_tool(body)
+        if function is not None:
+            wish.tool = function.name
+            wish.tool_arguments = orjson.dumps(minimal_json(function.parameters)).decode()
+        wish.logprobs, wish.top_logprobs = bool(body.logprobs), body.top_logprobs or 0
+        return body, wish
+
+    def _read_completion(self, values: Mapping[str, Any]) -> tuple[CompletionBody, Wish]:
+        body = read(CompletionBody, values)
+        limit = self.default_limit if body.max_tokens is None else body.max_tokens
+        wish = self._wish(body, prompts_of(body.prompt), limit)
+        wish.logprobs, wish.top_logprobs = body.logprobs is not None, body.logprobs or 0
+        return body, wish
+
+    def _read_responses(self, values: Mapping[str, Any]) -> tuple[ResponsesBody, Wish]:
+        body = read(ResponsesBody, values)
+        messages = [{"content": body.input}] if isinstance(body.input, str) else body.input
+        prompt = chat_prompt([{"content": body.instructions}, *messages])
+        self.check_length(len(prompt.tokens), body.max_output_tokens, "max_output_tokens")
+        wish = Wish([prompt], limit=body.max_output_tokens, stream=bool(body.stream))
+        if isinstance(body.tool_choice, dict) and isinstance(body.tool_choice.get("name"), str):
+            wish.tool = body.tool_choice["name"]
+        return body, wish
+
+    def read_embedding(self, values: Mapping[str, Any]) -> tuple[EmbeddingBody, list[Prompt]]:
+        """Return an embedding request and its prompts."""
+        body = read(EmbeddingBody, values)
+        prompts = prompts_of(body.input)
+        for prompt in prompts:
+            self.check_length(len(prompt.tokens), None, "")
+        return body, prompts
+
+    def _wish(self, body: GenerationBody, prompts: list[Prompt], limit: int | None) -> Wish:
+        if limit is not None and limit < 1:
+            raise RefusedError(
+                400, f"max_tokens must be at least 1, got {limit}.", param="max_tokens"
+            )
+        for prompt in prompts:
+            self.check_length(len(prompt.tokens), limit, "max_tokens")
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        return Wish(
+            prompts,
+            n=body.n or 1,
+            limit=self.settings.context_length if body.ignore_eos and limit is None else limit,
+            min_tokens=body.min_tokens,
+            stops=stops,
+            keep_stop=body.include_stop_str_in_output,
+            fixed_text=fixed_text(body.response_format),
+            stream=bool(body.stream),
+            include_usage=self.include_usage(body),
+            continuous_usage=self.continuous_usage(body),
+        )
+
+    # Answering
+
+    @abstractmethod
+    def invalid(self, error: InvalidBodyError, route: Route) -> dict[str, Any]:
+        """Return the body of the 400 for a request that is not of its route's form."""
+
+    @abstractmethod
+    def refused(self, error: RefusedError, route: Route | None) -> dict[str, Any]:
+        """Return the body of an error."""
+
+    @abstractmethod
+    def usage(self, prompt: int, completion: int, total: int, cached: int) -> dict[str, Any]:
+        """Return the usage of an answer."""
+
+    @abstractmethod
+    def chat(self, reply: Reply) -> dict[str, Any]:
+        """Return a chat completion."""
+
+    @abstractmethod
+    def completion(self, reply: Reply) -> dict[str, Any]:
+        """Return a completion."""
+
+    @abstractmethod
+    def chat_stream(self, reply: Reply) -> StreamWriter:
+        """Return the writer of a chat completion's stream."""
+
+    @abstractmethod
+    def completion_stream(self, reply: Reply) -> StreamWriter:
+        """Return the writer of a completion's stream."""
+
+    @abstractmethod
+    def embedding(
+        self, id: str, created: int, model: str, vectors: Sequence[object], tokens: int
+    ) -> dict[str, Any]:
+        """Return the answer with embeddings."""
+
+    @abstractmethod
+    def model_card(self, created: int) -> dict[str, Any]:
+        """Return the entry of ``GET /v1/models``."""
+
+    @abstractmethod
+    def metrics(self, gauges: Mapping[str, float]) -> Mapping[str, bytes]:
+        """Return the metrics, by path. ``gauges`` has ``running``, ``waiting``, ``preemptions``
+        and ``usage`` (the share of slots that is taken)."""
+
+    def busy(self) -> RefusedError:
+        """Return what a request is told that finds too many waiting."""
+        return RefusedError(
+            503,
+            "The engine is currently busy and cannot accept new requests. Please try again later "
+            "or on a different instance.",
+            "Service Unavailable",
+        )
+
+    def refused_event(self, error: RefusedError) -> bytes:
+        """Return an error as an event of a stream."""
+        return event({"error": self.refused(error, None)})
+
+    def stream_error(self, route: Route, error: RefusedError) -> tuple[bytes, bool]:
+        """Return the last bytes of a stream that an error ends, and whether its HTTP message ends
+        as it should; else its connection breaks."""
+        return self.refused_event(error) + DONE, True
+
+    def reply_usage(self, reply: Reply) -> dict[str, Any]:
+        """Return the usage of a whole reply."""
+        prompt, completion = reply.prompt_tokens, reply.completion_tokens
+        return self.usage(prompt, completion, prompt + completion, reply.cached_tokens)
+
+    def vectors(self, body: EmbeddingBody, prompts: Sequence[Prompt]) -> list[object]:
+        """Return the embeddings, in the encoding that was asked for."""
+        dimensions = body.dimensions or self.settings.embedding_dimensions
+        vectors = [embed(prompt.text, dimensions, self.settings.seed) for prompt in prompts]
+        if body.encoding_format == "base64":
+            return [base64.b64encode(vector.tobytes()).decode() for vector in vectors]
+        return [vector.tolist() for vector in vectors]
+
+
+def base_card(wire: Wire, created: int) -> dict[str, Any]:
+    """Return the fields that every engine's model card begins with."""
+    return {"id": wire.served_name, "object": "model", "created": created, "owned_by": OWNER}
+
+
+def prometheus(samples: Mapping[str, tuple[str, float]], labels: str) -> bytes:
+    """Return metrics as Prometheus text; ``samples`` has the kind and the value by name."""
+    lines = []
+    for name, (kind, value) in samples.items():
+        lines += [f"# HELP {name} Simulated.", f"# TYPE {name} {kind}"]
+        lines.append(f"{name}{{{labels}}} {float(value)}")
+    return "\n".join([*lines, ""]).encode()

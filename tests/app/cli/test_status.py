@@ -1,0 +1,53 @@
+"""The status as it is drawn, out of what Ray and Serve would tell. Live: tests/integration."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from app.cli.board import ModelFrame
+from app.cli.diff import Difference
+from app.cli.status import ApplicationRow, DeploymentRow, NodeRow, Status
+from app.cli.status_view import render
+
+pytestmark = pytest.mark.unit
+
+HEAD = NodeRow("a" * 56, "10.0.0.1", True, True, {"CPU": (1.5, 4.0)}, {})
+GPU = NodeRow("b" * 56, "10.0.0.2", False, True, {"GPU": (1, 2)}, {"engine": "vllm [1]"})
+POOL = DeploymentRow(
+    "vllm", "UPDATING", 1, 3, {"STARTING": 2}, "slow to start\nand more", ("10.0.0.2",)
+)
+LOST = ModelFrame("lost", "DEPLOYING", id="org/lost", missing={"sglang": "label engine=sglang"})
+
+
+def drawn(differs=None):
+    applications = (
+        ApplicationRow("lost", "DEPLOYING", "", (), LOST),
+        ApplicationRow("served", "RUNNING", "all is well", (POOL,)),
+    )
+    console = Console(file=io.StringIO(), width=160)
+    console.print(render(Status("10.0.0.1:6379", (HEAD, GPU), applications, differs)))
+    return console.file.getvalue()
+
+
+def test_nodes_and_pools_are_there_with_what_is_used_of_them():
+    shown = drawn()
+    assert "aaaaaaaa (head)  10.0.0.1  CPU 1.5/4" in shown
+    # Nothing that stands in a label is taken for markup.
+    assert "GPU 1/2" in shown and "engine=vllm [1]" in shown
+    assert "1/3, 2 starting" in shown and "UPDATING" in shown
+    assert "served, vllm: slow to start\n" in shown.replace("  ", "")
+    assert "all is well" not in shown
+
+
+def test_what_no_node_offers_is_said():
+    assert "lost: no node offers what pool sglang asks for: label engine=sglang" in drawn()
+
+
+def test_differences_are_told_only_where_a_file_was_named():
+    assert "deployed" not in drawn()
+    assert "The file is what is deployed." in drawn(())
+    shown = drawn((Difference("applications.m.args.pools.vllm.slots", 16, 8),))
+    assert ["applications.m.args.pools.vllm.slots", "16", "8"] in [
+        line.split() for line in shown.splitlines()
+    ]

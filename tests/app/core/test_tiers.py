@@ -1,0 +1,145 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.core.pricing import RateCard
+from app.core.tiers import (
+    ACCEPTED_VALUES,
+    PriorityMode,
+    Reason,
+    Tier,
+    TierDecision,
+    TierOffer,
+    TierRights,
+    UnknownTierError,
+    admit,
+    decide,
+    parse_requested,
+)
+
+pytestmark = pytest.mark.unit
+
+offers = st.builds(TierOffer, st.sampled_from(PriorityMode), st.booleans())
+
+
+@pytest.mark.parametrize(
+    ("value", "tier"),
+    [
+        (None, None),
+        ("auto", None),
+        ("default", Tier.DEFAULT),
+        ("priority", Tier.PRIORITY),
+        ("fast", Tier.PRIORITY),
+        ("flex", Tier.FLEX),
+    ],
+)
+def test_accepted_values(value, tier):
+    assert parse_requested(value) is tier
+
+
+@given(
+    st.one_of(
+        st.text(), st.integers(), st.booleans(), st.floats(), st.lists(st.text()), st.just({})
+    ).filter(lambda value: value not in ACCEPTED_VALUES)
+)
+def test_anything_else_is_refused_and_the_accepted_values_are_listed(value):
+    with pytest.raises(UnknownTierError) as caught:
+        parse_requested(value)
+    assert all(f"'{accepted}'" in str(caught.value) for accepted in ACCEPTED_VALUES)
+
+
+def test_tiers_are_ranked_from_the_front_of_the_line():
+    assert sorted(Tier, key=lambda tier: tier.rank) == [Tier.PRIORITY, Tier.DEFAULT, Tier.FLEX]
+
+
+@given(st.sampled_from(Tier), offers)
+def test_a_tier_that_is_not_offered_is_admitted_as_default(wanted, offer):
+    admitted, reason = admit(wanted, offer)
+    refused = (wanted is Tier.PRIORITY and offer.priority is PriorityMode.OFF) or (
+        wanted is Tier.FLEX and not offer.flex
+    )
+    assert admitted is (Tier.DEFAULT if refused else wanted)
+    assert reason is (Reason.MODEL_DOES_NOT_OFFER_TIER if refused else None)
+
+
+rights = st.builds(
+    lambda tiers, over: TierRights(frozenset(tiers) | {Tier.DEFAULT}, over),
+    st.sets(st.sampled_from(Tier)),
+    st.booleans(),
+)
+
+
+@given(st.sampled_from(Tier), offers, rights)
+def test_a_tier_that_the_key_may_not_use_is_admitted_as_default(wanted, offer, rights):
+    offered, reason = admit(wanted, offer)
+    admitted, why = admit(wanted, offer, rights)
+    if offered is not wanted:
+        assert (admitted, why) == (offered, reason)
+    elif wanted not in rights.tiers:
+        assert (admitted, why) == (Tier.DEFAULT, Reason.KEY_MAY_NOT_USE_TIER)
+    elif wanted is Tier.PRIORITY and rights.over_share:
+        assert (admitted, why) == (Tier.DEFAULT, Reason.OVER_PRIORITY_SHARE)
+    else:
+        assert (admitted, why) == (wanted, None)
+
+
+@given(
+    st.none() | st.sampled_from(Tier),
+    st.sampled_from(Tier),
+    offers,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    rights,
+)
+def test_priority_is_decided_only_when_it_is_delivered(
+    requested, default, offer, native, honoured, lowered, rights
+):
+    honoured = honoured and native
+    stood_as, _ = admit(requested or default, offer, rights)
+    if stood_as is Tier.PRIORITY and lowered:
+        stood_as = Tier.DEFAULT
+    decision = decide(
+        requested=requested,
+        default_tier=default,
+        stood_as=stood_as,
+        offer=offer,
+        native_priority=native,
+        route_honoured=honoured,
+        rate_card=RateCard(),
+        rights=rights,
+    )
+    wanted = requested or default
+    assert decision.requested is requested
+    if decision.served is Tier.PRIORITY:
+        assert wanted is Tier.PRIORITY and not lowered
+        assert Tier.PRIORITY in rights.tiers and not rights.over_share
+        assert offer.priority is PriorityMode.LINE or (
+            offer.priority is PriorityMode.AUTO and honoured
+        )
+    assert decision.served in (wanted, Tier.DEFAULT), "a tier is lowered to default or kept"
+    assert (decision.reason is None) == (decision.served is wanted)
+
+
+def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
+    def reason(native: bool) -> Reason | None:
+        return decide(
+            requested=Tier.PRIORITY,
+            default_tier=Tier.DEFAULT,
+            stood_as=Tier.PRIORITY,
+            offer=TierOffer(),
+            native_priority=native,
+            route_honoured=False,
+            rate_card=RateCard(),
+        ).reason
+
+    assert reason(native=True) is Reason.ROUTE_DOES_NOT_HONOUR_PRIORITY
+    assert reason(native=False) is Reason.NO_REPLICA_HONOURS_PRIORITY
+
+
+def test_a_decision_never_changes_and_never_lowers_without_a_reason():
+    decision = TierDecision(Tier.FLEX, Tier.FLEX, None, RateCard())
+    with pytest.raises(AttributeError):
+        decision.served = Tier.DEFAULT
+    with pytest.raises(AssertionError):
+        TierDecision(Tier.PRIORITY, Tier.DEFAULT, None, RateCard())

@@ -1,0 +1,664 @@
+"""What the allocator promises of ingresses and a Model over an unreliable network."""
+
+import math
+import pickle
+from itertools import count
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from app.config.queue import LineSettings
+from app.core.tiers import PriorityMode, Tier
+from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditBook
+from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Credits, Grant
+from app.flow.slots import Offer
+
+pytestmark = pytest.mark.unit
+
+P, D, F = Tier.PRIORITY, Tier.DEFAULT, Tier.FLEX
+NOTHING = dict.fromkeys(Tier, 0)
+LATER = 2 * SILENCE_S
+
+
+def book_of(slots, *, life="model", now=0.0, headroom=0.1):
+    book = CreditBook(life, LineSettings(headroom=headroom), now)
+    book.set_replicas([Capacity(name, "pool", n, True) for name, n in slots.items()])
+    return book
+
+
+def ingress(name, slots=()):
+    credits = Credits(name)
+    offers = [Offer(replica, "pool", 8, frozenset({"chat"})) for replica in slots]
+    credits.set_replicas(offers, PriorityMode.AUTO)
+    return credits
+
+
+def demand(of, now, waiting=NOTHING, oldest_s=0.0, starving=0):
+    ages = {tier: oldest_s if waiting[tier] else 0.0 for tier in Tier}
+    return of.demand(now, waiting=waiting, oldest_s=ages, starving=starving)
+
+
+def renew(of, book, now, waiting=NOTHING, **more):
+    of.receive(book.renew(demand(of, now, waiting, **more), now), now)
+
+
+def held(of):
+    return {replica: credit for replica, (credit, _) in of.places.held().items() if credit}
+
+
+def occupy(of, replica_id, tier=D, times=1):
+    for _ in range(times):
+        of.occupy(of.places[replica_id], tier)
+
+
+def settle_down(book, *ingresses, now=LATER, waiting=NOTHING, seconds=4.0):
+    """Let everyone renew for a while, as they do in peace."""
+    steps = int(seconds / RENEWAL_S)
+    for step in range(steps):
+        for one in ingresses:
+            renew(one, book, now + step * RENEWAL_S, waiting)
+    return now + steps * RENEWAL_S
+
+
+def test_one_ingress_holds_all_credits():
+    slots = {"a": 4, "b": 8}
+    book, one = book_of(slots), ingress("one", slots)
+    renew(one, book, LATER)
+    assert held(one) == slots
+    assert one.places.headroom == 2
+
+
+def test_a_restarted_model_gives_nothing_away_before_it_has_listened():
+    slots = {"a": 8}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    renew(one, book, LATER)
+    assert held(one) == {"a": 8}
+    later = LATER + 60
+    book = book_of(slots, life="next", now=later)
+    for step in range(int(SILENCE_S / RENEWAL_S)):
+        renew(two, book, later + step * RENEWAL_S)
+        renew(one, book, later + step * RENEWAL_S)
+        assert (held(one), held(two)) == ({"a": 8}, {})
+    settle_down(book, two, one, now=later + SILENCE_S)
+    # Eight slots, and one more so that each has one for priority.
+    assert sorted(sum(held(each).values()) for each in (one, two)) == [4, 5]
+
+
+def test_a_slot_is_moved_only_once_it_is_reported_free():
+    slots = {"a": 4}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, book, LATER)
+    occupy(one, "a", D, times=4)
+    waiting = NOTHING | {P: 2}
+    now = LATER
+    for _ in range(8):
+        now += RENEWAL_S
+        renew(two, book, now, waiting)
+        renew(one, book, now)
+        assert held(two) == {}
+    one.release("a", D)
+    assert held(one) == {"a": 3}
+    renew(two, book, now, waiting)
+    assert held(two) == {}
+    renew(one, book, now)
+    renew(two, book, now, waiting)
+    assert held(two) == {"a": 1}
+
+
+def test_priority_at_one_ingress_makes_another_give_up_idle_slots_within_one_renewal():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    before = held(two)["a"]
+    renew(two, book, now, NOTHING | {P: 20})
+    renew(one, book, now)
+    assert one.renewal_at(waits=False, priority_waits=False) == now
+    renew(one, book, now)
+    assert book.nudges(now) == ["two"]
+    renew(two, book, now, NOTHING | {P: 20})
+    assert held(two)["a"] > before
+    assert sum(held(one).values()) + held(two)["a"] == 8
+
+
+def test_an_ingress_with_nothing_to_say_is_told_what_others_want_of_it():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    renew(one, book, now)
+    renew(two, book, now, NOTHING | {D: 6}, oldest_s=1.0)
+    assert book.nudges(now) == [], "it comes by itself, if it has anything to say"
+    now += LOOK_AFTER_S
+    renew(two, book, now, NOTHING | {D: 6}, oldest_s=1.25)
+    assert book.nudges(now) == ["one"]
+    assert book.nudges(now) == [], "once is enough"
+    renew(one, book, now)
+    renew(one, book, now)
+    now += LOOK_AFTER_S
+    assert book.nudges(now) == ["two"], "there is room for it now"
+
+
+def test_an_ingress_with_nothing_to_say_is_told_how_many_share_the_model():
+    slots = {"a": 8}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one)
+    now += LOOK_AFTER_S
+    assert book.nudges(now) == []
+    renew(two, book, now)
+    assert book.nudges(now) == ["one"]
+    renew(one, book, now)
+    assert one.ingresses == 2
+
+
+def test_nobody_is_nudged_in_peace_or_for_what_it_has_been_told():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    assert book.nudges(now + QUIET_S) == []
+    for each in (one, two):
+        occupy(each, "a", D, times=held(each)["a"])
+    for _ in range(2):
+        renew(two, book, now, NOTHING | {D: 12}, oldest_s=5.0)
+        renew(one, book, now)
+    assert held(one)["a"] > one._at_most["pool"], "it gives up credits as their slots come free"
+    renew(two, book, now + LOOK_AFTER_S, NOTHING | {D: 12}, oldest_s=5.0)
+    assert book.nudges(now + LOOK_AFTER_S) == []
+
+
+def test_terms_are_struck_again_whenever_what_they_follow_from_changes():
+    slots = {"a": 8, "b": 4}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+
+    def terms():
+        (pool,) = book._pools
+        kept = book._terms(pool, book._pools[pool])
+        assert kept is book._terms(pool, book._pools[pool])
+        book._struck.clear()
+        return kept, book._terms(pool, book._pools[pool])
+
+    def check():
+        kept, anew = terms()
+        assert kept == anew
+
+    check()
+    renew(one, book, now, NOTHING | {D: 9}, oldest_s=3.0)
+    check()
+    renew(ingress("three", slots), book, now)
+    check()
+    book.set_replicas([Capacity(name, "pool", n, True) for name, n in {"a": 8, "c": 2}.items()])
+    check()
+    book.configure(LineSettings(headroom=0.5, starvation_every=3))
+    check()
+    renew(one, book, now + SILENCE_S)
+    check()
+
+
+def test_a_silent_ingress_gives_its_credits_back():
+    slots = {"a": 8}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    settle_down(book, two, now=now + SILENCE_S)
+    assert held(two) == {"a": 8}
+    # The silent one has closed its own in the meantime, and on return holds what it is given.
+    one.advance(now + SILENCE_S)
+    assert one.places.find(P, "chat") is None
+    later = now + 3 * SILENCE_S
+    renew(two, book, later)
+    renew(one, book, later)
+    assert held(one) == {"a": 1}, "the floor"
+    settle_down(book, one, two, now=later)
+    assert held(one)["a"] + held(two)["a"] == 9 and held(one)["a"] >= 3
+
+
+def test_requests_of_an_ingress_that_returns_count_until_they_end():
+    slots = {"a": 4}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, book, LATER)
+    occupy(one, "a", D, times=3)
+    later = settle_down(book, two, now=LATER + SILENCE_S)
+    assert held(two) == {"a": 4}
+    renew(one, book, later)
+    now = settle_down(book, one, two, now=later, seconds=2.0)
+    assert one.places["a"].running == 3 and one.places["a"].credit == 0
+    assert held(two)["a"] <= 2, "its share; the other's three still run"
+    for _ in range(3):
+        one.release("a", D)
+    settle_down(book, one, two, now=now)
+    assert (held(one)["a"], held(two)["a"]) == (2, 2)
+
+
+def test_a_grant_is_repeated_until_it_is_acknowledged_and_applied_once():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    first = book.renew(demand(one, LATER), LATER)
+    second = book.renew(demand(one, LATER + 1), LATER + 1)
+    assert (second.number, second.added) == (first.number, {"a": 8})
+    renew(two, book, LATER + 1, NOTHING | {P: 5})
+    assert held(two) == {}
+    for grant in (second, first, second):
+        one.receive(grant, LATER + 1)
+        assert held(one) == {"a": 8}
+
+
+def test_a_grant_that_may_still_arrive_counts():
+    slots = {"a": 8, "b": 8}
+    book, one, two = book_of({"a": 8}), ingress("one", slots), ingress("two", slots)
+    settle_down(book, one, seconds=1.0)
+    book.set_replicas([Capacity(name, "pool", 8, True) for name in slots])
+    grant = book.renew(demand(one, LATER + 1), LATER + 1)
+    assert grant.added == {"b": 8}
+    for _ in range(3):
+        book.renew(demand(one, LATER + 1), LATER + 1)
+        renew(two, book, LATER + 1, NOTHING | {P: 5})
+        assert sum(held(two).values()) <= 1, "the floor"
+    one.receive(grant, LATER + 1)
+    assert held(one) == {"a": 8, "b": 8}
+
+
+def test_a_late_demand_is_not_believed():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    late = demand(one, LATER)
+    renew(one, book, LATER)
+    renew(one, book, LATER)
+    book.renew(late, LATER)
+    renew(two, book, LATER, NOTHING | {P: 5})
+    assert held(two) == {}
+
+
+def test_a_restarted_model_waits_for_everyone_it_hears_to_acknowledge():
+    slots = {"a": 8}
+    old, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    renew(one, old, LATER)
+    new = book_of(slots, life="new", now=LATER)
+    asked = demand(one, LATER)
+    # A last grant of the old Model is still under way to the one that speaks to the new.
+    for step in range(24):
+        now = LATER + step * RENEWAL_S
+        new.renew(demand(one, now), now)
+        renew(two, new, now, NOTHING | {P: 5})
+        assert held(two) == {}
+    assert asked.life == "model"
+    settle_down(new, one, two, now=now, waiting=NOTHING | {P: 1})
+    assert held(two) != {}
+
+
+def test_credits_are_given_to_others_only_after_the_full_silence():
+    slots = {"a": 8}
+    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, book, LATER)
+    for now in (LATER, LATER + SILENCE_S - 0.01):
+        renew(two, book, now, NOTHING | {P: 5})
+        assert held(two) == {}
+    renew(two, book, LATER + SILENCE_S, NOTHING | {P: 5})
+    assert held(two) == {"a": 8}
+
+
+def test_credits_last_from_when_they_were_asked_for():
+    slots = {"a": 8}
+    book, one = book_of(slots), ingress("one", slots)
+    grant = book.renew(demand(one, LATER), LATER)
+    one.receive(grant, LATER + SILENCE_S - 0.5)
+    assert one.places.find(P, "chat") is not None
+    one.advance(LATER + SILENCE_S)
+    assert one.places.find(P, "chat") is None
+
+
+def test_a_returning_ingress_is_not_confused_by_a_grant_from_before():
+    slots = {"a": 4, "b": 4}
+    book, one, two = book_of({"a": 4}), ingress("one", slots), ingress("two", slots)
+    renew(one, book, LATER)
+    book.set_replicas([Capacity(name, "pool", 4, True) for name in slots])
+    before = book.renew(demand(one, LATER), LATER)
+    assert before.added == {"b": 4}
+    later = settle_down(book, two, now=LATER + SILENCE_S)
+    after = book.renew(demand(one, later), later)
+    for grant in (before, after, before):
+        one.receive(grant, later)
+    assert held(one) == dict(after.added)
+
+
+def test_a_late_grant_of_a_former_model_is_ignored():
+    slots = {"a": 8}
+    old, one = book_of(slots), ingress("one", slots)
+    renew(one, old, LATER)
+    late = old.renew(demand(one, LATER + 1), LATER + 1)
+    new = book_of(slots, life="new", now=LATER + 2)
+    renew(one, new, LATER + 2)
+    before = held(one)
+    one.receive(late, LATER + 2)
+    one.receive(Grant("old", 99, late.answers, LATER, added={"a": 5}), LATER + 2)
+    assert held(one) == before
+
+
+def test_a_replica_that_comes_is_shared_and_one_that_goes_is_dropped():
+    slots = {"a": 4, "b": 4}
+    book, one, two = book_of({"a": 4}), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    book.set_replicas([Capacity(name, "pool", 4, True) for name in slots])
+    now = settle_down(book, one, two, now=now)
+    assert sum(held(one).values()) + sum(held(two).values()) == 8 + 1
+    assert min(sum(held(each).values()) for each in (one, two)) >= 4
+    book.set_replicas([Capacity("b", "pool", 4, True)])
+    for each in (one, two):
+        each.set_replicas([Offer("b", "pool", 4, frozenset({"chat"}))], PriorityMode.AUTO)
+    settle_down(book, one, two, now=now)
+    assert held(one).keys() | held(two).keys() == {"b"}
+
+
+def test_each_pool_is_shared_by_itself():
+    book = CreditBook("model", LineSettings(), 0.0)
+    native = [Capacity(f"n{i}", "native", 8, True) for i in range(2)]
+    book.set_replicas([*native, Capacity("p", "plain", 8, False)])
+    offers = [Offer(c.replica_id, c.pool, 8, frozenset({"chat"} if c.kept else ())) for c in native]
+    offers.append(Offer("p", "plain", 8, frozenset()))
+    both = [ingress("one"), ingress("two")]
+    for one in both:
+        one.set_replicas(offers, PriorityMode.AUTO)
+    settle_down(book, *both)
+    for pool, slots in (("native", 16), ("plain", 8)):
+        held = [one.places.credits_in(pool) for one in both]
+        assert sum(held) == slots and max(held) - min(held) <= slots // 4
+    assert [one.places.headroom for one in both] == [1, 1]
+
+
+def test_ingresses_with_the_same_load_do_not_pass_slots_to_and_fro():
+    slots = {"a": 40}
+    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(book, one, two)
+    for each in (one, two):
+        occupy(each, "a", D, times=held(each)["a"])
+    before = held(one), held(two)
+    for step in range(40):
+        now += RENEWAL_S
+        renew(one, book, now, NOTHING | {D: 30 + step % 5}, oldest_s=5.0)
+        renew(two, book, now, NOTHING | {D: 34 - step % 5}, oldest_s=5.2)
+    assert (held(one), held(two)) == before
+
+
+def test_the_demand_and_the_grant_are_small():
+    slots = {f"replica-{i:04}": 8 for i in range(250)}
+    book, one = book_of(slots), ingress("one", slots)
+    message = demand(one, LATER)
+    grant = book.renew(message, LATER)
+    assert pickle.loads(pickle.dumps(grant)) == grant
+    one.receive(grant, LATER)
+    message = demand(one, LATER + 1)
+    assert pickle.loads(pickle.dumps(message)) == message
+    assert len(pickle.dumps(message)) < 10_000
+    assert len(pickle.dumps(book.renew(message, LATER + 1))) < 1_000
+
+
+class Request:
+    """A request that runs; ``overhang`` once its ingress has been silent meanwhile."""
+
+    def __init__(self, owner, replica_id, tier):
+        self.owner, self.replica_id, self.tier = owner, replica_id, tier
+        self.overhang = False
+
+
+class CreditMachine(RuleBasedStateMachine):
+    """Ingresses and Models that start and die, and messages that are lost, late and doubled."""
+
+    @initialize(headroom=st.sampled_from([0.0, 0.2]), data=st.data())
+    def begin(self, headroom, data):
+        self.now = 100.0
+        self.headroom = headroom
+        self.names = count()
+        self.slots, self.slots_ever = {}, {}
+        self.seen_by_model = {}
+        self.ingresses = {}
+        self.demands, self.grants = [], []
+        self.requests = []
+        self.floors = {}
+        self.book = None
+        self.down_since = self.now
+        self.restart_model()
+        for _ in range(2):
+            self.start_ingress()
+            self.add_replica(data.draw(st.integers(1, 6)))
+        self.now += data.draw(st.sampled_from([0.0, 10.0]))
+
+    # Ingresses.
+
+    @rule()
+    def start_ingress(self):
+        if len(self.ingresses) < 4:
+            one = Credits(f"i{next(self.names)}")
+            self.ingresses[one] = []
+            self.look(one)
+
+    def look(self, one):
+        offers = [Offer(r, "pool", n, frozenset({"chat"})) for r, n in self.seen_by_model.items()]
+        one.set_replicas(offers, PriorityMode.AUTO)
+
+    @precondition(lambda self: self.ingresses)
+    @rule(data=st.data())
+    def ingress_sees_replicas(self, data):
+        self.look(self.one_of(data))
+
+    @precondition(lambda self: len(self.ingresses) > 1)
+    @rule(data=st.data())
+    def ingress_crashes(self, data):
+        one = self.one_of(data)
+        del self.ingresses[one]
+        self.requests = [request for request in self.requests if request.owner is not one]
+
+    @precondition(lambda self: self.ingresses)
+    @rule(data=st.data(), tier=st.sampled_from([P, P, D]), times=st.integers(1, 6))
+    def places(self, data, tier, times):
+        one = self.one_of(data)
+        one.advance(self.now)
+        for _ in range(times):
+            if (place := one.places.find(tier, "chat")) is not None:
+                one.occupy(place, tier)
+                self.requests.append(Request(one, place.replica_id, tier))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), times=st.integers(1, 3))
+    def finishes(self, data, times):
+        for _ in range(min(times, len(self.requests))):
+            request = self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))
+            request.owner.release(request.replica_id, request.tier)
+
+    # Messages.
+
+    @precondition(lambda self: self.ingresses)
+    @rule(
+        data=st.data(),
+        waiting=st.tuples(*[st.integers(0, 5)] * 3),
+        arrives=st.sampled_from([True, True, False]),
+        returns=st.sampled_from([True, True, False]),
+    )
+    def sends(self, data, waiting, arrives, returns):
+        one = self.one_of(data)
+        asked = demand(one, self.now, dict(zip(Tier, waiting, strict=True)), 1.0)
+        self.ingresses[one].append(asked)
+        self.demands.append((one, asked))
+        if arrives and self.book is not None:
+            self.model_gets(one, asked)
+            if returns:
+                self.ingress_gets(*self.grants[-1])
+
+    @precondition(lambda self: self.demands and self.book is not None)
+    @rule(data=st.data())
+    def demand_arrives(self, data):
+        self.model_gets(*data.draw(st.sampled_from(self.demands[-12:])))
+
+    def model_gets(self, one, asked):
+        self.grants.append((one, self.book.renew(asked, self.now)))
+        for pool in self.book._pools.values():
+            for replica_id in pool.replicas:
+                self.floors[replica_id] = max(self.floors.get(replica_id, 0), pool.floor)
+
+    @precondition(lambda self: self.grants)
+    @rule(data=st.data())
+    def grant_arrives(self, data):
+        full = [grant for grant in self.grants if grant[1].added]
+        self.ingress_gets(*data.draw(st.sampled_from(self.grants[-6:] + full[-6:])))
+
+    def ingress_gets(self, one, grant):
+        if one in self.ingresses:
+            one.receive(grant, self.now)
+
+    @precondition(lambda self: self.ingresses)
+    @rule(data=st.data())
+    def renewal_fails(self, data):
+        one = self.one_of(data)
+        # Only what was sent while the Model was down: see Credits.renewal_failed.
+        sent = [d for d in self.ingresses[one] if self.down_since <= d.sent_at <= self.down_until]
+        if sent:
+            one.renewal_failed(sent[-1], self.now)
+
+    # The Model.
+
+    @precondition(lambda self: self.book is not None)
+    @rule()
+    def model_dies(self):
+        self.book, self.down_since, self.down_until = None, self.now, math.inf
+
+    @precondition(lambda self: self.book is None)
+    @rule()
+    def restart_model(self):
+        self.down_until = self.now
+        self.book = CreditBook(
+            f"m{next(self.names)}", LineSettings(headroom=self.headroom), self.now
+        )
+        self.model_sees_replicas()
+
+    def model_sees_replicas(self):
+        self.seen_by_model = dict(self.slots)
+        if self.book is not None:
+            self.book.set_replicas(Capacity(r, "pool", n, True) for r, n in self.slots.items())
+
+    @rule(headroom=st.sampled_from([0.0, 0.2, 0.5]))
+    def settings_change(self, headroom):
+        self.headroom = headroom
+        if self.book is not None:
+            self.book.configure(LineSettings(headroom=headroom))
+
+    @rule(slots=st.integers(1, 6))
+    def add_replica(self, slots):
+        if len(self.slots) < 4:
+            replica_id = f"r{next(self.names)}"
+            self.slots[replica_id] = self.slots_ever[replica_id] = slots
+            self.model_sees_replicas()
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data(), back=st.booleans())
+    def lose_replica(self, data, back):
+        replica_id = data.draw(st.sampled_from(sorted(self.slots)))
+        slots = self.slots.pop(replica_id)
+        self.model_sees_replicas()
+        if back:
+            self.slots[replica_id] = slots
+            self.model_sees_replicas()
+
+    @rule(seconds=st.sampled_from([0.1, 0.25, 1.0, 1.5, 3.0]))
+    def time_passes(self, seconds):
+        self.now += seconds
+        for request in self.requests:
+            request.overhang |= self.now >= request.owner._fresh_until
+
+    @rule(rounds=st.integers(1, 14), waiting=st.tuples(*[st.integers(0, 5)] * 3))
+    def peace(self, rounds, waiting):
+        """All renew as they should, so that the machine does not only test emergencies."""
+        for _ in range(rounds):
+            self.time_passes(RENEWAL_S)
+            if self.book is None:
+                return
+            for one in self.ingresses:
+                asked = demand(one, self.now, dict(zip(Tier, waiting, strict=True)), 1.0)
+                self.model_gets(one, asked)
+                self.ingress_gets(*self.grants[-1])
+
+    @rule(seconds=st.sampled_from([1.0, 2.0, 4.0]))
+    def nobody_asks(self, seconds):
+        """All renew when it is due by their own account, and when they are nudged."""
+        until = self.now + seconds
+        while self.book is not None and self.now < until:
+            self.time_passes(RENEWAL_S)
+            nudged = self.book.nudges(self.now)
+            for one in self.ingresses:
+                due = one.renewal_at(waits=False, priority_waits=False)
+                if one._ingress in nudged or due <= self.now:
+                    self.model_gets(one, demand(one, self.now))
+                    self.ingress_gets(*self.grants[-1])
+
+    def one_of(self, data):
+        return data.draw(st.sampled_from(list(self.ingresses)))
+
+    @invariant()
+    def usable_credits_never_exceed_the_slots_plus_the_floor(self):
+        if not hasattr(self, "ingresses"):
+            return
+        usable = {}
+        for one in self.ingresses:
+            if self.now < one._fresh_until:
+                for replica_id, credit in held(one).items():
+                    usable[replica_id] = usable.get(replica_id, 0) + credit
+        for replica_id, credits in usable.items():
+            # A replica that is gone keeps its slots here.
+            assert credits <= self.most(replica_id), (replica_id, usable)
+
+    @invariant()
+    def an_ingress_renews_well_before_it_is_taken_for_silent(self):
+        for one in getattr(self, "ingresses", ()):
+            due = one.renewal_at(waits=False, priority_waits=False)
+            assert due <= one._sent_at + SILENCE_S / 3
+
+    @invariant()
+    def terms_are_up_to_date(self):
+        book = getattr(self, "book", None)
+        if book is not None:
+            for name, kept in list(book._struck.items()):
+                del book._struck[name]
+                assert book._terms(name, book._pools[name]) == kept
+
+    @invariant()
+    def requests_never_exceed_that_but_for_those_of_the_silent(self):
+        if not hasattr(self, "ingresses"):
+            return
+        for replica_id in {request.replica_id for request in self.requests}:
+            running = [r for r in self.requests if r.replica_id == replica_id and not r.overhang]
+            assert len(running) <= self.most(replica_id)
+
+    def most(self, replica_id):
+        return self.slots_ever[replica_id] + self.floors.get(replica_id, 0)
+
+    @invariant()
+    def the_floor_is_no_more_than_one_slot_for_each_ingress(self):
+        if not hasattr(self, "ingresses") or self.book is None:
+            return
+        for pool in self.book._pools.values():
+            heard = len(self.book._accounts)
+            assert pool.floor == (
+                max(0, math.ceil((heard - pool.headroom) / len(pool.replicas)))
+                if pool.headroom
+                else 0
+            )
+
+    def teardown(self):
+        """When peace returns all slots are handed out again: no credit is ever lost."""
+        if not hasattr(self, "ingresses") or not self.slots:
+            return
+        if self.book is None:
+            self.restart_model()
+        if not self.ingresses:
+            self.start_ingress()
+        for request in self.requests:
+            request.owner.release(request.replica_id, request.tier)
+        self.requests.clear()
+        for one in self.ingresses:
+            self.look(one)
+        self.nobody_asks(20.0)
+        (pool,) = self.book._pools.values()
+        total = sum(sum(held(one).values()) for one in self.ingresses)
+        floor = max(0, len(self.ingresses) - pool.headroom) if pool.headroom else 0
+        assert total >= sum(self.slots.values()) + floor
+
+
+TestCreditMachine = CreditMachine.TestCase
+TestCreditMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

@@ -1,0 +1,64 @@
+"""Requests that wait for a model which, meanwhile, no node can run any more."""
+
+import asyncio
+import json
+
+import pytest
+
+from app.config.ingress import ModelSettings
+from app.contracts.status import Rest
+from app.core.dialect import Route
+from tests.support.world import ALIAS, NotedReply, Seen, World
+
+pytestmark = pytest.mark.unit
+
+FIELDS = {"model": ALIAS, "messages": [{"role": "user", "content": "hello"}]}
+WAKING = {"rest": Rest((), waking=True), "pools": ("vllm",)}
+NOWHERE = {**WAKING, "missing": {"vllm": "GPU: 8"}}
+
+
+@pytest.fixture
+async def world(tmp_path, monkeypatch):
+    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
+    monkeypatch.setattr("app.flow.scheduler.GIVE_UP_S", 0.05)
+    made = World(tmp_path)
+    await made.start()
+    yield made
+    await made.close()
+
+
+async def test_who_waits_is_answered_as_who_comes_is(world):
+    await world.set(ModelSettings(), [], **WAKING)
+    waits, comes = Seen(None, []), Seen(None, [])
+    waiting = asyncio.create_task(world.ask(waits, Route.CHAT, FIELDS, "plain"))
+    await asyncio.sleep(0.1)
+    assert not waits.status
+    await world.set(ModelSettings(), [], **NOWHERE)
+    await world.ask(comes, Route.CHAT, FIELDS, "plain")
+    assert not waits.status, "it may be but for a moment"
+    async with asyncio.timeout(5):
+        await waiting
+    for seen in (waits, comes):
+        error = json.loads(seen.body)["error"]
+        assert (seen.status, error["code"]) == (503, "engine_not_offered")
+        assert seen.headers["retry-after"] == "60" and "GPU" not in error["message"]
+    assert float(waits.headers["x-queue-time-ms"]) > 100
+    assert waits.headers["x-shed-reason"] == "engine_not_offered"
+    records = await world.new_records()
+    assert records[waits.request_id]["state"] == "shed"
+    assert records[comes.request_id]["state"] == "refused"
+    assert {record["reason"] for record in records.values()} == {"engine_not_offered"}
+
+
+async def test_it_is_served_where_a_node_comes_in_time(world):
+    await world.set(ModelSettings(), [], **WAKING)
+    seen = Seen(None, [])
+    waiting = asyncio.create_task(world.ask(seen, Route.CHAT, FIELDS, "plain"))
+    await asyncio.sleep(0.05)
+    await world.set(ModelSettings(), [], **NOWHERE)
+    await world.set(ModelSettings(), [], **WAKING, missing={})
+    await asyncio.sleep(0.1)
+    await world.set(ModelSettings(), ["vllm"], rest=None)
+    async with asyncio.timeout(5):
+        await waiting
+    assert seen.status == 200

@@ -1,0 +1,145 @@
+import asyncio
+from types import SimpleNamespace
+
+import orjson
+import pytest
+
+from app.config.ingress import IngressSettings
+from app.core import errors
+from app.core.dialect import Route
+from app.gateway import handler
+from app.gateway.handler import Exchange
+from app.gateway.request_body import Bodies
+from app.tenants.access import Caller
+
+pytestmark = pytest.mark.unit
+
+BODY = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 100_000}]})
+
+
+class Failing(Exception):
+    pass
+
+
+class Catalog:
+    def require(self, model):
+        if model != "m":
+            raise errors.ModelNotFound(model)
+
+
+class Accounts:
+    async def identify(self, authorization):
+        if authorization is None:
+            raise errors.InvalidKey(given=False)
+        return CALLER
+
+
+CALLER = Caller("tenant")
+
+
+class World:
+    """One route without a model behind it: a request ends as the test says."""
+
+    def __init__(self, monkeypatch, end=None):
+        ready = asyncio.Event()
+        ready.set()
+        self.bodies, self.sent, self.while_running = Bodies(), [], None
+        services = SimpleNamespace(
+            bodies=self.bodies,
+            catalog=Catalog(),
+            accounts=Accounts(),
+            ready=ready,
+            settings=IngressSettings.load({"auth": "keys"}, "user_config"),
+        )
+        world = self
+
+        class Passage:
+            def __init__(self, *_):
+                pass
+
+            async def run(self):
+                world.while_running = world.bodies.memory.used_by("tenant")
+                if end is not None:
+                    await end()
+
+        monkeypatch.setattr(handler, "Passage", Passage)
+        self.exchange = Exchange(Route.CHAT, services)
+
+    async def ask(self, body=BODY, headers=((b"authorization", b"Bearer x"),), last=None):
+        headers = (*headers, (b"content-type", b"application/json"))
+        messages = [{"type": "http.request", "body": body, "more_body": last is not None}, last]
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            self.sent.append(message)
+
+        await self.exchange({"type": "http", "headers": headers}, receive, send)
+
+
+async def served():
+    pass
+
+
+async def shed():
+    raise errors.Overloaded(1.0)
+
+
+async def rejected():
+    raise errors.EngineRejected(400, "no", None, None)
+
+
+async def failing():
+    raise Failing
+
+
+@pytest.mark.parametrize("end", [served, shed, rejected, failing])
+async def test_a_body_is_held_until_its_request_has_ended(end, monkeypatch):
+    world = World(monkeypatch, end)
+    try:
+        await world.ask()
+    except Failing:
+        assert world.sent[0]["status"] == 500
+    assert world.while_running > len(BODY)
+    assert world.bodies.memory.used == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ({"headers": ()}, 401),
+        ({"body": BODY[:-1]}, 400),
+        ({"body": b'{"model":"other"}'}, 404),
+        ({"body": b'{"model":"m","messages":' + b"[" * 600 + b"]" * 600 + b"}"}, 400),
+        ({"headers": ((b"authorization", b"x"), (b"content-length", b"9" * 30))}, 413),
+    ],
+)
+async def test_a_refused_request_holds_nothing(asked, status, monkeypatch):
+    world = World(monkeypatch)
+    await world.ask(**asked)
+    assert world.sent[0]["status"] == status
+    assert world.while_running is None
+    assert world.bodies.memory.used == 0
+
+
+async def test_a_client_that_leaves_gets_nothing_and_holds_nothing(monkeypatch):
+    world = World(monkeypatch)
+    await world.ask(BODY[:-1], last={"type": "http.disconnect"})
+    assert (world.sent, world.bodies.memory.used) == ([], 0)
+
+
+async def test_a_cancelled_request_holds_nothing(monkeypatch):
+    running = asyncio.Event()
+
+    async def never():
+        running.set()
+        await asyncio.Event().wait()
+
+    world = World(monkeypatch, never)
+    asking = asyncio.create_task(world.ask())
+    await running.wait()
+    assert world.bodies.memory.used > 0
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert world.bodies.memory.used == 0

@@ -1,0 +1,234 @@
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+
+from app.config.ingress import ModelSettings
+from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus
+from app.core import errors
+from app.core.dialect import Dialect, Route
+from app.core.tiers import Tier
+from app.flow.admission import Admission
+from app.flow.credits import RENEWAL_S, Grant
+from app.gateway.registry import Catalog, model_entry
+
+pytestmark = pytest.mark.unit
+
+
+def snapshot(name, *aliases, native=True, ready=True, tiers=None, simulated=False):
+    routes = frozenset(Route) if native else frozenset()
+    dialect = Dialect("vllm", simulated, dict.fromkeys(Tier, 0), routes)
+    replicas = (ReplicaStatus("r", "p", "http://x", "secret", 4, "1", 512, dialect),)
+    settings = ModelSettings.load(
+        {"rate_card": {"input": 1, "output": 2}, "tiers": tiers or {}}, "user_config"
+    )
+    return ModelSnapshot(name, aliases, "me", 7, settings, replicas if ready else ())
+
+
+class FakeSource:
+    """Models as a test sets them."""
+
+    def __init__(self):
+        self.models = {}
+        self.broken = False
+        self.reports = []
+        self.silent, self.asked = set(), set()
+        self.nudge = asyncio.Event()
+
+    async def applications(self):
+        if self.broken:
+            raise ConnectionError
+        return set(self.models)
+
+    async def renew(self, application, demand, report, known):
+        if self.broken:
+            raise ConnectionError
+        self.asked.add(application)
+        if application in self.silent:
+            raise TimeoutError
+        self.reports.append(report)
+        model = self.models[application]
+        version = str(id(model))
+        grant = Grant("life", demand.number, demand.number, demand.sent_at, added={"r": 1})
+        return Renewal(version, None if known == version else model, grant)
+
+    async def nudged(self, application, ingress):
+        await self.nudge.wait()
+        self.nudge.clear()
+        return True
+
+
+@asynccontextmanager
+async def following(source):
+    catalog = Catalog(source, discover_s=0.005)
+    catalog.start()
+    try:
+        yield catalog
+    finally:
+        await catalog.stop()
+
+
+async def eventually(condition):
+    async with asyncio.timeout(2):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def test_models_come_change_and_go():
+    source = FakeSource()
+    async with following(source) as catalog:
+        source.models["app"] = snapshot("org/m", "m")
+        await eventually(lambda: catalog.find("m"))
+        admission = catalog.find("org/m")
+        assert admission is catalog.find("m")
+
+        source.models["app"] = snapshot("org/m", "m2")
+        await eventually(lambda: catalog.find("m2"))
+        assert catalog.find("m2") is admission, "what runs in it is still counted"
+        assert catalog.find("m") is None
+
+        del source.models["app"]
+        await eventually(lambda: catalog.find("org/m") is None)
+        assert catalog.models() == []
+
+
+async def test_what_is_known_stands_while_serve_is_away():
+    source = FakeSource()
+    source.models["app"] = snapshot("m")
+    async with following(source) as catalog:
+        await eventually(lambda: catalog.find("m"))
+        source.broken = True
+        await asyncio.sleep(0.05)
+        assert catalog.find("m")
+        source.broken = False
+        source.models["app"] = snapshot("m", "alias")
+        await eventually(lambda: catalog.find("alias"))
+
+
+async def test_a_snapshot_that_could_not_be_applied_is_asked_for_again(monkeypatch):
+    monkeypatch.setattr("app.supervision.FIRST_PAUSE_S", 0.01)
+    source, update, failures = FakeSource(), Admission.update, [RuntimeError()]
+
+    def fail_once(self, snapshot):
+        if failures:
+            raise failures.pop()
+        update(self, snapshot)
+
+    monkeypatch.setattr(Admission, "update", fail_once)
+    source.models["app"] = snapshot("m")
+    async with following(source) as catalog:
+        await eventually(lambda: catalog.find("m"))
+
+
+async def test_an_ingress_can_wait_until_it_knows_every_model():
+    source = FakeSource()
+    source.models = {"a": snapshot("m"), "b": snapshot("n")}
+    async with following(source) as catalog:
+        await catalog.wait_known(2)
+        assert len(catalog.models()) == 2
+    source.broken = True
+    async with following(source) as catalog:
+        start = time.monotonic()
+        await catalog.wait_known(0.1)
+        assert time.monotonic() - start < 5 and catalog.models() == []
+
+
+async def test_a_name_is_unknown_only_once_every_model_has_told_its_own():
+    source = FakeSource()
+    source.models = {"a": snapshot("m")}
+    source.broken = True
+    async with following(source) as catalog:
+        with pytest.raises(errors.Unavailable):
+            catalog.require("m")
+        source.broken = False
+        await eventually(lambda: catalog.find("m"))
+        assert catalog.require("m") is catalog.find("m")
+        with pytest.raises(errors.ModelNotFound):
+            catalog.require("n")
+
+        source.silent.add("b")
+        source.models["b"] = snapshot("n")
+        await eventually(lambda: "b" in source.asked)
+        with pytest.raises(errors.Unavailable) as raised:
+            catalog.require("n")
+        assert raised.value.status == 503 and raised.value.headers["retry-after"] == "1"
+        assert catalog.require("m"), "the others are served meanwhile"
+        source.silent.clear()
+        await eventually(lambda: catalog.find("n"))
+
+
+async def test_a_model_that_never_tells_its_name_does_not_make_every_name_possible(monkeypatch):
+    monkeypatch.setattr("app.gateway.registry._NAMELESS_S", 0.05)
+    source = FakeSource()
+    source.models, source.silent = {"b": snapshot("n")}, {"b"}
+    async with following(source) as catalog:
+        await eventually(lambda: "b" in source.asked)
+        await asyncio.sleep(0.06)
+        with pytest.raises(errors.ModelNotFound):
+            catalog.require("n")
+
+
+async def test_not_every_renewal_carries_a_report():
+    source = FakeSource()
+    source.models["app"] = snapshot("m")
+    async with following(source):
+        await eventually(lambda: len(source.reports) >= 3)
+    assert source.reports[0] is not None
+    assert source.reports[1:3] == [None, None], "they are a quarter of a second apart"
+
+
+async def test_an_ingress_renews_at_once_when_the_model_asks_for_it():
+    source = FakeSource()
+    source.models["app"] = snapshot("m")
+    async with following(source) as catalog:
+        await eventually(lambda: catalog.find("m"))
+        for _ in range(3):
+            # Between two renewals, or the next one might be taken for the answer.
+            renewals = len(source.reports)
+            await eventually(lambda renewals=renewals: len(source.reports) > renewals)
+            renewals = len(source.reports)
+            source.nudge.set()
+            async with asyncio.timeout(RENEWAL_S / 2):
+                while len(source.reports) == renewals:
+                    await asyncio.sleep(0.002)
+
+
+async def test_a_name_claimed_twice_goes_to_an_id_before_an_alias():
+    source = FakeSource()
+    source.models = {"a": snapshot("first", "second"), "b": snapshot("second")}
+    async with following(source) as catalog:
+        await eventually(lambda: len(catalog.models()) == 2)
+        assert catalog.find("second").snapshot.id == "second"
+
+
+@pytest.mark.parametrize(
+    ("model", "tiers"),
+    [
+        (snapshot("m"), ["priority", "default", "flex"]),
+        (snapshot("m", native=False), ["default", "flex"]),
+        (snapshot("m", native=False, tiers={"priority": "line"}), ["priority", "default", "flex"]),
+        (snapshot("m", tiers={"priority": "off", "flex": False}), ["default"]),
+        (snapshot("m", ready=False), []),
+    ],
+)
+def test_the_list_tells_what_would_be_served_now(model, tiers):
+    entry = model_entry(model)
+    assert entry["service_tiers"] == tiers
+    assert ("priority" in entry["metadata"]["tags"]) == ("priority" in tiers)
+    if tiers:
+        assert list(entry["metadata"]["pricing"]) == tiers
+
+
+def test_an_entry_has_prices_by_tier_context_and_engines():
+    entry = model_entry(snapshot("m", "alias", simulated=True))
+    metadata = entry["metadata"]
+    assert (entry["object"], entry["created"], entry["owned_by"]) == ("model", 7, "me")
+    assert metadata["pricing"]["default"]["input_tokens"] == 1
+    assert metadata["pricing"]["priority"]["output_tokens"] == 3
+    assert metadata["pricing"]["priority"]["cache_read_tokens"] == 1.5
+    assert metadata["context_length"] == 512
+    assert metadata["engines"] == ["vllm"]
+    assert metadata["aliases"] == ["alias"]
+    assert "simulated" in metadata["tags"]
+    assert "secret" not in str(entry)

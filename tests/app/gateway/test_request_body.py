@@ -1,0 +1,190 @@
+import asyncio
+
+import orjson
+import pytest
+
+from app.config.ingress import IngressSettings
+from app.core.dialect import Dialect, Route
+from app.core.errors import BodyTooLarge, InvalidRequest, RequestTimeout, Unavailable
+from app.core.tiers import Tier
+from app.gateway.request_body import Bodies, ClientGone
+from app.protocol.json_body.members import Members
+from app.protocol.json_body.parse import LONGEST_WHOLE
+from app.protocol.requests import rewrite_request
+
+pytestmark = pytest.mark.unit
+
+MIB = 1024 * 1024
+
+
+def settings(**changes):
+    return IngressSettings.load({"auth": "keys", **changes}, "user_config")
+
+
+def body(length):
+    empty = orjson.dumps({"model": "m", "prompt": ""})
+    return orjson.dumps({"model": "m", "prompt": "x" * (length - len(empty))})
+
+
+def client(data, piece=MIB, pause_s=0.0, leaves=False):
+    """Return the ``receive`` of a client that sends data in pieces and then waits or leaves."""
+    pieces = [data[at : at + piece] for at in range(0, len(data), piece)] or [b""]
+
+    async def receive():
+        if not pieces:
+            if leaves:
+                return {"type": "http.disconnect"}
+            await asyncio.Event().wait()
+        await asyncio.sleep(pause_s)
+        last = len(pieces) == 1 and not leaves
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": not last}
+
+    return receive
+
+
+def declared(length):
+    return {b"content-length": str(length).encode()}
+
+
+async def read(bodies, data, headers=None, tenant="t", *, settings=settings(), **how):  # noqa: B008
+    with bodies.room_for(tenant, settings) as room:
+        return await room.read(Route.COMPLETIONS, headers or {}, client(data, **how))
+
+
+@pytest.mark.parametrize("length", [50, LONGEST_WHOLE, LONGEST_WHOLE + 1, 3 * MIB])
+@pytest.mark.parametrize("piece", [1000, MIB, 10 * MIB])
+@pytest.mark.parametrize("says", [True, False])
+async def test_a_body_in_any_pieces_is_the_same_request(length, piece, says):
+    data = body(length)
+    headers = declared(length) if says else {}
+    request = await read(Bodies(), data, headers, piece=piece)
+    assert isinstance(request.fields, Members) == (length > LONGEST_WHOLE)
+    sent = rewrite_request(request, "m", Dialect("plain"), Tier.DEFAULT)
+    assert orjson.loads(sent if isinstance(sent, bytes) else b"".join(sent)) == orjson.loads(data)
+
+
+async def test_a_longer_body_is_never_read():
+    limit = settings(max_body_bytes=MIB)
+    for headers in (declared(MIB + 1), declared(10**30), {}):
+        with pytest.raises(BodyTooLarge) as caught:
+            await read(Bodies(), body(MIB + 1), headers, settings=limit)
+        assert caught.value.headers["connection"] == "close"
+
+
+async def test_a_body_beyond_its_declared_length_is_refused():
+    with pytest.raises(InvalidRequest, match="content-length"):
+        await read(Bodies(), body(2 * MIB), declared(MIB))
+
+
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize(
+    ("tenant", "reason"), [("t", "tenant_request_memory"), ("u", "request_memory")]
+)
+async def test_a_body_without_room_is_refused_until_others_have_ended(tenant, reason, says, caplog):
+    bodies, bounds = Bodies(), settings(body_memory_mb=5, body_memory_tenant_mb=4)
+    headers = declared(3 * MIB) if says else {}
+    with bodies.room_for("t", bounds) as room:
+        await room.read(Route.COMPLETIONS, headers, client(body(3 * MIB)))
+        for _ in range(2):
+            with pytest.raises(Unavailable) as caught:
+                await read(bodies, body(3 * MIB), headers, tenant, settings=bounds)
+        error = caught.value
+        assert (error.status, error.code) == (503, "request_memory_full")
+        assert error.headers["x-shed-reason"] == reason
+        assert int(error.headers["retry-after"]) > 0
+        assert error.headers["connection"] == "close"
+    await read(bodies, body(3 * MIB), headers, tenant, settings=bounds)
+    assert bodies.memory.used == 0
+    assert bodies.refused == {reason: 2}
+    (record,) = caplog.records
+    assert record.message.endswith(f"refused: {reason} 1")
+
+
+async def test_what_never_fits_is_too_large():
+    bounds = settings(body_memory_tenant_mb=2)
+    with pytest.raises(BodyTooLarge, match=f"at most {2 * MIB} bytes"):
+        await read(Bodies(), body(3 * MIB), settings=bounds)
+
+
+async def fails(**how):
+    bodies = Bodies()
+    raised = how.pop("raises")
+    with pytest.raises(raised):
+        await read(bodies, **how)
+    return bodies.memory.used
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"data": body(MIB)[:-1], "leaves": True, "raises": ClientGone},
+        {"data": body(MIB)[:-1], "raises": InvalidRequest},
+        {"data": b"[" * MIB, "raises": InvalidRequest},
+        {"data": b"", "headers": declared(MIB), "leaves": True, "raises": ClientGone},
+        {"data": b"x" * 2 * MIB, "headers": declared(MIB), "raises": InvalidRequest},
+    ],
+)
+async def test_a_body_that_comes_to_nothing_holds_nothing(how):
+    assert await fails(**how) == 0
+
+
+async def test_a_cancelled_request_holds_nothing():
+    bodies = Bodies()
+    reading = asyncio.create_task(read(bodies, body(MIB), declared(MIB), pause_s=60))
+    while not bodies.memory.used:
+        await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    assert bodies.memory.used == 0
+
+
+async def test_the_deadline_is_of_the_whole_body():
+    """A byte every 20 ms restarted a deadline of each piece for ever."""
+    brief = settings(body_timeout_s=0.1)
+    bodies = Bodies()
+    async with asyncio.timeout(10):
+        with pytest.raises(RequestTimeout) as caught:
+            await read(bodies, body(5000), piece=1, pause_s=0.02, settings=brief)
+    assert caught.value.headers["connection"] == "close"
+    assert bodies.memory.used == 0
+
+
+async def test_what_has_come_adds_to_the_deadline():
+    brief = settings(body_timeout_s=0.1, body_min_rate_kb=1)
+    data = body(20_000)
+    request = await read(Bodies(), data, piece=2000, pause_s=0.03, settings=brief)
+    assert request.length == len(data)
+
+
+async def test_long_bodies_take_turns_with_each_other_and_with_others():
+    """While two are scanned, something else runs between any two slices."""
+    bodies, ended = Bodies(), 0
+
+    async def scanned():
+        nonlocal ended
+        await read(bodies, body(8 * MIB), piece=8 * MIB)
+        ended += 1
+
+    reading = [asyncio.create_task(scanned()) for _ in range(2)]
+    turns = 0
+    while ended < 1:
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 2 * 8 * MIB // (256 * 1024)
+    await asyncio.gather(*reading)
+
+
+async def test_others_run_while_a_body_is_copied_that_is_there_already():
+    data, turns = body(4 * MIB), 0
+    pieces = [data[at : at + 65_536] for at in range(0, len(data), 65_536)]
+
+    async def receive():
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    with Bodies().room_for("t", settings()) as room:
+        reading = asyncio.create_task(room.read(Route.COMPLETIONS, {}, receive))
+        while pieces:
+            await asyncio.sleep(0)
+            turns += 1
+        await reading
+    assert turns > 50

@@ -1,0 +1,20 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.protocol.json_body.raw import RawJson
+
+pytestmark = pytest.mark.unit
+
+data = st.lists(st.sampled_from([b"ab", b"a", b"b", b"c" * 511, b"c" * 300_000]), max_size=6)
+
+
+@given(data.map(b"".join), st.sampled_from([b"a", b"ab", b"abb"]), st.integers(0, 700))
+def test_it_is_searched_as_bytes_are(data, needle, start):
+    raw = RawJson(data)
+    for end in (None, start, start + 512, len(data) - 1):
+        if end is None or end >= 0:
+            assert raw.find(needle, start, end) == data.find(needle, start, end)
+    assert raw.startswith(needle, start) == data.startswith(needle, start)
+    assert raw.count(b"a", 600_000) == data.count(b"a", 0, 600_000)
+    assert len(raw) == len(data)

@@ -1,0 +1,94 @@
+from decimal import Decimal
+
+import pytest
+from sqlalchemy import make_url, text
+
+from app.core.tiers import Tier
+from app.store.database import connect, migrate
+from app.tenants.key_store import KeyStore
+from app.tenants.keys import Limits, create_key
+from tests.support.records import NOON
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def store(engine):
+    migrate(engine)
+    return KeyStore(engine)
+
+
+def test_keys_come_back_as_they_were(store):
+    limits = Limits(rpm=60, tpm=10**12, priority_share=Decimal("0.333"))
+    full, text = create_key(
+        "acme", name="é", default_tier=Tier.FLEX, tiers=[Tier.FLEX], limits=limits, created=NOON
+    )
+    plain, _ = create_key("acme", created=NOON)
+    store.add(full)
+    store.add(plain)
+    assert store.all() == sorted([full, plain], key=lambda key: key.key_id)
+    assert store.table().find(text) == full
+
+
+def test_a_key_is_revoked_once(store):
+    key, text = create_key("acme", created=NOON)
+    store.add(key)
+    assert store.revoke(key.key_id, NOON)
+    assert not store.revoke(key.key_id, NOON)
+    assert not store.revoke("nobody", NOON)
+    assert store.table().find(text) is None
+    assert [each.revoked for each in store.all()] == [NOON]
+
+
+BAD = {
+    "secret_hash": ["x", "", b"bytes"],
+    "tenant": ["", "x" * 101, "a\x00b", b"bytes\xff\x00"],
+    "name": ["x" * 101, "\n"],
+    "default_tier": ["premium", "", "priority"],
+    "tiers": ["", "premium", "flex", "default,", b"\x00\xff"],
+    "rpm": ["many", 0, -1, 1.5, "", b"\x01"],
+    "tpm": ["1k", 0, 10.25],
+    "priority_share": ["0,5", "NaN", "2", "-1", "", "Infinity", b"1/2"],
+    "created": ["yesterday", "", 12, "2026-01-01T00:00:00", b"now"],
+}
+
+
+@pytest.mark.parametrize(("column", "value"), [(c, v) for c in BAD for v in BAD[c]])
+def test_a_row_that_cannot_be_read_is_refused_alone(tmp_path, column, value):
+    engine = connect(make_url(f"sqlite:///{tmp_path}/usage.db"))
+    migrate(engine)
+    store = KeyStore(engine)
+    made = [create_key("acme", created=NOON, tiers=[]) for _ in range(3)]
+    for key, _ in made:
+        store.add(key)
+    bad, good = made[1], (made[0], made[2])
+    with engine.begin() as connection:
+        statement = text(f"UPDATE api_keys SET {column} = :value WHERE key_id = :id")
+        connection.execute(statement, {"value": value, "id": bad[0].key_id})
+    table = store.table()
+    assert table.find(bad[1]) is None
+    assert [table.find(sent) for _, sent in good] == [key for key, _ in good]
+    assert list(table.unreadable) == [bad[0].key_id]
+    assert bad[0].secret_hash not in str(table.unreadable)
+    assert {key.key_id for key in store.all()} == {key.key_id for key, _ in good}
+    engine.dispose()
+
+
+def test_a_row_that_is_null_where_nothing_may_be_is_refused_alone(tmp_path):
+    engine = connect(make_url(f"sqlite:///{tmp_path}/usage.db"))
+    columns = [*BAD, "key_id", "revoked"]
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE TABLE api_keys ({', '.join(columns)})"))
+    store = KeyStore(engine)
+    good, sent = create_key("acme", created=NOON)
+    store.add(good)
+    required = [c for c in columns if c not in ("rpm", "tpm", "priority_share", "revoked")]
+    for column in required:
+        store.add(create_key("acme", created=NOON)[0])
+        with engine.begin() as connection:
+            connection.execute(
+                text(f"UPDATE api_keys SET {column} = NULL WHERE rowid = last_insert_rowid()")
+            )
+    assert store.table().find(sent) == good
+    assert list(store.table().by_id) == [good.key_id]
+    engine.dispose()

@@ -1,0 +1,117 @@
+import pytest
+
+from app.tenants.keys import Limits, create_key
+from app.tenants.limiter import Allowances, LimitBooks, Measure
+from tests.support.records import NOON
+
+pytestmark = pytest.mark.unit
+
+
+class Ingress:
+    """An ingress with the books beside it."""
+
+    def __init__(self, books, name="i"):
+        self.books, self.allowances = books, Allowances(name)
+
+    def request(self, key, tokens, now):
+        over = self.allowances.take(key, tokens, now)
+        if over is not None:
+            self.exchange(now)
+            over = self.allowances.take(key, tokens, now)
+        return over
+
+    def exchange(self, now):
+        answers = self.books.answer(self.allowances.asks(now), now)
+        self.allowances.receive(answers, now)
+
+
+def key_with(**limits):
+    return create_key("acme", limits=Limits(**limits), created=NOON)[0]
+
+
+def test_a_key_without_limits_is_never_refused_and_has_no_headers():
+    ingress, key = Ingress(LimitBooks()), key_with()
+    assert all(ingress.request(key, 10**9, 1000.0) is None for _ in range(100))
+    assert ingress.allowances.headers(key, 1000.0) == []
+    assert ingress.allowances.next_ask() == float("inf")
+
+
+def served(ingress, key, tokens, count, pause_s=0.1, start=1000.0):
+    outcomes, now = [], start
+    for _ in range(count):
+        outcomes.append(ingress.request(key, tokens, now))
+        now += pause_s
+        if ingress.allowances.next_ask() <= now:
+            ingress.exchange(now)
+    return outcomes
+
+
+def test_the_limit_that_is_reached_is_named():
+    ingress, key = Ingress(LimitBooks()), key_with(rpm=5, tpm=1000)
+    outcomes = served(ingress, key, 10, 20)
+    assert outcomes[:5] == [None] * 5
+    over = outcomes[-1]
+    assert (over.measure, over.limit) == (Measure.REQUESTS, 5)
+    assert 50 < over.retry_after_s <= 61
+    over = served(Ingress(LimitBooks()), key, 400, 20)[-1]
+    assert (over.measure, over.limit) == (Measure.TOKENS, 1000)
+
+
+def test_a_request_without_tokens_left_does_not_count_as_a_request():
+    ingress, key = Ingress(LimitBooks()), key_with(rpm=100, tpm=100)
+    outcomes = served(ingress, key, 60, 40)
+    assert outcomes.count(None) == 1
+    headers = dict(ingress.allowances.headers(key, 1004.0))
+    assert headers["x-ratelimit-remaining-requests"] == "99"
+    assert headers["x-ratelimit-remaining-tokens"] == "40"
+
+
+def test_tokens_that_were_not_needed_can_be_used():
+    ingress, key = Ingress(LimitBooks()), key_with(tpm=1000)
+    assert ingress.request(key, 1000, 1000.0) is None
+    assert ingress.request(key, 1000, 1000.3) is not None
+    ingress.allowances.put_right(key, 1000, 10, 0.5, 1000.5)
+    ingress.exchange(1001.0)
+    outcomes = served(ingress, key, 900, 10, start=1002.0)
+    assert outcomes.count(None) == 1
+
+
+def test_a_limit_that_is_changed_holds_at_once():
+    books = LimitBooks()
+    ingress, key = Ingress(books), key_with(rpm=2)
+    assert served(ingress, key, 1, 10).count(None) == 2
+    more = key_with(rpm=6)
+    object.__setattr__(more, "key_id", key.key_id)
+    assert served(ingress, more, 1, 10, start=1002.0).count(None) == 4
+
+
+def test_keys_do_not_share_limits_and_ingresses_do():
+    books = LimitBooks()
+    one, two = Ingress(books, "one"), Ingress(books, "two")
+    key, other = key_with(rpm=4), key_with(rpm=4)
+    outcomes = served(one, key, 1, 10) + served(two, key, 1, 10, start=1001.0)
+    assert outcomes.count(None) == 4
+    assert served(two, other, 1, 10, start=1002.0).count(None) == 4
+
+
+def test_books_that_nobody_uses_are_forgotten():
+    books = LimitBooks()
+    ingress = Ingress(books)
+    served(ingress, key_with(rpm=4), 1, 3)
+    assert len(books._books) == 1
+    for at in range(1010, 1600, 10):
+        ingress.exchange(float(at))
+    assert len(books._books) == 0
+
+
+def test_a_key_that_was_forgotten_has_its_whole_limit_again():
+    books, key, other = LimitBooks(), key_with(rpm=4), key_with(rpm=4)
+    ingress = Ingress(books)
+    for minute in range(3):
+        assert served(ingress, key, 1, 10, start=1000.0 + 70 * minute).count(None) == 4
+    for at in range(1300, 1900, 10):
+        # The books forget while others speak.
+        ingress.request(other, 1, float(at))
+        ingress.exchange(float(at))
+    assert list(books._books) == [f"{other.key_id}/requests"]
+    assert served(ingress, key, 1, 10, start=1900.0).count(None) == 4
