@@ -21,7 +21,7 @@ from ray.util.metrics import Counter, Gauge
 
 from app.gateway.registry import MODEL_DEPLOYMENT
 from app.scaling.report import ScalingReport
-from app.scaling.scaler import Bounds, Decision, Scaler
+from app.scaling.scaler import Decision, ReplicaBounds, Scaler
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,7 +73,7 @@ class PriorityAware:
             return
         self._heard = heard
         bounds = {
-            name: Bounds(
+            name: ReplicaBounds(
                 context.target_num_replicas,
                 context.capacity_adjusted_min_replicas,
                 context.capacity_adjusted_max_replicas,

@@ -20,10 +20,10 @@ from app.core import errors
 from app.core.dialect import Route
 from app.core.settings import Problem, SettingsError
 from app.gateway.gc_tuning import settle_in
-from app.gateway.handler import Exchange, Receive, Scope, identify
+from app.gateway.handler import Handler, Receive, Scope, identify
 from app.gateway.health_route import add_health_routes
 from app.gateway.lifecycle import Services
-from app.gateway.registry import Catalog, ServeSource, model_entry, serve_host
+from app.gateway.registry import ModelRegistry, ServeSource, model_entry, serve_host
 from app.gateway.response import Send
 from app.gateway.usage_reader import UsageReader
 from app.gateway.usage_route import add_usage_route
@@ -32,7 +32,7 @@ from app.ray_compat.serve_port import keep_on_loopback
 from app.store.database import connect
 from app.store.database_url import resolve_url
 from app.tenants import deployment
-from app.tenants.access import Accounts
+from app.tenants.access import Access
 from app.tenants.deployment import ServeLimits
 from app.tenants.key_store import KeyStore
 from app.upstream.client import EngineClient
@@ -50,7 +50,7 @@ class Ingress:
     def __init__(self, limits: Any) -> None:
         keep_on_loopback()
         settings = IngressSettings()
-        catalog = Catalog(ServeSource(), discover_s=settings.catalog_interval_s)
+        catalog = ModelRegistry(ServeSource(), discover_s=settings.catalog_interval_s)
         self._services = Services(catalog, EngineClient(), settings)
         self._limits = ServeLimits(limits)
         self._store: Engine | None = None
@@ -103,7 +103,7 @@ class Ingress:
         old, self._services.accounts = self._services.accounts, None
         if settings.auth == "keys":
             catalog = self._services.catalog
-            self._services.accounts = Accounts(
+            self._services.accounts = Access(
                 catalog.ingress, KeyStore(store), self._limits, lambda: catalog.ingresses
             )
             self._services.accounts.start()
@@ -181,7 +181,7 @@ class Front:
 
     def __init__(self, services: Services) -> None:
         self._exchanges = {
-            f"{prefix}/{route.value}": Exchange(route, services)
+            f"{prefix}/{route.value}": Handler(route, services)
             for prefix in PREFIXES
             for route in Route
         }
@@ -201,7 +201,7 @@ def build_api(services: Services) -> Front:
     return Front(services)
 
 
-def _others(services: Services, exchanges: Mapping[str, Exchange]) -> FastAPI:
+def _others(services: Services, exchanges: Mapping[str, Handler]) -> FastAPI:
     # FastAPI's own documentation routes describe types that Frontline deliberately leaves open.
     api = FastAPI(
         title="Frontline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False

@@ -16,11 +16,11 @@ from ray.serve.handle import DeploymentHandle
 
 from app import supervision
 from app.config.ingress import ModelArgs, ModelSettings, PoolSettings
-from app.contracts.stats import LineReport, ModelBoard, ReportBook
+from app.contracts.stats import ModelBoard, QueueReport, ReportStore
 from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus, Rest, served_tiers
 from app.core.settings import Key, Problem, SettingsError
 from app.core.tiers import PriorityMode
-from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditBook
+from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
 from app.flow.credits import Demand
 from app.gateway.registry import MODEL_DEPLOYMENT
 from app.ray_compat.serve_port import keep_on_loopback
@@ -28,7 +28,7 @@ from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 from deployments import replica
 from deployments.control.placement import PlacementWatch
-from deployments.control.pool_state import Standing, Wakings, standing
+from deployments.control.pool_state import PoolState, Wakings, standing
 from deployments.control.wakeups import Nudges
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
@@ -59,14 +59,14 @@ class Model:
         self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
         # What each pool was like when it last had a replica, and what those do that have none.
         self._seen: dict[str, ReplicaStatus] = {}
-        self._standings: dict[str, Standing] = {}
+        self._standings: dict[str, PoolState] = {}
         self._wakings = Wakings()
         self._life = uuid.uuid4().hex
         self._changes = 0
         self._placement = PlacementWatch(self._application, self._without_replicas, self._publish)
         self._snapshot = self._make_snapshot()
-        self._book = CreditBook(self._life, self._settings.line, time.monotonic())
-        self._reports = ReportBook()
+        self._book = CreditAllocator(self._life, self._settings.queue, time.monotonic())
+        self._reports = ReportStore()
         self._demand = DemandBook()
         self._nudges = Nudges()
         self._probes: dict[str, asyncio.Task[None]] = {}
@@ -85,10 +85,10 @@ class Model:
             SettingsError: ``user_config`` has an unknown key or a bad value.
         """
         self._settings = ModelSettings.load(user_config, "user_config")
-        self._book.configure(self._settings.line)
+        self._book.configure(self._settings.queue)
         self._publish()
 
-    async def renew(self, demand: Demand, report: LineReport | None, known: str) -> Renewal:
+    async def renew(self, demand: Demand, report: QueueReport | None, known: str) -> Renewal:
         """Renew an ingress's credits, and tell it what has changed since version ``known``."""
         version = f"{self._life}.{self._changes}"
         now = time.monotonic()
@@ -120,7 +120,7 @@ class Model:
         return self._snapshot
 
     async def board(self) -> ModelBoard:
-        """Return the model and its line at every ingress, for people to look at."""
+        """Return the model and its queue at every ingress, for people to look at."""
         return ModelBoard(self._snapshot, self._reports.ingresses(time.monotonic()))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -133,7 +133,7 @@ class Model:
             return {}
         pools = {pool.name: self._pool_report(pool) for pool in self._args.pools}
         settings = self._settings
-        told = self._demand.report(ingresses, pools, settings.line.headroom, settings.scaling)
+        told = self._demand.report(ingresses, pools, settings.queue.headroom, settings.scaling)
         return told.to_metrics()
 
     def _pool_report(self, pool: PoolSettings) -> PoolReport:
@@ -174,12 +174,12 @@ class Model:
     def _rest(self) -> Rest | None:
         """Return how the model rests; ``None`` if a pool has replicas, or none rests."""
         standings = self._standings.values()
-        if any(self._replicas.values()) or all(one is Standing.AWAY for one in standings):
+        if any(self._replicas.values()) or all(one is PoolState.AWAY for one in standings):
             return None
         native = not self._seen or any(s.dialect.native_priority for s in self._seen.values())
         return Rest(
             tiers=served_tiers(self._settings.tiers, native=native),
-            waking=Standing.WAKING in standings,
+            waking=PoolState.WAKING in standings,
             start_s=min(map(self._wakes_s, self._seen), default=None),
         )
 
@@ -197,10 +197,10 @@ class Model:
 
     async def _look(self, pool: str) -> None:
         replicas = await self._ask(pool)
-        now = Standing.AWAY
+        now = PoolState.AWAY
         if replicas is None:
             # A Model that has just begun may not know yet who runs: nobody is turned away for that.
-            before = self._standings.get(pool, Standing.WAKING)
+            before = self._standings.get(pool, PoolState.WAKING)
             now = await standing(self._application, pool, before)
         elif replicas:
             self._seen[pool] = max(replicas, key=lambda status: status.start_s)
@@ -293,7 +293,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def _capacity(snapshot: ModelSnapshot, status: ReplicaStatus) -> Capacity:
     mode = snapshot.settings.tiers.priority
-    kept = mode is PriorityMode.LINE or (
+    kept = mode is PriorityMode.QUEUE or (
         mode is PriorityMode.AUTO and status.dialect.native_priority
     )
     return Capacity(status.replica_id, status.pool, status.slots, kept)

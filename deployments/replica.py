@@ -21,7 +21,7 @@ from app.upstream.http1 import ConnectionLost, fetch
 from deployments.engines.base import EngineFacts, Launch
 from deployments.engines.registry import adapter_named
 from deployments.hosting.drain import count_connections
-from deployments.hosting.guard import LOOPBACK, Guard, GuardFailed, needs_guard
+from deployments.hosting.guard import LOOPBACK, EngineGuard, GuardFailed, needs_guard
 from deployments.hosting.launch import (
     log_folder,
     log_name,
@@ -264,9 +264,9 @@ deployment = serve.deployment(
 """The Serve deployment of a pool, to be given the pool's name."""
 
 
-async def _start_guard(launch: Launch, pool: PoolSettings) -> Guard | None:
+async def _start_guard(launch: Launch, pool: PoolSettings) -> EngineGuard | None:
     address = node_address()
     if not needs_guard(address):
         return None
     name = log_name(launch.served_name, pool)
-    return await Guard.start(address, launch.port, launch.key, log_folder(), name=name)
+    return await EngineGuard.start(address, launch.port, launch.key, log_folder(), name=name)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(REPO))
 
 from app.config.ingress import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
 from app.config.journal import JournalSettings  # noqa: E402
-from app.config.queue import LineSettings, TierLine  # noqa: E402
+from app.config.queue import QueueSettings, TierQueue  # noqa: E402
 from app.config.scaling import ScalingSettings  # noqa: E402
 from app.config.usage_reads import UsageSettings  # noqa: E402
 from app.core.pricing import Multipliers, RateCard  # noqa: E402
@@ -39,13 +39,13 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
     ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),
     (
-        "`line`",
-        LineSettings,
+        "`queue`",
+        QueueSettings,
         "In the `user_config` of `Model`. Changes hold for requests that wait already.",
     ),
     (
-        "`line.priority`, `line.default`, `line.flex`",
-        TierLine,
+        "`queue.priority`, `queue.default`, `queue.flex`",
+        TierQueue,
         "The defaults are those of `priority` and `default`; `flex` waits up to 600 s and starves "
         "after 150 s.",
     ),

@@ -69,7 +69,7 @@ LONGEST = (
     "faults/test_serving.py",
     "faults/test_draining.py",
     "faults/test_node_removed.py",
-    "integration/test_line.py",
+    "integration/test_queue.py",
     "integration/test_engine_loss.py",
 )
 """Modules of a minute and more, which come first: otherwise the last of them keeps one worker busy

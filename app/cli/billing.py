@@ -30,7 +30,7 @@ from app.ledger.usage import (
     write_json_lines,
 )
 from app.store.database_url import DEFAULT_URL
-from app.tenants.keys import ApiKey, Limits, create_key
+from app.tenants.keys import ApiKey, KeyLimits, create_key
 
 if TYPE_CHECKING:
     from app.ledger.dead_letter import RefusedRecord
@@ -107,7 +107,7 @@ def create(
             name=name,
             default_tier=default_tier,
             tiers=_members(Tier, tiers, "tiers"),
-            limits=Limits(rpm, tpm, share),
+            limits=KeyLimits(rpm, tpm, share),
             created=now_utc(),
         )
         KeyStore(engine).add(key)

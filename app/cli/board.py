@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from app.contracts.stats import IngressBoard, LineReport, ModelBoard
+from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
 from app.core.tiers import Tier
 from app.flow.request import ShedReason
 
@@ -47,7 +47,7 @@ class TierRow:
 
     Attributes:
         running: requests inside engines.
-        waiting: requests in the line.
+        waiting: requests in the queue.
         oldest_s: how long the oldest of them has waited; 0 where none waits.
         queued_s: how long those that were placed between two looks had waited, on average;
             ``None`` where none was.
@@ -111,7 +111,7 @@ class ModelFrame:
         state: what Serve says of it; ``ASLEEP`` or ``WAKING`` where it was scaled to zero.
         id: its name in requests; ``None`` where its Model did not answer, and then all that
             follows is empty.
-        tiers: from the front of the line to its end.
+        tiers: from the front of the queue to its end.
         slots: of all replicas.
         credits: how many of those the ingresses hold.
         headroom: how many free slots the ingresses keep for priority.
@@ -166,8 +166,8 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
 class _Span:
     """Two reports of one ingress."""
 
-    first: LineReport
-    last: LineReport
+    first: QueueReport
+    last: QueueReport
 
     @property
     def seconds(self) -> float:
@@ -202,7 +202,7 @@ def _queued_s(tier: Tier, spans: list[_Span]) -> float | None:
     return queued_s / placed if placed else None
 
 
-def _sheds(tier: Tier, reports: list[LineReport], spans: list[_Span]) -> dict[ShedReason, Sheds]:
+def _sheds(tier: Tier, reports: list[QueueReport], spans: list[_Span]) -> dict[ShedReason, Sheds]:
     sheds = {}
     for reason in ShedReason:
         key = (tier, reason)

@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig
 
 from app.cli.applications import build_application, deployments_of
 from app.config.ingress import ModelArgs, ModelSettings
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.config.redaction import redact, redact_words
 from app.core.tiers import PriorityMode
 from app.gateway.registry import MODEL_DEPLOYMENT
@@ -128,13 +128,13 @@ class ModelPlan:
     priority: PriorityMode
     flex: bool
     pools: tuple[PoolPlan, ...]
-    line: LineSettings
+    queue: QueueSettings
 
     def most_requests(self, ingresses: int) -> int:
         """Return how many requests may run or wait at once, at so many ingresses together."""
         slots = sum(pool.slots * pool.replicas.most for pool in self.pools)
-        full = max(self.line.bounds(slots=slots, ingresses=ingresses).values())
-        reserved = sum(self.line.reserved(slots=slots, ingresses=ingresses).values())
+        full = max(self.queue.bounds(slots=slots, ingresses=ingresses).values())
+        reserved = sum(self.queue.reserved(slots=slots, ingresses=ingresses).values())
         return slots + ingresses * (full + reserved)
 
 
@@ -189,7 +189,7 @@ def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
         _pool(deployments[pool.name], options.get(pool.name, {}), pool.slots, tiers.priority)
         for pool in args.pools
     )
-    yield ModelPlan(application["name"], args.id, tiers.priority, tiers.flex, pools, settings.line)
+    yield ModelPlan(application["name"], args.id, tiers.priority, tiers.flex, pools, settings.queue)
 
 
 def _pool(deployment: Any, options: Mapping[str, Any], slots: int, mode: PriorityMode) -> PoolPlan:
@@ -243,9 +243,9 @@ def _priority(mode: PriorityMode, launch: LaunchPlan) -> str:
     routes = ", ".join(launch.priority_routes)
     if mode is PriorityMode.OFF:
         return "served as default: the model does not offer it"
-    if mode is PriorityMode.LINE:
+    if mode is PriorityMode.QUEUE:
         also = f"; the engine has it as well on {routes}" if routes else ""
-        return f"delivered by the line alone{also}"
+        return f"delivered by the queue alone{also}"
     if routes:
         return f"delivered on {routes}, once the running engine has proved it"
     return "served as default: the engine is started without native priority"

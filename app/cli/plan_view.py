@@ -18,7 +18,7 @@ def to_json(models: Sequence[ModelPlan], front: FrontPlan) -> dict[str, Any]:
     """Return a plan as plain values; their meaning is told by ``app.cli.plan``."""
     plain = [asdict(model) for model in models]
     for one, model in zip(plain, models, strict=True):
-        one["line"] = model.line.model_dump(mode="json")
+        one["queue"] = model.queue.model_dump(mode="json")
     return {"models": plain, "front": asdict(front)}
 
 

@@ -86,7 +86,7 @@ class ApplicationRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ClusterStatus:
     """The whole deployment; ``differs`` is ``None`` where no file was named."""
 
     address: str
@@ -121,7 +121,7 @@ def run(address: str | None, config: Path | None, *, as_json: bool) -> None:
         ray.shutdown()
 
 
-async def take(cluster: Cluster, file: Mapping[str, Any] | None) -> Status:
+async def take(cluster: Cluster, file: Mapping[str, Any] | None) -> ClusterStatus:
     """Return the status now; ``file`` is a config to compare with.
 
     Raises:
@@ -133,7 +133,7 @@ async def take(cluster: Cluster, file: Mapping[str, Any] | None) -> Status:
         _application(name, one, models.get(name))
         for name, one in sorted((details.get("applications") or {}).items())
     )
-    return Status(
+    return ClusterStatus(
         address=cluster.address,
         nodes=await asyncio.to_thread(_nodes),
         applications=applications,

@@ -10,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from app.cli.diff import Difference
-from app.cli.status import ApplicationRow, DeploymentRow, NodeRow, Status
+from app.cli.status import ApplicationRow, ClusterStatus, DeploymentRow, NodeRow
 from app.cli.top import plain_table, render_model
 
 _WELL = ("RUNNING", "HEALTHY")
 
 
-def render(status: Status) -> RenderableType:
+def render(status: ClusterStatus) -> RenderableType:
     """Return the whole status."""
     parts: list[RenderableType] = [Text(f"Ray cluster {status.address}", style="dim")]
     parts += [_nodes(status.nodes), Text(), _deployments(status.applications)]

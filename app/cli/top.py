@@ -107,7 +107,7 @@ def render(address: str, models: Sequence[ModelFrame], trouble: str = "") -> Ren
 
 
 def render_model(model: ModelFrame) -> list[RenderableType]:
-    """Return one model: what it is, its line, its replicas."""
+    """Return one model: what it is, its queue, its replicas."""
     if model.id is None:
         return [_headline(model)]
     return [_headline(model), _tiers(model), _replicas(model.replicas)]

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, StringConstraints, model_validator
 
 from app.config.journal import JournalSettings
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
 from app.config.usage_reads import UsageSettings
 from app.core.pricing import RateCard
@@ -22,7 +22,7 @@ from app.core.settings import Problem, Settings, SettingsError
 from app.core.tiers import PriorityMode, Tier, TierOffer
 from app.gateway.cross_site import ANY_HOST, HOST_NAME, HostRule
 from app.store.database_url import DEFAULT_URL, StoreUrl
-from app.tenants.concurrency import Bounds
+from app.tenants.concurrency import FlightBounds
 
 ModelId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
@@ -166,9 +166,9 @@ class IngressSettings(Settings):
         return HostRule.of([ANY_HOST] if everywhere else [])
 
     @cached_property
-    def in_flight(self) -> Bounds:
+    def in_flight(self) -> FlightBounds:
         """How many requests may be in flight at once."""
-        return Bounds(self.max_concurrent_per_key, self.max_concurrent_per_tenant)
+        return FlightBounds(self.max_concurrent_per_key, self.max_concurrent_per_tenant)
 
     def check_open(self, host: str | None, *where: str | int) -> None:
         """Refuse to let everybody in from a network, unless that is said twice.
@@ -296,8 +296,8 @@ class TierSettings(Settings):
 
     priority: PriorityMode = Field(
         default=PriorityMode.AUTO,
-        description="`auto`: on engine replicas that have proved native priority; `line`: going "
-        "to the front of the line counts as delivery; `off`: never.",
+        description="`auto`: on engine replicas that have proved native priority; `queue`: going "
+        "to the front of the queue counts as delivery; `off`: never.",
     )
     flex: bool = Field(default=True, description="Whether `flex` is offered.")
 
@@ -312,8 +312,8 @@ class ModelSettings(Settings):
 
     rate_card: RateCard = Field(default=RateCard(), description="Its prices; free if not set.")
     tiers: TierSettings = Field(default=TierSettings(), description="The tiers that it offers.")
-    line: LineSettings = Field(
-        default=LineSettings(), description="Who waits, how long, and who is turned away."
+    queue: QueueSettings = Field(
+        default=QueueSettings(), description="Who waits, how long, and who is turned away."
     )
     scaling: ScalingSettings = Field(
         default=ScalingSettings(),

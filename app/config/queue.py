@@ -1,4 +1,4 @@
-"""How a model's line behaves, as its operator set it."""
+"""How a model's queue behaves, as its operator set it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ _LEAST_WAITING = 64
 
 
 def headroom_of(share: float, slots: int) -> int:
-    """Return how many of so many slots are kept free for priority, by a line's ``headroom``."""
+    """Return how many of so many slots are kept free for priority, by a queue's ``headroom``."""
     return min(math.ceil(share * slots), slots // 2)
 
 
-class TierLine(Settings):
+class TierQueue(Settings):
     """How long requests of one tier may wait, and how many."""
 
     max_waiting: int | None = Field(
         default=None,
         ge=0,
-        description="The line is full for this tier once so many requests wait in it, of "
+        description="The queue is full for this tier once so many requests wait in it, of "
         "whatever tier, at all ingresses together. Never counted as less than for a lower tier. "
         "Not set: 16 times the model's slots for flex, 24 times for default, 32 times for "
-        "priority (64 at least at each ingress), so that a line that fills up refuses flex "
+        "priority (64 at least at each ingress), so that a queue that fills up refuses flex "
         "first and keeps room for priority.",
     )
     reserved: int | None = Field(
         default=None,
         ge=0,
         description="So many requests of this tier, at all ingresses together, may wait however "
-        "full the line is, and are not displaced, so that the starvation guard finds somebody to "
+        "full the queue is, and are not displaced, so that the starvation guard finds somebody to "
         "serve. Not set: a sixteenth of `max_waiting`.",
     )
     max_wait_s: float = Field(
         default=120.0,
         gt=0,
-        description="Longest wait in the line, in seconds; then the request is shed. Two minutes "
+        description="Longest wait in the queue, in seconds; then the request is shed. Two minutes "
         "by default: the OpenAI SDKs give up after ten, and an answer must still fit.",
     )
     starvation_age_s: float = Field(
@@ -52,13 +52,13 @@ class TierLine(Settings):
     )
 
 
-class LineSettings(Settings):
-    """The line of one model. Changes need no restart, and hold for requests that wait."""
+class QueueSettings(Settings):
+    """The queue of one model. Changes need no restart, and hold for requests that wait."""
 
-    priority: TierLine = Field(default=TierLine(), description="Waiting at priority.")
-    default: TierLine = Field(default=TierLine(), description="Waiting at default.")
-    flex: TierLine = Field(
-        default=TierLine(max_wait_s=600.0, starvation_age_s=150.0),
+    priority: TierQueue = Field(default=TierQueue(), description="Waiting at priority.")
+    default: TierQueue = Field(default=TierQueue(), description="Waiting at default.")
+    flex: TierQueue = Field(
+        default=TierQueue(max_wait_s=600.0, starvation_age_s=150.0),
         description="Waiting at flex: up to ten minutes, which is what its lower price is for.",
     )
     headroom: float = Field(
@@ -102,7 +102,7 @@ class LineSettings(Settings):
         "lately. The OpenAI SDKs do not wait for longer.",
     )
 
-    def of(self, tier: Tier) -> TierLine:
+    def of(self, tier: Tier) -> TierQueue:
         """Return what holds for one tier."""
         if tier is Tier.DEFAULT:
             return self.default
@@ -113,7 +113,7 @@ class LineSettings(Settings):
         return headroom_of(self.headroom, slots)
 
     def bounds(self, *, slots: int, ingresses: int) -> dict[Tier, int]:
-        """Return from how many waiting requests on one ingress's line is full, by tier.
+        """Return from how many waiting requests on one ingress's queue is full, by tier.
 
         Args:
             slots: the model's slots, of all its replicas.
@@ -128,7 +128,7 @@ class LineSettings(Settings):
         return bounds
 
     def reserved(self, *, slots: int, ingresses: int) -> dict[Tier, int]:
-        """Return how many requests may wait on one ingress's full line, by tier."""
+        """Return how many requests may wait on one ingress's full queue, by tier."""
         bounds = self.bounds(slots=slots, ingresses=ingresses)
         return {
             tier: _each(self.of(tier).reserved, bounds[tier] * ingresses // 16, ingresses)

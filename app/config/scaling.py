@@ -25,9 +25,9 @@ class ScalingSettings(Settings):
     default_wait_s: float = Field(
         default=30.0,
         gt=0,
-        description="How long default requests may wait in line, in seconds, on the average. Half "
-        "a minute lets bursts of default use what is idle, and is a quarter of the longest wait "
-        "in line.",
+        description="How long default requests may wait in the queue, in seconds, on the "
+        "average. Half a minute lets bursts of default use what is idle, and is a quarter of the "
+        "longest wait in the queue.",
     )
     smoothing_s: float = Field(
         default=60.0,

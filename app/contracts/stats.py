@@ -1,4 +1,4 @@
-"""What ingresses tell a Model about its line. Pure: the time is passed in.
+"""What ingresses tell a Model about its queue. Pure: the time is passed in.
 
 People look at it, and rates for autoscaling are made of it; credits go by demands alone
 (``app.flow.credits``). A report rides along with a demand, and repeats nothing that stands in it.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from app.contracts.status import ModelSnapshot
 from app.core.tiers import Tier
 from app.flow.credits import SILENCE_S, Demand
-from app.flow.request import ShedReason, Ticket, TicketState
+from app.flow.request import QueuedRequest, RequestState, ShedReason
 
 REPORT_S = 1.0
 """How long at least between two reports of an ingress. Renewals are four a second under load, and
@@ -23,8 +23,8 @@ forty where priority waits; people read no faster than once a second."""
 
 
 @dataclass(frozen=True, slots=True)
-class LineReport:
-    """The line of one model in one ingress. Counts are since the ingress began to follow it.
+class QueueReport:
+    """The queue of one model in one ingress. Counts are since the ingress began to follow it.
 
     Attributes:
         at: when it was made, in seconds by the ingress's own clock.
@@ -67,32 +67,34 @@ class Tally:
         self._finished: Counter[Tier] = Counter()
         self._served_s = dict.fromkeys(Tier, 0.0)
 
-    def arrive(self, ticket: Ticket) -> None:
-        """Count a request that has just come, at the tier at which it stands in line."""
+    def arrive(self, request: QueuedRequest) -> None:
+        """Count a request that has just come, at the tier at which it stands in the queue."""
         self.untold = True
-        self._arrived[ticket.tier] += 1
+        self._arrived[request.tier] += 1
 
-    def end(self, ticket: Ticket, now: float) -> None:
+    def end(self, request: QueuedRequest, now: float) -> None:
         """Count a placed request that is over."""
         self.untold = True
-        self._finished[ticket.tier] += 1
-        self._served_s[ticket.tier] += now - ticket.placed
+        self._finished[request.tier] += 1
+        self._served_s[request.tier] += now - request.placed
 
-    def count(self, ticket: Ticket) -> None:
+    def count(self, request: QueuedRequest) -> None:
         """Count a request that is told just now that it has been placed or shed."""
         self.untold = True
-        if ticket.state is TicketState.SHED:
-            assert ticket.shed is not None, "who is shed is told why"
-            self._sheds[ticket.tier, ticket.shed] += 1
-        elif not ticket.replayed:
+        if request.state is RequestState.SHED:
+            assert request.shed is not None, "who is shed is told why"
+            self._sheds[request.tier, request.shed] += 1
+        elif not request.replayed:
             # A replay has been counted once, and was with an engine for part of the time.
-            self._placed[ticket.tier] += 1
-            self._queued_s[ticket.tier] += ticket.placed - ticket.arrived
+            self._placed[request.tier] += 1
+            self._queued_s[request.tier] += request.placed - request.arrived
 
-    def report(self, at: float, *, headroom: int, grants_per_s: Mapping[Tier, float]) -> LineReport:
-        """Return everything counted so far; see ``LineReport``."""
+    def report(
+        self, at: float, *, headroom: int, grants_per_s: Mapping[Tier, float]
+    ) -> QueueReport:
+        """Return everything counted so far; see ``QueueReport``."""
         self.untold = False
-        return LineReport(
+        return QueueReport(
             at=at,
             headroom=headroom,
             grants_per_s=grants_per_s,
@@ -110,7 +112,7 @@ class IngressBoard:
     """One ingress: its latest demand, and its latest report, which may be ``REPORT_S`` older."""
 
     demand: Demand
-    report: LineReport
+    report: QueueReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +134,13 @@ class _Entry:
     heard: float
 
 
-class ReportBook:
+class ReportStore:
     """The latest word of every ingress. Kept by its Model actor."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
 
-    def take(self, demand: Demand, report: LineReport | None, now: float) -> None:
+    def take(self, demand: Demand, report: QueueReport | None, now: float) -> None:
         """Take note of a renewal, with or without a report.
 
         An ingress is on the board once it has reported: where the Model was just started that

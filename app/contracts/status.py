@@ -141,7 +141,7 @@ class ModelSnapshot:
 def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
     """Return what is served, by what is offered and whether an engine has native priority."""
     auto = tiers.priority is PriorityMode.AUTO
-    delivered = tiers.priority is PriorityMode.LINE or (auto and native)
+    delivered = tiers.priority is PriorityMode.QUEUE or (auto and native)
     offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
     return tuple(tier for tier in Tier if offered[tier])
 

@@ -67,7 +67,7 @@ def parse_requested(value: object) -> Tier | None:
     return _REQUESTABLE[value]
 
 
-class Reason(StrEnum):
+class TierReason(StrEnum):
     """Why a request is not served at the tier that it asked for."""
 
     MODEL_DOES_NOT_OFFER_TIER = "model_does_not_offer_tier"
@@ -89,7 +89,7 @@ class PriorityMode(StrEnum):
     """Where the request is placed on an engine replica that has proved native priority."""
     OFF = "off"
     """Never."""
-    LINE = "line"
+    QUEUE = "queue"
     """Always: going to the front of the line counts as delivery, whatever the engine does."""
 
 
@@ -112,7 +112,7 @@ class TierDecision:
 
     requested: Tier | None
     served: Tier
-    reason: Reason | None
+    reason: TierReason | None
     rate_card: RateCard
 
     def __post_init__(self) -> None:
@@ -139,7 +139,7 @@ ALL_RIGHTS = TierRights()
 
 def admit(
     wanted: Tier, offer: TierOffer, rights: TierRights = ALL_RIGHTS
-) -> tuple[Tier, Reason | None]:
+) -> tuple[Tier, TierReason | None]:
     """Return the tier at which a request stands in line, before an engine is chosen.
 
     ``wanted`` is the requested tier, or the key's default tier where nothing was requested.
@@ -148,11 +148,11 @@ def admit(
         wanted is Tier.FLEX and not offer.flex
     )
     if refused:
-        return Tier.DEFAULT, Reason.MODEL_DOES_NOT_OFFER_TIER
+        return Tier.DEFAULT, TierReason.MODEL_DOES_NOT_OFFER_TIER
     if wanted is not Tier.DEFAULT and wanted not in rights.tiers:
-        return Tier.DEFAULT, Reason.KEY_MAY_NOT_USE_TIER
+        return Tier.DEFAULT, TierReason.KEY_MAY_NOT_USE_TIER
     if wanted is Tier.PRIORITY and rights.over_share:
-        return Tier.DEFAULT, Reason.OVER_PRIORITY_SHARE
+        return Tier.DEFAULT, TierReason.OVER_PRIORITY_SHARE
     return wanted, None
 
 
@@ -182,13 +182,13 @@ def decide(
     """
     served, reason = admit(requested or default_tier, offer, rights)
     delivered = stood_as is Tier.PRIORITY and (
-        offer.priority is PriorityMode.LINE or route_honoured
+        offer.priority is PriorityMode.QUEUE or route_honoured
     )
     if served is Tier.PRIORITY and not delivered:
         served = Tier.DEFAULT
         reason = (
-            Reason.ROUTE_DOES_NOT_HONOUR_PRIORITY
+            TierReason.ROUTE_DOES_NOT_HONOUR_PRIORITY
             if native_priority
-            else Reason.NO_REPLICA_HONOURS_PRIORITY
+            else TierReason.NO_REPLICA_HONOURS_PRIORITY
         )
     return TierDecision(requested, served, reason, rate_card)

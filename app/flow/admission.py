@@ -1,7 +1,7 @@
-"""Admission of requests to one model in this ingress: the gate on an event loop.
+"""Admission of requests to one model in this ingress: the scheduler on an event loop.
 
-``Gate`` is a function of events and time; this gives it both: a future for each waiting request,
-a timer for its next tick, and a wake-up for renewals of credits.
+``Scheduler`` is a function of events and time; this gives it both: a future for each waiting
+request, a timer for its next tick, and a wake-up for renewals of credits.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from functools import partial
 from typing import Any, Final
 
 from app import supervision
-from app.config.queue import LineSettings
-from app.contracts.stats import REPORT_S, LineReport, Tally
+from app.config.queue import QueueSettings
+from app.contracts.stats import REPORT_S, QueueReport, Tally
 from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Rest
 from app.core.dialect import Route
 from app.core.tiers import Tier
 from app.flow.credits import RENEWAL_S, Demand, Grant
-from app.flow.request import Ticket, TicketState
-from app.flow.scheduler import Gate
+from app.flow.request import QueuedRequest, RequestState
+from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
 
 _TICK_AGAIN_S: Final = 0.2
 
 
 class Shed(Exception):
-    """A request was turned away; its ticket says why."""
+    """A request was turned away; its request says why."""
 
-    def __init__(self, ticket: Ticket) -> None:
-        super().__init__(ticket.shed)
-        self.ticket = ticket
+    def __init__(self, request: QueuedRequest) -> None:
+        super().__init__(request.shed)
+        self.request = request
 
 
 class ModelGone(Exception):
@@ -42,13 +42,13 @@ class ModelGone(Exception):
 
 
 class Admission:
-    """One model's gate. Belongs to the event loop on which it was made."""
+    """One model's scheduler. Belongs to the event loop on which it was made."""
 
     def __init__(self, ingress: str) -> None:
-        self._gate = Gate(ingress, LineSettings())
+        self._scheduler = Scheduler(ingress, QueueSettings())
         self._snapshot: ModelSnapshot | None = None
         self._replicas: dict[str, ReplicaStatus] = {}
-        self._waiting: dict[Ticket, asyncio.Future[ReplicaStatus]] = {}
+        self._waiting: dict[QueuedRequest, asyncio.Future[ReplicaStatus]] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._tick_at = math.inf
@@ -77,7 +77,7 @@ class Admission:
     @property
     def ingresses(self) -> int:
         """How many ingresses share the model, as its Model said last."""
-        return self._gate.credits.ingresses
+        return self._scheduler.credits.ingresses
 
     def update(self, snapshot: ModelSnapshot) -> None:
         """Take over what the model reports now."""
@@ -85,58 +85,58 @@ class Admission:
         self._snapshot = snapshot
         self._rest(snapshot.rest, now)
         if snapshot.state is Availability.NOT_OFFERED:
-            self._gate.withdraw(now)
+            self._scheduler.withdraw(now)
         else:
-            self._gate.offer()
+            self._scheduler.offer()
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
         offers = [_offer(status) for status in snapshot.replicas]
-        # The gate's replicas first: with its old ones it would place requests on some that have
-        # gone.
-        self._call(self._gate.set_replicas, offers, snapshot.settings.tiers.priority, now)
-        self._call(self._gate.configure, snapshot.settings.line, now)
+        # The scheduler's replicas first: with its old ones it would place requests on some that
+        # have gone.
+        self._call(self._scheduler.set_replicas, offers, snapshot.settings.tiers.priority, now)
+        self._call(self._scheduler.configure, snapshot.settings.queue, now)
 
     def _rest(self, rest: Rest | None, now: float) -> None:
-        """Tell the gate whether the model rests, and since when it wakes."""
+        """Tell the scheduler whether the model rests, and since when it wakes."""
         if rest is None:
-            self._gate.wake()
+            self._scheduler.wake()
         elif not rest.waking:
-            self._gate.rest(rest.start_s, None)
+            self._scheduler.rest(rest.start_s, None)
         elif not self._waking:
-            self._gate.rest(rest.start_s, now)
+            self._scheduler.rest(rest.start_s, now)
         self._waking = rest is not None and rest.waking
 
-    async def admit(self, ticket: Ticket) -> ReplicaStatus:
+    async def admit(self, request: QueuedRequest) -> ReplicaStatus:
         """Wait for a place, and return the replica on which it is.
 
-        However this ends, ``end`` must be called for the ticket.
+        However this ends, ``end`` must be called for the request.
 
         Raises:
             Shed: the request is turned away.
             ModelGone: the model was removed.
         """
-        self._call(self._gate.arrive, ticket, time.monotonic())
-        self._tally.arrive(ticket)
-        return await self._place_of(ticket)
+        self._call(self._scheduler.arrive, request, time.monotonic())
+        self._tally.arrive(request)
+        return await self._place_of(request)
 
-    async def admit_again(self, ticket: Ticket, *, suspend: bool = True) -> ReplicaStatus:
-        """The same for a placed request whose replica failed; see ``Gate.lost``.
+    async def admit_again(self, request: QueuedRequest, *, suspend: bool = True) -> ReplicaStatus:
+        """The same for a placed request whose replica failed; see ``Scheduler.lost``.
 
         It is shed at once where there is no other replica, and none is about to come.
         """
-        self._call(partial(self._gate.lost, suspend=suspend), ticket, time.monotonic())
-        return await self._place_of(ticket)
+        self._call(partial(self._scheduler.lost, suspend=suspend), request, time.monotonic())
+        return await self._place_of(request)
 
-    def has_another(self, ticket: Ticket) -> bool:
+    def has_another(self, request: QueuedRequest) -> bool:
         """Whether a placed request could go to another replica, now or later."""
-        return self._replicas.keys() - ticket.without - {ticket.replica_id} != set()
+        return self._replicas.keys() - request.without - {request.replica_id} != set()
 
-    def end(self, ticket: Ticket, tokens: int | None) -> None:
+    def end(self, request: QueuedRequest, tokens: int | None) -> None:
         """Let go of a request; ``tokens`` is what it took in all, if anybody knows."""
-        self._waiting.pop(ticket, None)
+        self._waiting.pop(request, None)
         now = time.monotonic()
-        if ticket.state is TicketState.PLACED:
-            self._tally.end(ticket, now)
-        self._call(self._gate.end, ticket, now, tokens)
+        if request.state is RequestState.PLACED:
+            self._tally.end(request, now)
+        self._call(self._scheduler.end, request, now, tokens)
 
     def close(self) -> None:
         """Turn away whoever waits, or is to wait again, because the model was removed.
@@ -154,7 +154,7 @@ class Admission:
     def demand(self) -> Demand:
         """Return the demand to send to the Model now."""
         self._renewed_at = time.monotonic()
-        demand = self._gate.demand(self._renewed_at)
+        demand = self._scheduler.demand(self._renewed_at)
         self._suspects_told = frozenset(self._suspects)
         return replace(demand, suspects=dict(self._suspects)) if self._suspects else demand
 
@@ -163,7 +163,7 @@ class Admission:
         self._suspects[replica_id] = route
         self._hasten()
 
-    def report(self) -> LineReport | None:
+    def report(self) -> QueueReport | None:
         """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago.
 
         It goes with the demand that was returned last.
@@ -172,22 +172,22 @@ class Admission:
         if now < self._report_due:
             return None
         self._report_due = now + REPORT_S
-        gate = self._gate
+        scheduler = self._scheduler
         return self._tally.report(
             now,
-            headroom=gate.credits.places.headroom,
-            grants_per_s={tier: gate.line.grant_rate(tier, now) for tier in Tier},
+            headroom=scheduler.credits.places.headroom,
+            grants_per_s={tier: scheduler.queue.grant_rate(tier, now) for tier in Tier},
         )
 
     def receive(self, grant: Grant) -> None:
         """Take a grant from the Model, which has heard the last demand."""
         for replica_id in self._suspects_told:
             self._suspects.pop(replica_id, None)
-        self._call(self._gate.receive, grant, time.monotonic())
+        self._call(self._scheduler.receive, grant, time.monotonic())
 
     def renewal_failed(self, demand: Demand) -> None:
         """Note that the Model could not be reached."""
-        self._call(self._gate.renewal_failed, demand, time.monotonic())
+        self._call(self._scheduler.renewal_failed, demand, time.monotonic())
 
     def nudge(self) -> None:
         """Renew now: the Model says that another ingress needs credits, or that this one does."""
@@ -206,7 +206,7 @@ class Admission:
 
     def _renewal_at(self) -> float:
         """Return when the next demand is due, for itself or for what goes along with it."""
-        at = self._gate.renewal_at()
+        at = self._scheduler.renewal_at()
         if self._suspects:
             at = min(at, self._renewed_at + RENEWAL_S)
         if self._tally.untold:
@@ -218,52 +218,52 @@ class Admission:
         if self._renewal_at() < self._renewal_planned:
             self._renewal_sooner.set()
 
-    async def _place_of(self, ticket: Ticket) -> ReplicaStatus:
-        if self._closed and ticket.state is not TicketState.PLACED:
+    async def _place_of(self, request: QueuedRequest) -> ReplicaStatus:
+        if self._closed and request.state is not RequestState.PLACED:
             raise ModelGone
-        if ticket.state is TicketState.WAITING:
+        if request.state is RequestState.WAITING:
             called: asyncio.Future[ReplicaStatus] = self._loop.create_future()
-            self._waiting[ticket] = called
+            self._waiting[request] = called
             return await called
-        self._tally.count(ticket)
-        if ticket.state is TicketState.SHED:
-            # Nothing else tells of it: it has changed neither the line nor what runs.
+        self._tally.count(request)
+        if request.state is RequestState.SHED:
+            # Nothing else tells of it: it has changed neither the queue nor what runs.
             self._hasten()
-            raise Shed(ticket)
-        return self._replicas[ticket.replica_id]
+            raise Shed(request)
+        return self._replicas[request.replica_id]
 
-    def _call(self, event: Callable[..., Iterable[Ticket]], *arguments: Any) -> None:
-        """Pass an event to the gate, and tell waiting requests what it has made of them.
+    def _call(self, event: Callable[..., Iterable[QueuedRequest]], *arguments: Any) -> None:
+        """Pass an event to the scheduler, and tell waiting requests what it has made of them.
 
-        They are told also where the gate fails: nobody else would.
+        They are told also where the scheduler fails: nobody else would.
         """
-        tickets: Iterable[Ticket] = ()
+        requests: Iterable[QueuedRequest] = ()
         try:
-            tickets = event(*arguments)
+            requests = event(*arguments)
         except Exception:
-            tickets = [t for t in self._waiting if t.state is not TicketState.WAITING]
+            requests = [t for t in self._waiting if t.state is not RequestState.WAITING]
             raise
         finally:
-            self._tell(tickets)
+            self._tell(requests)
             self._arm()
 
-    def _tell(self, tickets: Iterable[Ticket]) -> None:
-        for ticket in tickets:
-            called = self._waiting.pop(ticket, None)
+    def _tell(self, requests: Iterable[QueuedRequest]) -> None:
+        for request in requests:
+            called = self._waiting.pop(request, None)
             if called is None or called.done():
                 # Its client has gone: `end` is about to give back what it was given.
                 continue
-            self._tally.count(ticket)
-            if ticket.state is TicketState.SHED:
-                called.set_exception(Shed(ticket))
-            elif (status := self._replicas.get(ticket.replica_id)) is not None:
+            self._tally.count(request)
+            if request.state is RequestState.SHED:
+                called.set_exception(Shed(request))
+            elif (status := self._replicas.get(request.replica_id)) is not None:
                 called.set_result(status)
             else:
                 called.set_exception(LookupError("a request was placed on a replica unknown here"))
 
     def _arm(self) -> None:
-        """Set the timer to the gate's next tick, and hasten the renewal if it is due sooner."""
-        at = self._gate.next_tick()
+        """Set the timer to the scheduler's next tick; hasten the renewal if it is due sooner."""
+        at = self._scheduler.next_tick()
         if at != self._tick_at:
             self._set_timer(at)
         self._hasten()
@@ -278,7 +278,7 @@ class Admission:
     def _tick(self) -> None:
         self._timer, self._tick_at = None, math.inf
         try:
-            self._call(self._gate.tick, time.monotonic())
+            self._call(self._scheduler.tick, time.monotonic())
         except Exception as error:
             # The next event sets the timer again; a fault that is due at once must not spin.
             supervision.PROCESS.failed("queue timer", error, about=self.snapshot.id)

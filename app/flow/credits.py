@@ -1,6 +1,6 @@
 """Credits: what one ingress may place where. Pure: the time is passed in.
 
-A credit is an ingress's right to one slot of one replica. The Model actor's ``CreditBook``
+A credit is an ingress's right to one slot of one replica. The Model actor's ``CreditAllocator``
 (``app.flow.allocation.allocator``) hands credits out; an ingress keeps them in ``Credits``. They
 speak in two messages: every ``RENEWAL_S``, or ``QUIET_S`` while it would only repeat itself, the
 ingress sends a ``Demand``, which says what it holds and wants, and gets a ``Grant``, which adds
@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from app.core.tiers import PriorityMode, Tier
-from app.flow.slots import Offer, Place, Places
+from app.flow.slots import Offer, ReplicaSlots, SlotTable
 
 RENEWAL_S = 0.25
 """How often an ingress renews its credits while what it holds and wants changes."""
@@ -108,7 +108,7 @@ class Credits:
     """The credits of one model in one ingress, and the requests running on them."""
 
     def __init__(self, ingress: str) -> None:
-        self.places = Places()
+        self.places = SlotTable()
         self.ingresses = 1
         self._ingress = ingress
         self._number = 0
@@ -133,7 +133,7 @@ class Credits:
         self._note_change()
         self.places.set_replicas(offers, mode)
 
-    def occupy(self, place: Place, tier: Tier) -> None:
+    def occupy(self, place: ReplicaSlots, tier: Tier) -> None:
         """Put a request on a place that ``places.find`` has returned."""
         self._note_change()
         self._running[tier] += 1

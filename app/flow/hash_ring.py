@@ -13,7 +13,7 @@ from zlib import crc32
 _POINTS = 8
 
 
-class Ring:
+class HashRing:
     """Replicas on a ring of 32-bit hashes."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The line: the waiting room of one model in one ingress. Pure: the time is passed in.
+"""The queue: the waiting room of one model in one ingress. Pure: the time is passed in.
 
 Order: tier; then tenants, fairly; then arrival. Fairness follows VTC (Sheng et al., "Fairness in
 Serving Large Language Models", OSDI 2024): inside a tier the tenant that was given the fewest
@@ -16,28 +16,28 @@ from collections.abc import Callable, Hashable, Iterator
 
 from sortedcontainers import SortedList
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import Tier
-from app.flow.request import Ticket
+from app.flow.request import QueuedRequest
 
-Room = Callable[[Ticket], bool]
-"""Whether a slot is free that the ticket, and every other of its tier and needs, may use."""
+Room = Callable[[QueuedRequest], bool]
+"""Whether a slot is free that the request, and every other of its tier and needs, may use."""
 
 _TIERS = tuple(Tier)
 _FORGET_EVERY = 1024
 
 
-class Line:
+class RequestQueue:
     """Waiting requests of one model in one ingress.
 
-    The line never grants by itself: its owner asks with ``take`` whenever a slot may be free.
+    The queue never grants by itself: its owner asks with ``take`` whenever a slot may be free.
 
     Attributes:
         settings: how it behaves.
         count: how many requests wait.
     """
 
-    def __init__(self, settings: LineSettings) -> None:
+    def __init__(self, settings: QueueSettings) -> None:
         self.settings = settings
         self._bounds = settings.bounds(slots=0, ingresses=1)
         self._reserved = settings.reserved(slots=0, ingresses=1)
@@ -47,10 +47,10 @@ class Line:
         self._numbers = 0
         self._passed_over = 0
 
-    def configure(self, settings: LineSettings, *, slots: int, ingresses: int) -> None:
+    def configure(self, settings: QueueSettings, *, slots: int, ingresses: int) -> None:
         """Take over changed settings, or another number of slots or ingresses.
 
-        Longest waits hold for those who wait already; a shorter line only for newcomers.
+        Longest waits hold for those who wait already; a shorter queue only for newcomers.
         """
         if settings.drain_window_s != self.settings.drain_window_s:
             self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
@@ -72,33 +72,33 @@ class Line:
         lower = (tier for tier in _TIERS[1:] if self._overdue_s(tier, now) >= 0)
         return sum(self.waiting(tier) for tier in lower)
 
-    def join(self, ticket: Ticket, now: float) -> Ticket | None:
+    def join(self, request: QueuedRequest, now: float) -> QueuedRequest | None:
         """Let a request wait, and return who is to be shed because of that.
 
-        In a full line that is the newest waiting request of the lowest tier below the
+        In a full queue that is the newest waiting request of the lowest tier below the
         newcomer's, which is displaced, or else the newcomer itself. But as many as are reserved
-        for a tier get in and stay however full the line is; and a replay always gets in, at the
+        for a tier get in and stay however full the queue is; and a replay always gets in, at the
         front of its tenant's requests: it has been admitted once.
         """
-        displaced: Ticket | None = None
-        if self.count >= self._bounds[ticket.tier] and not ticket.replayed:
-            displaced = self._newest_below(ticket.tier)
+        displaced: QueuedRequest | None = None
+        if self.count >= self._bounds[request.tier] and not request.replayed:
+            displaced = self._newest_below(request.tier)
             if displaced is not None:
                 self.leave(displaced)
-            elif self.waiting(ticket.tier) >= self._reserved[ticket.tier]:
-                return ticket
-        self._number(ticket)
-        ticket.since = now
-        self._lanes[ticket.tier].add(ticket)
+            elif self.waiting(request.tier) >= self._reserved[request.tier]:
+                return request
+        self._number(request)
+        request.since = now
+        self._lanes[request.tier].add(request)
         self.count += 1
         return displaced
 
-    def leave(self, ticket: Ticket) -> None:
-        """Take a waiting request out of the line."""
-        self._lanes[ticket.tier].remove(ticket)
+    def leave(self, request: QueuedRequest) -> None:
+        """Take a waiting request out of the queue."""
+        self._lanes[request.tier].remove(request)
         self.count -= 1
 
-    def take(self, room: Room, starving_room: Room, now: float) -> Ticket | None:
+    def take(self, room: Room, starving_room: Room, now: float) -> QueuedRequest | None:
         """Take out and return the next request for which a slot is free, if there is one.
 
         Starvation guard: once the oldest waiting request of a lower tier has waited for its
@@ -106,41 +106,41 @@ class Line:
         Where several starve, the one that is longest past its starvation age is served.
 
         Args:
-            room: whether a slot is free for this ticket in its turn.
-            starving_room: the same where the ticket is served out of turn.
+            room: whether a slot is free for this request in its turn.
+            starving_room: the same where the request is served out of turn.
             now: seconds.
         """
         if not self.count:
             return None
         starving = self._starving_one(starving_room, now)
-        ticket = starving or self._first(room)
-        if ticket is not None:
-            self.leave(ticket)
-            self.granted(ticket, now)
+        request = starving or self._first(room)
+        if request is not None:
+            self.leave(request)
+            self.granted(request, now)
         if starving is not None:
             self._passed_over = 0
-        return ticket
+        return request
 
-    def granted(self, ticket: Ticket, now: float) -> None:
-        """Count a request that has been given a slot, from the line or without waiting."""
-        self._number(ticket)
-        self._lanes[ticket.tier].charge(ticket.tenant, 0 if ticket.replayed else ticket.tokens)
-        self._rates[ticket.tier].count(now)
+    def granted(self, request: QueuedRequest, now: float) -> None:
+        """Count a request that has been given a slot, from the queue or without waiting."""
+        self._number(request)
+        self._lanes[request.tier].charge(request.tenant, 0 if request.replayed else request.tokens)
+        self._rates[request.tier].count(now)
         if not self.count:
             self._passed_over = 0
             return
         starving = self._most_overdue(now)
         if starving is None:
             self._passed_over = 0
-        elif ticket.tier.rank < starving.tier.rank:
+        elif request.tier.rank < starving.tier.rank:
             self._passed_over += 1
 
-    def settle(self, ticket: Ticket, tokens: int) -> None:
+    def settle(self, request: QueuedRequest, tokens: int) -> None:
         """Put right what a tenant was charged, once the tokens it really took are known."""
-        if tokens != ticket.tokens:
-            self._lanes[ticket.tier].charge(ticket.tenant, tokens - ticket.tokens, served=False)
+        if tokens != request.tokens:
+            self._lanes[request.tier].charge(request.tenant, tokens - request.tokens, served=False)
 
-    def expire(self, now: float) -> Iterator[Ticket]:
+    def expire(self, now: float) -> Iterator[QueuedRequest]:
         """Take out and yield the requests whose longest wait is over."""
         for tier in _TIERS:
             lane, limit = self._lanes[tier], self.settings.of(tier).max_wait_s
@@ -148,7 +148,7 @@ class Line:
                 self.leave(oldest)
                 yield oldest
 
-    def clear(self) -> Iterator[Ticket]:
+    def clear(self) -> Iterator[QueuedRequest]:
         """Take out and yield every waiting request."""
         for lane in self._lanes.values():
             while (oldest := lane.oldest) is not None:
@@ -186,35 +186,35 @@ class Line:
         seconds = ahead / rate if rate * longest > ahead else longest
         return max(self.settings.min_retry_after_s, seconds)
 
-    def _number(self, ticket: Ticket) -> None:
-        if not ticket.number:
+    def _number(self, request: QueuedRequest) -> None:
+        if not request.number:
             self._numbers += 1
-            ticket.number = self._numbers
+            request.number = self._numbers
 
-    def _newest_below(self, tier: Tier) -> Ticket | None:
+    def _newest_below(self, tier: Tier) -> QueuedRequest | None:
         for lower in reversed(_TIERS[tier.rank + 1 :]):
             if self.waiting(lower) <= self._reserved[lower]:
                 continue
             # Replays stay: they were admitted. There are at most a lost replica's slots of them.
-            for ticket in reversed(self._lanes[lower].waiting):
-                if not ticket.replayed:
-                    return ticket
+            for request in reversed(self._lanes[lower].waiting):
+                if not request.replayed:
+                    return request
         return None
 
-    def _first(self, room: Room) -> Ticket | None:
+    def _first(self, room: Room) -> QueuedRequest | None:
         for tier in _TIERS:
-            ticket = self._lanes[tier].first(room)
-            if ticket is not None:
-                return ticket
+            request = self._lanes[tier].first(room)
+            if request is not None:
+                return request
         return None
 
-    def _starving_one(self, room: Room, now: float) -> Ticket | None:
+    def _starving_one(self, room: Room, now: float) -> QueuedRequest | None:
         if self._passed_over < self.settings.starvation_every - 1:
             return None
-        ticket = self._most_overdue(now)
-        return ticket if ticket is not None and room(ticket) else None
+        request = self._most_overdue(now)
+        return request if request is not None and room(request) else None
 
-    def _most_overdue(self, now: float) -> Ticket | None:
+    def _most_overdue(self, now: float) -> QueuedRequest | None:
         overdue_s, tier = max((self._overdue_s(tier, now), tier) for tier in _TIERS[1:])
         return self._lanes[tier].oldest if overdue_s >= 0 else None
 
@@ -230,7 +230,7 @@ class _Lane:
 
     def __init__(self) -> None:
         # In the order in which they began to wait, which only time decides.
-        self.waiting: OrderedDict[Ticket, None] = OrderedDict()
+        self.waiting: OrderedDict[QueuedRequest, None] = OrderedDict()
         self._queues: dict[Hashable, _Queue] = {}
         self._counters: dict[str, float] = {}
         # What newcomers are lifted to while nobody waits; never falls.
@@ -238,32 +238,32 @@ class _Lane:
         self._forget_at = _FORGET_EVERY
 
     @property
-    def oldest(self) -> Ticket | None:
+    def oldest(self) -> QueuedRequest | None:
         return next(iter(self.waiting), None)
 
-    def add(self, ticket: Ticket) -> None:
-        tenant = ticket.tenant
+    def add(self, request: QueuedRequest) -> None:
+        tenant = request.tenant
         if not self._waits(tenant):
             lift = self._least() if self._queues else self._floor
             self._counters[tenant] = max(self._counters.get(tenant, 0.0), lift)
-        queue = self._queues.get(ticket.needs)
+        queue = self._queues.get(request.needs)
         if queue is None:
-            queue = self._queues[ticket.needs] = _Queue()
-        queue.add(ticket, self._counters[tenant])
-        self.waiting[ticket] = None
+            queue = self._queues[request.needs] = _Queue()
+        queue.add(request, self._counters[tenant])
+        self.waiting[request] = None
 
-    def remove(self, ticket: Ticket) -> None:
-        del self.waiting[ticket]
-        queue = self._queues[ticket.needs]
-        queue.remove(ticket, self._counters[ticket.tenant])
-        if not queue.tickets:
-            del self._queues[ticket.needs]
+    def remove(self, request: QueuedRequest) -> None:
+        del self.waiting[request]
+        queue = self._queues[request.needs]
+        queue.remove(request, self._counters[request.tenant])
+        if not queue.requests:
+            del self._queues[request.needs]
 
-    def first(self, room: Room) -> Ticket | None:
+    def first(self, room: Room) -> QueuedRequest | None:
         """Return the next in turn among those for whom a slot is free."""
         heads = (queue.head for queue in self._queues.values())
-        usable = [(key, ticket) for key, ticket in heads if room(ticket)]
-        # Keys end in the ticket's number, which no other has.
+        usable = [(key, request) for key, request in heads if room(request)]
+        # Keys end in the request's number, which no other has.
         return min(usable)[1] if usable else None
 
     def charge(self, tenant: str, tokens: int, *, served: bool = True) -> None:
@@ -282,7 +282,7 @@ class _Lane:
             self._forget()
 
     def _waits(self, tenant: str) -> bool:
-        return any(tenant in queue.tickets for queue in self._queues.values())
+        return any(tenant in queue.requests for queue in self._queues.values())
 
     def _least(self) -> float:
         """Return the least counter of those who wait; infinity if nobody does."""
@@ -307,35 +307,35 @@ class _Queue:
     """Waiting requests of one tier that can use the same slots: by tenant, then arrival."""
 
     def __init__(self) -> None:
-        self.tickets: dict[str, OrderedDict[Ticket, None]] = {}
+        self.requests: dict[str, OrderedDict[QueuedRequest, None]] = {}
         self._keys: dict[str, _Key] = {}
         self._order: SortedList[tuple[float, int, str]] = SortedList()
 
     @property
-    def head(self) -> tuple[_Key, Ticket]:
+    def head(self) -> tuple[_Key, QueuedRequest]:
         counter, number, tenant = self._order[0]
-        return (counter, number), next(iter(self.tickets[tenant]))
+        return (counter, number), next(iter(self.requests[tenant]))
 
-    def add(self, ticket: Ticket, counter: float) -> None:
-        tickets = self.tickets.get(ticket.tenant)
-        if tickets is None:
-            tickets = self.tickets[ticket.tenant] = OrderedDict()
-        tickets[ticket] = None
-        if ticket.replayed:
-            tickets.move_to_end(ticket, last=False)
-        self.recount(ticket.tenant, counter)
+    def add(self, request: QueuedRequest, counter: float) -> None:
+        requests = self.requests.get(request.tenant)
+        if requests is None:
+            requests = self.requests[request.tenant] = OrderedDict()
+        requests[request] = None
+        if request.replayed:
+            requests.move_to_end(request, last=False)
+        self.recount(request.tenant, counter)
 
-    def remove(self, ticket: Ticket, counter: float) -> None:
-        tickets = self.tickets[ticket.tenant]
-        del tickets[ticket]
-        if not tickets:
-            del self.tickets[ticket.tenant]
-        self.recount(ticket.tenant, counter)
+    def remove(self, request: QueuedRequest, counter: float) -> None:
+        requests = self.requests[request.tenant]
+        del requests[request]
+        if not requests:
+            del self.requests[request.tenant]
+        self.recount(request.tenant, counter)
 
     def recount(self, tenant: str, counter: float) -> None:
         """Put a tenant in its right place after its counter or its first request has changed."""
-        tickets = self.tickets.get(tenant)
-        key = (counter, next(iter(tickets)).number) if tickets else None
+        requests = self.requests.get(tenant)
+        key = (counter, next(iter(requests)).number) if requests else None
         old = self._keys.get(tenant)
         if key == old:
             return

@@ -1,4 +1,4 @@
-"""A request's place in the line, and what becomes of it. Pure."""
+"""A request's place in the queue, and what becomes of it. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from app.core.tiers import Tier
 class ShedReason(StrEnum):
     """Why a request is turned away; HTTP's 429, or 503, is made from it elsewhere."""
 
-    LINE_FULL = "line_full"
-    """As many requests wait as the line takes at this tier, and none of a lower tier."""
+    QUEUE_FULL = "queue_full"
+    """As many requests wait as the queue takes at this tier, and none of a lower tier."""
     WAITED_TOO_LONG = "waited_too_long"
     """The longest wait of its tier is over."""
     DISPLACED = "displaced"
-    """It made room in a full line for a request of a higher tier."""
+    """It made room in a full queue for a request of a higher tier."""
     FAIL_FAST = "fail_fast"
     """No slot was free, and the client asked not to wait."""
     NO_OTHER_REPLICA = "no_other_replica"
@@ -26,7 +26,7 @@ class ShedReason(StrEnum):
     """No node of the cluster offers what the model's engines ask for, and has not for a while."""
 
 
-class TicketState(StrEnum):
+class RequestState(StrEnum):
     """Where a request stands. It goes down this list; only a replay goes back to waiting."""
 
     NEW = "new"
@@ -37,14 +37,15 @@ class TicketState(StrEnum):
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
-    """One request as the line sees it.
+class QueuedRequest:
+    """One request as the queue sees it.
 
-    The caller sets the first six; the gate and the line keep the rest, for the caller to read.
+    The caller sets the first six; the scheduler and the queue keep the rest, for the caller to
+    read.
 
     Attributes:
-        tier: the tier at which it stands in line. The gate lowers it from priority to default
-            where priority cannot be delivered to it.
+        tier: the tier at which it stands in the queue. The scheduler lowers it from priority to
+        default where priority cannot be delivered to it.
         tenant: who shares fairly with other tenants of the same tier.
         tokens: how many tokens it will probably take, prompt and answer together, at least 1.
             Put right when it ends.
@@ -68,7 +69,7 @@ class Ticket:
     route: Hashable = None
     prefix: int | None = None
     fail_fast: bool = False
-    state: TicketState = TicketState.NEW
+    state: RequestState = RequestState.NEW
     arrived: float = 0.0
     since: float = 0.0
     placed: float = 0.0

@@ -1,12 +1,12 @@
-"""The gate between the line and the slots of one model in one ingress. Pure: the time is passed in.
+"""The scheduler of one model in one ingress: which requests get slots. Pure.
 
-Events go in; out come the tickets that are called by it: waiting ones that are now placed or shed,
-as their ``state`` says. After every event this holds: **no request waits while a slot is free that
-it may use.** So a newcomer that finds room is placed at once, whoever else waits: nobody else can
-use that slot. And new capacity takes the backlog, whether it comes as a slot, a credit or a
-replica.
+The time is passed in. Events go in; out come the requests that are called by it: waiting ones that
+are now placed or shed, as their ``state`` says. After every event this holds: **no request waits
+while a slot is free that it may use.** So a newcomer that finds room is placed at once, whoever
+else waits: nobody else can use that slot. And new capacity takes the backlog, whether it comes as a
+slot, a credit or a replica.
 
-A ticket's slot comes free on one path only, ``end``, which may be called in any state, and again.
+A request's slot comes free on one path only, ``end``, which may be called in any state, and again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import PriorityMode, Tier
 from app.flow.credits import Credits, Demand, Grant
-from app.flow.queue import Line
-from app.flow.request import ShedReason, Ticket, TicketState
+from app.flow.queue import RequestQueue
+from app.flow.request import QueuedRequest, RequestState, ShedReason
 from app.flow.slots import Offer
 
 SUSPENSION_S = 2.0
@@ -32,18 +32,18 @@ once turns anybody away."""
 
 # An engine that takes longer to start than the last time is given a tenth more, again and again.
 _OVERDUE = 0.1
-_PLACED = TicketState.PLACED
-_WAITING = TicketState.WAITING
+_PLACED = RequestState.PLACED
+_WAITING = RequestState.WAITING
 
 
-class Gate:
+class Scheduler:
     """Admits the requests of one model in one ingress."""
 
-    def __init__(self, ingress: str, settings: LineSettings) -> None:
-        self.line = Line(settings)
+    def __init__(self, ingress: str, settings: QueueSettings) -> None:
+        self.queue = RequestQueue(settings)
         self.credits = Credits(ingress)
         # Waiting requests that a replica has failed; some may have been placed since.
-        self._replays: set[Ticket] = set()
+        self._replays: set[QueuedRequest] = set()
         # When an engine will be ready, where the model rests until then; ``None`` if it does not.
         self._opens: Callable[[float], float] | None = None
         # When whoever waits is turned away, as there is no node for an engine.
@@ -51,63 +51,69 @@ class Gate:
         self._places = self.credits.places
         self._places.slack = settings.affinity_slack
 
-    def arrive(self, ticket: Ticket, now: float) -> list[Ticket]:
-        """Admit a new request: its ticket is placed, waiting or shed when this returns.
+    def arrive(self, request: QueuedRequest, now: float) -> list[QueuedRequest]:
+        """Admit a new request: its request is placed, waiting or shed when this returns.
 
-        The returned tickets are other requests that were called.
+        The returned requests are other requests that were called.
         """
-        assert ticket.state is TicketState.NEW, "a ticket arrives once"
+        assert request.state is RequestState.NEW, "a request arrives once"
         called = self._advance(now)
-        ticket.arrived = now
-        if ticket.tier is Tier.PRIORITY and not self._places.delivers(ticket.route):
-            ticket.tier = Tier.DEFAULT
-        return self._admit(ticket, now, called)
+        request.arrived = now
+        if request.tier is Tier.PRIORITY and not self._places.delivers(request.route):
+            request.tier = Tier.DEFAULT
+        return self._admit(request, now, called)
 
-    def end(self, ticket: Ticket, now: float, tokens: int | None = None) -> list[Ticket]:
+    def end(
+        self, request: QueuedRequest, now: float, tokens: int | None = None
+    ) -> list[QueuedRequest]:
         """Let go of a request that has finished, failed or lost its client, in whatever state.
 
         Args:
-            ticket: a waiting one leaves the line, a placed one frees its slot; for others
+            request: a waiting one leaves the queue, a placed one frees its slot; for others
                 nothing happens.
             now: seconds.
             tokens: how many tokens it really took, prompt and answer together; ``None`` if
                 nobody knows, and what was expected stands.
         """
         called = self._advance(now)
-        self._replays.discard(ticket)
-        if ticket.state is _WAITING:
-            self.line.leave(ticket)
-        elif ticket.state is _PLACED:
-            self.credits.release(ticket.replica_id, ticket.tier)
+        self._replays.discard(request)
+        if request.state is _WAITING:
+            self.queue.leave(request)
+        elif request.state is _PLACED:
+            self.credits.release(request.replica_id, request.tier)
             if tokens is not None:
-                self.line.settle(ticket, tokens)
+                self.queue.settle(request, tokens)
         else:
             return called
-        ticket.state = TicketState.ENDED
+        request.state = RequestState.ENDED
         return self._dispatch(now, called)
 
-    def lost(self, ticket: Ticket, now: float, *, suspend: bool = True) -> list[Ticket]:
+    def lost(
+        self, request: QueuedRequest, now: float, *, suspend: bool = True
+    ) -> list[QueuedRequest]:
         """Admit a placed request again because its replica failed it.
 
         The request goes to another replica at once, or to the front of its tenant's requests in
-        the line; however full that is, as it has been admitted. It is shed where there is no other
+        the queue; however full that is, as it has been admitted. It is shed where there is no other
         replica and a newcomer would not wait for one either; so it is later, once that is so. With
         ``suspend``, where the replica could not be reached, nothing more is placed there for
-        ``SUSPENSION_S``. The returned tickets are other requests that were called.
+        ``SUSPENSION_S``. The returned requests are other requests that were called.
         """
-        assert ticket.state is _PLACED, "only a placed request can lose its replica"
+        assert request.state is _PLACED, "only a placed request can lose its replica"
         called = self._advance(now)
         if suspend:
-            self._places.suspend(ticket.replica_id, now + SUSPENSION_S)
-        self.credits.release(ticket.replica_id, ticket.tier)
-        ticket.without |= {ticket.replica_id}
-        ticket.replayed = True
-        return self._admit(ticket, now, called)
+            self._places.suspend(request.replica_id, now + SUSPENSION_S)
+        self.credits.release(request.replica_id, request.tier)
+        request.without |= {request.replica_id}
+        request.replayed = True
+        return self._admit(request, now, called)
 
-    def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode, now: float) -> list[Ticket]:
+    def set_replicas(
+        self, offers: Iterable[Offer], mode: PriorityMode, now: float
+    ) -> list[QueuedRequest]:
         """Take over which replicas are ready, and when the model delivers priority."""
         self.credits.set_replicas(offers, mode)
-        self._configure(self.line.settings)
+        self._configure(self.queue.settings)
         called = self._shed_stranded(now)
         return self._dispatch(now, called + self._advance(now))
 
@@ -143,12 +149,12 @@ class Gate:
         """Note that there are nodes for the model's engines, or may be."""
         self._gives_up_at = math.inf
 
-    def configure(self, settings: LineSettings, now: float) -> list[Ticket]:
+    def configure(self, settings: QueueSettings, now: float) -> list[QueuedRequest]:
         """Take over changed settings."""
         self._configure(settings)
         return self._dispatch(now, self._advance(now))
 
-    def tick(self, now: float) -> list[Ticket]:
+    def tick(self, now: float) -> list[QueuedRequest]:
         """Let time pass: waits and suspensions end, and requests begin to starve."""
         return self._dispatch(now, self._advance(now))
 
@@ -157,154 +163,156 @@ class Gate:
 
         A request that begins to starve is seen at the next event, and needs no tick.
         """
-        gives_up_at = self._gives_up_at if self.line.count else math.inf
-        return min(self.line.next_expiry(), self.credits.next_change(), gives_up_at)
+        gives_up_at = self._gives_up_at if self.queue.count else math.inf
+        return min(self.queue.next_expiry(), self.credits.next_change(), gives_up_at)
 
     def renewal_at(self) -> float:
         """Return when the next demand is due; an event may advance it."""
         return self.credits.renewal_at(
-            waits=self.line.count > 0, priority_waits=self.line.waiting(Tier.PRIORITY) > 0
+            waits=self.queue.count > 0, priority_waits=self.queue.waiting(Tier.PRIORITY) > 0
         )
 
     def demand(self, now: float) -> Demand:
         """Return the demand to send to the Model now."""
-        line = self.line
+        queue = self.queue
         return self.credits.demand(
             now,
-            waiting={tier: line.waiting(tier) for tier in Tier},
-            oldest_s={tier: line.oldest_s(tier, now) for tier in Tier},
-            starving=line.starving(now),
+            waiting={tier: queue.waiting(tier) for tier in Tier},
+            oldest_s={tier: queue.oldest_s(tier, now) for tier in Tier},
+            starving=queue.starving(now),
         )
 
-    def receive(self, grant: Grant, now: float) -> list[Ticket]:
+    def receive(self, grant: Grant, now: float) -> list[QueuedRequest]:
         """Take a grant from the Model."""
         ingresses = self.credits.ingresses
         self.credits.receive(grant, now)
         if self.credits.ingresses != ingresses:
-            self._configure(self.line.settings)
+            self._configure(self.queue.settings)
         return self._dispatch(now, self._advance(now))
 
-    def renewal_failed(self, demand: Demand, now: float) -> list[Ticket]:
+    def renewal_failed(self, demand: Demand, now: float) -> list[QueuedRequest]:
         """Note that a demand could not be delivered; see ``Credits.renewal_failed``."""
         self.credits.renewal_failed(demand, now)
         return self._dispatch(now, self._advance(now))
 
-    def _configure(self, settings: LineSettings) -> None:
+    def _configure(self, settings: QueueSettings) -> None:
         slots = sum(place.slots for place in self._places if place.present)
-        self.line.configure(settings, slots=slots, ingresses=self.credits.ingresses)
+        self.queue.configure(settings, slots=slots, ingresses=self.credits.ingresses)
         self._places.slack = settings.affinity_slack
 
-    def _advance(self, now: float) -> list[Ticket]:
+    def _advance(self, now: float) -> list[QueuedRequest]:
         """Bring everything up to date, so that the event finds what a tick would have left."""
-        called: list[Ticket] = []
-        if self.line.count:
-            for ticket in self.line.expire(now):
-                self._shed(ticket, ShedReason.WAITED_TOO_LONG, now)
-                called.append(ticket)
+        called: list[QueuedRequest] = []
+        if self.queue.count:
+            for request in self.queue.expire(now):
+                self._shed(request, ShedReason.WAITED_TOO_LONG, now)
+                called.append(request)
             if now >= self._gives_up_at:
-                for ticket in self.line.clear():
-                    self._shed(ticket, ShedReason.NOT_OFFERED, now)
-                    called.append(ticket)
+                for request in self.queue.clear():
+                    self._shed(request, ShedReason.NOT_OFFERED, now)
+                    called.append(request)
         if self.credits.advance(now):
             self._dispatch(now, called)
         return called
 
-    def _admit(self, ticket: Ticket, now: float, called: list[Ticket]) -> list[Ticket]:
+    def _admit(
+        self, request: QueuedRequest, now: float, called: list[QueuedRequest]
+    ) -> list[QueuedRequest]:
         """Place a request where there is room for it, or let it wait, or shed it."""
-        if self._place(ticket, now):
-            self.line.granted(ticket, now)
+        if self._place(request, now):
+            self.queue.granted(request, now)
             # It may have been the last one before a starving request's turn.
             return self._dispatch(now, called)
-        reason = self._refusal(ticket, now)
+        reason = self._refusal(request, now)
         if reason is not None:
-            self._shed(ticket, reason, now)
+            self._shed(request, reason, now)
             return called
-        if ticket.replayed:
-            self._replays.add(ticket)
-        ticket.needs = (ticket.route if ticket.tier is Tier.PRIORITY else None, ticket.without)
-        ticket.state = _WAITING
-        loser = self.line.join(ticket, now)
-        if loser is ticket:
-            self._shed(ticket, ShedReason.LINE_FULL, now)
+        if request.replayed:
+            self._replays.add(request)
+        request.needs = (request.route if request.tier is Tier.PRIORITY else None, request.without)
+        request.state = _WAITING
+        loser = self.queue.join(request, now)
+        if loser is request:
+            self._shed(request, ShedReason.QUEUE_FULL, now)
         elif loser is not None:
             self._shed(loser, ShedReason.DISPLACED, now)
             called.append(loser)
         return called
 
-    def _refusal(self, ticket: Ticket, now: float) -> ShedReason | None:
+    def _refusal(self, request: QueuedRequest, now: float) -> ShedReason | None:
         """Return why a request for which there is no room may not wait, if it may not."""
         if now >= self._gives_up_at:
             return ShedReason.NOT_OFFERED
-        if self._is_stranded(ticket):
+        if self._is_stranded(request):
             return ShedReason.NO_OTHER_REPLICA
-        return ShedReason.FAIL_FAST if ticket.fail_fast else None
+        return ShedReason.FAIL_FAST if request.fail_fast else None
 
-    def _is_stranded(self, ticket: Ticket) -> bool:
+    def _is_stranded(self, request: QueuedRequest) -> bool:
         """Whether every replica has failed a request, and none is about to come.
 
         A model that rests wakes for whoever waits; any other without a replica may have failed.
         """
-        if not ticket.without or self._opens is not None:
+        if not request.without or self._opens is not None:
             return False
         return not any(
-            place.present and place.replica_id not in ticket.without for place in self._places
+            place.present and place.replica_id not in request.without for place in self._places
         )
 
-    def _shed_stranded(self, now: float) -> list[Ticket]:
+    def _shed_stranded(self, now: float) -> list[QueuedRequest]:
         """Turn away the waiting requests that no replica can take any more; return them."""
-        self._replays = {ticket for ticket in self._replays if ticket.state is _WAITING}
-        stranded = [ticket for ticket in self._replays if self._is_stranded(ticket)]
-        for ticket in stranded:
-            self.line.leave(ticket)
-            self._shed(ticket, ShedReason.NO_OTHER_REPLICA, now)
+        self._replays = {request for request in self._replays if request.state is _WAITING}
+        stranded = [request for request in self._replays if self._is_stranded(request)]
+        for request in stranded:
+            self.queue.leave(request)
+            self._shed(request, ShedReason.NO_OTHER_REPLICA, now)
         return stranded
 
-    def _dispatch(self, now: float, called: list[Ticket]) -> list[Ticket]:
+    def _dispatch(self, now: float, called: list[QueuedRequest]) -> list[QueuedRequest]:
         """Place waiting requests while there is room for any of them, and add them to called."""
-        line = self.line
-        while line.count and self._places.free:
-            ticket = line.take(self._has_room, self._has_room_out_of_turn, now)
-            if ticket is None:
+        queue = self.queue
+        while queue.count and self._places.free:
+            request = queue.take(self._has_room, self._has_room_out_of_turn, now)
+            if request is None:
                 break
-            placed = self._place(ticket, now) or self._place(ticket, now, out_of_turn=True)
-            assert placed, "a request is taken out of the line only if there is room for it"
-            called.append(ticket)
+            placed = self._place(request, now) or self._place(request, now, out_of_turn=True)
+            assert placed, "a request is taken out of the queue only if there is room for it"
+            called.append(request)
         return called
 
-    def _place(self, ticket: Ticket, now: float, *, out_of_turn: bool = False) -> bool:
+    def _place(self, request: QueuedRequest, now: float, *, out_of_turn: bool = False) -> bool:
         place = self._places.find(
-            ticket.tier,
-            ticket.route,
-            prefix=ticket.prefix,
-            without=ticket.without,
+            request.tier,
+            request.route,
+            prefix=request.prefix,
+            without=request.without,
             out_of_turn=out_of_turn,
         )
         if place is None:
             return False
-        self.credits.occupy(place, ticket.tier)
-        ticket.replica_id = place.replica_id
-        ticket.placed = now
-        ticket.state = _PLACED
+        self.credits.occupy(place, request.tier)
+        request.replica_id = place.replica_id
+        request.placed = now
+        request.state = _PLACED
         return True
 
-    def _has_room(self, ticket: Ticket) -> bool:
+    def _has_room(self, request: QueuedRequest) -> bool:
         places = self._places
-        return places.find(ticket.tier, ticket.route, without=ticket.without) is not None
+        return places.find(request.tier, request.route, without=request.without) is not None
 
-    def _has_room_out_of_turn(self, ticket: Ticket) -> bool:
+    def _has_room_out_of_turn(self, request: QueuedRequest) -> bool:
         place = self._places.find(
-            ticket.tier, ticket.route, without=ticket.without, out_of_turn=True
+            request.tier, request.route, without=request.without, out_of_turn=True
         )
         return place is not None
 
-    def _shed(self, ticket: Ticket, reason: ShedReason, now: float) -> None:
-        ticket.state = TicketState.SHED
-        ticket.shed = reason
-        ticket.retry_after_s = self._retry_after(ticket.tier, now)
+    def _shed(self, request: QueuedRequest, reason: ShedReason, now: float) -> None:
+        request.state = RequestState.SHED
+        request.shed = reason
+        request.retry_after_s = self._retry_after(request.tier, now)
 
     def _retry_after(self, tier: Tier, now: float) -> float:
         if self._opens is None:
-            return self.line.retry_after(tier, now)
-        settings = self.line.settings
+            return self.queue.retry_after(tier, now)
+        settings = self.queue.settings
         longest = max(settings.min_retry_after_s, settings.max_retry_after_s)
         return min(max(self._opens(now), settings.min_retry_after_s), longest)

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 from app.core.tiers import PriorityMode, Tier
-from app.flow.hash_ring import Ring
+from app.flow.hash_ring import HashRing
 
 _AFFINITY_STEPS = 8
 """How far along the ring to look for a replica with room, before taking the least loaded."""
@@ -35,8 +35,8 @@ class Offer:
     weight: float = 1.0
 
 
-class Place:
-    """One replica as one ingress sees it. Only ``Places`` changes it.
+class ReplicaSlots:
+    """One replica as one ingress sees it. Only ``SlotTable`` changes it.
 
     Attributes:
         replica_id: its name.
@@ -90,10 +90,10 @@ class _Kind:
         self.kept = False
         # By load. An entry holds as long as its place has that load and a free slot. A replica
         # that went and came back is another place; the number keeps the two from being compared.
-        self._by_load: list[tuple[float, str, int, Place]] = []
+        self._by_load: list[tuple[float, str, int, ReplicaSlots]] = []
         self._limit = 64
 
-    def add(self, place: Place) -> None:
+    def add(self, place: ReplicaSlots) -> None:
         """List a place with a free slot under its load."""
         heapq.heappush(self._by_load, (place.load, place.replica_id, id(place), place))
         if len(self._by_load) > self._limit:
@@ -101,7 +101,7 @@ class _Kind:
             self._by_load = sorted(valid.values())
             self._limit = 64 + 4 * len(valid)
 
-    def least_loaded(self, without: frozenset[str]) -> Place | None:
+    def least_loaded(self, without: frozenset[str]) -> ReplicaSlots | None:
         """Return the place with the least load among those with a free slot."""
         by_load, aside = self._by_load, []
         found = None
@@ -118,12 +118,12 @@ class _Kind:
             heapq.heappush(by_load, entry)
         return found
 
-    def _holds(self, entry: tuple[float, str, int, Place]) -> bool:
+    def _holds(self, entry: tuple[float, str, int, ReplicaSlots]) -> bool:
         load, _, _, place = entry
         return place.free > 0 and place.load == load and place.kind is self
 
 
-class Places:
+class SlotTable:
     """Every replica of one model, by load and by prefix.
 
     Attributes:
@@ -140,22 +140,22 @@ class Places:
         self.closed = False
         self.slack = 0.0
         self._mode = PriorityMode.AUTO
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, ReplicaSlots] = {}
         self._kinds: dict[tuple[str, frozenset[Hashable], float], _Kind] = {}
         self._honouring: dict[Hashable, list[_Kind]] = {}
         self._all: list[_Kind] = []
         self._not_kept: list[_Kind] = []
         self._credits: Counter[str] = Counter()
-        self._ring = Ring()
-        self._suspended: dict[str, Place] = {}
+        self._ring = HashRing()
+        self._suspended: dict[str, ReplicaSlots] = {}
         # Over the replicas where headroom is kept, and over the others.
         self._free = self._others = self._kept_credits = 0
         self._free_elsewhere = 0
 
-    def __getitem__(self, replica_id: str) -> Place:
+    def __getitem__(self, replica_id: str) -> ReplicaSlots:
         return self._places[replica_id]
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[ReplicaSlots]:
         return iter(self._places.values())
 
     @property
@@ -190,7 +190,7 @@ class Places:
         prefix: int | None = None,
         without: frozenset[str] = frozenset(),
         out_of_turn: bool = False,
-    ) -> Place | None:
+    ) -> ReplicaSlots | None:
         """Return where a request may be placed now; ``None`` if there is no room for it.
 
         Priority goes to replicas that honour it on its route, if any but those ``without`` is
@@ -206,7 +206,7 @@ class Places:
         kinds = self._kinds_for_priority(route, without) if tier is Tier.PRIORITY else None
         if not kinds:
             kinds = self._kinds_for_others(out_of_turn)
-        least: Place | None = None
+        least: ReplicaSlots | None = None
         for kind in kinds:
             place = kind.least_loaded(without)
             if place is not None and (least is None or place.load < least.load):
@@ -224,7 +224,9 @@ class Places:
                 return place
         return least
 
-    def change(self, place: Place, *, credit: int = 0, running: int = 0, others: int = 0) -> None:
+    def change(
+        self, place: ReplicaSlots, *, credit: int = 0, running: int = 0, others: int = 0
+    ) -> None:
         """Change what is held and used on a replica."""
         place.credit += credit
         place.running += running
@@ -243,7 +245,7 @@ class Places:
         """Add credits on a replica, which need not be known yet."""
         place = self._places.get(replica_id)
         if place is None:
-            place = self._places[replica_id] = Place(replica_id, self._kind("", frozenset()))
+            place = self._places[replica_id] = ReplicaSlots(replica_id, self._kind("", frozenset()))
         self.change(place, credit=added)
 
     def forget_credits(self) -> None:
@@ -264,7 +266,7 @@ class Places:
                 left -= 1
         return most - left
 
-    def give_up_at(self, place: Place, keep: int) -> bool:
+    def give_up_at(self, place: ReplicaSlots, keep: int) -> bool:
         """Drop a credit on a replica if ``give_up`` could, and return whether it was dropped."""
         if not place.free or (place.kind.kept and self._free <= keep):
             return False
@@ -306,7 +308,7 @@ class Places:
             self.change(place, credit=-place.credit)
         for replica_id, offer in offered.items():
             kind = self._kind(offer.pool, offer.routes, offer.weight)
-            place = self._places.setdefault(replica_id, Place(replica_id, kind))
+            place = self._places.setdefault(replica_id, ReplicaSlots(replica_id, kind))
             place.slots = offer.slots
             if not place.present or place.kind is not kind:
                 self._alter(place, kind, present=True, suspended_until=place.suspended_until)
@@ -325,8 +327,8 @@ class Places:
     ) -> list[_Kind]:
         kinds = self._honouring.get(route)
         if kinds is None:
-            line = self._mode is PriorityMode.LINE
-            kinds = [k for k in self._all if k.kept and k.ready and (line or route in k.routes)]
+            queue = self._mode is PriorityMode.QUEUE
+            kinds = [k for k in self._all if k.kept and k.ready and (queue or route in k.routes)]
             self._honouring[route] = kinds
         if not without:
             return kinds
@@ -342,7 +344,7 @@ class Places:
             return self._all
         return self._not_kept
 
-    def _list(self, place: Place) -> None:
+    def _list(self, place: ReplicaSlots) -> None:
         """Put a place in its right place among those with room, and on the ring."""
         if place.on_ring is not (place.credit > 0):
             place.on_ring = place.credit > 0
@@ -360,7 +362,7 @@ class Places:
             place.kind.add(place)
 
     def _alter(
-        self, place: Place, kind: _Kind, *, present: bool, suspended_until: float = -math.inf
+        self, place: ReplicaSlots, kind: _Kind, *, present: bool, suspended_until: float = -math.inf
     ) -> None:
         """Change what a replica is, or whether it is ready."""
         old, was_ready = place.kind, place.ready
@@ -383,7 +385,7 @@ class Places:
         self._all = list(self._kinds.values())
         for kind in self._all:
             auto = self._mode is PriorityMode.AUTO and bool(kind.routes)
-            kind.kept = auto or self._mode is PriorityMode.LINE
+            kind.kept = auto or self._mode is PriorityMode.QUEUE
         self._not_kept = [kind for kind in self._all if not kind.kept]
         self._honouring.clear()
         self._free = self._free_elsewhere = self._others = self._kept_credits = 0

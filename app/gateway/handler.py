@@ -5,15 +5,15 @@ from __future__ import annotations
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway import cross_site
-from app.gateway.lifecycle import Passage, Services
+from app.gateway.lifecycle import Lifecycle, Services
 from app.gateway.request_body import ClientGone, Headers, Receive, Scope
 from app.gateway.response import Reply, Send
 from app.tenants.access import NOBODY, Caller
 
-__all__ = ["Exchange", "Receive", "Scope", "identify"]
+__all__ = ["Handler", "Receive", "Scope", "identify"]
 
 
-class Exchange:
+class Handler:
     """The ASGI application of one route that an engine answers."""
 
     def __init__(self, route: Route, services: Services) -> None:
@@ -29,7 +29,7 @@ class Exchange:
             with services.bodies.room_for(caller.tenant, services.settings) as room:
                 inbound = await room.read(self._route, headers, receive)
                 admission = services.catalog.require(inbound.model)
-                await Passage(services, admission, caller, inbound, reply).run()
+                await Lifecycle(services, admission, caller, inbound, reply).run()
         except errors.ApiError as error:
             await reply.refuse(error)
         except ClientGone:

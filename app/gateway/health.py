@@ -18,7 +18,7 @@ STORE_AWAY_S: Final = 30.0
 """How long the database may be away without a word: a restart of it takes less."""
 
 
-class Reason(StrEnum):
+class HealthReason(StrEnum):
     """Why an ingress is not well. Clients and alerts rely on these codes."""
 
     STARTING = "starting"
@@ -45,12 +45,17 @@ class Reason(StrEnum):
 
 
 CANNOT_SERVE: Final = frozenset(
-    {Reason.STARTING, Reason.DRAINING, Reason.KEYS_NEVER_READ, Reason.LEDGER_UNAVAILABLE}
+    {
+        HealthReason.STARTING,
+        HealthReason.DRAINING,
+        HealthReason.KEYS_NEVER_READ,
+        HealthReason.LEDGER_UNAVAILABLE,
+    }
 )
 """The reasons for 503."""
 
 
-class Status(StrEnum):
+class HealthStatus(StrEnum):
     """The word for it."""
 
     OK = "ok"
@@ -95,33 +100,37 @@ class Health:
         reasons: why it is not well; those for 503 come first.
     """
 
-    reasons: tuple[Reason, ...]
+    reasons: tuple[HealthReason, ...]
 
     @property
-    def status(self) -> Status:
+    def status(self) -> HealthStatus:
         """The word for it."""
         if not self.reasons:
-            return Status.OK
-        return Status.DEGRADED if CANNOT_SERVE.isdisjoint(self.reasons) else Status.UNAVAILABLE
+            return HealthStatus.OK
+        return (
+            HealthStatus.DEGRADED
+            if CANNOT_SERVE.isdisjoint(self.reasons)
+            else HealthStatus.UNAVAILABLE
+        )
 
     @property
     def code(self) -> int:
         """The HTTP status: 503 only where it cannot serve."""
-        return 503 if self.status is Status.UNAVAILABLE else 200
+        return 503 if self.status is HealthStatus.UNAVAILABLE else 200
 
 
 def judge(signs: Signs) -> Health:
     """Return how an ingress with these signs is."""
     found = {
-        Reason.STARTING: not signs.started,
-        Reason.DRAINING: signs.draining,
-        Reason.KEYS_NEVER_READ: not signs.keys_read,
-        Reason.LEDGER_UNAVAILABLE: not signs.has_room,
-        Reason.KEYS_AWAY: signs.keys_away,
-        Reason.KEYS_UNREADABLE: signs.unreadable_keys > 0,
-        Reason.LIMITS_AWAY: signs.limits_away,
-        Reason.STORE_AWAY: signs.store_away_s >= STORE_AWAY_S,
-        Reason.BACKGROUND_FAILURES: signs.failures > 0,
-        Reason.NO_MODEL_READY: not signs.models.get(Availability.READY),
+        HealthReason.STARTING: not signs.started,
+        HealthReason.DRAINING: signs.draining,
+        HealthReason.KEYS_NEVER_READ: not signs.keys_read,
+        HealthReason.LEDGER_UNAVAILABLE: not signs.has_room,
+        HealthReason.KEYS_AWAY: signs.keys_away,
+        HealthReason.KEYS_UNREADABLE: signs.unreadable_keys > 0,
+        HealthReason.LIMITS_AWAY: signs.limits_away,
+        HealthReason.STORE_AWAY: signs.store_away_s >= STORE_AWAY_S,
+        HealthReason.BACKGROUND_FAILURES: signs.failures > 0,
+        HealthReason.NO_MODEL_READY: not signs.models.get(Availability.READY),
     }
-    return Health(tuple(reason for reason in Reason if found[reason]))
+    return Health(tuple(reason for reason in HealthReason if found[reason]))

@@ -1,4 +1,4 @@
-"""The way of one request: into the line, to an engine and back, and onto the bill."""
+"""The way of one request: into the queue, to an engine and back, and onto the bill."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from app.contracts.status import Availability, ReplicaStatus
 from app.core import errors
 from app.core.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
 from app.flow.admission import Admission, ModelGone, Shed
-from app.flow.request import ShedReason, Ticket, TicketState
+from app.flow.request import QueuedRequest, RequestState, ShedReason
 from app.gateway.metering import Meter
-from app.gateway.registry import Catalog
+from app.gateway.registry import ModelRegistry
 from app.gateway.request_body import Bodies
-from app.gateway.response import JSON, SSE, Place, Reply, milliseconds
+from app.gateway.response import JSON, SSE, Placement, Reply, milliseconds
 from app.gateway.usage_reader import UsageReader
 from app.ledger.ledger import JournalFull, Ledger, Unrecordable
 from app.ledger.record import Origin, State, now_utc
 from app.protocol.requests import Inbound, rewrite_request
 from app.protocol.stream import StreamStamper, stamp_answer, stream_stamper
-from app.tenants.access import Accounts, Caller
+from app.tenants.access import Access, Caller
 from app.tenants.priority_share import SharePart
 from app.upstream.client import (
     EngineBroke,
@@ -54,19 +54,19 @@ class Services:
     that. ``draining`` is set when this ingress comes to its end.
     """
 
-    catalog: Catalog
+    catalog: ModelRegistry
     engines: EngineClient
     settings: IngressSettings
     ledger: Ledger | None = None
-    accounts: Accounts | None = None
+    accounts: Access | None = None
     usage: UsageReader | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
     bodies: Bodies = field(default_factory=Bodies)
 
 
-class Passage:
-    """One request to one model, from the line to the last byte of its answer.
+class Lifecycle:
+    """One request to one model, from the queue to the last byte of its answer.
 
     Whatever happens on the way, its slot is given back, and once it has been placed on an engine
     replica it has exactly one settled record.
@@ -98,7 +98,7 @@ class Passage:
         self._presumed_tokens = 0
         # Whether a piece of a stream waits for the client.
         self._writing = False
-        self._ticket = Ticket(
+        self._request = QueuedRequest(
             tier=Tier.DEFAULT,
             tenant=caller.tenant,
             tokens=inbound.expected_tokens,
@@ -137,7 +137,7 @@ class Passage:
         charged = time.monotonic()
         await self._charge()
         try:
-            replica = await self._admission.admit(self._ticket)
+            replica = await self._admission.admit(self._request)
             await self._serve(replica)
         except (ModelGone, Shed) as turned_away:
             error = self._error_of(turned_away)
@@ -161,7 +161,7 @@ class Passage:
     def _put_right(self, tokens: int | None, age_s: float) -> None:
         assert self._accounts is not None
         used = self._presumed_tokens if tokens is None else tokens
-        self._accounts.put_right(self._caller, self._ticket.tokens, used, age_s)
+        self._accounts.put_right(self._caller, self._request.tokens, used, age_s)
 
     def _used_tokens(self) -> int | None:
         usage = self._meter.usage
@@ -169,8 +169,8 @@ class Passage:
 
     def _free_slot(self, tokens: int | None) -> None:
         """Give the slot back, once; ``tokens`` were used, if anybody knows."""
-        if self._ticket.state is not TicketState.ENDED:
-            self._admission.end(self._ticket, tokens)
+        if self._request.state is not RequestState.ENDED:
+            self._admission.end(self._request, tokens)
 
     def _engine_ended(self) -> None:
         """Give the slot back where the client does not read, so that the last events have to wait.
@@ -185,14 +185,14 @@ class Passage:
         wanted = self._inbound.requested_tier or self._default_tier
         if self._accounts is not None:
             try:
-                await self._accounts.charge(self._caller, self._ticket.tokens)
+                await self._accounts.charge(self._caller, self._request.tokens)
             except errors.RateLimited as error:
                 self._meter.turn_away(State.REFUSED, _reason(error))
                 raise
             self._reply.headers = self._accounts.headers(self._caller)
             self._rights, self._part = self._accounts.rights(self._caller, wanted)
         offer = self._admission.snapshot.settings.tiers.offer
-        self._ticket.tier = admit(wanted, offer, self._rights)[0]
+        self._request.tier = admit(wanted, offer, self._rights)[0]
 
     async def _serve(self, replica: ReplicaStatus) -> None:
         """Have a placed request answered, and write down what has become of it."""
@@ -232,7 +232,7 @@ class Passage:
         except EngineUnreachable as lost:
             # A replica that goes on serving others goes on getting them.
             suspend = lost.silent or not lost.timed_out
-            replica = await self._admission.admit_again(self._ticket, suspend=suspend)
+            replica = await self._admission.admit_again(self._request, suspend=suspend)
         except EngineFailed as failed:
             # It may be the request that it cannot bear. So the replica goes on getting others,
             # and where there is no other replica the failure is the answer.
@@ -249,12 +249,12 @@ class Passage:
             EngineFailed: there is no other, or no longer.
             Shed, ModelGone: as ``Admission.admit``.
         """
-        if not self._admission.has_another(self._ticket):
+        if not self._admission.has_another(self._request):
             raise failed
         try:
-            return await self._admission.admit_again(self._ticket, suspend=False)
+            return await self._admission.admit_again(self._request, suspend=False)
         except Shed as shed:
-            if shed.ticket.shed is ShedReason.NO_OTHER_REPLICA:
+            if shed.request.shed is ShedReason.NO_OTHER_REPLICA:
                 raise failed from None
             raise
 
@@ -263,7 +263,7 @@ class Passage:
         decision = decide(
             requested=self._inbound.requested_tier,
             default_tier=self._default_tier,
-            stood_as=self._ticket.tier,
+            stood_as=self._request.tier,
             offer=model.tiers.offer,
             native_priority=replica.dialect.native_priority,
             route_honoured=replica.honours_priority(self._inbound.route),
@@ -276,15 +276,15 @@ class Passage:
 
     def _still_holds(self, decision: TierDecision, replica: ReplicaStatus) -> bool:
         """Whether a decision can stand on another replica than the one it was made for."""
-        in_line = self._admission.snapshot.settings.tiers.priority is PriorityMode.LINE
+        in_queue = self._admission.snapshot.settings.tiers.priority is PriorityMode.QUEUE
         honoured = replica.honours_priority(self._inbound.route)
-        return decision.served is not Tier.PRIORITY or in_line or honoured
+        return decision.served is not Tier.PRIORITY or in_queue or honoured
 
     async def _pass(self, replica: ReplicaStatus, decision: TierDecision) -> None:
         inbound, dialect = self._inbound, replica.dialect
-        place = Place(replica, decision, self._ticket.placed - self._ticket.arrived)
+        place = Placement(replica, decision, self._request.placed - self._request.arrived)
         self._meter.place(place)
-        self._presumed_tokens = self._ticket.tokens
+        self._presumed_tokens = self._request.tokens
         if inbound.stream:
             self._meter.open()
         settings = self._settings
@@ -308,7 +308,7 @@ class Passage:
             with answer:
                 await self._forward_unless_slow(answer, place)
 
-    async def _forward_unary(self, answer: UnaryAnswer, place: Place) -> None:
+    async def _forward_unary(self, answer: UnaryAnswer, place: Placement) -> None:
         body, count = stamp_answer(answer.body, self._inbound, place.decision)
         self._meter.counted = count.result()
         self._note_odd_usage(place, odd=count.odd)
@@ -320,7 +320,7 @@ class Passage:
         await self._reply.start((JSON, length), place)
         await self._reply.write(body, more=False)
 
-    async def _forward_unless_slow(self, answer: StreamedAnswer, place: Place) -> None:
+    async def _forward_unless_slow(self, answer: StreamedAnswer, place: Placement) -> None:
         """Forward a stream, or break it off where its client does not read.
 
         The client gets no error event: it would only wait behind what is not read.
@@ -343,7 +343,7 @@ class Passage:
             await self._meter.settle(State.INTERRUPTED, "client_slow")
 
     async def _forward_stream(
-        self, answer: StreamedAnswer, place: Place, stamper: StreamStamper
+        self, answer: StreamedAnswer, place: Placement, stamper: StreamStamper
     ) -> None:
         meter, reply = self._meter, self._reply
         await meter.opened(stamper)
@@ -380,7 +380,7 @@ class Passage:
             await meter.settle(State.INTERRUPTED, "engine_lost")
             await reply.write(last, more=False)
 
-    def _note_odd_usage(self, place: Place, *, odd: bool) -> None:
+    def _note_odd_usage(self, place: Placement, *, odd: bool) -> None:
         if odd:
             replica = place.replica.replica_id
             alarms.PROCESS.raised("odd usage", f"{replica} told none that can be: it is estimated")
@@ -399,18 +399,18 @@ class Passage:
 
     def _error_of(self, failure: Exception) -> errors.ApiError:
         """Return what the client gets where its request was not answered."""
-        ticket, model = self._ticket, self._inbound.model
-        waited_s = ticket.placed - ticket.arrived
+        request, model = self._request, self._inbound.model
+        waited_s = request.placed - request.arrived
         match failure:
             case Shed():
-                waited_s = time.monotonic() - ticket.arrived
-                error: errors.ApiError = errors.Overloaded(ticket.retry_after_s)
-                if ticket.shed is ShedReason.NOT_OFFERED:
+                waited_s = time.monotonic() - request.arrived
+                error: errors.ApiError = errors.Overloaded(request.retry_after_s)
+                if request.shed is ShedReason.NOT_OFFERED:
                     error = self._not_offered()
-                elif ticket.shed is ShedReason.NO_OTHER_REPLICA:
+                elif request.shed is ShedReason.NO_OTHER_REPLICA:
                     error = self._unavailable()
-                if ticket.shed is not None:
-                    error.headers["x-shed-reason"] = ticket.shed.value
+                if request.shed is not None:
+                    error.headers["x-shed-reason"] = request.shed.value
             case ModelGone():
                 error = errors.ModelNotFound(model)
             case EngineFailed():

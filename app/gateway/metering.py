@@ -6,7 +6,7 @@ import time
 from typing import Final, Protocol
 
 from app.core.pricing import TokenUsage
-from app.gateway.response import Place
+from app.gateway.response import Placement
 from app.ledger.ledger import Ledger, Opening
 from app.ledger.record import NOTHING_USED, Origin, State, UsageRecord, now_utc
 from app.protocol.usage import Counted
@@ -59,7 +59,7 @@ class Meter:
         """The same, without whether they are an estimate."""
         return None if (counted := self.counted) is None else counted.usage
 
-    def place(self, place: Place) -> None:
+    def place(self, place: Placement) -> None:
         """Take note of where the request goes, and of the decision that everything reads from."""
         replica = place.replica
         self._opening = None

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from app import supervision
-from app.contracts.stats import LineReport
+from app.contracts.stats import QueueReport
 from app.contracts.status import ModelSnapshot, Renewal
 from app.core import errors
 from app.core.tiers import PriorityMode, Tier
@@ -52,7 +52,7 @@ class ModelSource(Protocol):
         ...
 
     async def renew(
-        self, application: str, demand: Demand, report: LineReport | None, known: str
+        self, application: str, demand: Demand, report: QueueReport | None, known: str
     ) -> Renewal:
         """Renew the credits of this ingress.
 
@@ -90,7 +90,7 @@ class ServeSource:
         return {one.app_name for one in deployments if one.name == MODEL_DEPLOYMENT}
 
     async def renew(
-        self, application: str, demand: Demand, report: LineReport | None, known: str
+        self, application: str, demand: Demand, report: QueueReport | None, known: str
     ) -> Renewal:
         with _away_translated():
             renewal: Renewal = await self._model(application).renew.remote(demand, report, known)
@@ -127,7 +127,7 @@ async def serve_host() -> str | None:
     return host
 
 
-class Catalog:
+class ModelRegistry:
     """The models that requests can name, kept up to date in the background."""
 
     def __init__(self, source: ModelSource, *, discover_s: float) -> None:

@@ -31,7 +31,7 @@ SSE: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Where a request is answered, and at which tier."""
 
     replica: ReplicaStatus
@@ -64,7 +64,7 @@ class Reply:
         self.started = False
         self._send = send
 
-    async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Place) -> None:
+    async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Placement) -> None:
         """Send status 200 and the headers."""
         fields = [*headers, *place.headers()]
         if self.headers:
@@ -79,7 +79,7 @@ class Reply:
     async def refuse(self, error: errors.ApiError) -> None:
         """Send an error instead of an answer."""
         body = error.body()
-        # Until it stands in line a request has not waited.
+        # Until it stands in the queue a request has not waited.
         headers = {"x-queue-time-ms": milliseconds(0)} | dict(self.headers) | error.headers
         fields = [
             JSON,

@@ -57,7 +57,7 @@ class BadSetting(Exception):
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ProxyBounds:
     """What HAProxy may hold, from the environment.
 
     Attributes:
@@ -73,7 +73,7 @@ class Bounds:
     descriptors: int = _UNLIMITED
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], descriptors: int) -> Bounds:
+    def read(cls, environ: Mapping[str, str], descriptors: int) -> ProxyBounds:
         """Return the bounds that environment variables set.
 
         Raises:
@@ -119,7 +119,7 @@ def descriptors_for(connections: int, servers: int) -> int:
     return 2 * connections + 2 * servers + _OTHER_DESCRIPTORS
 
 
-def complete(text: str, bounds: Bounds) -> tuple[str, list[str]]:
+def complete(text: str, bounds: ProxyBounds) -> tuple[str, list[str]]:
     """Return a configuration of Serve's with what it lacks, and warnings for the operator.
 
     One that is complete already is returned as it is.
@@ -239,7 +239,7 @@ class _Config:
 _ROUTE = re.compile(r"\s*use_backend ")
 
 
-def _connections(config: _Config, bounds: Bounds) -> tuple[int, list[str]]:
+def _connections(config: _Config, bounds: ProxyBounds) -> tuple[int, list[str]]:
     """Return how many connections there may be: as many as Serve says, if open files last."""
     wanted = int(config.line("global", r"maxconn \d+").split()[1])
     needed = descriptors_for(wanted, config.servers)
@@ -298,7 +298,7 @@ def _own_errors() -> list[str]:
     return _rules([f"http-error {_answer(status, body)}" for status, body in _ERRORS.items()])
 
 
-def _client_table(bounds: Bounds) -> list[str]:
+def _client_table(bounds: ProxyBounds) -> list[str]:
     if not bounds.client_connections:
         return []
     # Of IPv6 a network of 64 bits is one client.
@@ -320,7 +320,7 @@ def _client_table(bounds: Bounds) -> list[str]:
     ])  # fmt: skip
 
 
-def _request_rules(served: int, head_bytes: int, bounds: Bounds) -> list[str]:
+def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[str]:
     full = _error("Too many connections. Try again in a moment.", code="too_many_connections")
     too_large = _error(
         f"The request's headers are too large: at most {head_bytes} bytes and {MAX_HEADERS} "
@@ -364,7 +364,7 @@ def _decoded_rules() -> list[str]:
     return rules
 
 
-def _client_rules(bounds: Bounds) -> list[str]:
+def _client_rules(bounds: ProxyBounds) -> list[str]:
     most = bounds.client_connections
     if not most:
         return []
@@ -410,7 +410,7 @@ def main(binary: str, path: Path) -> None:
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if descriptors == resource.RLIM_INFINITY:
         descriptors = _UNLIMITED
-    bounds = Bounds.read(os.environ, descriptors)
+    bounds = ProxyBounds.read(os.environ, descriptors)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         text, warnings = complete(path.read_text(), bounds)

@@ -36,9 +36,9 @@ class State(StrEnum):
     FAILED = "failed"
     """It reached an engine, which answered with an error."""
     SHED = "shed"
-    """It was turned away from the line."""
+    """It was turned away from the queue."""
     REFUSED = "refused"
-    """It was turned away before the line, for instance over a limit of its key."""
+    """It was turned away before the queue, for instance over a limit of its key."""
 
     @property
     def served(self) -> bool:
@@ -96,7 +96,7 @@ class UsageRecord:
         prices: what it pays, from the rate card at its decision; ``None`` where it was not served.
         rate_card: that card's version, or empty.
         cost: what the tokens cost at the prices, in USD, exactly.
-        queue_s: how long it waited in the line, in seconds.
+        queue_s: how long it waited in the queue, in seconds.
         ttft_s: from arrival to the first byte of the answer, in seconds; ``None`` without one.
         ended: when it ended, in UTC; ``None`` while it is open.
         usage_estimated: whether the tokens are Frontline's estimate or clamp, and not the engine's

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from app.config.scaling import ScalingSettings
-from app.contracts.stats import IngressBoard, LineReport
+from app.contracts.stats import IngressBoard, QueueReport
 from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 
@@ -15,7 +15,7 @@ class DemandBook:
     """Adds up the demand of all ingresses. What an ingress has counted stays when it is gone."""
 
     def __init__(self) -> None:
-        self._known: dict[str, LineReport] = {}
+        self._known: dict[str, QueueReport] = {}
         self._arrived: Counter[Tier] = Counter()
         self._finished: Counter[Tier] = Counter()
         self._served_s = dict.fromkeys(Tier, 0.0)
@@ -37,7 +37,7 @@ class DemandBook:
         tiers = {tier: self._tier(tier, boards) for tier in Tier}
         return ScalingReport(tiers, pools, headroom, settings)
 
-    def _add(self, report: LineReport, before: LineReport) -> None:
+    def _add(self, report: QueueReport, before: QueueReport) -> None:
         for tier in Tier:
             self._arrived[tier] += report.arrived.get(tier, 0) - before.arrived.get(tier, 0)
             self._finished[tier] += report.finished.get(tier, 0) - before.finished.get(tier, 0)

@@ -31,7 +31,7 @@ _EVERY_S = 1.0
 _TRIM = 256
 
 
-class Counted:
+class CountedDemand:
     """How a count has grown, over a bounded time."""
 
     def __init__(self, keep_s: float) -> None:
@@ -73,7 +73,7 @@ class Counted:
         return counts[place - 1] + share * (counts[place] - counts[place - 1])
 
 
-def window_for(counted: Counted, now: float, *, least_s: float, most_s: float) -> float:
+def window_for(counted: CountedDemand, now: float, *, least_s: float, most_s: float) -> float:
     """Return over how long a rate is to be measured, so that chance does not rule it.
 
     It is not measured back beyond a time at which it has clearly changed.
@@ -86,7 +86,7 @@ def window_for(counted: Counted, now: float, *, least_s: float, most_s: float) -
     return min(window_s, most_s)
 
 
-def _changed(counted: Counted, now: float, window_s: float) -> bool:
+def _changed(counted: CountedDemand, now: float, window_s: float) -> bool:
     """Return whether the rate of a window is another than that before it, and not by chance."""
     middle = now - window_s
     newer = counted.grown(middle, now)
@@ -115,7 +115,7 @@ def _log_likelihood(count: float, seconds: float) -> float:
     return count * math.log(count / seconds) if count > 0 else 0.0
 
 
-def forecast(counted: Counted, now: float, *, window_s: float, ahead_s: float) -> float:
+def forecast(counted: CountedDemand, now: float, *, window_s: float, ahead_s: float) -> float:
     """Return the rate a second at which a count will grow, some seconds from now.
 
     Args:
@@ -142,7 +142,7 @@ def forecast(counted: Counted, now: float, *, window_s: float, ahead_s: float) -
     return rate
 
 
-def sudden(counted: Counted, now: float, *, window_s: float) -> float:
+def sudden(counted: CountedDemand, now: float, *, window_s: float) -> float:
     """Return the highest rate that has certainly been reached just now, within a window or less.
 
     That is what remains of a short window's count when chance is taken off.

@@ -20,10 +20,10 @@ from app.config.queue import headroom_of
 from app.config.scaling import ScalingSettings
 from app.core.tiers import Tier
 from app.scaling.queueing import Crowd, crowd
-from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
+from app.scaling.state import ModelState, Plan, PoolState, ScalingReason, TierDemand
 
 # How long flex may wait on the average, where replicas may be added for it: half of its longest
-# wait in line, so that few have to be turned away.
+# wait in the queue, so that few have to be turned away.
 _FLEX_WAIT_S = 300.0
 
 
@@ -39,12 +39,12 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
     for_flex = _for_flex(state, flex, settings)
     fleet = _Fleet(state.pools)
     lately = state.remembered if state.awake else 0
-    fleet.grow(honouring, max(for_priority, lately), Reason.PRIORITY)
-    fleet.grow(state.pools, for_default, Reason.DEFAULT)
+    fleet.grow(honouring, max(for_priority, lately), ScalingReason.PRIORITY)
+    fleet.grow(state.pools, for_default, ScalingReason.DEFAULT)
     beside = _beside_others(state, priority, default, flex) if settings.flex_extra_replicas else 0
-    fleet.grow(state.pools, beside, Reason.FLEX, at_most=settings.flex_extra_replicas)
-    fleet.keep(for_flex, Reason.FLEX)
-    fleet.keep(int(state.awake), Reason.AWAKE)
+    fleet.grow(state.pools, beside, ScalingReason.FLEX, at_most=settings.flex_extra_replicas)
+    fleet.keep(for_flex, ScalingReason.FLEX)
+    fleet.keep(int(state.awake), ScalingReason.AWAKE)
     reasons = {
         f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
         f"priority needed {lately} lately": int(lately > for_priority),
@@ -182,10 +182,14 @@ class _Fleet:
     def __init__(self, pools: Iterable[PoolState]) -> None:
         self._pools = _cheapest_first(pools)
         self.replicas = {pool.name: pool.least for pool in self._pools}
-        self.reasons = dict.fromkeys(self.replicas, Reason.LEAST)
+        self.reasons = dict.fromkeys(self.replicas, ScalingReason.LEAST)
 
     def grow(
-        self, pools: Iterable[PoolState], slots: int, reason: Reason, at_most: float = math.inf
+        self,
+        pools: Iterable[PoolState],
+        slots: int,
+        reason: ScalingReason,
+        at_most: float = math.inf,
     ) -> None:
         """Add replicas, the cheapest first, until these pools have so many slots."""
         pools = _cheapest_first(pools)
@@ -197,14 +201,14 @@ class _Fleet:
                 missing -= added * pool.slots
                 at_most -= added
 
-    def keep(self, replicas: int, reason: Reason) -> None:
+    def keep(self, replicas: int, reason: ScalingReason) -> None:
         """Add replicas, the cheapest first, until there are so many in all."""
         missing = replicas - sum(self.replicas.values())
         for pool in self._pools:
             if missing > 0:
                 missing -= self._add(pool, missing, reason)
 
-    def _add(self, pool: PoolState, wanted: int, reason: Reason) -> int:
+    def _add(self, pool: PoolState, wanted: int, reason: ScalingReason) -> int:
         added = min(wanted, pool.most - self.replicas[pool.name])
         if added:
             self.replicas[pool.name] += added

@@ -3,7 +3,7 @@
 The model is the multi-server cutoff-priority queue: n servers, arrivals of two classes, each a
 Poisson stream, exponential service with one mean. The lower class is served only while fewer than
 n - h servers are busy, the upper one while fewer than n are; whoever is not served waits. That is
-what the line does with its headroom h. (I. D. S. Taylor, J. G. C. Templeton: Waiting Time in a
+what the queue does with its headroom h. (I. D. S. Taylor, J. G. C. Templeton: Waiting Time in a
 Multi-Server Cutoff-Priority Queue, and Its Application to an Urban Ambulance Service, Operations
 Research 28 (5), 1980.) Loads are in Erlangs: arrival rate times mean service time, which is how
 many slots they would keep busy for ever. With h = 0 the formulas come down to Erlang's C.
@@ -44,7 +44,7 @@ class Crowd:
     Attributes:
         priority_waits: the probability that a priority request finds no free slot.
         others_wait: the probability that another request finds none that it may use.
-        spare: how many more slots' worth of load would be served in the long run before the line
+        spare: how many more slots' worth of load would be served in the long run before the queue
             of the others grows without end; 0 or less where it does already.
     """
 

@@ -14,7 +14,7 @@ class TierReport:
     """One tier, at all ingresses together. Counts are since the Model was started.
 
     Attributes:
-        waiting: how many requests wait in line.
+        waiting: how many requests wait in the queue.
         running: how many run on engines.
         oldest_s: how long the oldest has waited; 0 where none waits.
         arrived: how many have come.
@@ -60,7 +60,7 @@ class ScalingReport:
     Attributes:
         tiers: the demand by tier; every tier is there.
         pools: by name.
-        headroom: the share of slots that the line keeps for priority.
+        headroom: the share of slots that the queue keeps for priority.
         settings: the Model's ``scaling``.
     """
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 from app.config.scaling import ScalingSettings
 from app.core.tiers import Tier
-from app.scaling.forecast import Counted, forecast, sudden, window_for
+from app.scaling.forecast import CountedDemand, forecast, sudden, window_for
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.starts import Starts
-from app.scaling.state import ModelState, Plan, PoolState, Reason, TierDemand
+from app.scaling.state import ModelState, Plan, PoolState, ScalingReason, TierDemand
 
 # Rates are measured over longer where engines start slowly or few requests come, up to so many
 # times ``smoothing_s``.
@@ -34,7 +34,7 @@ _FINISHED = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ReplicaBounds:
     """What Serve knows of a pool: its target number of replicas, and between which it may be."""
 
     target: int
@@ -47,7 +47,7 @@ class Decision:
     """How many replicas each pool is to have now, why, and the same in one line for people."""
 
     replicas: Mapping[str, int]
-    reasons: Mapping[str, Reason]
+    reasons: Mapping[str, ScalingReason]
     why: str
 
 
@@ -64,7 +64,9 @@ class Scaler:
         self._plans: dict[str, _Highest] = {}
         self._for_priority = _Highest()
 
-    def decide(self, report: ScalingReport, bounds: Mapping[str, Bounds], now: float) -> Decision:
+    def decide(
+        self, report: ScalingReport, bounds: Mapping[str, ReplicaBounds], now: float
+    ) -> Decision:
         """Return what to do on a Model's report.
 
         Args:
@@ -92,14 +94,14 @@ class Scaler:
             name, wanted = pool.name, planned.replicas[pool.name]
             kept[name], reasons[name] = wanted, planned.reasons[name]
             if (lately := self._keep(pool, wanted, start_s, now)) > wanted:
-                kept[name], reasons[name] = lately, Reason.NOT_YET
+                kept[name], reasons[name] = lately, ScalingReason.NOT_YET
             if waits and pool.replicas > kept[name]:
-                kept[name], reasons[name] = pool.replicas, Reason.PRIORITY_WAITS
+                kept[name], reasons[name] = pool.replicas, ScalingReason.PRIORITY_WAITS
         stay = {name: one.target for name, one in bounds.items() if name not in kept}
         return Decision(kept | stay, reasons, _explain(state, planned, kept))
 
     def _start_s(
-        self, report: ScalingReport, bounds: Mapping[str, Bounds], name: str, now: float
+        self, report: ScalingReport, bounds: Mapping[str, ReplicaBounds], name: str, now: float
     ) -> float:
         """Return how long a replica takes until it serves, from the decision that there be one."""
         pool = report.pools[name]
@@ -111,7 +113,7 @@ class Scaler:
     def _state(
         self,
         report: ScalingReport,
-        bounds: Mapping[str, Bounds],
+        bounds: Mapping[str, ReplicaBounds],
         start_s: float,
         now: float,
     ) -> ModelState:
@@ -174,9 +176,9 @@ class _Counts:
     """What is counted of one tier."""
 
     def __init__(self) -> None:
-        self._arrived = Counted(_KEEP_S)
-        self._finished = Counted(_SERVICE_WINDOW_S)
-        self._served_s = Counted(_SERVICE_WINDOW_S)
+        self._arrived = CountedDemand(_KEEP_S)
+        self._finished = CountedDemand(_SERVICE_WINDOW_S)
+        self._served_s = CountedDemand(_SERVICE_WINDOW_S)
         self._service_s: float | None = None
 
     def demand(
@@ -228,9 +230,9 @@ def _with_service(tiers: Mapping[Tier, TierDemand]) -> dict[Tier, TierDemand]:
     }
 
 
-def _pool(name: str, pool: PoolReport, bounds: Bounds | None) -> PoolState:
+def _pool(name: str, pool: PoolReport, bounds: ReplicaBounds | None) -> PoolState:
     ready = round(pool.ready)
-    bounds = bounds or Bounds(ready, ready, ready)
+    bounds = bounds or ReplicaBounds(ready, ready, ready)
     return PoolState(
         name=name,
         slots=max(1, round(pool.slots)),

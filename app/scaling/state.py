@@ -14,7 +14,7 @@ class TierDemand:
     """The demand of one tier, at all ingresses together.
 
     Attributes:
-        waiting: how many requests wait in line.
+        waiting: how many requests wait in the queue.
         running: how many run on engines.
         oldest_s: how long the oldest has waited; 0 where none waits.
         rate: how many will arrive a second, by the time that a replica started now is ready.
@@ -72,7 +72,7 @@ class ModelState:
     Attributes:
         tiers: its demand, by tier; every tier is there.
         pools: its pools, at least one.
-        headroom: the share of slots that its line keeps for priority.
+        headroom: the share of slots that its queue keeps for priority.
         awake: whether somebody has asked lately, so that it may not sleep.
         start_s: how long a replica takes from the decision until it serves.
         remembered: how many slots priority has needed lately, and so may need again at once.
@@ -86,7 +86,7 @@ class ModelState:
     remembered: int = 0
 
 
-class Reason(StrEnum):
+class ScalingReason(StrEnum):
     """Why a pool has so many replicas and not fewer."""
 
     LEAST = "least"
@@ -117,6 +117,6 @@ class Plan:
     """
 
     replicas: Mapping[str, int]
-    reasons: Mapping[str, Reason]
+    reasons: Mapping[str, ScalingReason]
     why: str
     for_priority: int

@@ -1,6 +1,6 @@
 """Whose request it is and what it may: keys and their limits, on an ingress's event loop.
 
-``Accounts`` finds the key that a request carries (``app.tenants.key_cache``) and takes the request
+``Access`` finds the key that a request carries (``app.tenants.key_cache``) and takes the request
 from the key's limits (``app.tenants.limiter``), which several ingresses share through the
 ``Limits`` deployment. Where the ingress is open to all, every request is ``NOBODY``'s.
 """
@@ -18,10 +18,10 @@ from typing import Final, Protocol
 from app import alarms, supervision
 from app.core import errors
 from app.core.tiers import ALL_RIGHTS, Tier, TierRights
-from app.tenants.concurrency import Bounds, InFlight, OverBound
-from app.tenants.key_cache import KeyRing, Keys
+from app.tenants.concurrency import FlightBounds, InFlight, OverBound
+from app.tenants.key_cache import KeyCache, Keys
 from app.tenants.keys import ApiKey, bearer
-from app.tenants.limiter import Allowances, OverLimit
+from app.tenants.limiter import OverLimit, RateLimiter
 from app.tenants.priority_share import PriorityShare, SharePart
 from app.tenants.rate_limit import Ask, Given
 
@@ -64,7 +64,7 @@ NOBODY: Final = Caller()
 """Everybody, where the ingress is open to all."""
 
 
-class Accounts:
+class Access:
     """The keys and limits that one ingress knows. Belongs to its event loop.
 
     ``ingresses`` returns how many ingresses there are, for when the books of the limits are away.
@@ -78,8 +78,8 @@ class Accounts:
         ingresses: Callable[[], int] = lambda: 1,
     ) -> None:
         self._ingresses = ingresses
-        self._ring = KeyRing(keys)
-        self._allowances = Allowances(ingress)
+        self._ring = KeyCache(keys)
+        self._allowances = RateLimiter(ingress)
         self._source = limits
         self._shares: dict[str, PriorityShare] = {}
         self._in_flight = InFlight()
@@ -136,7 +136,7 @@ class Accounts:
         text = bearer(authorization)
         return text is not None and self._ring.known(text) is not None
 
-    def flight(self, caller: Caller, bounds: Bounds) -> AbstractContextManager[None]:
+    def flight(self, caller: Caller, bounds: FlightBounds) -> AbstractContextManager[None]:
         """Count a request as in flight until the block that is returned has been left.
 
         Raises:

@@ -22,7 +22,7 @@ class Holder(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class FlightBounds:
     """How many requests may be in flight at once, at all ingresses together.
 
     Attributes:
@@ -48,7 +48,7 @@ class InFlight:
     def __init__(self) -> None:
         self._counts: Counter[tuple[Holder, str]] = Counter()
 
-    def enter(self, key_id: str, tenant: str, bounds: Bounds, ingresses: int) -> Flight:
+    def enter(self, key_id: str, tenant: str, bounds: FlightBounds, ingresses: int) -> Flight:
         """Count a request; it is to be left exactly once, as a context manager.
 
         Args:

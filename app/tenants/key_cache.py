@@ -30,7 +30,7 @@ class Keys(Protocol):
         """Return the keys that work now; may block, and raises ``StoreAway``."""
 
 
-class KeyRing:
+class KeyCache:
     """The keys that work, for one ingress and its event loop.
 
     Attributes:

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from app.core.tiers import Tier
 from app.store.database import translated
 from app.store.schema import api_keys
-from app.tenants.keys import MAX_NAME, ApiKey, KeyTable, Limits
+from app.tenants.keys import MAX_NAME, ApiKey, KeyLimits, KeyTable
 
 
 class KeyStore:
@@ -110,7 +110,7 @@ def _key(row: Row[Any]) -> ApiKey:
         raise ValueError("a key has an id")
     tiers = frozenset(Tier(name) for name in row.tiers.split(","))
     share = None if row.priority_share is None else Decimal(row.priority_share)
-    limits = Limits(_whole(row.rpm), _whole(row.tpm), share)
+    limits = KeyLimits(_whole(row.rpm), _whole(row.tpm), share)
     return ApiKey(
         row.key_id, row.secret_hash, row.tenant, row.name, Tier(row.default_tier), tiers, limits,
         _moment(row.created), None if row.revoked is None else _moment(row.revoked),

@@ -32,7 +32,7 @@ MAX_NAME: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class KeyLimits:
     """How much a key may use; ``None`` sets no limit.
 
     Attributes:
@@ -83,7 +83,7 @@ class ApiKey:
     name: str
     default_tier: Tier
     tiers: frozenset[Tier]
-    limits: Limits
+    limits: KeyLimits
     created: datetime
     revoked: datetime | None = None
 
@@ -104,7 +104,7 @@ def create_key(
     name: str = "",
     default_tier: Tier = Tier.DEFAULT,
     tiers: Iterable[Tier] = tuple(Tier),
-    limits: Limits | None = None,
+    limits: KeyLimits | None = None,
     created: datetime,
 ) -> tuple[ApiKey, str]:
     """Return a new key and the text that its owner sends, which nobody can find out later.
@@ -115,7 +115,7 @@ def create_key(
     key_id, secret = secrets.token_hex(_ID_BYTES), secrets.token_hex(_SECRET_BYTES)
     allowed = frozenset(tiers) | {Tier.DEFAULT}
     key = ApiKey(
-        key_id, _hash(secret), tenant, name, default_tier, allowed, limits or Limits(), created
+        key_id, _hash(secret), tenant, name, default_tier, allowed, limits or KeyLimits(), created
     )
     return key, f"{_PREFIX}-{key_id}-{secret}"
 

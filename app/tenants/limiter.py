@@ -1,4 +1,4 @@
-"""The limits of all keys: at one ingress (``Allowances``), and where they are shared out
+"""The limits of all keys: at one ingress (``RateLimiter``), and where they are shared out
 (``LimitBooks``). Pure: the time is passed in.
 
 Whoever wires them calls ``take`` for a request. If it is refused, ``asks`` are sent to the books
@@ -20,7 +20,7 @@ from app.tenants.rate_limit import (
     Ask,
     Given,
     LimitBook,
-    Standing,
+    LimitState,
     rate_limit_headers,
 )
 
@@ -41,7 +41,7 @@ class OverLimit:
     retry_after_s: float
 
 
-class Allowances:
+class RateLimiter:
     """What one ingress may still use of every limit of every key."""
 
     def __init__(self, ingress: str) -> None:
@@ -117,7 +117,7 @@ class Allowances:
             if allowance is not None:
                 yield measure, allowance, min(amount, allowance.limit)
 
-    def _standing(self, key: ApiKey, measure: Measure, now: float) -> Standing | None:
+    def _standing(self, key: ApiKey, measure: Measure, now: float) -> LimitState | None:
         allowance = self._of(key, measure)
         return None if allowance is None else allowance.standing(now)
 

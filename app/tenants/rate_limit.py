@@ -212,7 +212,7 @@ class LimitBook:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LimitState:
     """How a key stands with one of its limits, for the headers of an answer."""
 
     limit: int
@@ -336,22 +336,22 @@ class Allowance:
         just_said = now < self._given_at + RENEWAL_S
         return just_said and amount > self.standing(now).remaining
 
-    def standing(self, now: float) -> Standing:
+    def standing(self, now: float) -> LimitState:
         """Return what the headers of an answer say."""
         given, elapsed = self._given, now - self._given_at
         if self.alone:
             part = self._part
             used = self._own.used(now)
-            return Standing(
+            return LimitState(
                 self.limit,
                 max(0, part - used),
                 max(0.0, self._own.frees_at(max(1, 1 + used - part), now) - now),
                 max(0.0, self._own.frees_at(max(used, 1), now) - now),
             )
         if elapsed == math.inf:
-            return Standing(self.limit, self.limit, 0.0, 0.0)
+            return LimitState(self.limit, self.limit, 0.0, 0.0)
         since = self._net - self._net_before
-        return Standing(
+        return LimitState(
             self.limit,
             max(0, min(self.limit, given.remaining - since)),
             max(0.0, given.frees_in_s - elapsed),
@@ -373,7 +373,9 @@ class Allowance:
         self._taken = 0
 
 
-def rate_limit_headers(requests: Standing | None, tokens: Standing | None) -> list[tuple[str, str]]:
+def rate_limit_headers(
+    requests: LimitState | None, tokens: LimitState | None
+) -> list[tuple[str, str]]:
     """Return OpenAI's ``x-ratelimit-*`` headers, for those limits that the key has."""
     headers = []
     for name, standing in (("requests", requests), ("tokens", tokens)):

@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 _TIMEOUT_S: Final = 2.0
 
 
-class Standing(StrEnum):
+class PoolState(StrEnum):
     """What a pool without a replica does."""
 
     ASLEEP = "asleep"
@@ -47,14 +47,14 @@ class Wakings:
         self._since: dict[str, float] = {}
         self._took: dict[str, float] = {}
 
-    def note(self, pool: str, standing: Standing | None, now: float) -> None:
+    def note(self, pool: str, standing: PoolState | None, now: float) -> None:
         """Take note of what a pool without a replica does; ``None``: it has one.
 
         A start that failed, or of which nobody told for a moment, counts with the next one.
         """
-        if standing is Standing.WAKING:
+        if standing is PoolState.WAKING:
             self._since.setdefault(pool, now)
-        elif standing is Standing.ASLEEP:
+        elif standing is PoolState.ASLEEP:
             self._since.pop(pool, None)
         elif standing is None and pool in self._since:
             self._took[pool] = now - self._since.pop(pool)
@@ -64,7 +64,7 @@ class Wakings:
         return self._took.get(pool, 0.0)
 
 
-async def standing(application: str, pool: str, before: Standing) -> Standing:
+async def standing(application: str, pool: str, before: PoolState) -> PoolState:
     """Ask Serve why no replica of a pool is known; where it does not answer, something is wrong.
 
     Args:
@@ -79,27 +79,27 @@ async def standing(application: str, pool: str, before: Standing) -> Standing:
             controller = await asyncio.to_thread(serve_controller)
             told = await controller.get_deployment_status.remote(pool, application)
             if told is None:
-                return Standing.AWAY
+                return PoolState.AWAY
             now = read_standing(DeploymentStatusInfo.from_proto(StatusProto.FromString(told)))
-            if now is Standing.ASLEEP and before is not Standing.ASLEEP:
+            if now is PoolState.ASLEEP and before is not PoolState.ASLEEP:
                 # It costs Serve three times as much, and a pool may sleep for days.
                 details = await controller.get_deployment_details.remote(application, pool)
                 return before if details.target_num_replicas else now
             return now
     except Exception as error:
         logger.info("cannot ask Serve about pool %s: %s", pool, type(error).__name__)
-        return Standing.AWAY
+        return PoolState.AWAY
 
 
-def read_standing(told: DeploymentStatusInfo) -> Standing:
+def read_standing(told: DeploymentStatusInfo) -> PoolState:
     """Return what Serve's status of a deployment means of which no replica is known.
 
     Serve calls a deployment healthy that has as many replicas as it ought to have, be it none;
     whether it is none, the status does not tell.
     """
     if told.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
-        return Standing.ASLEEP
+        return PoolState.ASLEEP
     scaled = told.status_trigger is DeploymentStatusTrigger.AUTOSCALING
     if told.status is DeploymentStatus.UPSCALING and scaled:
-        return Standing.WAKING
-    return Standing.AWAY
+        return PoolState.WAKING
+    return PoolState.AWAY

@@ -30,7 +30,7 @@ together with the first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class NodeSpan:
     """The nodes that one engine runs on together, and which of its processes this one is.
 
     Attributes:
@@ -79,7 +79,7 @@ class Launch:
     key: str
     python: str
     engine_args: Mapping[str, EngineArg] = field(default_factory=dict)
-    span: Span = Span()
+    span: NodeSpan = NodeSpan()
 
     @property
     def base_url(self) -> str:

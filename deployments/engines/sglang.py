@@ -14,7 +14,7 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
-    Span,
+    NodeSpan,
     prove_guarded,
     refuse_reserved,
     render_flags,
@@ -122,7 +122,7 @@ def _prioritized(launch: Launch) -> bool:
     return bool(launch.engine_args.get("enable_priority_scheduling", True))
 
 
-def _span_args(span: Span) -> dict[str, Any]:
+def _span_args(span: NodeSpan) -> dict[str, Any]:
     if span.nodes == 1:
         return {}
     return {

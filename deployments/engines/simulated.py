@@ -18,7 +18,7 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
-    Span,
+    NodeSpan,
 )
 from deployments.engines.tensorrt_llm_requests import (
     CLIENT_FIELDS,
@@ -87,7 +87,7 @@ class Simulated(EngineAdapter):
         return EngineFacts(report["version"], report["context_length"], _dialect(report))
 
 
-def _span_args(span: Span) -> list[str]:
+def _span_args(span: NodeSpan) -> list[str]:
     if span.nodes == 1:
         return []
     return ["--nodes", str(span.nodes), "--rank", str(span.rank), "--meet", span.meeting_place]

@@ -14,7 +14,7 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
-    Span,
+    NodeSpan,
     prove_guarded,
     refuse_reserved,
     render_flags,
@@ -112,7 +112,7 @@ def _priority_routes(policy: object) -> frozenset[Route]:
     return frozenset(Route) if policy == _POLICY else frozenset()
 
 
-def _span_args(span: Span) -> dict[str, Any]:
+def _span_args(span: NodeSpan) -> dict[str, Any]:
     if span.nodes == 1:
         return {}
     return {

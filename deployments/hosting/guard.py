@@ -57,7 +57,7 @@ def plan_guard() -> OpenPort:
     )
 
 
-class Guard:
+class EngineGuard:
     """One HAProxy in front of one engine. Create it with ``start``."""
 
     def __init__(self, process: EngineProcess, port: ReservedPort, key: str) -> None:
@@ -68,7 +68,7 @@ class Guard:
     @classmethod
     async def start(
         cls, node_address: str, engine_port: int, key: str, log_dir: Path, *, name: str
-    ) -> Guard:
+    ) -> EngineGuard:
         """Guard the engine at a port of loopback; return once it does.
 
         Args:

@@ -13,7 +13,7 @@ from app.cli.plan import LaunchPlan, OpenPort, RankPlan
 from app.config.ingress import PoolSettings
 from app.core.paths import expand_path, frontline_home
 from app.core.settings import SettingsError
-from deployments.engines.base import EngineAdapter, Launch, Span
+from deployments.engines.base import EngineAdapter, Launch, NodeSpan
 from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK, plan_guard
 from deployments.process.supervisor import EngineProcess
@@ -33,7 +33,7 @@ def make_launch(
     host: str,
     port: int,
     key: str | None = None,
-    span: Span = Span(),  # noqa: B008 - frozen
+    span: NodeSpan = NodeSpan(),  # noqa: B008 - frozen
 ) -> Launch:
     """Return the launch of a replica, or of its part on this machine; with a new key by default.
 
@@ -128,7 +128,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         # That of Ray's worker; which one that is only its node knows.
         python=_expanded(pool.python) if pool.python else "python",
         engine_args=pool.engine_args,
-        span=Span(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else Span(),
+        span=NodeSpan(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else NodeSpan(),
     )
 
 

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app import supervision
 from app.config.ingress import PoolSettings
-from deployments.engines.base import Span
+from deployments.engines.base import NodeSpan
 from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK
 from deployments.hosting.launch import make_launch, start_engine
@@ -48,19 +48,19 @@ def node_address() -> str:
     return address
 
 
-def lead(pool: PoolSettings) -> tuple[Span, ReservedPort | None]:
+def lead(pool: PoolSettings) -> tuple[NodeSpan, ReservedPort | None]:
     """Return the span of a replica whose engine's first part is here, and its meeting place."""
     if pool.nodes == 1:
-        return Span(), None
+        return NodeSpan(), None
     here = node_address()
     port = reserve_port(here)
-    return Span(pool.nodes, 0, here, here, port.port), port
+    return NodeSpan(pool.nodes, 0, here, here, port.port), port
 
 
 class Rank:
     """The actor of one further part of an engine, on the node that the part runs on."""
 
-    async def start(self, model_id: str, pool: PoolSettings, key: str, span: Span) -> None:
+    async def start(self, model_id: str, pool: PoolSettings, key: str, span: NodeSpan) -> None:
         """Start this node's part of the engine.
 
         Raises:
@@ -108,7 +108,7 @@ class OtherRanks:
         model_id: str,
         pool: PoolSettings,
         key: str,
-        span: Span,
+        span: NodeSpan,
         *,
         on_end: Callable[[], None],
     ) -> OtherRanks:

@@ -24,7 +24,7 @@ from deployments.simulator.engine import Engine
 from deployments.simulator.ranks import Ranks, gather, join
 from deployments.simulator.settings import (
     Change,
-    Failures,
+    InjectedFailures,
     RequestFailure,
     SimulatedSettings,
 )
@@ -90,7 +90,7 @@ async def _follow(options: argparse.Namespace) -> int:
 
 async def _stop_with(one_gone: asyncio.Event, engine: Engine) -> None:
     await one_gone.wait()
-    engine.change(Change(failures=Failures(request=RequestFailure.HANG)))
+    engine.change(Change(failures=InjectedFailures(request=RequestFailure.HANG)))
 
 
 async def _serve(options: argparse.Namespace, settings: SimulatedSettings, key: str) -> int:

@@ -15,7 +15,7 @@ from app.core.dialect import Route
 from app.core.settings import SettingsError
 from deployments.simulator import VERSION
 from deployments.simulator.engine import Engine
-from deployments.simulator.exchange import JSON, Exchange, Receive, Scope, Send
+from deployments.simulator.exchange import JSON, HttpExchange, Receive, Scope, Send
 from deployments.simulator.inference import Inference
 from deployments.simulator.requests import (
     InvalidBodyError,
@@ -56,7 +56,7 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
-        exchange = Exchange(scope, receive, send)
+        exchange = HttpExchange(scope, receive, send)
         if not self._admitted(exchange.headers):
             await exchange.answer(401, _unauthorized())
             return
@@ -74,7 +74,7 @@ class Application:
             return True
         return hmac.compare_digest(headers.get(b"authorization", b""), self._credentials)
 
-    async def _side_route(self, exchange: Exchange, method: str) -> None:
+    async def _side_route(self, exchange: HttpExchange, method: str) -> None:
         path = exchange.path
         if path == "/simulate":
             await self._simulate(exchange, method)
@@ -105,7 +105,7 @@ class Application:
 
     # What tests ask and change
 
-    async def _simulate(self, exchange: Exchange, method: str) -> None:
+    async def _simulate(self, exchange: HttpExchange, method: str) -> None:
         if method == "POST":
             try:
                 body = parse_json(await exchange.body())

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-from deployments.simulator.generation import Choice, Reply
+from deployments.simulator.generation import Choice, GeneratedReply
 
 DONE: Final = b"data: [DONE]\n\n"
 TOKEN_LOGPROB: Final = -0.125
@@ -51,7 +51,7 @@ class ChunkTemplate:
 class StreamWriter(ABC):
     """Writes one reply as a stream: its greeting, its opening, its tokens, its closing."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: GeneratedReply) -> None:
         self.reply = reply
 
     def greeting(self) -> bytes:
@@ -75,7 +75,7 @@ class StreamWriter(ABC):
 class ChunkWriter(StreamWriter):
     """A stream of chunks: chat completions and completions."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply: GeneratedReply) -> None:
         super().__init__(reply)
         self._templates: dict[tuple[int, bool], ChunkTemplate] = {}
 

@@ -11,10 +11,10 @@ from deployments.simulator.language import PrefixCache, Vocabulary
 from deployments.simulator.observations import Observations
 from deployments.simulator.pacing import Pace, Wheel
 from deployments.simulator.requests import Wish
-from deployments.simulator.scheduler import Changes, Job, JobState, Scheduler
+from deployments.simulator.scheduler import BatchScheduler, Changes, Job, JobState
 from deployments.simulator.settings import (
     Change,
-    Failures,
+    InjectedFailures,
     Policy,
     SimulatedSettings,
 )
@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, settings: SimulatedSettings, loop: asyncio.AbstractEventLoop) -> None:
         self.settings = settings
         self.observations = Observations(settings.remembered_requests)
-        self.scheduler = Scheduler(
+        self.scheduler = BatchScheduler(
             settings.slots,
             fcfs=settings.policy is Policy.FCFS,
             lower_goes_first=settings.lower_goes_first,
@@ -46,7 +46,7 @@ class Engine:
         self._runs: dict[Job, Run] = {}
         self._failures_since = 0
 
-    def failure_of(self, number: int) -> Failures | None:
+    def failure_of(self, number: int) -> InjectedFailures | None:
         """Return what goes wrong with the request of this number, if anything does."""
         failures = self.settings.failures
         return failures if failures.strikes(number - self._failures_since) else None

@@ -19,7 +19,7 @@ _STREAM_START: Final = {
 }
 
 
-class Exchange:
+class HttpExchange:
     """One request and its answer."""
 
     __slots__ = ("_receive", "_send", "headers", "path", "raw_headers", "started")

@@ -31,7 +31,7 @@ class Choice:
 
 
 @dataclass(slots=True)
-class Reply:
+class GeneratedReply:
     """The answer to one generation request, ready to be written at any pace."""
 
     id: str

@@ -15,8 +15,8 @@ import orjson
 from app.core.dialect import Route
 from deployments.simulator.chunks import StreamWriter
 from deployments.simulator.engine import Engine, GivenUpError, Run
-from deployments.simulator.exchange import Exchange
-from deployments.simulator.generation import Reply
+from deployments.simulator.exchange import HttpExchange
+from deployments.simulator.generation import GeneratedReply
 from deployments.simulator.requests import (
     InvalidBodyError,
     RefusedError,
@@ -24,7 +24,7 @@ from deployments.simulator.requests import (
     parse_json,
 )
 from deployments.simulator.responses import ResponsesAnswer, ResponsesWriter
-from deployments.simulator.settings import Failures, RequestFailure
+from deployments.simulator.settings import InjectedFailures, RequestFailure
 from deployments.simulator.wire import Wire
 
 _STREAM_FAILURES: Final = {RequestFailure.TRUNCATE, RequestFailure.TRUNCATE_CLEANLY}
@@ -35,12 +35,12 @@ _STREAM_FAILURES: Final = {RequestFailure.TRUNCATE, RequestFailure.TRUNCATE_CLEA
 class Call:
     """A request on its way through the engine."""
 
-    exchange: Exchange
+    exchange: HttpExchange
     route: Route
     number: int
     values: dict[str, Any]
     priority: float
-    failure: Failures | None
+    failure: InjectedFailures | None
     """What is to go wrong with it, after some tokens."""
 
 
@@ -50,7 +50,7 @@ class Inference:
     def __init__(self, engine: Engine, wire: Wire) -> None:
         self.engine, self.wire = engine, wire
 
-    async def serve(self, exchange: Exchange, route: Route) -> None:
+    async def serve(self, exchange: HttpExchange, route: Route) -> None:
         """Answer an inference request, or fail at it as was set."""
         body = await exchange.body()
         number = self.engine.observations.record(exchange.path, exchange.raw_headers, body)
@@ -70,7 +70,7 @@ class Inference:
             return
 
     async def refuse(
-        self, exchange: Exchange, error: RefusedError, route: Route | None = None
+        self, exchange: HttpExchange, error: RefusedError, route: Route | None = None
     ) -> None:
         """Answer with an error."""
         await exchange.answer(error.status, orjson.dumps(self.wire.refused(error, route)))
@@ -123,7 +123,7 @@ class Inference:
         finally:
             run.finish()
 
-    def _reply(self, call: Call) -> tuple[Reply, ResponsesAnswer | None]:
+    def _reply(self, call: Call) -> tuple[GeneratedReply, ResponsesAnswer | None]:
         body, wish = self.wire.read_generation(call.route, call.values)
         self.wire.check_model(call.route, body.model)
         choices, cached = self.engine.answers(wish)
@@ -131,14 +131,14 @@ class Inference:
         created, model = int(time.time()), self.wire.answered_model(body.model)
         if not isinstance(body, ResponsesBody):
             id_ = self._id(call, body.request_id)
-            return Reply(id_, created, model, tokens, cached, choices, wish), None
+            return GeneratedReply(id_, created, model, tokens, cached, choices, wish), None
         id_ = body.request_id or f"resp_{uuid.uuid4().hex}"
-        reply = Reply(id_, created, model, tokens, cached, choices, wish)
+        reply = GeneratedReply(id_, created, model, tokens, cached, choices, wish)
         room = self.engine.settings.context_length - tokens
         return reply, ResponsesAnswer(reply, body, self.wire.echoes_service_tier, room)
 
     def _writer(
-        self, route: Route, reply: Reply, responses: ResponsesAnswer | None
+        self, route: Route, reply: GeneratedReply, responses: ResponsesAnswer | None
     ) -> StreamWriter:
         if responses is not None:
             return ResponsesWriter(responses)
@@ -147,7 +147,7 @@ class Inference:
         return self.wire.completion_stream(reply)
 
     async def _answer(
-        self, call: Call, run: Run, reply: Reply, responses: ResponsesAnswer | None
+        self, call: Call, run: Run, reply: GeneratedReply, responses: ResponsesAnswer | None
     ) -> None:
         failure = call.failure
         if failure is not None and failure.request not in _STREAM_FAILURES:
@@ -184,7 +184,9 @@ class Inference:
         if failure is not None:
             await self._fail(call, run, failure, streams=True)
 
-    async def _fail(self, call: Call, run: Run, failure: Failures, *, streams: bool) -> NoReturn:
+    async def _fail(
+        self, call: Call, run: Run, failure: InjectedFailures, *, streams: bool
+    ) -> NoReturn:
         kind, exchange = failure.request, call.exchange
         if kind is RequestFailure.CRASH:
             # uvloop sends what was written when a turn of the event loop ends.
@@ -207,7 +209,7 @@ class Inference:
         await call.exchange.write(last, more=not well_formed)
 
 
-async def _fail_at_once(exchange: Exchange, failure: Failures) -> None:
+async def _fail_at_once(exchange: HttpExchange, failure: InjectedFailures) -> None:
     if failure.request is RequestFailure.CRASH:
         _crash()
     elif failure.request is RequestFailure.HANG:
@@ -217,7 +219,7 @@ async def _fail_at_once(exchange: Exchange, failure: Failures) -> None:
         raise _asked_for(failure)
 
 
-def _asked_for(failure: Failures) -> RefusedError:
+def _asked_for(failure: InjectedFailures) -> RefusedError:
     return RefusedError(failure.status, "This failure was asked for.", "InternalServerError")
 
 

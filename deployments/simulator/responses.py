@@ -10,14 +10,16 @@ from typing import Any
 import orjson
 
 from deployments.simulator.chunks import StreamWriter, escape
-from deployments.simulator.generation import Choice, Reply
+from deployments.simulator.generation import Choice, GeneratedReply
 from deployments.simulator.requests import ResponsesBody
 
 
 class ResponsesAnswer:
     """The response object of one reply, at the start of its making and at the end."""
 
-    def __init__(self, reply: Reply, body: ResponsesBody, echo_tier: bool, room: int) -> None:
+    def __init__(
+        self, reply: GeneratedReply, body: ResponsesBody, echo_tier: bool, room: int
+    ) -> None:
         self.reply, self.body, self.echo_tier = reply, body, echo_tier
         self.choice = reply.choices[0]
         self.limit = body.max_output_tokens or room

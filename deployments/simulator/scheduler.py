@@ -60,7 +60,7 @@ _NO_CHANGES = Changes()
 
 
 @dataclass(slots=True)
-class Scheduler:
+class BatchScheduler:
     """At most ``slots`` jobs run; the others wait in order of urgency, then of arrival.
 
     With ``fcfs`` the order is that of arrival alone. With ``preempts`` a newcomer takes the slot

@@ -44,7 +44,7 @@ class RequestFailure(StrEnum):
     """A stream ends without ``[DONE]``, in well-formed HTTP."""
 
 
-class Failures(Settings):
+class InjectedFailures(Settings):
     """What the engine does wrong. All of it can be changed while the engine runs, but for
     ``start`` and ``leave_child``, which are over once it has started."""
 
@@ -80,7 +80,7 @@ class SimulatedSettings(Settings):
     Frontline's own default configuration runs."""
     slots: int = Field(default=8, ge=1)
     """How many requests run at once; the others wait. A request takes one slot, whatever its
-    ``n``. 8 is small enough to see a line form."""
+    ``n``. 8 is small enough to see a queue form."""
     tokens_per_second: float = Field(default=50.0, ge=0)
     """The pace of each stream. 0: all tokens at once, in one write. 50 is a small model on a
     desktop processor, slow enough to watch."""
@@ -127,7 +127,7 @@ class SimulatedSettings(Settings):
     lacking_fields: frozenset[str] = frozenset()
     """Request fields that this build does not know yet; TensorRT-LLM only, the others tolerate
     any. ``[priority]`` makes one older than its HTTP priority (pull request 15329)."""
-    failures: Failures = Failures()
+    failures: InjectedFailures = InjectedFailures()
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
@@ -166,7 +166,7 @@ class Change(Settings):
     """The body of ``POST /simulate``: what to change in the running engine. What is not named
     stays as it is."""
 
-    failures: Failures | None = None
+    failures: InjectedFailures | None = None
     """The failures from now on; ``{}`` heals everything."""
     tokens_per_second: float | None = Field(default=None, ge=0)
     first_token_seconds: float | None = Field(default=None, ge=0)

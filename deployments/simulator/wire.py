@@ -12,7 +12,7 @@ import orjson
 from app.core.dialect import Route
 from deployments.simulator import OWNER
 from deployments.simulator.chunks import DONE, StreamWriter, event
-from deployments.simulator.generation import Reply
+from deployments.simulator.generation import GeneratedReply
 from deployments.simulator.language import embed, minimal_json
 from deployments.simulator.requests import (
     COMPLETION_LIMIT,
@@ -190,19 +190,19 @@ class Wire(ABC):
         """Return the usage of an answer."""
 
     @abstractmethod
-    def chat(self, reply: Reply) -> dict[str, Any]:
+    def chat(self, reply: GeneratedReply) -> dict[str, Any]:
         """Return a chat completion."""
 
     @abstractmethod
-    def completion(self, reply: Reply) -> dict[str, Any]:
+    def completion(self, reply: GeneratedReply) -> dict[str, Any]:
         """Return a completion."""
 
     @abstractmethod
-    def chat_stream(self, reply: Reply) -> StreamWriter:
+    def chat_stream(self, reply: GeneratedReply) -> StreamWriter:
         """Return the writer of a chat completion's stream."""
 
     @abstractmethod
-    def completion_stream(self, reply: Reply) -> StreamWriter:
+    def completion_stream(self, reply: GeneratedReply) -> StreamWriter:
         """Return the writer of a completion's stream."""
 
     @abstractmethod
@@ -238,7 +238,7 @@ class Wire(ABC):
         as it should; else its connection breaks."""
         return self.refused_event(error) + DONE, True
 
-    def reply_usage(self, reply: Reply) -> dict[str, Any]:
+    def reply_usage(self, reply: GeneratedReply) -> dict[str, Any]:
         """Return the usage of a whole reply."""
         prompt, completion = reply.prompt_tokens, reply.completion_tokens
         return self.usage(prompt, completion, prompt + completion, reply.cached_tokens)

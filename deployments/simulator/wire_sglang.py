@@ -19,7 +19,7 @@ from deployments.simulator.chunks import (
     completion_logprobs,
     event,
 )
-from deployments.simulator.generation import Choice, Reply
+from deployments.simulator.generation import Choice, GeneratedReply
 from deployments.simulator.requests import (
     GenerationBody,
     InvalidBodyError,
@@ -116,11 +116,11 @@ class SglangWire(Wire):
             "completion_tokens_details": None,
         }
 
-    def chat(self, reply: Reply) -> dict[str, Any]:
+    def chat(self, reply: GeneratedReply) -> dict[str, Any]:
         choices = [self._chat_choice(choice, reply) for choice in reply.choices]
         return self._answer(reply, "chat.completion", choices)
 
-    def completion(self, reply: Reply) -> dict[str, Any]:
+    def completion(self, reply: GeneratedReply) -> dict[str, Any]:
         choices = [
             {
                 "index": choice.index,
@@ -135,7 +135,9 @@ class SglangWire(Wire):
         ]
         return self._answer(reply, "text_completion", choices)
 
-    def _answer(self, reply: Reply, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _answer(
+        self, reply: GeneratedReply, kind: str, choices: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         length = len(reply.choices[0].tokens)
         weights = {"version": "default", "start": 0, "end": length}
         return {
@@ -148,7 +150,7 @@ class SglangWire(Wire):
             "metadata": {"weight_version": "default", "weight_versions": [weights]},
         }
 
-    def _chat_choice(self, choice: Choice, reply: Reply) -> dict[str, Any]:
+    def _chat_choice(self, choice: Choice, reply: GeneratedReply) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
             "content": None if choice.tool else choice.text,
@@ -167,10 +169,10 @@ class SglangWire(Wire):
             "matched_stop": choice.stop,
         }
 
-    def chat_stream(self, reply: Reply) -> StreamWriter:
+    def chat_stream(self, reply: GeneratedReply) -> StreamWriter:
         return _ChatWriter(reply, self)
 
-    def completion_stream(self, reply: Reply) -> StreamWriter:
+    def completion_stream(self, reply: GeneratedReply) -> StreamWriter:
         return _CompletionWriter(reply, self)
 
     def embedding(
@@ -215,7 +217,7 @@ def sglang_tool_call(choice: Choice, arguments: str) -> dict[str, Any]:
 class _SglangWriter(ChunkWriter):
     kind: ClassVar[str]
 
-    def __init__(self, reply: Reply, wire: Wire) -> None:
+    def __init__(self, reply: GeneratedReply, wire: Wire) -> None:
         super().__init__(reply)
         self.wire = wire
 

@@ -22,7 +22,7 @@ from deployments.simulator.chunks import (
     completion_logprobs,
     event,
 )
-from deployments.simulator.generation import Choice, Reply
+from deployments.simulator.generation import Choice, GeneratedReply
 from deployments.simulator.requests import (
     GenerationBody,
     InvalidBodyError,
@@ -123,7 +123,7 @@ class TensorrtLlmWire(Wire):
             "prompt_tokens_details": {"cached_tokens": cached},
         }
 
-    def chat(self, reply: Reply) -> dict[str, Any]:
+    def chat(self, reply: GeneratedReply) -> dict[str, Any]:
         return {
             "id": f"chatcmpl-{reply.id}",
             "object": "chat.completion",
@@ -135,7 +135,7 @@ class TensorrtLlmWire(Wire):
             "prompt_token_ids_b64": None,
         }
 
-    def _chat_choice(self, choice: Choice, reply: Reply) -> dict[str, Any]:
+    def _chat_choice(self, choice: Choice, reply: GeneratedReply) -> dict[str, Any]:
         calls = [_tool_call(choice)] if choice.tool else []
         top = reply.wish.top_logprobs
         return {
@@ -157,7 +157,7 @@ class TensorrtLlmWire(Wire):
             "avg_decoded_tokens_per_iter": None,
         }
 
-    def completion(self, reply: Reply) -> dict[str, Any]:
+    def completion(self, reply: GeneratedReply) -> dict[str, Any]:
         return {
             "id": f"cmpl-{reply.id}",
             "object": "text_completion",
@@ -183,10 +183,10 @@ class TensorrtLlmWire(Wire):
             "prompt_token_ids": None,
         }
 
-    def chat_stream(self, reply: Reply) -> StreamWriter:
+    def chat_stream(self, reply: GeneratedReply) -> StreamWriter:
         return _ChatWriter(reply, self)
 
-    def completion_stream(self, reply: Reply) -> StreamWriter:
+    def completion_stream(self, reply: GeneratedReply) -> StreamWriter:
         return _CompletionWriter(reply, self)
 
     def embedding(
@@ -245,7 +245,7 @@ class _TensorrtLlmWriter(ChunkWriter):
     prefix: ClassVar[str]
     kind: ClassVar[str]
 
-    def __init__(self, reply: Reply, wire: Wire) -> None:
+    def __init__(self, reply: GeneratedReply, wire: Wire) -> None:
         super().__init__(reply)
         self.wire = wire
 

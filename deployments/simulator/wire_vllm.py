@@ -21,7 +21,7 @@ from deployments.simulator.chunks import (
     event,
     tool_call,
 )
-from deployments.simulator.generation import Choice, Reply
+from deployments.simulator.generation import Choice, GeneratedReply
 from deployments.simulator.requests import (
     InvalidBodyError,
     RefusedError,
@@ -127,7 +127,7 @@ class VllmWire(Wire):
             "completion_tokens_details": None,
         }
 
-    def chat(self, reply: Reply) -> dict[str, Any]:
+    def chat(self, reply: GeneratedReply) -> dict[str, Any]:
         return {
             "id": f"chatcmpl-{reply.id}",
             "object": "chat.completion",
@@ -145,7 +145,7 @@ class VllmWire(Wire):
             "metrics": None,
         }
 
-    def _chat_choice(self, choice: Choice, reply: Reply) -> dict[str, Any]:
+    def _chat_choice(self, choice: Choice, reply: GeneratedReply) -> dict[str, Any]:
         message: dict[str, Any] = {
             "role": "assistant",
             "content": "" if choice.tool else choice.text,
@@ -169,7 +169,7 @@ class VllmWire(Wire):
             "routed_experts": None,
         }
 
-    def completion(self, reply: Reply) -> dict[str, Any]:
+    def completion(self, reply: GeneratedReply) -> dict[str, Any]:
         return {
             "id": f"cmpl-{reply.id}",
             "object": "text_completion",
@@ -199,10 +199,10 @@ class VllmWire(Wire):
             "metrics": None,
         }
 
-    def chat_stream(self, reply: Reply) -> StreamWriter:
+    def chat_stream(self, reply: GeneratedReply) -> StreamWriter:
         return _ChatWriter(reply)
 
-    def completion_stream(self, reply: Reply) -> StreamWriter:
+    def completion_stream(self, reply: GeneratedReply) -> StreamWriter:
         return _CompletionWriter(reply)
 
     def embedding(

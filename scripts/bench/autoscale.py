@@ -30,7 +30,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
 from scripts.bench.fleet import Fleet, Outcome, Policy, Simulation
 from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn
@@ -97,12 +97,12 @@ def play(trace: Trace, name: str, least: int = 1, flex_extra: int = 0) -> Row:
         settings = ScalingSettings(flex_extra_replicas=flex_extra)
         policy = PriorityAware(settings, most, least)
     elif name == IDEAL:
-        policy = Foresight(trace, ScalingSettings(), most, LineSettings().headroom)
+        policy = Foresight(trace, ScalingSettings(), most, QueueSettings().headroom)
     else:
         [share] = [share for share in SERVE_TARGETS if serves(share) == name]
         policy = ServesOwn(share * SLOTS, most)
     fleet = Fleet(SLOTS, trace.start_s, initial, most, trace.control_s)
-    outcome = Simulation(fleet, policy, LineSettings()).run(trace.requests(), trace.seconds)
+    outcome = Simulation(fleet, policy, QueueSettings()).run(trace.requests(), trace.seconds)
     return _row(trace, name, outcome, fleet.prefill_s)
 
 

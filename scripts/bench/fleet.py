@@ -1,7 +1,7 @@
 """A discrete-event simulation of one model whose number of replicas somebody decides.
 
-What is simulated: requests of three tiers come, wait in one line and run in slots of replicas that
-take time to start and end only once their requests have. The line's rules are those of
+What is simulated: requests of three tiers come, wait in one queue and run in slots of replicas that
+take time to start and end only once their requests have. The queue's rules are those of
 `app.config.queue`: order by tier, headroom, length by tier with displacement, longest waits. Left
 out: tenants, affinity, credits of several ingresses and the starvation guard, none of which a
 policy sees. Everything random comes from the trace's seed, and is the same for every policy.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 
@@ -71,7 +71,7 @@ class Fleet:
 class Outcome:
     """What a run came to.
 
-    ``waits`` are the seconds in line of those who were served, by the rank of their tier, and
+    ``waits`` are the seconds in the queue of those who were served, by the rank of their tier, and
     ``shed`` those who were turned away. ``targets`` are times and targets for the plot.
     """
 
@@ -97,10 +97,10 @@ class _Replica:
 class Simulation:
     """One run of one policy over one trace."""
 
-    def __init__(self, fleet: Fleet, policy: Policy, line: LineSettings) -> None:
+    def __init__(self, fleet: Fleet, policy: Policy, queue: QueueSettings) -> None:
         self._fleet = fleet
         self._policy = policy
-        self._line = line
+        self._settings = queue
         self._now = 0.0
         self._events: list[tuple[float, int, int, object]] = []
         self._order = count()
@@ -110,7 +110,7 @@ class Simulation:
         for replica in self._replicas:
             self._free += [replica] * fleet.slots
         self._lanes: list[deque[Request]] = [deque(), deque(), deque()]
-        self._longest_s = [line.of(tier).max_wait_s for tier in _TIERS]
+        self._longest_s = [queue.of(tier).max_wait_s for tier in _TIERS]
         self._counts = [[0.0, 0.0, 0.0] for _ in _TIERS]  # arrived, finished, served_s
         self._running = [0, 0, 0]
         self._provisioned = fleet.initial
@@ -248,9 +248,9 @@ class Simulation:
 
     def _resize(self) -> None:
         slots = len(self._replicas) * self._fleet.slots
-        self._headroom = self._line.headroom_of(slots)
-        bounds = self._line.bounds(slots=slots, ingresses=1)
-        reserved = self._line.reserved(slots=slots, ingresses=1)
+        self._headroom = self._settings.headroom_of(slots)
+        bounds = self._settings.bounds(slots=slots, ingresses=1)
+        reserved = self._settings.reserved(slots=slots, ingresses=1)
         self._bounds = [bounds[tier] for tier in _TIERS]
         self._reserved = [reserved[tier] for tier in _TIERS]
 
@@ -269,4 +269,4 @@ class Simulation:
         }  # fmt: skip
         fleet = self._fleet
         pool = PoolReport(fleet.slots, len(self._replicas), start_s=fleet.start_s)
-        return ScalingReport(tiers, {"pool": pool}, self._line.headroom)
+        return ScalingReport(tiers, {"pool": pool}, self._settings.headroom)

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import uvloop
 
 from app.core.dialect import Route
-from deployments.hosting.guard import LOOPBACK, Guard
+from deployments.hosting.guard import LOOPBACK, EngineGuard
 
 KEY = "benchmark"
 NODE = "127.0.0.2"
@@ -72,7 +72,7 @@ async def main() -> None:
     port = server.sockets[0].getsockname()[1]
     with TemporaryDirectory() as folder:
         script = await asyncio.to_thread(write_script, Path(folder))
-        guard = await Guard.start(NODE, port, KEY, Path(folder), name="benchmark")
+        guard = await EngineGuard.start(NODE, port, KEY, Path(folder), name="benchmark")
         try:
             for connections in (1, 16):
                 urls = {"engine": f"http://{LOOPBACK}:{port}", "guard": guard.base_url}

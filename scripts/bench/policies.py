@@ -31,7 +31,7 @@ from app.config.scaling import ScalingSettings
 from app.core.tiers import Tier
 from app.scaling.plan import plan
 from app.scaling.report import ScalingReport
-from app.scaling.scaler import Bounds, Scaler
+from app.scaling.scaler import ReplicaBounds, Scaler
 from app.scaling.state import ModelState, PoolState, TierDemand
 from scripts.bench.fleet import View
 from scripts.bench.traces import MIX, SLOTS, Trace
@@ -62,7 +62,7 @@ class PriorityAware:
         report, self._report = self._report, replace(view.report, settings=self._settings)
         if report is None:
             return view.target
-        bounds = {"pool": Bounds(view.target, *self._bounds)}
+        bounds = {"pool": ReplicaBounds(view.target, *self._bounds)}
         return self._scaler.decide(report, bounds, view.now).replicas["pool"]
 
 

@@ -27,14 +27,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.config.ingress import ModelSettings
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.contracts.status import ModelSnapshot
 from app.core.dialect import Route
 from app.core.tiers import PriorityMode, Tier
-from app.flow.allocation.allocator import Capacity, CreditBook
+from app.flow.allocation.allocator import Capacity, CreditAllocator
 from app.flow.credits import RENEWAL_S, Demand, Grant
-from app.flow.request import Ticket
-from app.flow.scheduler import Gate
+from app.flow.request import QueuedRequest
+from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
 from scripts.bench.stand_ins import ON_RAY, SLOTS, on_ray, status
 
@@ -67,31 +67,33 @@ class Decisions:
 
 
 def decisions(replicas: int, ingresses: int) -> Decisions:
-    """Measure gates and a credit book as they are when they serve."""
+    """Measure schedulers and a credit book as they are when they serve."""
     statuses = [status(f"{number:08x}") for number in range(replicas)]
-    book = CreditBook("life", LineSettings(), 0.0)
+    book = CreditAllocator("life", QueueSettings(), 0.0)
     book.set_replicas(Capacity(s.replica_id, s.pool, s.slots, kept=True) for s in statuses)
     offers = [Offer(s.replica_id, s.pool, s.slots, s.dialect.priority_routes) for s in statuses]
-    gates = [Gate(str(number), LineSettings()) for number in range(ingresses)]
+    schedulers = [Scheduler(str(number), QueueSettings()) for number in range(ingresses)]
     now = 10.0
-    for gate in gates:
-        gate.set_replicas(offers, PriorityMode.AUTO, now)
+    for scheduler in schedulers:
+        scheduler.set_replicas(offers, PriorityMode.AUTO, now)
     for _ in range(20):
-        now = _round(book, gates, now)
-    running = [_occupy(gate, replicas * SLOTS // 2 // ingresses, now) for gate in gates]
+        now = _round(book, schedulers, now)
+    running = [
+        _occupy(scheduler, replicas * SLOTS // 2 // ingresses, now) for scheduler in schedulers
+    ]
     for _ in range(20):
-        now = _round(book, gates, now)
+        now = _round(book, schedulers, now)
     quiet, spent = dict.fromkeys(_PARTS, 0.0), dict.fromkeys(_PARTS, 0.0)
     for step in range(20):
-        now = _round(book, gates, now, quiet)
-        _stir(gates, running, step, now)
-        now = _round(book, gates, now, spent)
-        now = _round(book, gates, now)
+        now = _round(book, schedulers, now, quiet)
+        _stir(schedulers, running, step, now)
+        now = _round(book, schedulers, now, spent)
+        now = _round(book, schedulers, now)
     renewals = 20 * ingresses
-    demand = pickle.dumps(gates[0].demand(now))
+    demand = pickle.dumps(schedulers[0].demand(now))
     began = time.process_time()
-    gates[0].set_replicas(offers[1:], PriorityMode.AUTO, now)
-    gates[0].set_replicas(offers, PriorityMode.AUTO, now)
+    schedulers[0].set_replicas(offers[1:], PriorityMode.AUTO, now)
+    schedulers[0].set_replicas(offers, PriorityMode.AUTO, now)
     change_s = (time.process_time() - began) / 2
     snapshot = ModelSnapshot("m", (), "", 0, ModelSettings(), tuple(statuses))
     return Decisions(
@@ -106,19 +108,24 @@ def decisions(replicas: int, ingresses: int) -> Decisions:
 
 
 def _round(
-    book: CreditBook, gates: list[Gate], now: float, spent: dict[str, float] | None = None
+    book: CreditAllocator,
+    schedulers: list[Scheduler],
+    now: float,
+    spent: dict[str, float] | None = None,
 ) -> float:
     """Let every ingress renew once, a quarter of a second after the last time."""
     spent = spent if spent is not None else dict.fromkeys(_PARTS, 0.0)
     now += RENEWAL_S
-    for gate in gates:
-        demand = _timed(spent, "demand", lambda gate=gate: gate.demand(now))
+    for scheduler in schedulers:
+        demand = _timed(spent, "demand", lambda scheduler=scheduler: scheduler.demand(now))
         grant = _timed(spent, "renew", lambda demand=demand: _renew(book, demand, now))
-        _timed(spent, "receive", lambda gate=gate, grant=grant: gate.receive(grant, now))
+        _timed(
+            spent, "receive", lambda scheduler=scheduler, grant=grant: scheduler.receive(grant, now)
+        )
     return now
 
 
-def _renew(book: CreditBook, demand: Demand, now: float) -> Grant:
+def _renew(book: CreditAllocator, demand: Demand, now: float) -> Grant:
     """Do what a Model does about a renewal."""
     grant = book.renew(demand, now)
     book.nudges(now)
@@ -132,23 +139,25 @@ def _timed(spent: dict[str, float], name: str, what: Callable[[], Any]) -> Any:
     return value
 
 
-def _occupy(gate: Gate, slots: int, now: float) -> list[Ticket]:
-    tickets = [
-        Ticket(Tier.DEFAULT, "tenant", 100, route=Route.CHAT, prefix=number * 7919)
+def _occupy(scheduler: Scheduler, slots: int, now: float) -> list[QueuedRequest]:
+    requests = [
+        QueuedRequest(Tier.DEFAULT, "tenant", 100, route=Route.CHAT, prefix=number * 7919)
         for number in range(slots)
     ]
-    for ticket in tickets:
-        gate.arrive(ticket, now)
-    return tickets
+    for request in requests:
+        scheduler.arrive(request, now)
+    return requests
 
 
-def _stir(gates: list[Gate], running: list[list[Ticket]], step: int, now: float) -> None:
+def _stir(
+    schedulers: list[Scheduler], running: list[list[QueuedRequest]], step: int, now: float
+) -> None:
     """Let a request end at every other ingress, and one come at the others; then the reverse."""
-    for number, (gate, tickets) in enumerate(zip(gates, running, strict=True)):
+    for number, (scheduler, requests) in enumerate(zip(schedulers, running, strict=True)):
         if (number + step) % 2:
-            tickets += _occupy(gate, 1, now)
-        elif tickets:
-            gate.end(tickets.pop(), now)
+            requests += _occupy(scheduler, 1, now)
+        elif requests:
+            scheduler.end(requests.pop(), now)
 
 
 def show(rows: list[Any]) -> None:

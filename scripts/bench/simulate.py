@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How near many ingresses with credits come to one line: a discrete-event simulation.
+"""How near many ingresses with credits come to one queue: a discrete-event simulation.
 
 Drives the very code that serves (`app.flow.scheduler`, `app.flow.credits`,
 `app.flow.allocation.allocator`) with a simulated clock, network and engines, at scales that no test
-machine has. Each scenario is run twice with the same requests: as the ideal, one line that holds
+machine has. Each scenario is run twice with the same requests: as the ideal, one queue that holds
 every slot, and with as many ingresses as it says, which renew their credits over a network that
 takes time. A request's wait lasts from its arrival at an ingress until an engine has a slot for it.
 
@@ -29,7 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import Tier
 from scripts.bench.simulation import Outcome, Scenario, Simulation
 
@@ -42,7 +42,7 @@ GOAL = 1.1
 Result = tuple[Scenario, Outcome, Outcome]
 _COLUMNS = (
     "scenario",
-    "line",
+    "queue",
     *(tier.value for tier in Tier),
     "busy",
     "renewals/s",
@@ -126,7 +126,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         panel.set(title=scenario.name, xscale="log", xlim=(0.001, 700), ylim=(0, 1.02))
         panel.grid(alpha=0.3)
     panels[0][0].legend()
-    figure.supxlabel("wait in seconds (ideal line dashed)")
+    figure.supxlabel("wait in seconds (ideal queue dashed)")
     figure.supylabel("part of those served")
     figure.tight_layout()
     figure.savefig(path, dpi=70)
@@ -138,8 +138,8 @@ def main(
     priority: Annotated[float, typer.Option(help="Part of the requests that are priority.")] = 0.1,
     nudge: Annotated[bool, typer.Option(help="Whether the Model nudges ingresses.")] = True,
 ) -> None:
-    """Simulate, and print waits by tier beside those of the ideal line."""
-    settings = LineSettings()
+    """Simulate, and print waits by tier beside those of the ideal queue."""
+    settings = QueueSettings()
     chosen = [one for one in scenarios(priority, nudge) if only in one.name]
     if not chosen:
         raise typer.BadParameter("no scenario has that in its name", param_hint="--only")

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from itertools import count
 from random import Random
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import PriorityMode, Tier
-from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditBook
+from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
 from app.flow.credits import Demand, Grant
-from app.flow.request import Ticket, TicketState
-from app.flow.scheduler import Gate
+from app.flow.request import QueuedRequest, RequestState
+from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
 
 ROUTE = "chat/completions"
@@ -155,13 +155,13 @@ class Engine:
 
     slots: int
     running: int = 0
-    queue: list[tuple[int, int, int, Ticket]] = field(default_factory=list)
+    queue: list[tuple[int, int, int, QueuedRequest]] = field(default_factory=list)
 
 
 class Simulation:
-    """One run: ingresses with their gates, a Model with its book, engines, and a clock."""
+    """One run: ingresses with their schedulers, a Model with its book, engines, and a clock."""
 
-    def __init__(self, scenario: Scenario, settings: LineSettings, *, ideal: bool) -> None:
+    def __init__(self, scenario: Scenario, settings: QueueSettings, *, ideal: bool) -> None:
         self._scenario = scenario
         self._outcome = Outcome()
         self._now = 0.0
@@ -169,21 +169,21 @@ class Simulation:
         self._network_s = 0.0 if ideal else scenario.network_s
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._order = count()
-        self._service_s: dict[Ticket, float] = {}
+        self._service_s: dict[QueuedRequest, float] = {}
         self._busy_s = 0.0
         names = [f"replica-{number}" for number in range(scenario.replicas)]
         self._engines = {name: Engine(scenario.slots) for name in names}
-        self._book = CreditBook("model", settings, -60.0)
+        self._book = CreditAllocator("model", settings, -60.0)
         self._book.set_replicas(Capacity(name, "pool", scenario.slots, True) for name in names)
         offers = [Offer(name, "pool", scenario.slots, frozenset({ROUTE})) for name in names]
         ingresses = 1 if ideal else scenario.ingresses
-        self._gates = [Gate(str(index), settings) for index in range(ingresses)]
+        self._gates = [Scheduler(str(index), settings) for index in range(ingresses)]
         self._renewal_at = [math.inf] * ingresses
-        for gate in self._gates:
-            gate.set_replicas(offers, PriorityMode.AUTO, 0.0)
+        for scheduler in self._gates:
+            scheduler.set_replicas(offers, PriorityMode.AUTO, 0.0)
         for _ in range(8):  # All have their credits when the first request comes.
-            for gate in self._gates:
-                gate.receive(self._book.renew(gate.demand(0.0), 0.0), 0.0)
+            for scheduler in self._gates:
+                scheduler.receive(self._book.renew(scheduler.demand(0.0), 0.0), 0.0)
         for index in range(ingresses):
             self._plan_renewal(index)
 
@@ -221,50 +221,50 @@ class Simulation:
         self._expect(coming)
         index = arrival.ingress % len(self._gates)
         tokens = int(arrival.service_s * TOKENS_PER_S) + 1
-        ticket = Ticket(arrival.tier, arrival.tenant, tokens, ROUTE)
-        self._service_s[ticket] = arrival.service_s
-        called = self._gates[index].arrive(ticket, self._now)
-        if ticket.state is not TicketState.WAITING:
-            called = [*called, ticket]
+        request = QueuedRequest(arrival.tier, arrival.tenant, tokens, ROUTE)
+        self._service_s[request] = arrival.service_s
+        called = self._gates[index].arrive(request, self._now)
+        if request.state is not RequestState.WAITING:
+            called = [*called, request]
         self._call(index, called)
 
-    def _call(self, index: int, called: list[Ticket]) -> None:
-        for ticket in called:
-            if ticket.state is TicketState.PLACED:
-                self._submit(index, ticket)
+    def _call(self, index: int, called: list[QueuedRequest]) -> None:
+        for request in called:
+            if request.state is RequestState.PLACED:
+                self._submit(index, request)
                 continue
-            del self._service_s[ticket]
+            del self._service_s[request]
             if self._counts:
-                self._outcome.shed[ticket.tier] += 1
+                self._outcome.shed[request.tier] += 1
         self._plan_renewal(index)
 
-    def _submit(self, index: int, ticket: Ticket) -> None:
-        engine = self._engines[ticket.replica_id]
+    def _submit(self, index: int, request: QueuedRequest) -> None:
+        engine = self._engines[request.replica_id]
         if engine.running < engine.slots:
-            self._begin(index, ticket, engine)
+            self._begin(index, request, engine)
             return
-        heapq.heappush(engine.queue, (ticket.tier.rank, next(self._order), index, ticket))
+        heapq.heappush(engine.queue, (request.tier.rank, next(self._order), index, request))
         self._outcome.most_queued = max(self._outcome.most_queued, len(engine.queue))
 
-    def _begin(self, index: int, ticket: Ticket, engine: Engine) -> None:
+    def _begin(self, index: int, request: QueuedRequest, engine: Engine) -> None:
         engine.running += 1
-        ends = self._now + self._service_s.pop(ticket)
+        ends = self._now + self._service_s.pop(request)
         if self._counts:
-            self._outcome.waits[ticket.tier].append(self._now - ticket.arrived)
+            self._outcome.waits[request.tier].append(self._now - request.arrived)
         counted_from = max(self._now, self._scenario.warm_up_s)
         self._busy_s += max(0.0, min(ends, self._scenario.seconds) - counted_from)
-        self._at(ends, self._finish, index, ticket, engine)
+        self._at(ends, self._finish, index, request, engine)
 
-    def _finish(self, index: int, ticket: Ticket, engine: Engine) -> None:
+    def _finish(self, index: int, request: QueuedRequest, engine: Engine) -> None:
         engine.running -= 1
         if engine.queue:
             _, _, owner, waiting = heapq.heappop(engine.queue)
             self._begin(owner, waiting, engine)
-        self._call(index, self._gates[index].end(ticket, self._now))
+        self._call(index, self._gates[index].end(request, self._now))
 
     def _tick(self) -> None:
-        for index, gate in enumerate(self._gates):
-            self._call(index, gate.tick(self._now))
+        for index, scheduler in enumerate(self._gates):
+            self._call(index, scheduler.tick(self._now))
         self._at(self._now + TICK_S, self._tick)
 
     # Credits. An ingress has one renewal under way at most; meanwhile nothing is planned.

@@ -163,7 +163,7 @@ async def _saturated(trial: Trial, load: Load, plan: Plan, say: Say) -> None:
 
 
 async def _until_steady(load: Load, plan: Plan) -> None:
-    """Wait until everybody has been answered once, on average: the line is then as it stays."""
+    """Wait until everybody has been answered once, on average: the queue is then as it stays."""
     before, deadline = len(load.answers), time.monotonic() + _LONGEST_FILLING_S
     while len(load.answers) < before + plan.clients and time.monotonic() < deadline:
         await asyncio.sleep(0.1)

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from app.config.ingress import IngressSettings
-from app.core.tiers import Reason
+from app.core.tiers import TierReason
 from app.flow.request import ShedReason
 from app.gateway.body_memory import NoRoom
-from app.gateway.health import CANNOT_SERVE
-from app.gateway.health import Reason as HealthReason
+from app.gateway.health import CANNOT_SERVE, HealthReason
 from app.protocol.json_body.depth import MAX_DEPTH
 from app.protocol.json_body.members import LONGEST_PARSED
 from app.protocol.json_body.parse import LONGEST_WHOLE
@@ -64,7 +63,9 @@ def test_no_error_code_is_documented_that_there_is_not():
 
 
 def test_every_reason_is_documented():
-    assert [quoted(cell) for cell, _ in rows("Answers", 1)] == [{reason.value} for reason in Reason]
+    assert [quoted(cell) for cell, _ in rows("Answers", 1)] == [
+        {reason.value} for reason in TierReason
+    ]
     shed = {reason.value for reason in ShedReason}
     shed |= {reason.value for reason in NoRoom if reason is not NoRoom.TOO_LARGE}
     assert {cell.strip("`") for cell, _ in rows("Errors", 1)} == shed

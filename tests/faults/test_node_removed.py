@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(240)]
 AWAY = "away"
 HEAD = "node:__internal_head__"  # Ray's own: on the head node alone
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
-NO_HEADROOM = {"line": {"headroom": 0}}
+NO_HEADROOM = {"queue": {"headroom": 0}}
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def single(cluster):
         ),
         simulated_app(
             "single",
-            settings={"line": {"default": {"max_wait_s": MAX_WAIT_S}}},
+            settings={"queue": {"default": {"max_wait_s": MAX_WAIT_S}}},
             tokens_per_second=60,
             health_timeout_s=2,
             probe_timeout_s=PROBE_TIMEOUT_S,

@@ -103,7 +103,7 @@ def test_prices_and_tiers_change_without_a_restart(frontline):
         assert headers["x-service-tier"] == "default"
         assert headers["x-service-tier-reason"] == "model_does_not_offer_tier"
 
-        offer("line", 7)
+        offer("queue", 7)
         eventually(lambda: price() == 7)
         assert ask(frontline, "changing", "priority")[0]["x-service-tier"] == "priority"
         assert frontline.snapshot("changing").replicas[0].replica_id == before
@@ -112,7 +112,7 @@ def test_prices_and_tiers_change_without_a_restart(frontline):
 
 
 def test_a_model_without_native_priority_can_sell_its_line(frontline):
-    settings = {"tiers": {"priority": "line"}}
+    settings = {"tiers": {"priority": "queue"}}
     frontline.deploy(simulated_app("inline", settings=settings, policy="fcfs"))
     try:
         frontline.wait_ready("inline")

@@ -24,7 +24,7 @@ def model(frontline):
     """Three slots for all and one for priority, an engine too slow to end, and a short line."""
     line = {"default": {"max_waiting": 2}, "flex": {"max_waiting": 0}, "headroom": 0.25}
     frontline.deploy(
-        simulated_app("watched", settings={"line": line}, slots=SLOTS, tokens_per_second=2)
+        simulated_app("watched", settings={"queue": line}, slots=SLOTS, tokens_per_second=2)
     )
     frontline.wait_ready("watched")
     yield frontline
@@ -87,8 +87,8 @@ async def test_it_shows_who_runs_who_waits_and_who_was_turned_away(model):
         await eventually_async(lambda: told(lambda d: sum(c for c, _ in d.held.values())) == SLOTS)
         asked = await start(client, Tier.DEFAULT, running=3, waiting=2)
         asked += await start(client, Tier.PRIORITY, running=1, waiting=1)
-        assert await ask(client, "default") == "line_full"
-        assert await ask(client, "default") == "line_full"
+        assert await ask(client, "default") == "queue_full"
+        assert await ask(client, "default") == "queue_full"
         assert await ask(client, "flex", extra_body={"fail_fast": True}) == "fail_fast"
         # The next report tells of them.
         await asyncio.sleep(1.5)
@@ -103,7 +103,7 @@ async def test_it_shows_who_runs_who_waits_and_who_was_turned_away(model):
     priority, default, flex = (watched["tiers"][t] for t in ("priority", "default", "flex"))
     assert (priority["running"], priority["waiting"], priority["sheds"]) == (1, 1, {})
     assert (default["running"], default["waiting"]) == (3, 2)
-    assert default["sheds"]["line_full"] == {"total": 2, "per_s": 0.0}
+    assert default["sheds"]["queue_full"] == {"total": 2, "per_s": 0.0}
     assert (flex["running"], flex["waiting"]) == (0, 0)
     assert flex["sheds"]["fail_fast"]["total"] == 1
     assert default["oldest_s"] > priority["oldest_s"] > 1

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
 from scripts.bench.autoscale import OURS, Row, hindsight, verdict
 from scripts.bench.fleet import Fleet, Simulation
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.unit
 CALM = Fleet(slots=2, start_s=5.0, initial=1, most=4, control_s=1.0)
 
 
-def run(policy, requests, seconds=100.0, fleet=CALM, **line):
-    return Simulation(fleet, policy, LineSettings(**line)).run(iter(requests), seconds)
+def run(policy, requests, seconds=100.0, fleet=CALM, **queue):
+    return Simulation(fleet, policy, QueueSettings(**queue)).run(iter(requests), seconds)
 
 
 def test_a_full_replica_lets_others_wait_and_keeps_a_slot_for_priority():
@@ -28,9 +28,9 @@ def test_a_full_replica_lets_others_wait_and_keeps_a_slot_for_priority():
 
 
 def test_priority_goes_first_and_nobody_waits_for_ever():
-    line = {"headroom": 0.0}
+    queue = {"headroom": 0.0}
     requests = [(1.0, 2, 300.0), (1.0, 1, 200.0), (2.0, 1, 1.0), (3.0, 0, 1.0)]
-    outcome = run(Fixed(1), requests, 400.0, **line)
+    outcome = run(Fixed(1), requests, 400.0, **queue)
     assert outcome.waits == [[], [0.0], [0.0]]
     assert outcome.shed == [1, 1, 0], "after two minutes"
 

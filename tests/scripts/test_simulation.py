@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import Tier
 from scripts.bench.simulate import distance, markdown
 from scripts.bench.simulation import Outcome, Scenario, Simulation, arrivals
@@ -13,7 +13,7 @@ SMALL = Scenario(ingresses=4, replicas=4, load=2.0, bursty=True, seconds=60.0, s
 
 
 def simulate(scenario, *, ideal=False):
-    return Simulation(scenario, LineSettings(), ideal=ideal).run()
+    return Simulation(scenario, QueueSettings(), ideal=ideal).run()
 
 
 def served(outcome):

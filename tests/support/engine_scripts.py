@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from app.config.ingress import ModelSettings
 from app.core.dialect import Route
 from app.core.tiers import ACCEPTED_VALUES
-from deployments.simulator.settings import Failures, RequestFailure
-from tests.support.world import ALIAS, ENGINES, KEYS, LINE, MODEL, Seen, World
+from deployments.simulator.settings import InjectedFailures, RequestFailure
+from tests.support.world import ALIAS, ENGINES, KEYS, MODEL, QUEUE, Seen, World
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Ask:
     options: str | None = None
     fail_fast: bool = False
     model: str = MODEL
-    goes_wrong: tuple[Failures | None, ...] = ()
+    goes_wrong: tuple[InjectedFailures | None, ...] = ()
     leave: Leave | None = None
     retries: int = 0
     behind: bool = False
@@ -95,7 +95,7 @@ class Pause:
 
 
 def broken(kind, after_tokens=0, status=500):
-    return Failures(request=RequestFailure(kind), after_tokens=after_tokens, status=status)
+    return InjectedFailures(request=RequestFailure(kind), after_tokens=after_tokens, status=status)
 
 
 HANG, CRASH = broken("hang"), broken("crash")
@@ -140,7 +140,7 @@ crowds = st.lists(asks, min_size=3, max_size=9).map(tuple)
 short = st.decimals(0, 500, places=5)
 changes = st.one_of(
     st.builds(Reprice, short, st.decimals(1, 3, places=3), st.decimals(0, 1, places=3)),
-    st.builds(Offer, st.sampled_from(["auto", "auto", "line", "off"]), st.booleans()),
+    st.builds(Offer, st.sampled_from(["auto", "auto", "queue", "off"]), st.booleans()),
     st.builds(Engines, st.sets(st.sampled_from(sorted(ENGINES)), min_size=1).map(frozenset)),
 )
 pauses = st.builds(Pause, st.sampled_from([0.0, 0.005, 0.03, None]))
@@ -203,7 +203,7 @@ class Run:
                 await asyncio.sleep(seconds)
 
     async def apply(self):
-        model = {"rate_card": self.card, "tiers": self.tiers, "line": LINE}
+        model = {"rate_card": self.card, "tiers": self.tiers, "queue": QUEUE}
         await self.world.set(ModelSettings.load(model, "user_config"), self.engines)
 
     async def ask(self, ask):

@@ -9,7 +9,7 @@ from fractions import Fraction
 from hypothesis import strategies as st
 
 from app.core.pricing import Multipliers, RateCard, TokenUsage
-from app.core.tiers import Reason, Tier, TierDecision
+from app.core.tiers import Tier, TierDecision, TierReason
 from app.ledger.record import Origin, State, UsageRecord
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -38,7 +38,7 @@ def opened(
 ) -> UsageRecord:
     of = origin(request_id, **values)
     lowered = of.requested is not None and of.requested is not served
-    reason = Reason.NO_REPLICA_HONOURS_PRIORITY if lowered else None
+    reason = TierReason.NO_REPLICA_HONOURS_PRIORITY if lowered else None
     decision = TierDecision(of.requested, served, reason, card)
     return UsageRecord.open(of, decision, engine="vllm", replica="r1", queue_s=0.25)
 
@@ -57,7 +57,7 @@ def completed(
 
 def shed(request_id: str | None = None) -> UsageRecord:
     return UsageRecord.not_served(
-        origin(request_id), State.SHED, "line_full", queue_s=0.0, ended=NOON
+        origin(request_id), State.SHED, "queue_full", queue_s=0.0, ended=NOON
     )
 
 
@@ -105,7 +105,7 @@ def records(draw) -> UsageRecord:
     if not state.served:
         return UsageRecord.not_served(of, state, draw(texts), queue_s=0.5, ended=ended)
     served = draw(st.sampled_from(Tier))
-    decision = TierDecision(of.requested, served, Reason.MODEL_DOES_NOT_OFFER_TIER, draw(cards))
+    decision = TierDecision(of.requested, served, TierReason.MODEL_DOES_NOT_OFFER_TIER, draw(cards))
     record = UsageRecord.open(
         of, decision, engine="vllm", replica=draw(texts), queue_s=draw(st.floats(0, 100))
     )

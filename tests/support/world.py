@@ -29,9 +29,9 @@ from app.config.journal import JournalSettings
 from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus
 from app.core.dialect import Route
 from app.core.tiers import Tier
-from app.flow.allocation.allocator import Capacity, CreditBook
+from app.flow.allocation.allocator import Capacity, CreditAllocator
 from app.gateway.lifecycle import Services
-from app.gateway.registry import Catalog
+from app.gateway.registry import ModelRegistry
 from app.gateway.response import Reply
 from app.ingress import build_api
 from app.ledger.ledger import Ledger
@@ -39,8 +39,8 @@ from app.ledger.record_store import RecordStore, Wanted
 from app.ledger.usage import Grouping, add_up
 from app.store.database import connect
 from app.store.database_url import parse_url
-from app.tenants.access import Accounts
-from app.tenants.keys import KeyTable, Limits, create_key
+from app.tenants.access import Access
+from app.tenants.keys import KeyLimits, KeyTable, create_key
 from app.tenants.limiter import LimitBooks
 from app.upstream.client import EngineClient
 from deployments.engines.base import Launch
@@ -48,7 +48,7 @@ from deployments.engines.simulated import Simulated
 from deployments.simulator.__main__ import Server
 from deployments.simulator.application import Application
 from deployments.simulator.engine import Engine, GivenUpError
-from deployments.simulator.settings import Failures, SimulatedSettings
+from deployments.simulator.settings import InjectedFailures, SimulatedSettings
 from tests.support.records import completed
 
 MODEL, ALIAS = "acme/model", "model"
@@ -61,7 +61,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 """One honours priority everywhere, one nowhere, two on some routes."""
 SLOTS = 2
-LINE = {
+QUEUE = {
     "priority": {"max_waiting": 3, "max_wait_s": 0.3},
     "default": {"max_waiting": 2, "max_wait_s": 0.3},
     "flex": {"max_waiting": 1, "max_wait_s": 0.3},
@@ -72,16 +72,16 @@ KEYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "premium": {"default_tier": Tier.PRIORITY},
     "frugal": {"default_tier": Tier.FLEX, "tiers": [Tier.FLEX]},
-    "sharing": {"limits": Limits(priority_share=Decimal("0.5"))},
-    "limited": {"limits": Limits(rpm=60)},
+    "sharing": {"limits": KeyLimits(priority_share=Decimal("0.5"))},
+    "limited": {"limits": KeyLimits(rpm=60)},
 }
 
-HANG_UP = Failures(request="truncate", health_hangs=True)
+HANG_UP = InjectedFailures(request="truncate", health_hangs=True)
 """The engine closes the connection as the request arrives, and goes on serving others."""
 
 _noting: ContextVar[Callable[[str], None]] = ContextVar("noting")
 _serving: ContextVar[SimulatedEngine] = ContextVar("serving")
-_planned: ContextVar[Failures | None] = ContextVar("planned", default=None)
+_planned: ContextVar[InjectedFailures | None] = ContextVar("planned", default=None)
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Seen:
     """
 
     request: Any
-    plan: list[Failures | None]
+    plan: list[InjectedFailures | None]
     request_id: str = ""
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
@@ -136,7 +136,7 @@ class NotedReply(Reply):
 class PlannedEngine(Engine):
     """Fails at those requests that are meant to fail."""
 
-    def failure_of(self, number: int) -> Failures | None:
+    def failure_of(self, number: int) -> InjectedFailures | None:
         return _planned.get()
 
 
@@ -155,7 +155,7 @@ class SimulatedEngine:
         self.up = False
         self._world = world
         loop = asyncio.get_running_loop()
-        # More slots than it is given requests: the line is in the ingress.
+        # More slots than it is given requests: the queue is in the ingress.
         given = {"slots": 64, "tokens_per_second": 1500, "context_length": 2048, **ENGINES[name]}
         engine = PlannedEngine(SimulatedSettings.load(given, "engine_args"), loop)
         self._app = Application(engine, MODEL, "simulated", KEY)
@@ -268,7 +268,7 @@ class Source:
         self._world = world
         self._changes = 0
         self._news = asyncio.Event()
-        self._book = CreditBook("life", ModelSettings().line, time.monotonic() - 60)
+        self._book = CreditAllocator("life", ModelSettings().queue, time.monotonic() - 60)
         self.snapshot = ModelSnapshot(MODEL, (ALIAS,), "acme", 0, ModelSettings(), ())
 
     async def applications(self) -> set[str]:
@@ -296,7 +296,7 @@ class Source:
     ) -> None:
         self._changes += 1
         self.snapshot = replace(self.snapshot, settings=settings, replicas=tuple(replicas), **more)
-        self._book.configure(settings.line)
+        self._book.configure(settings.queue)
         self._book.set_replicas(
             Capacity(one.replica_id, one.pool, one.slots, one.dialect.native_priority)
             for one in self.snapshot.replicas
@@ -355,14 +355,14 @@ class World:
         journal = JournalSettings(segment_mb=1, flush_interval_s=0.01, progress_tokens=1)
         self.ledger = Ledger(folder / "journal", journal, self.store)
         self._source = Source(self)
-        self._catalog = Catalog(self._source, discover_s=60)
+        self._catalog = ModelRegistry(self._source, discover_s=60)
         self._keys = KeptKeys()
         settings = IngressSettings(
             auth="keys", engine_timeout_s=timeout_s, stream_timeout_s=timeout_s
         )
         self._services = Services(
             self._catalog, EngineClient(), settings,
-            self.ledger, Accounts(self._catalog.ingress, self._keys, Books()), self.store,
+            self.ledger, Access(self._catalog.ingress, self._keys, Books()), self.store,
         )  # fmt: skip
         self._api = build_api(self._services)
         self.engines = {name: SimulatedEngine(self, name) for name in ENGINES}

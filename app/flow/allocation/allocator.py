@@ -1,8 +1,8 @@
 """The Model's book of credits: who may hold which slots. Pure: the time is passed in.
 
 ``app.flow.allocation.fair_share`` and ``app.flow.allocation.rebalance`` decide how many credits
-each ingress ought to have; ``CreditBook`` moves credits towards that without ever giving one slot
-to two ingresses:
+each ingress ought to have; ``CreditAllocator`` moves credits towards that without ever giving one
+slot to two ingresses:
 
 - What an ingress may hold is what it reported last, plus what was granted to it since and not
   yet reported back. A credit is added only on a replica where the sum of that over all ingresses
@@ -33,10 +33,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import Tier
 from app.flow.allocation.fair_share import Want
-from app.flow.allocation.rebalance import Standing, Terms, balance
+from app.flow.allocation.rebalance import IngressHoldings, Terms, balance
 from app.flow.credits import RENEWAL_S, SILENCE_S, Demand, Grant
 
 LOOK_AFTER_S = 1.1 * RENEWAL_S
@@ -84,16 +84,16 @@ class _Account:
     pending: Grant | None = None
     held: dict[str, int] = field(default_factory=dict)
     # What it wants, may hold and uses, by pool.
-    standings: dict[str, Standing] = field(default_factory=dict)
+    standings: dict[str, IngressHoldings] = field(default_factory=dict)
     # As its last grant found: whether it lacks slots for priority.
     urgent: bool = False
     nudged: bool = False
 
 
-class CreditBook:
+class CreditAllocator:
     """Who may hold which credits of one model. Kept by its Model actor."""
 
-    def __init__(self, life: str, settings: LineSettings, now: float) -> None:
+    def __init__(self, life: str, settings: QueueSettings, now: float) -> None:
         self._life = life
         self._settings = settings
         self._numbers = 0
@@ -106,7 +106,7 @@ class CreditBook:
         # Of every ingress, by pool, for as long as nothing has changed that they follow from.
         self._struck: dict[str, dict[str, Terms]] = {}
 
-    def configure(self, settings: LineSettings) -> None:
+    def configure(self, settings: QueueSettings) -> None:
         """Take over changed settings."""
         self._settings = settings
         for pool in self._pools.values():
@@ -275,7 +275,7 @@ class CreditBook:
                 held[name] += count
                 running[name] += account.demand.held.get(replica_id, (0, 0))[1]
         standings = {
-            name: Standing(_part(account.demand, pool), held[name], running[name])
+            name: IngressHoldings(_part(account.demand, pool), held[name], running[name])
             for name, pool in self._pools.items()
         }
         if standings != account.standings:

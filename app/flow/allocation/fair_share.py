@@ -58,7 +58,7 @@ def split(slots: int, headroom: int, every: int, wants: Sequence[Want]) -> list[
     Args:
         slots: all slots, headroom included.
         headroom: how many of them are kept for priority.
-        every: the line's ``starvation_every``.
+        every: the queue's ``starvation_every``.
         wants: one for each ingress, at least one.
     """
     kept = _share_headroom(headroom, wants)

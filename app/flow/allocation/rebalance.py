@@ -32,7 +32,7 @@ _OLDER_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class IngressHoldings:
     """What one ingress wants of a pool, and the credits that it holds and uses there."""
 
     want: Want
@@ -65,7 +65,7 @@ class Terms:
 
 
 def balance(
-    standings: Sequence[Standing], *, slots: int, headroom: int, every: int, room: int
+    standings: Sequence[IngressHoldings], *, slots: int, headroom: int, every: int, room: int
 ) -> list[Terms]:
     """Return the terms of each ingress in a pool.
 
@@ -73,7 +73,7 @@ def balance(
         standings: one for each ingress, at least one.
         slots: all slots of the pool, headroom included.
         headroom: how many of them are kept for priority.
-        every: the line's ``starvation_every``.
+        every: the queue's ``starvation_every``.
         room: how many credits can be added to somebody's now.
     """
     shares = split(slots, headroom, every, [standing.want for standing in standings])
@@ -108,7 +108,7 @@ class _Need(IntEnum):
 class _Party:
     """One ingress while the balance is struck: what it needs, lacks, lends and keeps."""
 
-    def __init__(self, now: Standing, share: Share) -> None:
+    def __init__(self, now: IngressHoldings, share: Share) -> None:
         self.now = now
         self.share = share
         self.need = self._need()

@@ -19,7 +19,7 @@ LONGEST_KEPT_PARSED: Final = 4 * 1024
 24 times as much."""
 
 
-class Span(NamedTuple):
+class ByteSpan(NamedTuple):
     """Where a member is: its number in the document, and where its name and its value are."""
 
     number: int
@@ -37,7 +37,7 @@ class Members(Mapping[str, Any]):
 
     __slots__ = ("_data", "_spans")
 
-    def __init__(self, data: memoryview, spans: Mapping[str, Span]) -> None:
+    def __init__(self, data: memoryview, spans: Mapping[str, ByteSpan]) -> None:
         self._data = data
         self._spans = spans
 

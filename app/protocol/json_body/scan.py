@@ -33,7 +33,7 @@ from app.protocol.json_body.depth import (
     first_return,
     levels,
 )
-from app.protocol.json_body.members import LONGEST_PARSED, Members, Span
+from app.protocol.json_body.members import LONGEST_PARSED, ByteSpan, Members
 from app.protocol.json_body.raw import RawJson
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class _Scanner:
         self._left = _SLICE
 
     def members(self) -> Steps[Members]:
-        data, found = self.data, list[tuple[str, Span]]()
+        data, found = self.data, list[tuple[str, ByteSpan]]()
         at = yield from self.skip_space(0)
         if self._byte(at) != b"{":
             if len(data) <= LONGEST_PARSED:
@@ -145,7 +145,7 @@ class _Scanner:
             raise InvalidJson
         return Members(data, dict(found))
 
-    def _member(self, start: int, number: int) -> Steps[tuple[str, Span]]:
+    def _member(self, start: int, number: int) -> Steps[tuple[str, ByteSpan]]:
         data = self.data
         if self._byte(start) != _QUOTE:
             raise InvalidJson
@@ -162,7 +162,7 @@ class _Scanner:
             yield from self._spend(_PARSE_WORK * length)
             _parse(data[value:end])
         yield from self._spend(_MEMBER_WORK)
-        return name, Span(number, start, value, end)
+        return name, ByteSpan(number, start, value, end)
 
     def _value_end(self, start: int, name: str | None) -> Steps[int]:
         first = self._byte(start)

@@ -4,7 +4,7 @@ import pytest
 
 from app.cli.board import Sheds, Sight, make_frame
 from app.config.ingress import ModelSettings
-from app.contracts.stats import IngressBoard, LineReport, ModelBoard
+from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
 from app.contracts.status import ModelSnapshot, ReplicaStatus, Rest
 from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
@@ -13,7 +13,7 @@ from app.flow.request import ShedReason
 
 pytestmark = pytest.mark.unit
 
-FULL = (Tier.DEFAULT, ShedReason.LINE_FULL)
+FULL = (Tier.DEFAULT, ShedReason.QUEUE_FULL)
 
 
 def tiers(priority, default, flex):
@@ -50,7 +50,7 @@ def ingress(
     demand = Demand(
         name, 1, 0.0, "l", 1, held or {}, tiers(*running), tiers(*waiting), tiers(*oldest_s), 0
     )
-    report = LineReport(at, 1, tiers(0.5, 1.5, 0.0), tiers(*placed), tiers(*queued_s), sheds or {})
+    report = QueueReport(at, 1, tiers(0.5, 1.5, 0.0), tiers(*placed), tiers(*queued_s), sheds or {})
     return IngressBoard(demand, report)
 
 
@@ -95,14 +95,14 @@ def test_rates_are_those_between_two_reports_by_the_ingress_s_own_clock():
     before = board(ingress(at=100.0, placed=(0, 4, 0), queued_s=(0, 8.0, 0), sheds={FULL: 7}))
     now = board(ingress(at=102.0, placed=(0, 8, 0), queued_s=(0, 9.0, 0), sheds={FULL: 12}))
     row = only_model(now, before).tiers[Tier.DEFAULT]
-    assert row.sheds == {ShedReason.LINE_FULL: Sheds(total=12, per_s=2.5)}
+    assert row.sheds == {ShedReason.QUEUE_FULL: Sheds(total=12, per_s=2.5)}
     assert row.queued_s == 0.25
     assert only_model(now, before).tiers[Tier.FLEX].queued_s is None, "none was placed"
 
 
 def test_a_reason_first_seen_now_has_a_rate_too():
     row = only_model(board(ingress(at=2.0, sheds={FULL: 3})), board(ingress(at=1.0)))
-    assert row.tiers[Tier.DEFAULT].sheds[ShedReason.LINE_FULL] == Sheds(3, 3.0)
+    assert row.tiers[Tier.DEFAULT].sheds[ShedReason.QUEUE_FULL] == Sheds(3, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_reason_first_seen_now_has_a_rate_too():
 )
 def test_without_two_reports_of_one_ingress_there_is_no_rate(before):
     row = only_model(board(ingress(at=5.0, sheds={FULL: 7})), before).tiers[Tier.DEFAULT]
-    assert row.sheds[ShedReason.LINE_FULL] == Sheds(7, None)
+    assert row.sheds[ShedReason.QUEUE_FULL] == Sheds(7, None)
     assert row.queued_s is None
 
 
@@ -127,7 +127,7 @@ def test_an_ingress_that_has_just_come_adds_its_sheds_to_no_rate():
         ingress("one", at=2.0, sheds={FULL: 2}), ingress("back", at=900.0, sheds={FULL: 500})
     )
     row = only_model(now, before).tiers[Tier.DEFAULT]
-    assert row.sheds[ShedReason.LINE_FULL] == Sheds(502, 1.0)
+    assert row.sheds[ShedReason.QUEUE_FULL] == Sheds(502, 1.0)
 
 
 def test_a_model_that_does_not_answer_and_one_without_ingresses_are_shown():

@@ -139,7 +139,7 @@ def test_how_many_replicas_there_are_to_be(setting, replicas):
     ("old", "new", "pool", "words"),
     [
         ("priority: auto", 'priority: "off"', "vllm", "does not offer it"),
-        ("priority: auto", "priority: line", "vllm", "by the line alone"),
+        ("priority: auto", "priority: queue", "vllm", "by the queue alone"),
         ("max_model_len: 32768", "scheduling_policy: fcfs", "vllm", "without native priority"),
         ("context_length: 32768", "enable_priority_scheduling: false", "sglang", "without native"),
         (
@@ -217,7 +217,7 @@ def test_haproxy_must_hold_what_runs_and_what_waits():
 def test_a_line_that_its_operator_bounds_asks_for_less():
     tiers = "tiers: {priority: auto, flex: true}"
     bound = {tier: {"max_waiting": 10} for tier in ("priority", "default", "flex")}
-    bounded = THREE.replace(tiers, f"{tiers}\n      line: {json.dumps(bound)}")
+    bounded = THREE.replace(tiers, f"{tiers}\n      queue: {json.dumps(bound)}")
     assert bounded != THREE
     assert front(bounded).requests < front(THREE).requests / 5
 

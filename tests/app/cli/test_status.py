@@ -7,7 +7,7 @@ from rich.console import Console
 
 from app.cli.board import ModelFrame
 from app.cli.diff import Difference
-from app.cli.status import ApplicationRow, DeploymentRow, NodeRow, Status
+from app.cli.status import ApplicationRow, ClusterStatus, DeploymentRow, NodeRow
 from app.cli.status_view import render
 
 pytestmark = pytest.mark.unit
@@ -26,7 +26,7 @@ def drawn(differs=None):
         ApplicationRow("served", "RUNNING", "all is well", (POOL,)),
     )
     console = Console(file=io.StringIO(), width=160)
-    console.print(render(Status("10.0.0.1:6379", (HEAD, GPU), applications, differs)))
+    console.print(render(ClusterStatus("10.0.0.1:6379", (HEAD, GPU), applications, differs)))
     return console.file.getvalue()
 
 

@@ -20,7 +20,7 @@ BUSY = TierRow(
     queued_s=0.25,
     grants_per_s=13.81,
     sheds={
-        ShedReason.LINE_FULL: Sheds(164, 4.5),
+        ShedReason.QUEUE_FULL: Sheds(164, 4.5),
         ShedReason.DISPLACED: Sheds(3, 0.0),
         ShedReason.FAIL_FAST: Sheds(2, None),
     },
@@ -52,7 +52,7 @@ def test_a_frame_tells_the_line_by_tier_the_credits_and_the_replicas():
     assert shown[2] == ["tier", "running", "waiting", "oldest", "queued", "grants/s", "sheds"]
     assert shown[3] == ["priority", "0", "0", "-", "-", "0.0", "-"]
     assert " ".join(shown[4]) == (
-        "default 5 12 2.1 s 250 ms 13.8 line_full 164 (4.5/s), displaced 3, fail_fast 2"
+        "default 5 12 2.1 s 250 ms 13.8 queue_full 164 (4.5/s), displaced 3, fail_fast 2"
     )
     assert " ".join(shown[7]) == "abc gpu vllm 0.32 native 7/8 6"
     assert " ".join(shown[8]) == "def gpu vllm 0.32 none 7/8 6"
@@ -91,7 +91,7 @@ def test_json_holds_every_number():
     told = json.loads(json.dumps(to_json("a:1", [MODEL, ModelFrame("other", "DEPLOYING")])))
     assert told["address"] == "a:1"
     model, silent = told["models"]
-    assert model["tiers"]["default"]["sheds"]["line_full"] == {"total": 164, "per_s": 4.5}
+    assert model["tiers"]["default"]["sheds"]["queue_full"] == {"total": 164, "per_s": 4.5}
     assert model["tiers"]["default"]["sheds"]["fail_fast"] == {"total": 2, "per_s": None}
     assert list(model["tiers"]) == ["priority", "default", "flex"]
     assert model["replicas"][0]["native_priority"] is True

@@ -47,7 +47,7 @@ def test_settings_do_not_change():
 
 
 def test_yaml_reads_off_as_false_and_the_error_says_what_is_wanted():
-    with pytest.raises(SettingsError, match=r"tiers\.priority.*'auto', 'off' or 'line'"):
+    with pytest.raises(SettingsError, match=r"tiers\.priority.*'auto', 'off' or 'queue'"):
         ModelSettings.load({"tiers": {"priority": False}}, "user_config")
 
 

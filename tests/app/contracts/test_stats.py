@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import pytest
 
 from app.config.ingress import ModelSettings
-from app.contracts.stats import REPORT_S, ReportBook, Tally
+from app.contracts.stats import REPORT_S, ReportStore, Tally
 from app.contracts.status import ModelSnapshot, ReplicaStatus
 from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
 from app.flow.admission import Admission, Shed
 from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Demand, Grant
-from app.flow.request import ShedReason, Ticket, TicketState
+from app.flow.request import QueuedRequest, RequestState, ShedReason
 
 pytestmark = pytest.mark.unit
 
@@ -26,12 +26,12 @@ def report(at=0.0):
 
 
 def placed(tier=Tier.DEFAULT, *, arrived=0.0, at=0.0, replayed=False):
-    state = TicketState.PLACED
-    return Ticket(tier, "", 1, state=state, arrived=arrived, placed=at, replayed=replayed)
+    state = RequestState.PLACED
+    return QueuedRequest(tier, "", 1, state=state, arrived=arrived, placed=at, replayed=replayed)
 
 
 def shed(tier, reason):
-    return Ticket(tier, "", 1, state=TicketState.SHED, shed=reason)
+    return QueuedRequest(tier, "", 1, state=RequestState.SHED, shed=reason)
 
 
 def test_a_tally_counts_by_tier_and_reason_and_never_forgets():
@@ -39,21 +39,21 @@ def test_a_tally_counts_by_tier_and_reason_and_never_forgets():
     tally.count(placed(arrived=1.0, at=1.5))
     tally.count(placed(arrived=2.0, at=4.0))
     tally.count(placed(Tier.PRIORITY))
-    tally.count(shed(Tier.FLEX, ShedReason.LINE_FULL))
+    tally.count(shed(Tier.FLEX, ShedReason.QUEUE_FULL))
     first = tally.report(5.0, headroom=2, grants_per_s=NOTHING)
     assert (first.at, first.headroom) == (5.0, 2)
     assert first.placed == {Tier.PRIORITY: 1, Tier.DEFAULT: 2, Tier.FLEX: 0}
     assert first.queued_s == {Tier.PRIORITY: 0.0, Tier.DEFAULT: 2.5, Tier.FLEX: 0.0}
-    assert first.sheds == {(Tier.FLEX, ShedReason.LINE_FULL): 1}
+    assert first.sheds == {(Tier.FLEX, ShedReason.QUEUE_FULL): 1}
 
-    tally.count(shed(Tier.FLEX, ShedReason.LINE_FULL))
+    tally.count(shed(Tier.FLEX, ShedReason.QUEUE_FULL))
     tally.count(shed(Tier.DEFAULT, ShedReason.DISPLACED))
     second = tally.report(6.0, headroom=2, grants_per_s=NOTHING)
     assert second.sheds == {
-        (Tier.FLEX, ShedReason.LINE_FULL): 2,
+        (Tier.FLEX, ShedReason.QUEUE_FULL): 2,
         (Tier.DEFAULT, ShedReason.DISPLACED): 1,
     }
-    assert first.sheds == {(Tier.FLEX, ShedReason.LINE_FULL): 1}, "a report does not change"
+    assert first.sheds == {(Tier.FLEX, ShedReason.QUEUE_FULL): 1}, "a report does not change"
 
 
 def test_a_replay_has_not_queued_while_its_engine_had_it():
@@ -64,7 +64,7 @@ def test_a_replay_has_not_queued_while_its_engine_had_it():
 
 
 def test_the_book_keeps_the_latest_word_of_every_ingress():
-    book = ReportBook()
+    book = ReportStore()
     first, later = report(0.0), report(1.0)
     book.take(demand("two"), first, 0.0)
     book.take(demand("one"), first, 0.0)
@@ -78,7 +78,7 @@ def test_the_book_keeps_the_latest_word_of_every_ingress():
 
 
 def test_an_ingress_is_on_the_board_once_it_has_reported():
-    book = ReportBook()
+    book = ReportStore()
     book.take(demand(), None, 0.0)
     assert book.ingresses(0.0) == ()
     book.take(demand(number=2), report(), 0.2)
@@ -86,7 +86,7 @@ def test_an_ingress_is_on_the_board_once_it_has_reported():
 
 
 def test_a_silent_ingress_is_dropped():
-    book = ReportBook()
+    book = ReportStore()
     book.take(demand("silent"), report(), 0.0)
     book.take(demand("heard"), report(), 0.0)
     book.take(demand("heard", number=2), None, SILENCE_S - 0.1)
@@ -95,16 +95,16 @@ def test_a_silent_ingress_is_dropped():
 
 
 def test_ingresses_that_come_and_go_do_not_pile_up_where_nobody_looks():
-    book = ReportBook()
+    book = ReportStore()
     for generation in range(100):
         book.take(demand(f"ingress {generation}"), report(), generation * SILENCE_S)
     assert len(book._entries) == 1
 
 
-def admission(*, slots, **line):
+def admission(*, slots, **queue):
     dialect = Dialect("vllm", False, dict.fromkeys(Tier, 0), frozenset(Route))
     replica = ReplicaStatus("one", "pool", "http://one", "key", slots, "1", None, dialect)
-    settings = ModelSettings.load({"line": {"headroom": 0, **line}}, "user_config")
+    settings = ModelSettings.load({"queue": {"headroom": 0, **queue}}, "user_config")
     made = Admission("ingress")
     made.update(ModelSnapshot("m", (), "me", 0, settings, (replica,)))
     asked = made.demand()
@@ -144,7 +144,9 @@ async def test_what_was_counted_is_reported_as_soon_as_a_report_is_due(monkeypat
     assert made._renewal_at() == now + QUIET_S
     now += 0.05
     with pytest.raises(Shed):
-        await made.admit(Ticket(Tier.DEFAULT, "", 1, fail_fast=True, without=frozenset({"one"})))
+        await made.admit(
+            QueuedRequest(Tier.DEFAULT, "", 1, fail_fast=True, without=frozenset({"one"}))
+        )
     assert made._renewal_at() == 1000.0 + REPORT_S - 0.1 + RENEWAL_S
     now = made._renewal_at()
     told = renew()
@@ -154,15 +156,15 @@ async def test_what_was_counted_is_reported_as_soon_as_a_report_is_due(monkeypat
 async def test_an_admission_counts_whoever_it_tells(monkeypatch):
     one = {"max_waiting": 1}
     made = admission(slots=1, flex=one, default=one, priority=one)
-    running, waiting, gone = (Ticket(Tier.DEFAULT, "", 1) for _ in range(3))
-    jumping = Ticket(Tier.PRIORITY, "", 1, route=Route.CHAT)
+    running, waiting, gone = (QueuedRequest(Tier.DEFAULT, "", 1) for _ in range(3))
+    jumping = QueuedRequest(Tier.PRIORITY, "", 1, route=Route.CHAT)
     await made.admit(running)
     with pytest.raises(Shed):
-        await made.admit(Ticket(Tier.FLEX, "", 1, fail_fast=True))
+        await made.admit(QueuedRequest(Tier.FLEX, "", 1, fail_fast=True))
     displaced = asyncio.create_task(made.admit(waiting))
     await asyncio.sleep(0)
     with pytest.raises(Shed):
-        await made.admit(Ticket(Tier.DEFAULT, "", 1))
+        await made.admit(QueuedRequest(Tier.DEFAULT, "", 1))
     jumped = asyncio.create_task(made.admit(jumping))
     with pytest.raises(Shed):
         await displaced
@@ -182,7 +184,7 @@ async def test_an_admission_counts_whoever_it_tells(monkeypatch):
     assert told.queued_s[Tier.PRIORITY] > 0 == told.queued_s[Tier.DEFAULT]
     assert told.sheds == {
         (Tier.FLEX, ShedReason.FAIL_FAST): 1,
-        (Tier.DEFAULT, ShedReason.LINE_FULL): 1,
+        (Tier.DEFAULT, ShedReason.QUEUE_FULL): 1,
         (Tier.DEFAULT, ShedReason.DISPLACED): 1,
     }
     assert told.grants_per_s[Tier.PRIORITY] > 0 == told.grants_per_s[Tier.FLEX]

@@ -6,10 +6,10 @@ from app.core.pricing import RateCard
 from app.core.tiers import (
     ACCEPTED_VALUES,
     PriorityMode,
-    Reason,
     Tier,
     TierDecision,
     TierOffer,
+    TierReason,
     TierRights,
     UnknownTierError,
     admit,
@@ -59,7 +59,7 @@ def test_a_tier_that_is_not_offered_is_admitted_as_default(wanted, offer):
         wanted is Tier.FLEX and not offer.flex
     )
     assert admitted is (Tier.DEFAULT if refused else wanted)
-    assert reason is (Reason.MODEL_DOES_NOT_OFFER_TIER if refused else None)
+    assert reason is (TierReason.MODEL_DOES_NOT_OFFER_TIER if refused else None)
 
 
 rights = st.builds(
@@ -76,9 +76,9 @@ def test_a_tier_that_the_key_may_not_use_is_admitted_as_default(wanted, offer, r
     if offered is not wanted:
         assert (admitted, why) == (offered, reason)
     elif wanted not in rights.tiers:
-        assert (admitted, why) == (Tier.DEFAULT, Reason.KEY_MAY_NOT_USE_TIER)
+        assert (admitted, why) == (Tier.DEFAULT, TierReason.KEY_MAY_NOT_USE_TIER)
     elif wanted is Tier.PRIORITY and rights.over_share:
-        assert (admitted, why) == (Tier.DEFAULT, Reason.OVER_PRIORITY_SHARE)
+        assert (admitted, why) == (Tier.DEFAULT, TierReason.OVER_PRIORITY_SHARE)
     else:
         assert (admitted, why) == (wanted, None)
 
@@ -114,7 +114,7 @@ def test_priority_is_decided_only_when_it_is_delivered(
     if decision.served is Tier.PRIORITY:
         assert wanted is Tier.PRIORITY and not lowered
         assert Tier.PRIORITY in rights.tiers and not rights.over_share
-        assert offer.priority is PriorityMode.LINE or (
+        assert offer.priority is PriorityMode.QUEUE or (
             offer.priority is PriorityMode.AUTO and honoured
         )
     assert decision.served in (wanted, Tier.DEFAULT), "a tier is lowered to default or kept"
@@ -122,7 +122,7 @@ def test_priority_is_decided_only_when_it_is_delivered(
 
 
 def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
-    def reason(native: bool) -> Reason | None:
+    def reason(native: bool) -> TierReason | None:
         return decide(
             requested=Tier.PRIORITY,
             default_tier=Tier.DEFAULT,
@@ -133,8 +133,8 @@ def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
             rate_card=RateCard(),
         ).reason
 
-    assert reason(native=True) is Reason.ROUTE_DOES_NOT_HONOUR_PRIORITY
-    assert reason(native=False) is Reason.NO_REPLICA_HONOURS_PRIORITY
+    assert reason(native=True) is TierReason.ROUTE_DOES_NOT_HONOUR_PRIORITY
+    assert reason(native=False) is TierReason.NO_REPLICA_HONOURS_PRIORITY
 
 
 def test_a_decision_never_changes_and_never_lowers_without_a_reason():

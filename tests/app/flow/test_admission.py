@@ -10,18 +10,18 @@ from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
 from app.flow.admission import Admission, ModelGone, Shed
 from app.flow.credits import RENEWAL_S, Grant
-from app.flow.request import ShedReason, Ticket, TicketState
+from app.flow.request import QueuedRequest, RequestState, ShedReason
 
 pytestmark = pytest.mark.unit
 
 
-def model(*names, slots=2, **line):
+def model(*names, slots=2, **queue):
     dialect = Dialect("vllm", False, dict.fromkeys(Tier, 0), frozenset(Route))
     replicas = tuple(
         ReplicaStatus(name, "pool", f"http://{name}", "key", slots, "1", None, dialect)
         for name in names
     )
-    settings = ModelSettings.load({"line": {"headroom": 0, **line}}, "user_config")
+    settings = ModelSettings.load({"queue": {"headroom": 0, **queue}}, "user_config")
     return ModelSnapshot("m", (), "me", 0, settings, replicas)
 
 
@@ -37,20 +37,20 @@ def grant(made, **added):
     made.receive(Grant("life", demand.number, demand.number, demand.sent_at, added=added))
 
 
-def ticket(tier=Tier.DEFAULT, **more):
-    return Ticket(tier, "tenant", 10, Route.CHAT, **more)
+def new_request(tier=Tier.DEFAULT, **more):
+    return QueuedRequest(tier, "tenant", 10, Route.CHAT, **more)
 
 
-async def standing(made, *tickets):
-    """Let requests stand in line and return their tasks."""
-    tasks = [asyncio.create_task(made.admit(one)) for one in tickets]
+async def standing(made, *requests):
+    """Let requests stand in the queue and return their tasks."""
+    tasks = [asyncio.create_task(made.admit(one)) for one in requests]
     await asyncio.sleep(0)
     return tasks
 
 
 async def test_with_room_nobody_waits():
     made = admission(model("one"))
-    request = ticket()
+    request = new_request()
     replica = await made.admit(request)
     assert replica.replica_id == "one"
     assert request.placed == request.arrived
@@ -58,7 +58,7 @@ async def test_with_room_nobody_waits():
 
 async def test_a_freed_slot_goes_to_priority_first():
     made = admission(model("one", slots=1))
-    running, first, second = ticket(), ticket(), ticket(Tier.PRIORITY)
+    running, first, second = new_request(), new_request(), new_request(Tier.PRIORITY)
     await made.admit(running)
     waiting, jumping = await standing(made, first, second)
     made.end(running, 10)
@@ -70,7 +70,7 @@ async def test_a_freed_slot_goes_to_priority_first():
 
 async def test_a_client_that_leaves_leaves_the_line_at_once():
     made = admission(model("one", slots=1))
-    running, leaving, patient = ticket(), ticket(), ticket()
+    running, leaving, patient = new_request(), new_request(), new_request()
     await made.admit(running)
     gone, waiting = await standing(made, leaving, patient)
     gone.cancel()
@@ -78,12 +78,12 @@ async def test_a_client_that_leaves_leaves_the_line_at_once():
     made.end(leaving, None)
     made.end(running, 10)
     assert (await waiting).replica_id == "one"
-    assert leaving.state is TicketState.ENDED
+    assert leaving.state is RequestState.ENDED
 
 
 async def test_a_slot_given_to_a_client_that_has_just_left_is_not_lost():
     made = admission(model("one", slots=1))
-    running, leaving, patient = ticket(), ticket(), ticket()
+    running, leaving, patient = new_request(), new_request(), new_request()
     await made.admit(running)
     gone, waiting = await standing(made, leaving, patient)
     made.end(running, 10)  # the slot is given to `leaving`, which does not hear of it
@@ -95,22 +95,22 @@ async def test_a_slot_given_to_a_client_that_has_just_left_is_not_lost():
 
 async def test_who_has_waited_too_long_is_shed_without_any_other_event():
     made = admission(model("one", slots=1, default={"max_wait_s": 0.05}))
-    await made.admit(ticket())
-    late = ticket()
+    await made.admit(new_request())
+    late = new_request()
     start = time.monotonic()
     with pytest.raises(Shed) as caught:
         await made.admit(late)
-    assert caught.value.ticket.shed is ShedReason.WAITED_TOO_LONG
+    assert caught.value.request.shed is ShedReason.WAITED_TOO_LONG
     assert 0.04 < time.monotonic() - start < 1
     assert late.retry_after_s > 0
 
 
 async def test_who_does_not_want_to_wait_is_shed_at_once():
     made = admission(model("one", slots=1))
-    await made.admit(ticket())
+    await made.admit(new_request())
     with pytest.raises(Shed) as caught:
-        await made.admit(ticket(fail_fast=True))
-    assert caught.value.ticket.shed is ShedReason.FAIL_FAST
+        await made.admit(new_request(fail_fast=True))
+    assert caught.value.request.shed is ShedReason.FAIL_FAST
 
 
 async def test_who_waits_for_a_model_that_no_node_can_run_is_told_without_any_other_event(
@@ -119,12 +119,12 @@ async def test_who_waits_for_a_model_that_no_node_can_run_is_told_without_any_ot
     monkeypatch.setattr("app.flow.scheduler.GIVE_UP_S", 0.05)
     made = admission(model())
     nowhere = replace(model(), pools=("pool",), missing={"pool": "GPU: 1"})
-    early, patient = await standing(made, ticket(), ticket(Tier.FLEX))
+    early, patient = await standing(made, new_request(), new_request(Tier.FLEX))
     made.update(nowhere)
     start = time.monotonic()
     with pytest.raises(Shed) as caught:
         await early
-    assert caught.value.ticket.shed is ShedReason.NOT_OFFERED
+    assert caught.value.request.shed is ShedReason.NOT_OFFERED
     assert 0.04 < time.monotonic() - start < 1
     with pytest.raises(Shed):
         await patient
@@ -133,7 +133,7 @@ async def test_who_waits_for_a_model_that_no_node_can_run_is_told_without_any_ot
 async def test_a_look_that_finds_no_node_once_turns_nobody_away(monkeypatch):
     monkeypatch.setattr("app.flow.scheduler.GIVE_UP_S", 0.05)
     made = admission(model())
-    [waiting] = await standing(made, ticket())
+    [waiting] = await standing(made, new_request())
     made.update(replace(model(), pools=("pool",), missing={"pool": "GPU: 1"}))
     made.update(replace(model(), pools=("pool",)))
     await asyncio.sleep(0.1)
@@ -146,19 +146,19 @@ async def test_a_look_that_finds_no_node_once_turns_nobody_away(monkeypatch):
 async def test_who_is_displaced_is_told():
     one = {"max_waiting": 1}
     made = admission(model("one", slots=1, flex=one, default=one, priority=one))
-    await made.admit(ticket())
-    [waiting] = await standing(made, ticket())
-    [jumping] = await standing(made, ticket(Tier.PRIORITY))
+    await made.admit(new_request())
+    [waiting] = await standing(made, new_request())
+    [jumping] = await standing(made, new_request(Tier.PRIORITY))
     with pytest.raises(Shed) as caught:
         await waiting
-    assert caught.value.ticket.shed is ShedReason.DISPLACED
+    assert caught.value.request.shed is ShedReason.DISPLACED
     jumping.cancel()
 
 
 async def test_a_new_replica_takes_the_backlog():
     made = admission(model("one", slots=1))
-    await made.admit(ticket())
-    waiting = await standing(made, ticket(), ticket())
+    await made.admit(new_request())
+    waiting = await standing(made, new_request(), new_request())
     made.update(model("one", "two", slots=1))
     grant(made, two=1)
     done, _ = await asyncio.wait(waiting, timeout=1, return_when=asyncio.FIRST_COMPLETED)
@@ -169,7 +169,7 @@ async def test_a_new_replica_takes_the_backlog():
 
 async def test_a_request_whose_replica_is_lost_is_placed_on_another():
     made = admission(model("one", "two", slots=1))
-    request = ticket()
+    request = new_request()
     first = await made.admit(request)
     second = await made.admit_again(request)
     assert {first.replica_id, second.replica_id} == {"one", "two"}
@@ -177,16 +177,16 @@ async def test_a_request_whose_replica_is_lost_is_placed_on_another():
 
 async def test_a_request_whose_only_replica_is_lost_is_told_at_once():
     made = admission(model("one", slots=2))
-    request = ticket()
+    request = new_request()
     await made.admit(request)
     with pytest.raises(Shed) as caught:
         await asyncio.wait_for(made.admit_again(request), 5)
-    assert caught.value.ticket.shed is ShedReason.NO_OTHER_REPLICA
+    assert caught.value.request.shed is ShedReason.NO_OTHER_REPLICA
 
 
 async def test_a_request_that_waits_for_another_replica_is_told_when_that_goes():
     made = admission(model("one", slots=2))
-    request = ticket()
+    request = new_request()
     await made.admit(request)
     made.update(model("one", "two", slots=2))
     again = asyncio.create_task(made.admit_again(request))
@@ -194,12 +194,12 @@ async def test_a_request_that_waits_for_another_replica_is_told_when_that_goes()
     made.update(model("one", slots=2))
     with pytest.raises(Shed) as caught:
         await asyncio.wait_for(again, 5)
-    assert caught.value.ticket.shed is ShedReason.NO_OTHER_REPLICA
+    assert caught.value.request.shed is ShedReason.NO_OTHER_REPLICA
 
 
 async def test_whether_a_request_could_go_elsewhere():
     made = admission(model("one", "two", slots=1))
-    request = ticket()
+    request = new_request()
     await made.admit(request)
     assert made.has_another(request)
     await made.admit_again(request, suspend=False)
@@ -210,20 +210,20 @@ async def test_priority_that_waits_hastens_the_renewal(monkeypatch):
     for pause in ("admission.RENEWAL_S", "credits.RENEWAL_S", "credits.URGENT_S"):
         monkeypatch.setattr(f"app.flow.{pause}", 30.0)
     made = admission(model("one", slots=1))
-    await made.admit(ticket())
+    await made.admit(new_request())
     renewal = asyncio.create_task(made.wait_for_renewal())
     await asyncio.sleep(0.03)
     assert not renewal.done()
     start = time.monotonic()
-    await standing(made, ticket(Tier.PRIORITY))
+    await standing(made, new_request(Tier.PRIORITY))
     await renewal
     assert time.monotonic() - start < 5
 
 
 async def test_who_waits_for_a_model_that_is_removed_is_told():
     made = admission(model("one", slots=1))
-    await made.admit(ticket())
-    [waiting] = await standing(made, ticket())
+    await made.admit(new_request())
+    [waiting] = await standing(made, new_request())
     made.close()
     with pytest.raises(ModelGone):
         await waiting
@@ -231,7 +231,7 @@ async def test_who_waits_for_a_model_that_is_removed_is_told():
 
 async def test_who_loses_its_engine_to_the_removal_of_its_model_is_told():
     made = admission(model("one", slots=1))
-    running = ticket()
+    running = new_request()
     await made.admit(running)
     made.close()
     with pytest.raises(ModelGone):
@@ -255,17 +255,17 @@ async def test_a_request_waits_for_a_model_that_sleeps():
     awake = model("one")
     made = Admission("ingress")
     made.update(replace(awake, replicas=(), rest=Rest(tuple(Tier), start_s=30.0)))
-    [waiting] = await standing(made, ticket(Tier.PRIORITY))
+    [waiting] = await standing(made, new_request(Tier.PRIORITY))
     with pytest.raises(Shed) as caught:
-        await made.admit(ticket(fail_fast=True))
-    assert caught.value.ticket.retry_after_s == 30.0
+        await made.admit(new_request(fail_fast=True))
+    assert caught.value.request.retry_after_s == 30.0
     waking = replace(awake, replicas=(), rest=Rest(tuple(Tier), waking=True, start_s=30.0))
     for _ in range(2):
         made.update(waking)
         await asyncio.sleep(0.05)
     with pytest.raises(Shed) as caught:
-        await made.admit(ticket(fail_fast=True))
-    assert 25.0 < caught.value.ticket.retry_after_s <= 29.9, "it has begun to start"
+        await made.admit(new_request(fail_fast=True))
+    assert 25.0 < caught.value.request.retry_after_s <= 29.9, "it has begun to start"
     made.update(awake)
     grant(made, one=2)
     assert (await waiting).replica_id == "one"
@@ -273,7 +273,7 @@ async def test_a_request_waits_for_a_model_that_sleeps():
 
 async def test_what_comes_and_what_ends_is_counted_once():
     made = admission(model("one", slots=1))
-    served, shed, leaving = ticket(), ticket(fail_fast=True), ticket(Tier.PRIORITY)
+    served, shed, leaving = new_request(), new_request(fail_fast=True), new_request(Tier.PRIORITY)
     await made.admit(served)
     with pytest.raises(Shed):
         await made.admit(shed)
@@ -321,7 +321,7 @@ async def test_a_replica_that_goes_as_its_suspension_ends_takes_nobody_with_it(m
     monkeypatch.setattr("app.flow.scheduler.SUSPENSION_S", 0.01)
     made = admission(model("one", slots=1))
     made.update(model("one", "two", slots=1))
-    first, second = ticket(), ticket()
+    first, second = new_request(), new_request()
     await made.admit(first)
     [waiting] = await standing(made, second)
     again = asyncio.create_task(made.admit_again(first))
@@ -336,16 +336,16 @@ async def test_a_replica_that_goes_as_its_suspension_ends_takes_nobody_with_it(m
 
 async def test_who_was_called_is_told_though_the_gate_fails(monkeypatch):
     made = admission(model("one", slots=1))
-    first, second = ticket(), ticket()
+    first, second = new_request(), new_request()
     await made.admit(first)
     [waiting] = await standing(made, second)
-    end = made._gate.end
+    end = made._scheduler.end
 
     def fail(*arguments):
         end(*arguments)
         raise RuntimeError
 
-    monkeypatch.setattr(made._gate, "end", fail)
+    monkeypatch.setattr(made._scheduler, "end", fail)
     with pytest.raises(RuntimeError):
         made.end(first, None)
     async with asyncio.timeout(2):

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import PriorityMode, Tier
-from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditBook
+from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
 from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Credits, Grant
 from app.flow.slots import Offer
 
@@ -23,7 +23,7 @@ LATER = 2 * SILENCE_S
 
 
 def book_of(slots, *, life="model", now=0.0, headroom=0.1):
-    book = CreditBook(life, LineSettings(headroom=headroom), now)
+    book = CreditAllocator(life, QueueSettings(headroom=headroom), now)
     book.set_replicas([Capacity(name, "pool", n, True) for name, n in slots.items()])
     return book
 
@@ -189,7 +189,7 @@ def test_terms_are_struck_again_whenever_what_they_follow_from_changes():
     check()
     book.set_replicas([Capacity(name, "pool", n, True) for name, n in {"a": 8, "c": 2}.items()])
     check()
-    book.configure(LineSettings(headroom=0.5, starvation_every=3))
+    book.configure(QueueSettings(headroom=0.5, starvation_every=3))
     check()
     renew(one, book, now + SILENCE_S)
     check()
@@ -349,7 +349,7 @@ def test_a_replica_that_comes_is_shared_and_one_that_goes_is_dropped():
 
 
 def test_each_pool_is_shared_by_itself():
-    book = CreditBook("model", LineSettings(), 0.0)
+    book = CreditAllocator("model", QueueSettings(), 0.0)
     native = [Capacity(f"n{i}", "native", 8, True) for i in range(2)]
     book.set_replicas([*native, Capacity("p", "plain", 8, False)])
     offers = [Offer(c.replica_id, c.pool, 8, frozenset({"chat"} if c.kept else ())) for c in native]
@@ -523,8 +523,8 @@ class CreditMachine(RuleBasedStateMachine):
     @rule()
     def restart_model(self):
         self.down_until = self.now
-        self.book = CreditBook(
-            f"m{next(self.names)}", LineSettings(headroom=self.headroom), self.now
+        self.book = CreditAllocator(
+            f"m{next(self.names)}", QueueSettings(headroom=self.headroom), self.now
         )
         self.model_sees_replicas()
 
@@ -537,7 +537,7 @@ class CreditMachine(RuleBasedStateMachine):
     def settings_change(self, headroom):
         self.headroom = headroom
         if self.book is not None:
-            self.book.configure(LineSettings(headroom=headroom))
+            self.book.configure(QueueSettings(headroom=headroom))
 
     @rule(slots=st.integers(1, 6))
     def add_replica(self, slots):

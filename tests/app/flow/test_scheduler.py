@@ -1,4 +1,4 @@
-"""The gate against what its docstring promises, worked out the slow way after every event."""
+"""The scheduler against what its docstring promises, worked out the slow way after every event."""
 
 import math
 
@@ -7,11 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from app.config.queue import LineSettings
+from app.config.queue import QueueSettings
 from app.core.tiers import PriorityMode, Tier
 from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Grant
-from app.flow.request import ShedReason, Ticket, TicketState
-from app.flow.scheduler import GIVE_UP_S, SUSPENSION_S, Gate
+from app.flow.request import QueuedRequest, RequestState, ShedReason
+from app.flow.scheduler import GIVE_UP_S, SUSPENSION_S, Scheduler
 from app.flow.slots import Offer
 
 pytestmark = pytest.mark.unit
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.unit
 P, D, F = Tier.PRIORITY, Tier.DEFAULT, Tier.FLEX
 CHAT, EMBED = "chat", "embeddings"
 EVERYWHERE = frozenset({CHAT, EMBED})
-NEW, WAITING, PLACED, SHED, ENDED = TicketState
+NEW, WAITING, PLACED, SHED, ENDED = RequestState
 
 
 class Floor:
-    """A gate and what surrounds it: replicas, a Model that grants at will, and a clock."""
+    """A scheduler and what surrounds it: replicas, a Model that grants at will, and a clock."""
 
     def __init__(self, mode=PriorityMode.AUTO, **values):
-        self.gate = Gate("ingress", LineSettings.load(values, "line"))
+        self.scheduler = Scheduler("ingress", QueueSettings.load(values, "queue"))
         self.now = 0.0
         self.mode = mode
         self.offers = {}
@@ -34,7 +34,7 @@ class Floor:
         self.told = None
 
     def demand(self):
-        demand = self.gate.demand(self.now)
+        demand = self.scheduler.demand(self.now)
         self.told = (demand.number, demand.held, demand.running, demand.waiting)
         return demand
 
@@ -44,7 +44,7 @@ class Floor:
         return called + self.grant({replica_id: credit})
 
     def set_replicas(self):
-        return self.gate.set_replicas(self.offers.values(), self.mode, self.now)
+        return self.scheduler.set_replicas(self.offers.values(), self.mode, self.now)
 
     def grant(self, added=(), headroom=None, at_most=(), **more):
         self.grants += 1
@@ -53,33 +53,33 @@ class Floor:
             "model", self.grants, number, self.now, headroom=headroom,
             added=dict(added), at_most=dict(at_most), **more,
         )  # fmt: skip
-        return self.gate.receive(grant, self.now)
+        return self.scheduler.receive(grant, self.now)
 
     def arrive(self, tier=D, *, tenant="a", tokens=10, route=CHAT, **more):
-        ticket = Ticket(tier, tenant, tokens, route, **more)
-        return ticket, self.gate.arrive(ticket, self.now)
+        request = QueuedRequest(tier, tenant, tokens, route, **more)
+        return request, self.scheduler.arrive(request, self.now)
 
     def place(self, *args, **more):
-        ticket, called = self.arrive(*args, **more)
-        assert ticket.state is PLACED and not called
-        return ticket
+        request, called = self.arrive(*args, **more)
+        assert request.state is PLACED and not called
+        return request
 
     def wait(self, *args, **more):
-        ticket, called = self.arrive(*args, **more)
-        assert ticket.state is WAITING and not called
-        return ticket
+        request, called = self.arrive(*args, **more)
+        assert request.state is WAITING and not called
+        return request
 
-    def end(self, ticket, tokens=None):
-        return self.gate.end(ticket, self.now, tokens)
+    def end(self, request, tokens=None):
+        return self.scheduler.end(request, self.now, tokens)
 
 
 def test_a_request_that_finds_room_is_placed_at_once():
     floor = Floor()
     floor.add("one", 2)
-    ticket = floor.place()
-    assert ticket.replica_id == "one"
-    assert floor.end(ticket, tokens=25) == []
-    assert ticket.state is ENDED
+    request = floor.place()
+    assert request.replica_id == "one"
+    assert floor.end(request, tokens=25) == []
+    assert request.state is ENDED
 
 
 def test_the_next_in_line_gets_the_slot_that_comes_free():
@@ -100,7 +100,7 @@ def test_new_capacity_takes_the_backlog():
     waiting = [floor.wait() for _ in range(5)]
     assert floor.grant({"one": 1}) == waiting[:1]
     assert floor.add("two", 2) == waiting[1:3]
-    assert {ticket.replica_id for ticket in waiting[1:3]} == {"two"}
+    assert {request.replica_id for request in waiting[1:3]} == {"two"}
 
 
 def test_credits_on_a_replica_that_is_not_known_yet_count_once_it_is():
@@ -120,7 +120,7 @@ def test_headroom_is_kept_free_for_priority():
     priority = [floor.place(P), floor.place(P)]
     floor.wait(P)
     # The headroom comes first: nobody else gets a slot before it is free again.
-    assert [ticket.tier for ticket in floor.end(defaults[0])] == [P]
+    assert [request.tier for request in floor.end(defaults[0])] == [P]
     assert floor.end(defaults[1]) == []
     assert floor.end(priority[0]) == []
     assert floor.end(priority[1]) == [waiting]
@@ -152,7 +152,7 @@ def test_priority_on_a_route_that_no_replica_honours_stands_as_default():
 
 
 def test_the_line_counts_as_delivery_where_the_operator_says_so():
-    floor = Floor(PriorityMode.LINE)
+    floor = Floor(PriorityMode.QUEUE)
     floor.add("plain", 2, routes=())
     floor.grant(headroom=1)
     floor.place(D)
@@ -181,9 +181,9 @@ def test_fail_fast_is_shed_only_when_there_is_no_room():
     floor = Floor()
     floor.add("one", 1)
     floor.place(fail_fast=True)
-    ticket, called = floor.arrive(P, fail_fast=True)
-    assert ticket.state is SHED and ticket.shed is ShedReason.FAIL_FAST and called == []
-    assert ticket.retry_after_s > 0
+    request, called = floor.arrive(P, fail_fast=True)
+    assert request.state is SHED and request.shed is ShedReason.FAIL_FAST and called == []
+    assert request.retry_after_s > 0
 
 
 def test_a_full_line_sheds_the_newcomer_or_the_lowest():
@@ -194,34 +194,34 @@ def test_a_full_line_sheds_the_newcomer_or_the_lowest():
     default, called = floor.arrive(D)
     assert called == [flex] and flex.shed is ShedReason.DISPLACED and default.state is WAITING
     late, called = floor.arrive(D)
-    assert late.shed is ShedReason.LINE_FULL and called == []
+    assert late.shed is ShedReason.QUEUE_FULL and called == []
 
 
 def test_a_wait_that_is_too_long_ends():
     floor = Floor(default={"max_wait_s": 5})
-    ticket = floor.wait()
-    assert floor.gate.next_tick() == 5
+    request = floor.wait()
+    assert floor.scheduler.next_tick() == 5
     floor.now = 5
-    assert floor.gate.tick(5) == [ticket]
-    assert ticket.shed is ShedReason.WAITED_TOO_LONG
-    assert floor.gate.next_tick() == math.inf
+    assert floor.scheduler.tick(5) == [request]
+    assert request.shed is ShedReason.WAITED_TOO_LONG
+    assert floor.scheduler.next_tick() == math.inf
 
 
 def test_who_waits_is_turned_away_once_there_has_been_no_node_for_an_engine_for_a_while():
     floor = Floor()
     priority, flex = floor.wait(P), floor.wait(F)
     floor.now = 1.0
-    floor.gate.withdraw(floor.now)
+    floor.scheduler.withdraw(floor.now)
     later = floor.wait(D)
     floor.now = 2.0
-    floor.gate.withdraw(floor.now)  # said again, it counts from the first time
-    assert floor.gate.next_tick() == 1.0 + GIVE_UP_S
-    assert floor.gate.tick(1.0 + GIVE_UP_S - 0.1) == []
+    floor.scheduler.withdraw(floor.now)  # said again, it counts from the first time
+    assert floor.scheduler.next_tick() == 1.0 + GIVE_UP_S
+    assert floor.scheduler.tick(1.0 + GIVE_UP_S - 0.1) == []
     floor.now = 1.0 + GIVE_UP_S
-    turned_away = floor.gate.tick(floor.now)
-    assert set(turned_away) == {priority, later, flex} and floor.gate.line.count == 0
-    assert {ticket.shed for ticket in turned_away} == {ShedReason.NOT_OFFERED}
-    assert floor.gate.next_tick() == math.inf
+    turned_away = floor.scheduler.tick(floor.now)
+    assert set(turned_away) == {priority, later, flex} and floor.scheduler.queue.count == 0
+    assert {request.shed for request in turned_away} == {ShedReason.NOT_OFFERED}
+    assert floor.scheduler.next_tick() == math.inf
     # Nor does anybody begin to wait, not even who does not want to.
     for newcomer in (floor.arrive(P)[0], floor.arrive(fail_fast=True)[0]):
         assert newcomer.shed is ShedReason.NOT_OFFERED
@@ -229,37 +229,37 @@ def test_who_waits_is_turned_away_once_there_has_been_no_node_for_an_engine_for_
 
 def test_who_waits_stays_where_a_node_comes_in_time():
     floor = Floor()
-    ticket = floor.wait()
-    floor.gate.withdraw(0.0)
+    request = floor.wait()
+    floor.scheduler.withdraw(0.0)
     floor.now = GIVE_UP_S - 0.1
-    floor.gate.offer()
-    assert floor.gate.next_tick() > GIVE_UP_S
+    floor.scheduler.offer()
+    assert floor.scheduler.next_tick() > GIVE_UP_S
     floor.now = 2 * GIVE_UP_S
-    assert floor.gate.tick(floor.now) == [] and ticket.state is WAITING
+    assert floor.scheduler.tick(floor.now) == [] and request.state is WAITING
     # The next time counts from its own beginning.
-    floor.gate.withdraw(floor.now)
-    assert floor.gate.next_tick() == 3 * GIVE_UP_S
-    assert floor.add("one", 1) == [ticket] and ticket.state is PLACED
+    floor.scheduler.withdraw(floor.now)
+    assert floor.scheduler.next_tick() == 3 * GIVE_UP_S
+    assert floor.add("one", 1) == [request] and request.state is PLACED
 
 
 def test_what_runs_goes_on_where_no_node_is_offered_but_is_not_replayed():
     floor = Floor()
     floor.add("one", 2)
     running, lost = floor.place(), floor.place()
-    floor.gate.withdraw(0.0)
+    floor.scheduler.withdraw(0.0)
     floor.now = GIVE_UP_S
-    assert floor.gate.tick(floor.now) == []
+    assert floor.scheduler.tick(floor.now) == []
     assert running.state is PLACED
-    floor.gate.lost(lost, floor.now)
+    floor.scheduler.lost(lost, floor.now)
     assert lost.shed is ShedReason.NOT_OFFERED
     assert floor.end(running) == [] and running.state is ENDED
 
 
 def test_a_client_that_goes_while_it_waits_leaves_the_line_at_once():
     floor = Floor()
-    ticket, other = floor.wait(), floor.wait()
-    assert floor.end(ticket) == []
-    assert floor.gate.line.count == 1
+    request, other = floor.wait(), floor.wait()
+    assert floor.end(request) == []
+    assert floor.scheduler.queue.count == 1
     assert floor.add("one", 2) == [other]
 
 
@@ -268,29 +268,29 @@ def test_the_end_of_a_request_without_a_place_frees_nothing(state):
     floor = Floor()
     floor.add("one", 1)
     running = floor.place()
-    ticket = Ticket(D, "a", 1)
-    ticket.state, ticket.replica_id = state, "one"
-    assert floor.end(ticket) == []
-    assert floor.gate.credits.places["one"].running == 1
+    request = QueuedRequest(D, "a", 1)
+    request.state, request.replica_id = state, "one"
+    assert floor.end(request) == []
+    assert floor.scheduler.credits.places["one"].running == 1
     floor.end(running)
     assert floor.end(running) == []
-    assert floor.gate.credits.places["one"].running == 0
+    assert floor.scheduler.credits.places["one"].running == 0
 
 
 def test_a_lost_replica_is_left_alone_for_a_while():
     floor = Floor()
     floor.add("one", 2)
     floor.add("two", 1)
-    ticket = floor.place()
-    lost = ticket.replica_id
-    assert floor.gate.lost(ticket, 0.0) == []
-    other = ticket.replica_id
-    assert ticket.state is PLACED and {lost, other} == {"one", "two"}
+    request = floor.place()
+    lost = request.replica_id
+    assert floor.scheduler.lost(request, 0.0) == []
+    other = request.replica_id
+    assert request.state is PLACED and {lost, other} == {"one", "two"}
     floor.now = SUSPENSION_S - 0.1
     while (waiting := floor.arrive()[0]).state is not WAITING:
         assert waiting.replica_id == other
     floor.now = SUSPENSION_S
-    assert waiting in floor.gate.tick(floor.now)
+    assert waiting in floor.scheduler.tick(floor.now)
     assert waiting.replica_id == lost
 
 
@@ -298,10 +298,10 @@ def test_a_replica_that_only_failed_one_request_goes_on_getting_others():
     floor = Floor()
     floor.add("one", 2)
     floor.add("two", 1)
-    ticket = floor.place()
-    failed = ticket.replica_id
-    floor.gate.lost(ticket, 0.0, suspend=False)
-    assert ticket.state is PLACED and ticket.replica_id != failed
+    request = floor.place()
+    failed = request.replica_id
+    floor.scheduler.lost(request, 0.0, suspend=False)
+    assert request.state is PLACED and request.replica_id != failed
     assert floor.place().replica_id == floor.place().replica_id == failed
 
 
@@ -309,17 +309,17 @@ def test_priority_that_failed_on_the_only_replica_that_honours_it_goes_elsewhere
     floor = Floor()
     floor.add("one", 2)
     floor.add("plain", 1, routes=(), pool="plain")
-    ticket = floor.place(P)
-    assert ticket.replica_id == "one"
-    floor.gate.lost(ticket, 0.0, suspend=False)
-    assert ticket.state is PLACED and ticket.replica_id == "plain"
+    request = floor.place(P)
+    assert request.replica_id == "one"
+    floor.scheduler.lost(request, 0.0, suspend=False)
+    assert request.state is PLACED and request.replica_id == "plain"
     assert floor.place(P).replica_id == "one", "others it may honour"
 
 
 def test_when_a_suspension_ends_those_who_wait_come_before_newcomers():
     floor = Floor()
     floor.add("one", 1)
-    floor.gate.lost(floor.place(), 0.0)
+    floor.scheduler.lost(floor.place(), 0.0)
     waiting = floor.wait()
     floor.now = SUSPENSION_S
     newcomer, called = floor.arrive()
@@ -330,48 +330,48 @@ def test_a_request_is_not_placed_again_where_it_was_lost():
     floor = Floor()
     floor.add("one", 4)
     floor.add("two", 0)
-    ticket = floor.place()
-    assert floor.gate.lost(ticket, 0.0) == []
-    assert ticket.state is WAITING, "the other replica has no room yet"
+    request = floor.place()
+    assert floor.scheduler.lost(request, 0.0) == []
+    assert request.state is WAITING, "the other replica has no room yet"
     floor.now = 10.0
-    assert floor.grant() == [] and floor.gate.credits.places.free == 4
-    assert floor.grant({"two": 1}) == [ticket] and ticket.replica_id == "two"
+    assert floor.grant() == [] and floor.scheduler.credits.places.free == 4
+    assert floor.grant({"two": 1}) == [request] and request.replica_id == "two"
 
 
 @pytest.mark.parametrize("fail_fast", [False, True])
 def test_a_request_that_the_only_replica_lost_is_shed_at_once(fail_fast):
     floor = Floor()
     floor.add("one", 4)
-    ticket = floor.place(fail_fast=fail_fast)
-    assert floor.gate.lost(ticket, 0.0) == []
-    assert (ticket.state, ticket.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
-    assert floor.gate.credits.places["one"].running == 0
+    request = floor.place(fail_fast=fail_fast)
+    assert floor.scheduler.lost(request, 0.0) == []
+    assert (request.state, request.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
+    assert floor.scheduler.credits.places["one"].running == 0
 
 
 def test_a_lost_request_waits_no_longer_once_the_other_replica_goes():
     floor = Floor()
     floor.add("one", 1)
     floor.add("two", 0)
-    ticket, waiting = floor.place(), floor.wait()
-    floor.gate.lost(ticket, 0.0)
-    assert ticket.state is WAITING
+    request, waiting = floor.place(), floor.wait()
+    floor.scheduler.lost(request, 0.0)
+    assert request.state is WAITING
     del floor.offers["two"]
-    assert floor.set_replicas() == [ticket]
-    assert (ticket.state, ticket.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
+    assert floor.set_replicas() == [request]
+    assert (request.state, request.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
     assert waiting.state is WAITING, "the replica that is left has not failed this one"
 
 
 def test_a_lost_request_waits_for_a_model_that_wakes_and_no_longer():
     floor = Floor()
     floor.add("one", 1)
-    ticket = floor.place()
+    request = floor.place()
     floor.offers.clear()
-    floor.gate.rest(20.0, 0.0)
+    floor.scheduler.rest(20.0, 0.0)
     floor.set_replicas()
-    assert floor.gate.lost(ticket, 0.0) == [] and ticket.state is WAITING
-    floor.gate.wake()
-    assert floor.set_replicas() == [ticket], "its start has failed"
-    assert ticket.shed is ShedReason.NO_OTHER_REPLICA
+    assert floor.scheduler.lost(request, 0.0) == [] and request.state is WAITING
+    floor.scheduler.wake()
+    assert floor.set_replicas() == [request], "its start has failed"
+    assert request.shed is ShedReason.NO_OTHER_REPLICA
 
 
 def test_a_lost_request_comes_first_among_its_tenants_even_in_a_full_line():
@@ -379,10 +379,10 @@ def test_a_lost_request_comes_first_among_its_tenants_even_in_a_full_line():
     floor = Floor(default=one, flex=one, priority=one)
     floor.add("one", 1)
     floor.add("two", 0)
-    ticket = floor.place()
+    request = floor.place()
     waiting = floor.wait()
-    assert floor.gate.lost(ticket, 0.0) == []
-    assert floor.grant({"two": 2}) == [ticket, waiting]
+    assert floor.scheduler.lost(request, 0.0) == []
+    assert floor.grant({"two": 2}) == [request, waiting]
 
 
 def test_silence_closes_the_gate_until_there_is_word():
@@ -398,14 +398,14 @@ def test_while_the_model_is_known_to_be_down_the_gate_stays_open():
     floor.add("one", 9)
     for _ in range(8):
         floor.now += 2.0
-        demand = floor.gate.demand(floor.now)
+        demand = floor.scheduler.demand(floor.now)
         floor.now += 0.5
-        assert floor.gate.renewal_failed(demand, floor.now) == []
+        assert floor.scheduler.renewal_failed(demand, floor.now) == []
         floor.place()
     floor.now += SILENCE_S
-    late = floor.gate.demand(floor.now)
+    late = floor.scheduler.demand(floor.now)
     waiting = floor.wait()
-    assert floor.gate.renewal_failed(late, floor.now) == []
+    assert floor.scheduler.renewal_failed(late, floor.now) == []
     assert waiting.state is WAITING, "its credits may have been given away before"
 
 
@@ -415,66 +415,66 @@ def test_what_is_too_much_is_given_up_when_its_slot_is_free():
     running = [floor.place(), floor.place()]
     waiting = []
     floor.grant(at_most={"pool": 1})
-    assert floor.gate.credits.places["one"].credit == 2
+    assert floor.scheduler.credits.places["one"].credit == 2
     waiting.append(floor.wait())
     assert floor.end(running[0]) == []
-    assert floor.gate.credits.places["one"].credit == 1
+    assert floor.scheduler.credits.places["one"].credit == 1
     assert floor.end(running[1]) == waiting
-    assert floor.gate.demand(0.0).held == {"one": (1, 1)}
+    assert floor.scheduler.demand(0.0).held == {"one": (1, 1)}
 
 
 def test_renewals_are_due_at_once_when_priority_waits_then_less_often():
     floor = Floor()
-    gate = floor.gate
-    gate.demand(0.0)
-    assert gate.renewal_at() == 0.25
+    scheduler = floor.scheduler
+    scheduler.demand(0.0)
+    assert scheduler.renewal_at() == 0.25
     floor.wait(P)
-    assert gate.renewal_at() == 0.0
+    assert scheduler.renewal_at() == 0.0
     pauses, now = [], 0.1
     for _ in range(6):
-        gate.demand(now)
-        pauses.append(round(gate.renewal_at() - now, 6))
-        now = gate.renewal_at()
+        scheduler.demand(now)
+        pauses.append(round(scheduler.renewal_at() - now, 6))
+        now = scheduler.renewal_at()
     assert pauses == [0.025, 0.05, 0.1, 0.2, 0.25, 0.25]
 
 
 def test_an_ingress_that_has_nothing_new_to_say_renews_less_often():
     floor = Floor()
-    gate = floor.gate
+    scheduler = floor.scheduler
     floor.add("one", 2)
-    assert gate.renewal_at() == 0.25, "what it was given is to be acknowledged"
+    assert scheduler.renewal_at() == 0.25, "what it was given is to be acknowledged"
     floor.now = 0.25
     floor.grant(headroom=0)
-    assert gate.renewal_at() == 0.25 + QUIET_S
+    assert scheduler.renewal_at() == 0.25 + QUIET_S
     floor.now = 0.9
     running = floor.place()
-    assert gate.renewal_at() == 1.0, "when it would be due had none been left out"
+    assert scheduler.renewal_at() == 1.0, "when it would be due had none been left out"
     floor.now = 1.0
     floor.grant(headroom=0)
-    assert gate.renewal_at() == 1.0 + QUIET_S, "it still runs, which is nothing new"
+    assert scheduler.renewal_at() == 1.0 + QUIET_S, "it still runs, which is nothing new"
     floor.now = 1.3
     floor.place()
     waiting = floor.wait()
-    assert gate.renewal_at() == 1.25, "somebody waits, so what was left out is due now"
+    assert scheduler.renewal_at() == 1.25, "somebody waits, so what was left out is due now"
     floor.grant(headroom=0)
-    assert gate.renewal_at() == 1.55
+    assert scheduler.renewal_at() == 1.55
     floor.end(waiting)
-    assert gate.renewal_at() == 1.55, "that nobody waits any more is new"
+    assert scheduler.renewal_at() == 1.55, "that nobody waits any more is new"
     floor.now = 1.55
     floor.grant(headroom=0)
     floor.now = 1.6
     assert floor.end(running) == []
-    assert gate.renewal_at() == 1.8
+    assert scheduler.renewal_at() == 1.8
     floor.now = 2.0
     floor.demand()
-    assert gate.renewal_at() == 2.25, "nobody knows whether the Model has heard it"
+    assert scheduler.renewal_at() == 2.25, "nobody knows whether the Model has heard it"
 
 
 def test_an_ingress_asks_a_model_that_only_listens_until_it_gives_something():
     floor = Floor()
     floor.add("one", 2)
     floor.grant()
-    assert floor.gate.renewal_at() == 0.25
+    assert floor.scheduler.renewal_at() == 0.25
 
 
 def test_a_starving_request_may_go_below_the_headroom_but_not_take_all():
@@ -496,9 +496,9 @@ def test_a_starving_request_may_go_below_the_headroom_but_not_take_all():
     assert floor.end(priority.pop()) == []
 
 
-def usable(floor, ticket):
-    """The slots that a ticket may use in its turn, worked out from first principles."""
-    places, now = list(floor.gate.credits.places), floor.now
+def usable(floor, request):
+    """The slots that a request may use in its turn, worked out from first principles."""
+    places, now = list(floor.scheduler.credits.places), floor.now
     if now >= floor.fresh_until:
         return []
     ready = {
@@ -507,21 +507,21 @@ def usable(floor, ticket):
         if place.replica_id in floor.offers and floor.suspended.get(place.replica_id, 0) <= now
     }
     free = {p.replica_id for p in places if p.credit > p.running and p.replica_id in ready}
-    free -= ticket.without
+    free -= request.without
     if floor.mode is PriorityMode.AUTO:
         kept = {r for r, routes in ready.items() if routes}
-        honouring = {r for r, routes in ready.items() if ticket.route in routes}
+        honouring = {r for r, routes in ready.items() if request.route in routes}
     else:
-        kept = honouring = set(ready) if floor.mode is PriorityMode.LINE else set()
-    if ticket.tier is P and honouring:
+        kept = honouring = set(ready) if floor.mode is PriorityMode.QUEUE else set()
+    if request.tier is P and honouring:
         return free & honouring
     free_kept = sum(p.credit - p.running for p in places if p.replica_id in kept
                     and p.credit > p.running)  # fmt: skip
-    return free if free_kept > floor.gate.credits.places.headroom else free - kept
+    return free if free_kept > floor.scheduler.credits.places.headroom else free - kept
 
 
 class GateMachine(RuleBasedStateMachine):
-    @initialize(mode=st.sampled_from([PriorityMode.AUTO, PriorityMode.AUTO, PriorityMode.LINE]))
+    @initialize(mode=st.sampled_from([PriorityMode.AUTO, PriorityMode.AUTO, PriorityMode.QUEUE]))
     def begin(self, mode):
         self.floor = Floor(
             mode,
@@ -536,49 +536,49 @@ class GateMachine(RuleBasedStateMachine):
         self.floor.rests = False
         self.names = 0
         self.number, self.changed_at = 0, math.inf
-        self.tickets = []
+        self.requests = []
         self.placed = []
         self.waiting = []
         self.add_replica(3, EVERYWHERE)
 
-    # What the tickets that an event calls must look like.
+    # What the requests that an event calls must look like.
 
     def call(self, called):
-        for ticket in called:
-            assert ticket in self.waiting, "nobody is called who does not wait, or twice"
-            self.waiting.remove(ticket)
-            assert ticket.state in (PLACED, SHED)
-            if ticket.state is PLACED:
-                self.placed.append(ticket)
-        for ticket in called:
-            if ticket.state is PLACED and not self.starved(ticket):
+        for request in called:
+            assert request in self.waiting, "nobody is called who does not wait, or twice"
+            self.waiting.remove(request)
+            assert request.state in (PLACED, SHED)
+            if request.state is PLACED:
+                self.placed.append(request)
+        for request in called:
+            if request.state is PLACED and not self.starved(request):
                 for other in self.waiting:
-                    ahead = other.tier.rank < ticket.tier.rank
-                    assert not (ahead and self.could_use(other, ticket.replica_id))
+                    ahead = other.tier.rank < request.tier.rank
+                    assert not (ahead and self.could_use(other, request.replica_id))
 
-    def starved(self, ticket):
-        age = {P: math.inf, D: 4, F: 8}[ticket.tier]
-        return self.floor.now - ticket.since >= age
+    def starved(self, request):
+        age = {P: math.inf, D: 4, F: 8}[request.tier]
+        return self.floor.now - request.since >= age
 
-    def could_use(self, ticket, replica_id):
+    def could_use(self, request, replica_id):
         floor = self.floor
-        if replica_id in ticket.without:
+        if replica_id in request.without:
             return False
-        if ticket.tier is not P or floor.mode is not PriorityMode.AUTO:
+        if request.tier is not P or floor.mode is not PriorityMode.AUTO:
             return True
         honouring = [
             offer.replica_id
             for offer in floor.offers.values()
-            if ticket.route in offer.routes
+            if request.route in offer.routes
             and floor.suspended.get(offer.replica_id, 0) <= floor.now
         ]
         return replica_id in honouring
 
-    def settle(self, ticket, called):
-        """File a ticket that was just admitted, after those that were called meanwhile."""
-        {PLACED: self.placed, WAITING: self.waiting, SHED: []}[ticket.state].append(ticket)
+    def settle(self, request, called):
+        """File a request that was just admitted, after those that were called meanwhile."""
+        {PLACED: self.placed, WAITING: self.waiting, SHED: []}[request.state].append(request)
         for other in called:
-            assert other is not ticket
+            assert other is not request
         self.call(called)
 
     @rule(
@@ -591,69 +591,69 @@ class GateMachine(RuleBasedStateMachine):
     )
     def arrives(self, tier, tenant, tokens, route, prefix, fail_fast):
         floor = self.floor
-        self.call(floor.gate.tick(floor.now))
-        ticket = Ticket(tier, tenant, tokens, route, prefix, fail_fast)
-        room = usable(floor, ticket)
-        called = floor.gate.arrive(ticket, floor.now)
-        if room and ticket.tier is tier:
-            assert ticket.state is PLACED and ticket.replica_id in room
-        if ticket.state is SHED and floor.now >= floor.gives_up_at:
-            assert ticket.shed is ShedReason.NOT_OFFERED
-        elif ticket.state is SHED:
-            assert fail_fast or ticket.shed is ShedReason.LINE_FULL
-        assert ticket.state is not WAITING or not fail_fast
-        self.tickets.append(ticket)
-        self.settle(ticket, called)
+        self.call(floor.scheduler.tick(floor.now))
+        request = QueuedRequest(tier, tenant, tokens, route, prefix, fail_fast)
+        room = usable(floor, request)
+        called = floor.scheduler.arrive(request, floor.now)
+        if room and request.tier is tier:
+            assert request.state is PLACED and request.replica_id in room
+        if request.state is SHED and floor.now >= floor.gives_up_at:
+            assert request.shed is ShedReason.NOT_OFFERED
+        elif request.state is SHED:
+            assert fail_fast or request.shed is ShedReason.QUEUE_FULL
+        assert request.state is not WAITING or not fail_fast
+        self.requests.append(request)
+        self.settle(request, called)
 
     @rule(offered=st.sampled_from([True, True, False]))
     def nodes_change(self, offered):
         floor = self.floor
         if offered:
-            floor.gate.offer()
+            floor.scheduler.offer()
             floor.gives_up_at = math.inf
         else:
-            floor.gate.withdraw(floor.now)
+            floor.scheduler.withdraw(floor.now)
             floor.gives_up_at = min(floor.gives_up_at, floor.now + GIVE_UP_S)
 
     @precondition(lambda self: self.placed)
     @rule(data=st.data(), tokens=st.none() | st.integers(1, 100))
     def finishes(self, data, tokens):
-        ticket = data.draw(st.sampled_from(self.placed))
-        self.placed.remove(ticket)
-        self.call(self.floor.end(ticket, tokens))
+        request = data.draw(st.sampled_from(self.placed))
+        self.placed.remove(request)
+        self.call(self.floor.end(request, tokens))
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def leaves(self, data):
-        ticket = data.draw(st.sampled_from(self.waiting))
-        called = self.floor.gate.end(ticket, self.floor.now)
-        if ticket in called:
+        request = data.draw(st.sampled_from(self.waiting))
+        called = self.floor.scheduler.end(request, self.floor.now)
+        if request in called:
             self.call(called)
         else:
-            self.waiting.remove(ticket)
+            self.waiting.remove(request)
             self.call(called)
-            assert ticket.state is ENDED
+            assert request.state is ENDED
 
-    @precondition(lambda self: self.tickets)
+    @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def ends_again(self, data):
-        ticket = data.draw(st.sampled_from(self.tickets))
-        if ticket.state in (SHED, ENDED):
-            self.call(self.floor.end(ticket))
+        request = data.draw(st.sampled_from(self.requests))
+        if request.state in (SHED, ENDED):
+            self.call(self.floor.end(request))
 
     @precondition(lambda self: self.placed)
     @rule(data=st.data())
     def loses_its_replica(self, data):
-        ticket, floor = data.draw(st.sampled_from(self.placed)), self.floor
-        self.call(floor.gate.tick(floor.now))
-        if ticket not in self.placed:
+        request, floor = data.draw(st.sampled_from(self.placed)), self.floor
+        self.call(floor.scheduler.tick(floor.now))
+        if request not in self.placed:
             return
-        self.placed.remove(ticket)
-        if ticket.replica_id in floor.offers:
-            floor.suspended[ticket.replica_id] = floor.now + SUSPENSION_S
-        called = floor.gate.lost(ticket, floor.now)
-        assert ticket.replica_id not in ticket.without or ticket.state is not PLACED
-        self.settle(ticket, called)
+        self.placed.remove(request)
+        if request.replica_id in floor.offers:
+            floor.suspended[request.replica_id] = floor.now + SUSPENSION_S
+        called = floor.scheduler.lost(request, floor.now)
+        assert request.replica_id not in request.without or request.state is not PLACED
+        self.settle(request, called)
 
     @rule(credit=st.integers(0, 4), routes=st.sampled_from([EVERYWHERE, {CHAT}, ()]))
     def add_replica(self, credit, routes):
@@ -671,14 +671,14 @@ class GateMachine(RuleBasedStateMachine):
 
     def wake(self):
         self.floor.rests = False
-        self.floor.gate.wake()
+        self.floor.scheduler.wake()
 
     @precondition(lambda self: not self.floor.offers)
     @rule(rests=st.booleans())
     def begins_or_ends_its_rest(self, rests):
         if rests:
             self.floor.rests = True
-            self.floor.gate.rest(20.0, None)
+            self.floor.scheduler.rest(20.0, None)
         else:
             self.wake()
         self.call(self.floor.set_replicas())
@@ -704,54 +704,54 @@ class GateMachine(RuleBasedStateMachine):
             if floor.now < floor.fresh_until:
                 floor.fresh_until = floor.now + SILENCE_S
             demand = floor.demand()
-            self.call(floor.gate.renewal_failed(demand, floor.now))
+            self.call(floor.scheduler.renewal_failed(demand, floor.now))
         else:
-            self.call(floor.gate.tick(floor.now))
+            self.call(floor.scheduler.tick(floor.now))
 
     @invariant()
     def nothing_is_lost_or_counted_twice(self):
-        for ticket in self.placed:
-            assert ticket.state is PLACED
-        for ticket in self.waiting:
-            assert ticket.state is WAITING
-        assert self.floor.gate.line.count == len(self.waiting)
+        for request in self.placed:
+            assert request.state is PLACED
+        for request in self.waiting:
+            assert request.state is WAITING
+        assert self.floor.scheduler.queue.count == len(self.waiting)
         running = {}
-        for ticket in self.placed:
-            one = running.setdefault(ticket.replica_id, [0, 0])
+        for request in self.placed:
+            one = running.setdefault(request.replica_id, [0, 0])
             one[0] += 1
-            one[1] += ticket.tier is not P
-        for place in self.floor.gate.credits.places:
+            one[1] += request.tier is not P
+        for place in self.floor.scheduler.credits.places:
             assert [place.running, place.others] == running.pop(place.replica_id, [0, 0])
         assert not running, "what runs on a replica that is gone is still counted"
 
     @invariant()
     def nobody_waits_while_a_slot_is_free_that_he_may_use(self):
-        for ticket in self.waiting:
-            assert not usable(self.floor, ticket)
+        for request in self.waiting:
+            assert not usable(self.floor, request)
 
     @invariant()
     def nobody_waits_for_a_replica_that_nobody_expects(self):
-        for ticket in self.waiting:
-            others = self.floor.offers.keys() - ticket.without
-            assert not ticket.without or others or self.floor.rests
+        for request in self.waiting:
+            others = self.floor.offers.keys() - request.without
+            assert not request.without or others or self.floor.rests
 
     @invariant()
     def what_changes_is_told_within_a_renewal(self):
-        floor, gate = self.floor, self.floor.gate
+        floor, scheduler = self.floor, self.floor.scheduler
         if floor.told is None:
             return
         number, *told = floor.told
         says = [
-            gate.credits.places.held(),
-            {tier: gate.credits._running[tier] for tier in Tier},
-            {tier: gate.line.waiting(tier) for tier in Tier},
+            scheduler.credits.places.held(),
+            {tier: scheduler.credits._running[tier] for tier in Tier},
+            {tier: scheduler.queue.waiting(tier) for tier in Tier},
         ]
         if number != self.number or says == told:
             self.number, self.changed_at = number, math.inf
         if says != told:
             self.changed_at = min(self.changed_at, floor.now)
-        assert gate.renewal_at() <= gate.credits._sent_at + SILENCE_S / 3
-        assert gate.renewal_at() <= self.changed_at + RENEWAL_S
+        assert scheduler.renewal_at() <= scheduler.credits._sent_at + SILENCE_S / 3
+        assert scheduler.renewal_at() <= self.changed_at + RENEWAL_S
 
     @invariant()
     def bounds_hold(self):
@@ -767,10 +767,10 @@ class GateMachine(RuleBasedStateMachine):
             return
         while self.placed:
             self.call(self.floor.end(self.placed.pop()))
-        for ticket in self.waiting:
-            self.floor.end(ticket)
-        assert all(p.running == p.others == 0 for p in self.floor.gate.credits.places)
-        assert self.floor.gate.line.count == 0
+        for request in self.waiting:
+            self.floor.end(request)
+        assert all(p.running == p.others == 0 for p in self.floor.scheduler.credits.places)
+        assert self.floor.scheduler.queue.count == 0
 
 
 TestGateMachine = GateMachine.TestCase
@@ -778,27 +778,27 @@ TestGateMachine.settings = settings(max_examples=100, stateful_step_count=40, de
 
 
 def shed_by(floor):
-    ticket, _ = floor.arrive(fail_fast=True)
-    assert ticket.state is SHED
-    return ticket.retry_after_s
+    request, _ = floor.arrive(fail_fast=True)
+    assert request.state is SHED
+    return request.retry_after_s
 
 
 def test_who_is_turned_away_by_a_sleeping_model_is_told_when_it_will_be_awake():
     floor = Floor(min_retry_after_s=1.0, max_retry_after_s=60.0)
     waiting, _ = floor.arrive()
     assert waiting.state is WAITING
-    floor.gate.rest(20.0, None)
+    floor.scheduler.rest(20.0, None)
     floor.now = 5.0
     assert shed_by(floor) == 20.0, "it has not begun to start"
-    floor.gate.rest(20.0, 5.0)
+    floor.scheduler.rest(20.0, 5.0)
     floor.now = 12.0
     assert shed_by(floor) == 13.0
     floor.now = 100.0
     assert shed_by(floor) == 2.0, "it takes longer than the last time"
-    floor.gate.rest(5.0, 5.0)
+    floor.scheduler.rest(5.0, 5.0)
     assert shed_by(floor) == 1.0
     for start_s in (None, 600.0):
-        floor.gate.rest(start_s, None)
+        floor.scheduler.rest(start_s, None)
         assert shed_by(floor) == 60.0
-    floor.gate.wake()
+    floor.scheduler.wake()
     assert floor.add("one", 1) == [waiting] and waiting.state is PLACED

@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.tiers import PriorityMode, Tier
-from app.flow.hash_ring import Ring
-from app.flow.slots import Offer, Places
+from app.flow.hash_ring import HashRing
+from app.flow.slots import Offer, SlotTable
 
 pytestmark = pytest.mark.unit
 
@@ -13,7 +13,7 @@ prefixes = st.integers(0, 2**32 - 1)
 
 
 def places(credits, *, routes=frozenset({"chat"}), slack=0.25, mode=PriorityMode.AUTO):
-    made = Places()
+    made = SlotTable()
     made.slack = slack
     made.set_replicas([Offer(name, "pool", 8, routes) for name in credits], mode)
     for name, credit in credits.items():
@@ -37,7 +37,7 @@ def test_load_is_spread_by_share_of_credits(credits, requests):
 
 @given(st.sampled_from([0.5, 1.0, 2.0, 3.0]), st.integers(1, 30))
 def test_pools_share_the_load_by_their_weights(weight, requests):
-    on = Places()
+    on = SlotTable()
     offers = [Offer("a", "heavy", 64, frozenset(), weight), Offer("b", "light", 64, frozenset())]
     on.set_replicas(offers, PriorityMode.AUTO)
     for name in ("a", "b"):
@@ -159,7 +159,7 @@ def test_a_replica_that_goes_and_comes_back_is_listed_again():
 
 
 def test_a_ring_goes_round():
-    ring = Ring()
+    ring = HashRing()
     assert ring.after(5, 8) == []
     ring.add("a")
     ring.add("b")

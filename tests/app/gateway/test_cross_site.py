@@ -10,9 +10,9 @@ from app.core.errors import HostNotAllowed, UnsupportedMediaType
 from app.core.settings import SettingsError
 from app.gateway.cross_site import HostRule, require_json
 from app.gateway.lifecycle import Services
-from app.gateway.registry import Catalog
+from app.gateway.registry import ModelRegistry
 from app.ingress import build_api
-from app.tenants.access import Accounts
+from app.tenants.access import Access
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +28,7 @@ REVEALING = [
 
 def http(**settings):
     """A client of a ready ingress without models."""
-    services = Services(Catalog(None, discover_s=1), None, IngressSettings(**settings))
+    services = Services(ModelRegistry(None, discover_s=1), None, IngressSettings(**settings))
     services.ready.set()
     transport = httpx.ASGITransport(build_api(services), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000"), services
@@ -149,7 +149,7 @@ async def test_a_form_of_another_site_is_refused_before_its_body_is_read(method,
 
 async def test_a_key_is_asked_for_before_the_content_type():
     client, services = http(auth="keys")
-    services.accounts = Accounts("one", None, None)
+    services.accounts = Access("one", None, None)
     async with client:
         answer = await client.post("/v1/completions", headers={"host": "evil.example"})
         assert answer.status_code == 401

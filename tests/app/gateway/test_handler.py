@@ -8,7 +8,7 @@ from app.config.ingress import IngressSettings
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway import handler
-from app.gateway.handler import Exchange
+from app.gateway.handler import Handler
 from app.gateway.request_body import Bodies
 from app.tenants.access import Caller
 
@@ -21,13 +21,13 @@ class Failing(Exception):
     pass
 
 
-class Catalog:
+class ModelRegistry:
     def require(self, model):
         if model != "m":
             raise errors.ModelNotFound(model)
 
 
-class Accounts:
+class Access:
     async def identify(self, authorization):
         if authorization is None:
             raise errors.InvalidKey(given=False)
@@ -46,14 +46,14 @@ class World:
         self.bodies, self.sent, self.while_running = Bodies(), [], None
         services = SimpleNamespace(
             bodies=self.bodies,
-            catalog=Catalog(),
-            accounts=Accounts(),
+            catalog=ModelRegistry(),
+            accounts=Access(),
             ready=ready,
             settings=IngressSettings.load({"auth": "keys"}, "user_config"),
         )
         world = self
 
-        class Passage:
+        class Lifecycle:
             def __init__(self, *_):
                 pass
 
@@ -62,8 +62,8 @@ class World:
                 if end is not None:
                     await end()
 
-        monkeypatch.setattr(handler, "Passage", Passage)
-        self.exchange = Exchange(Route.CHAT, services)
+        monkeypatch.setattr(handler, "Lifecycle", Lifecycle)
+        self.exchange = Handler(Route.CHAT, services)
 
     async def ask(self, body=BODY, headers=((b"authorization", b"Bearer x"),), last=None):
         headers = (*headers, (b"content-type", b"application/json"))

@@ -9,13 +9,13 @@ from app import supervision
 from app.config.ingress import IngressSettings, ModelSettings
 from app.config.journal import JournalSettings
 from app.contracts.status import Availability, ModelSnapshot
-from app.gateway.health import CANNOT_SERVE, STORE_AWAY_S, Reason, Signs, Status, judge
+from app.gateway.health import CANNOT_SERVE, STORE_AWAY_S, HealthReason, HealthStatus, Signs, judge
 from app.gateway.lifecycle import Services
-from app.gateway.registry import Catalog
+from app.gateway.registry import ModelRegistry
 from app.ingress import build_api
 from app.ledger.ledger import Ledger
 from app.store.database import StoreAway
-from app.tenants.access import Accounts
+from app.tenants.access import Access
 from app.tenants.keys import KeyTable, create_key
 from tests.support.records import NOON
 from tests.support.stores import MemoryStore
@@ -43,9 +43,9 @@ SIGNS = st.builds(
 def test_it_is_unavailable_exactly_where_it_cannot_serve(signs):
     health = judge(signs)
     cannot = not signs.started or signs.draining or not signs.keys_read or not signs.has_room
-    assert (health.code == 503) == cannot == (health.status is Status.UNAVAILABLE)
-    assert (health.status is Status.OK) == (not health.reasons)
-    assert health.status is not Status.OK or health.code == 200
+    assert (health.code == 503) == cannot == (health.status is HealthStatus.UNAVAILABLE)
+    assert (health.status is HealthStatus.OK) == (not health.reasons)
+    assert health.status is not HealthStatus.OK or health.code == 200
     ranks = [reason in CANNOT_SERVE for reason in health.reasons]
     assert ranks == sorted(ranks, reverse=True)
 
@@ -54,10 +54,15 @@ def test_it_is_unavailable_exactly_where_it_cannot_serve(signs):
 def test_a_reason_comes_from_its_own_sign(one, other):
     """Two ingresses that agree on a sign agree on its reason, whatever else is wrong."""
     both = (set(judge(one).reasons), set(judge(other).reasons))
-    for name, reason in [("draining", Reason.DRAINING), ("keys_away", Reason.KEYS_AWAY),
-                         ("limits_away", Reason.LIMITS_AWAY), ("started", Reason.STARTING),
-                         ("has_room", Reason.LEDGER_UNAVAILABLE),
-                         ("keys_read", Reason.KEYS_NEVER_READ)]:  # fmt: skip
+    signs = {
+        "draining": HealthReason.DRAINING,
+        "keys_away": HealthReason.KEYS_AWAY,
+        "limits_away": HealthReason.LIMITS_AWAY,
+        "started": HealthReason.STARTING,
+        "has_room": HealthReason.LEDGER_UNAVAILABLE,
+        "keys_read": HealthReason.KEYS_NEVER_READ,
+    }
+    for name, reason in signs.items():
         same = getattr(one, name) == getattr(other, name)
         assert same == ((reason in both[0]) == (reason in both[1]))
 
@@ -93,7 +98,7 @@ class Keys:
         return self.table_now
 
 
-class OneModel(Catalog):
+class OneModel(ModelRegistry):
     def __init__(self):
         super().__init__(None, discover_s=1)
 
@@ -140,7 +145,7 @@ async def test_models_are_named_to_who_may_see_them(services, ask):
     key, text = create_key("acme", created=NOON)
     keys.table_now = KeyTable.of([key])
     services.settings = IngressSettings(auth="keys")
-    services.accounts = Accounts("one", keys, None)
+    services.accounts = Access("one", keys, None)
     services.accounts.start()
     try:
         await until(lambda: services.accounts.keys_read)
@@ -157,7 +162,7 @@ async def test_keys_that_were_never_read_and_keys_that_are_away(services, ask, m
     monkeypatch.setattr("app.tenants.key_cache.SOONEST_S", 0.01)
     keys = Keys()
     keys.error = StoreAway("gone")
-    services.accounts = accounts = Accounts("one", keys, None)
+    services.accounts = accounts = Access("one", keys, None)
     accounts.start()
     try:
         await until(lambda: accounts.keys_away)

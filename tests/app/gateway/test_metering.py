@@ -5,9 +5,9 @@ import pytest
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect
 from app.core.pricing import RateCard, TokenUsage
-from app.core.tiers import Reason, Tier, TierDecision
+from app.core.tiers import Tier, TierDecision, TierReason
 from app.gateway.metering import Meter
-from app.gateway.response import Place
+from app.gateway.response import Placement
 from app.ledger.ledger import DiskRefuses, Opening
 from app.ledger.record import Origin, State, now_utc
 from app.protocol.usage import Counted
@@ -58,7 +58,7 @@ class Stream:
 
 
 def place(served=Tier.PRIORITY, reason=None):
-    return Place(REPLICA, TierDecision(Tier.PRIORITY, served, reason, CARD), 0.5)
+    return Placement(REPLICA, TierDecision(Tier.PRIORITY, served, reason, CARD), 0.5)
 
 
 def meter():
@@ -96,7 +96,7 @@ async def test_a_stream_that_is_moved_is_opened_again_at_its_new_place():
     one, calls = meter()
     one.place(place())
     one.open()
-    one.place(place(Tier.DEFAULT, Reason.NO_REPLICA_HONOURS_PRIORITY))
+    one.place(place(Tier.DEFAULT, TierReason.NO_REPLICA_HONOURS_PRIORITY))
     one.open()
     await one.opened(Stream(TokenUsage(3, 0, 1)))
     assert [record.served for _, record in calls] == [Tier.PRIORITY, Tier.DEFAULT]
@@ -122,7 +122,7 @@ async def test_a_stream_whose_record_is_refused_costs_nothing_whatever_its_engin
 async def test_the_record_is_that_of_the_last_place():
     one, calls = meter()
     one.place(place())
-    one.place(place(Tier.DEFAULT, Reason.NO_REPLICA_HONOURS_PRIORITY))
+    one.place(place(Tier.DEFAULT, TierReason.NO_REPLICA_HONOURS_PRIORITY))
     one.counted = Counted(TokenUsage(4, 0, 4))
     await one.settle(State.COMPLETED)
     [(_, record)] = calls
@@ -134,9 +134,9 @@ async def test_a_request_that_was_not_placed_has_nothing_to_settle():
     one, calls = meter()
     await one.settle(State.INTERRUPTED, "client_gone")
     assert calls == []
-    one.turn_away(State.SHED, "line_full")
+    one.turn_away(State.SHED, "queue_full")
     [(name, record)] = calls
-    assert (name, record.state, record.reason) == ("count", State.SHED, "line_full")
+    assert (name, record.state, record.reason) == ("count", State.SHED, "queue_full")
     assert (record.served, record.cost) == (None, 0)
 
 

@@ -11,7 +11,7 @@ from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
 from app.flow.admission import Admission
 from app.flow.credits import RENEWAL_S, Grant
-from app.gateway.registry import Catalog, model_entry
+from app.gateway.registry import ModelRegistry, model_entry
 
 pytestmark = pytest.mark.unit
 
@@ -61,7 +61,7 @@ class FakeSource:
 
 @asynccontextmanager
 async def following(source):
-    catalog = Catalog(source, discover_s=0.005)
+    catalog = ModelRegistry(source, discover_s=0.005)
     catalog.start()
     try:
         yield catalog
@@ -207,7 +207,7 @@ async def test_a_name_claimed_twice_goes_to_an_id_before_an_alias():
     [
         (snapshot("m"), ["priority", "default", "flex"]),
         (snapshot("m", native=False), ["default", "flex"]),
-        (snapshot("m", native=False, tiers={"priority": "line"}), ["priority", "default", "flex"]),
+        (snapshot("m", native=False, tiers={"priority": "queue"}), ["priority", "default", "flex"]),
         (snapshot("m", tiers={"priority": "off", "flex": False}), ["default"]),
         (snapshot("m", ready=False), []),
     ],

@@ -10,7 +10,7 @@ from app.config.ingress import IngressSettings
 from app.config.usage_reads import UsageSettings
 from app.core.errors import InvalidRequest, UsageBusy
 from app.gateway.lifecycle import Services
-from app.gateway.registry import Catalog
+from app.gateway.registry import ModelRegistry
 from app.gateway.usage_route import span
 from app.ingress import build_api
 from app.ledger.record_store import TooManyRows
@@ -57,7 +57,7 @@ async def test_what_cannot_be_read_is_told_in_openais_shape(error, status, code)
             raise error
         return []
 
-    services = Services(Catalog(None, discover_s=1), None, IngressSettings())
+    services = Services(ModelRegistry(None, discover_s=1), None, IngressSettings())
     services.ready.set()
     services.usage = SimpleNamespace(settings=UsageSettings(), totals=totals)
     transport = httpx.ASGITransport(build_api(services))

@@ -25,7 +25,7 @@ from app.haproxy import config
 from app.haproxy.config import (
     BAD_SETTING,
     BadSetting,
-    Bounds,
+    ProxyBounds,
     UnknownConfig,
     complete,
     connections_for,
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.unit
 
 BINARY = os.environ["FRONTLINE_HAPROXY"]
 WRAPPER = Path(config.__file__).parents[2] / "scripts" / "haproxy"
-PROXIED = Bounds(client_connections=5, trusted_proxies=("10.0.0.0/8", "fd00::/8"))
+PROXIED = ProxyBounds(client_connections=5, trusted_proxies=("10.0.0.0/8", "fd00::/8"))
 
 CLOSED = 1
 """A port where nothing listens: others might be those of an ingress of another test run."""
@@ -141,7 +141,7 @@ def check(path):
 
 
 @pytest.mark.parametrize("routes", ROUTES)
-@pytest.mark.parametrize("bounds", [Bounds(), PROXIED, Bounds(client_connections=1)])
+@pytest.mark.parametrize("bounds", [ProxyBounds(), PROXIED, ProxyBounds(client_connections=1)])
 def test_haproxy_accepts_what_serve_writes_with_the_additions(tmp_path, routes, bounds):
     path = write_serves(tmp_path, ROUTES[routes])
     text, warnings = complete(path.read_text(), bounds)
@@ -165,7 +165,7 @@ def test_nothing_of_serves_is_lost(serves):
 
 
 def test_no_error_is_serves_plain_text(serves):
-    text, _ = complete(serves, Bounds())
+    text, _ = complete(serves, ProxyBounds())
     assert "errorfile" not in text
     for body in re.findall(r"string '(\{.*?\})' hdr", text):
         assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
@@ -173,14 +173,14 @@ def test_no_error_is_serves_plain_text(serves):
 
 def test_without_routes_nothing_is_not_found(tmp_path):
     # Of a2e879e: 404 for every path until Serve has told a new HAProxy its routes.
-    text, _ = complete(write_serves(tmp_path, []).read_text(), Bounds())
+    text, _ = complete(write_serves(tmp_path, []).read_text(), ProxyBounds())
     assert " status 404 " not in text
 
 
 @given(st.text() | st.text(alphabet="globadefutsrn \n#mxco1"))
 def test_what_is_unknown_is_never_half_changed(text):
     with pytest.raises(UnknownConfig):
-        complete(text, Bounds())
+        complete(text, ProxyBounds())
 
 
 @given(data=st.data())
@@ -188,7 +188,7 @@ def test_a_line_less_changes_nothing_or_all(lines, data):
     place = data.draw(st.integers(0, len(lines) - 1))
     text = "\n".join(lines[:place] + lines[place + 1 :]) + "\n"
     try:
-        changed, _ = complete(text, Bounds())
+        changed, _ = complete(text, ProxyBounds())
     except UnknownConfig:
         return
     for part in ("timeout http-request", "tune.http.maxhdr", "http-error status 503", " 431 "):
@@ -233,8 +233,8 @@ def test_settings():
         "FRONTLINE_CLIENT_CONNECTIONS": "50",
         "FRONTLINE_TRUSTED_PROXIES": "10.1.2.3, fd00::/8",
     }
-    assert Bounds.read(environ, 9) == Bounds(3, 50, ("10.1.2.3/32", "fd00::/8"), 9)
-    assert Bounds.read({}, 9) == Bounds(descriptors=9)
+    assert ProxyBounds.read(environ, 9) == ProxyBounds(3, 50, ("10.1.2.3/32", "fd00::/8"), 9)
+    assert ProxyBounds.read({}, 9) == ProxyBounds(descriptors=9)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ def test_settings():
 )
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(BadSetting, match=name):
-        Bounds.read({name: value}, 9)
+        ProxyBounds.read({name: value}, 9)
 
 
 def test_there_are_as_many_connections_as_open_files_allow(serves):
     # HAProxy does not start at all where it cannot have the files that maxconn takes.
     wanted = serves.replace("maxconn 4096", "maxconn 32768")
-    text, [warning] = complete(wanted, Bounds(descriptors=20_000))
+    text, [warning] = complete(wanted, ProxyBounds(descriptors=20_000))
     [connections] = map(int, re.findall(r"^global\n(?:.*\n)*?    maxconn (\d+)", text, re.M))
     assert 9_800 < connections < 10_000
     assert descriptors_for(connections, servers=4) <= 20_000

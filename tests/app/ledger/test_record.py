@@ -51,7 +51,7 @@ def test_a_record_with_another_cost_cannot_be_made(cost):
 
 @pytest.mark.parametrize("state", [State.SHED, State.REFUSED])
 def test_what_was_not_served_has_no_tier_and_costs_nothing(state):
-    record = UsageRecord.not_served(origin(), state, "line_full", queue_s=0, ended=NOON)
+    record = UsageRecord.not_served(origin(), state, "queue_full", queue_s=0, ended=NOON)
     assert (record.served, record.cost, record.usage) == (None, 0, NOTHING_USED)
     with pytest.raises(ValueError, match="not served"):
         replace(record, served=Tier.DEFAULT)
@@ -65,7 +65,7 @@ def test_only_what_was_served_can_be_estimated():
     usage = TokenUsage(1000, 400, 250)
     record = opened().settle(State.INTERRUPTED, usage, ended=NOON, estimated=True)
     assert record.usage_estimated and not completed().usage_estimated
-    refused = UsageRecord.not_served(origin(), State.SHED, "line_full", queue_s=0, ended=NOON)
+    refused = UsageRecord.not_served(origin(), State.SHED, "queue_full", queue_s=0, ended=NOON)
     with pytest.raises(ValueError, match="not served"):
         replace(refused, usage_estimated=True)
 

@@ -6,7 +6,7 @@ from app.config.scaling import ScalingSettings
 from app.contracts.stats import IngressBoard, Tally
 from app.core.tiers import Tier
 from app.flow.credits import Demand
-from app.flow.request import Ticket, TicketState
+from app.flow.request import QueuedRequest, RequestState
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 
@@ -23,9 +23,9 @@ class Ingress:
 
     def serve(self, tier, times, seconds):
         for _ in range(times):
-            ticket = Ticket(tier, "", 1, state=TicketState.PLACED, placed=10.0)
-            self.tally.arrive(ticket)
-            self.tally.end(ticket, 10.0 + seconds)
+            request = QueuedRequest(tier, "", 1, state=RequestState.PLACED, placed=10.0)
+            self.tally.arrive(request)
+            self.tally.end(request, 10.0 + seconds)
 
     def board(self, *, waiting=0, running=0, oldest_s=0.0):
         def tiers(value):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from app.config.scaling import ScalingSettings
 from app.core.tiers import Tier
-from app.scaling.forecast import Counted, forecast, sudden, window_for
+from app.scaling.forecast import CountedDemand, forecast, sudden, window_for
 from app.scaling.report import PoolReport, ScalingReport, TierReport
-from app.scaling.scaler import Bounds, Scaler
+from app.scaling.scaler import ReplicaBounds, Scaler
 
 pytestmark = pytest.mark.unit
 
@@ -49,7 +49,7 @@ class Life:
             report = ScalingReport(
                 tiers, {"pool": PoolReport(8, ready, start_s=self.start_s)}, settings=self.settings
             )
-            bounds = Bounds(self.replicas, self.least, self.most)
+            bounds = ReplicaBounds(self.replicas, self.least, self.most)
             decision = self.scaler.decide(report, {"pool": bounds}, self.now)
             self.why = decision.why
             self.replicas = decision.replicas["pool"]
@@ -171,7 +171,7 @@ def test_whatever_happens_bounds_hold_and_priority_that_waits_loses_nothing(step
 
 def test_pools_that_the_model_does_not_know_stay_as_they_are():
     report = ScalingReport({tier: TierReport() for tier in Tier}, {})
-    decided = Scaler().decide(report, {"new": Bounds(3, 0, 5)}, 0.0)
+    decided = Scaler().decide(report, {"new": ReplicaBounds(3, 0, 5)}, 0.0)
     assert decided.replicas == {"new": 3}
 
 
@@ -181,7 +181,7 @@ def test_a_pool_of_fixed_size_serves_all_the_same():
     decided = [
         Scaler().decide(
             ScalingReport(tiers, {"scaled": PoolReport(8), "fixed": PoolReport(8, ready=ready)}),
-            {"scaled": Bounds(0, 0, 9)},
+            {"scaled": ReplicaBounds(0, 0, 9)},
             0.0,
         )
         for ready in (0, 1, 3)
@@ -208,7 +208,7 @@ def test_a_tier_of_which_few_have_finished_is_taken_to_be_like_the_others():
         # One of priority has come and goes on.
         tiers[Tier.PRIORITY] = TierReport(running=1, arrived=1)
         report = ScalingReport(tiers, {"pool": PoolReport(8, 2)})
-        bounds = {"pool": Bounds(replicas[-1] if replicas else 2, 0, 9)}
+        bounds = {"pool": ReplicaBounds(replicas[-1] if replicas else 2, 0, 9)}
         replicas.append(scaler.decide(report, bounds, float(second)).replicas["pool"])
     # By itself it would be a load of one, for which eight slots are too few.
     assert replicas[-1] == 1
@@ -222,7 +222,7 @@ def test_what_priority_needed_does_not_keep_a_model_from_sleeping():
 
 @given(st.floats(0.1, 50), st.floats(10, 300), st.floats(0, 600))
 def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
-    counted = Counted(3 * window_s)
+    counted = CountedDemand(3 * window_s)
     for second in range(int(3 * window_s) + 10):
         counted.add(second, rate * second)
     now = second
@@ -233,7 +233,7 @@ def test_a_steady_rate_is_forecast_as_it_is(rate, window_s, ahead_s):
 
 def counted(*steps):
     """What was counted where rates a second held for some seconds each, and when that ended."""
-    counted, now, count = Counted(3600), 0.0, 0.0
+    counted, now, count = CountedDemand(3600), 0.0, 0.0
     for seconds, rate in steps:
         for _ in range(seconds):
             counted.add(now, math.floor(count))
@@ -260,7 +260,7 @@ def test_chance_hardly_ever_looks_like_a_change():
     for rate, enough_s in ((0.005, 1200.0), (0.02, 1200.0), (0.2, 64 / 0.2 / 1.2**2)):
         cut = []
         for seed in range(4):
-            random, counted, count = Random(seed), Counted(3600), 0
+            random, counted, count = Random(seed), CountedDemand(3600), 0
             for now in range(8000):
                 count += random.random() < rate
                 counted.add(float(now), count)

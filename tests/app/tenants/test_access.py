@@ -10,8 +10,8 @@ import pytest
 from app import alarms
 from app.core import errors
 from app.core.tiers import ALL_RIGHTS, Tier
-from app.tenants.access import NOBODY, Accounts
-from app.tenants.keys import KeyTable, Limits, create_key
+from app.tenants.access import NOBODY, Access
+from app.tenants.keys import KeyLimits, KeyTable, create_key
 from app.tenants.limiter import LimitBooks
 
 pytestmark = pytest.mark.unit
@@ -45,7 +45,7 @@ class Keys:
 
 
 def key(**more):
-    limits = Limits(
+    limits = KeyLimits(
         **{name: more.pop(name) for name in ("rpm", "tpm", "priority_share") if name in more}
     )
     return create_key("acme", limits=limits, created=datetime.now(UTC), **more)
@@ -53,7 +53,7 @@ def key(**more):
 
 @asynccontextmanager
 async def accounts(*keys, books=None, ingress="one", ingresses=1):
-    made = Accounts(ingress, Keys(*keys), books or Books(), lambda: ingresses)
+    made = Access(ingress, Keys(*keys), books or Books(), lambda: ingresses)
     made.start()
     try:
         yield made

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.tenants.concurrency import Bounds, Holder, InFlight, OverBound
+from app.tenants.concurrency import FlightBounds, Holder, InFlight, OverBound
 
 pytestmark = pytest.mark.unit
 
@@ -18,7 +18,7 @@ events = st.lists(
 
 @given(events, st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
 def test_never_more_than_the_part_whatever_comes_and_goes(events, key, tenant, ingresses):
-    book, bounds, flying = InFlight(), Bounds(key, tenant), []
+    book, bounds, flying = InFlight(), FlightBounds(key, tenant), []
     parts = {Holder.KEY: max(1, key // ingresses), Holder.TENANT: max(1, tenant // ingresses)}
     for what, which in events:
         if what == "enter":
@@ -49,8 +49,8 @@ def test_never_more_than_the_part_whatever_comes_and_goes(events, key, tenant, i
 
 def test_a_flight_that_is_left_twice_counts_once():
     book = InFlight()
-    flight = book.enter("a1", "a", Bounds(5, 5), 1)
-    with book.enter("a1", "a", Bounds(5, 5), 1):
+    flight = book.enter("a1", "a", FlightBounds(5, 5), 1)
+    with book.enter("a1", "a", FlightBounds(5, 5), 1):
         for _ in range(2):
             with flight:
                 pass

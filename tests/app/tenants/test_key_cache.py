@@ -5,7 +5,7 @@ import pytest
 
 from app.store.database import StoreAway
 from app.tenants import key_cache
-from app.tenants.key_cache import KeyRing
+from app.tenants.key_cache import KeyCache
 from app.tenants.keys import KeyTable, create_key
 from tests.support.records import NOON
 
@@ -35,7 +35,7 @@ def store(monkeypatch):
 
 @pytest.fixture
 async def ring(store):
-    ring = KeyRing(store)
+    ring = KeyCache(store)
     ring.start()
     yield ring
     await ring.stop()
@@ -55,7 +55,7 @@ async def test_a_new_key_works_at_once(ring, store):
 
 async def test_a_key_made_while_keys_are_read_works_at_once(store):
     store.delay_s = 0.1
-    ring = KeyRing(store)
+    ring = KeyCache(store)
     ring.start()
     await asyncio.sleep(0.05)
     key, text = new_key(store)
@@ -101,7 +101,7 @@ async def test_a_flood_of_unknown_keys_reads_seldom(ring, store):
 
 
 async def test_what_is_no_key_asks_nobody(store):
-    ring = KeyRing(store)
+    ring = KeyCache(store)
     for text in ("none", "", "fl-x", "sk-abc"):
         assert await ring.find(text) is None
     assert store.reads == 0
@@ -109,7 +109,7 @@ async def test_what_is_no_key_asks_nobody(store):
 
 async def test_one_that_gives_up_does_not_spoil_it_for_the_others(store):
     store.delay_s = 0.1
-    ring = KeyRing(store)
+    ring = KeyCache(store)
     key, text = new_key(store)
     impatient, patient = asyncio.create_task(ring.find(text)), asyncio.create_task(ring.find(text))
     await asyncio.sleep(0.03)

@@ -6,7 +6,7 @@ from sqlalchemy import make_url, text
 from app.core.tiers import Tier
 from app.store.database import connect, migrate
 from app.tenants.key_store import KeyStore
-from app.tenants.keys import Limits, create_key
+from app.tenants.keys import KeyLimits, create_key
 from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
@@ -19,7 +19,7 @@ def store(engine):
 
 
 def test_keys_come_back_as_they_were(store):
-    limits = Limits(rpm=60, tpm=10**12, priority_share=Decimal("0.333"))
+    limits = KeyLimits(rpm=60, tpm=10**12, priority_share=Decimal("0.333"))
     full, text = create_key(
         "acme", name="é", default_tier=Tier.FLEX, tiers=[Tier.FLEX], limits=limits, created=NOON
     )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.tiers import Tier
-from app.tenants.keys import ApiKey, KeyTable, Limits, bearer, create_key, key_id_of
+from app.tenants.keys import ApiKey, KeyLimits, KeyTable, bearer, create_key, key_id_of
 from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
@@ -87,7 +87,7 @@ def test_a_key_may_use_its_default_tier_and_default():
 )
 def test_limits_have_bounds(values, message):
     with pytest.raises(ValueError, match=message):
-        Limits(**values)
+        KeyLimits(**values)
 
 
 @pytest.mark.parametrize("name", ["x" * 101, "a\nb", "a\0b", "\x1b[31m"])

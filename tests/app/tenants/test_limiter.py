@@ -1,7 +1,7 @@
 import pytest
 
-from app.tenants.keys import Limits, create_key
-from app.tenants.limiter import Allowances, LimitBooks, Measure
+from app.tenants.keys import KeyLimits, create_key
+from app.tenants.limiter import LimitBooks, Measure, RateLimiter
 from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
@@ -11,7 +11,7 @@ class Ingress:
     """An ingress with the books beside it."""
 
     def __init__(self, books, name="i"):
-        self.books, self.allowances = books, Allowances(name)
+        self.books, self.allowances = books, RateLimiter(name)
 
     def request(self, key, tokens, now):
         over = self.allowances.take(key, tokens, now)
@@ -26,7 +26,7 @@ class Ingress:
 
 
 def key_with(**limits):
-    return create_key("acme", limits=Limits(**limits), created=NOON)[0]
+    return create_key("acme", limits=KeyLimits(**limits), created=NOON)[0]
 
 
 def test_a_key_without_limits_is_never_refused_and_has_no_headers():

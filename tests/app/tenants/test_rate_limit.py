@@ -13,7 +13,7 @@ from app.tenants.rate_limit import (
     RENEWAL_S,
     Allowance,
     LimitBook,
-    Standing,
+    LimitState,
     Window,
     duration,
     rate_limit_headers,
@@ -234,7 +234,7 @@ def test_a_book_that_is_new_does_not_count_what_was_used_of_the_one_before():
 
 def test_what_headers_say():
     net = Net(1, 10, 1)
-    assert net.allowances[0].standing(net.now) == Standing(10, 10, 0.0, 0.0)
+    assert net.allowances[0].standing(net.now) == LimitState(10, 10, 0.0, 0.0)
     net.take(0)
     net.step()
     for _ in range(3):

@@ -5,7 +5,7 @@ import pytest
 from app.core.dialect import Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
-from deployments.engines.base import EngineContractError, Launch, Span
+from deployments.engines.base import EngineContractError, Launch, NodeSpan
 from deployments.engines.sglang import Sglang
 
 pytestmark = pytest.mark.unit
@@ -45,7 +45,7 @@ def test_the_command_line():
 
 
 def test_an_engine_on_several_nodes():
-    span = Span(nodes=2, rank=1, here="10.0.0.2", address="10.0.0.1", port=2345)
+    span = NodeSpan(nodes=2, rank=1, here="10.0.0.2", address="10.0.0.1", port=2345)
     command = Sglang().command(replace(launch(tp_size=16), span=span))
     assert (flag(command, "--nnodes"), flag(command, "--node-rank")) == ("2", "1")
     assert flag(command, "--dist-init-addr") == "10.0.0.1:2345"

@@ -5,7 +5,7 @@ import pytest
 from app.core.dialect import Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
-from deployments.engines.base import EngineContractError, Launch, Span
+from deployments.engines.base import EngineContractError, Launch, NodeSpan
 from deployments.engines.vllm import Vllm
 
 pytestmark = pytest.mark.unit
@@ -40,7 +40,7 @@ def test_the_command_line():
     assert "--enforce-eager" in command and "--seed" not in command
 
 
-SPAN = Span(nodes=2, rank=0, here="10.0.0.1", address="10.0.0.1", port=2345)
+SPAN = NodeSpan(nodes=2, rank=0, here="10.0.0.1", address="10.0.0.1", port=2345)
 
 
 def test_an_engine_on_several_nodes():

@@ -15,7 +15,7 @@ import pytest
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect, Route
 from app.upstream.client import EngineBroke, EngineClient, EngineFailed, EngineUnreachable
-from deployments.hosting.guard import Guard, GuardFailed, needs_guard, plan_guard
+from deployments.hosting.guard import EngineGuard, GuardFailed, needs_guard, plan_guard
 
 pytestmark = pytest.mark.unit
 
@@ -84,7 +84,7 @@ class Keyless:
 async def guarded(tmp_path: Path, engine: Keyless):
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    guard = await Guard.start(NODE, port, KEY, tmp_path, name="test")
+    guard = await EngineGuard.start(NODE, port, KEY, tmp_path, name="test")
     try:
         async with httpx.AsyncClient(base_url=guard.base_url, trust_env=False) as client:
             client.headers["authorization"] = f"Bearer {KEY}"
@@ -289,7 +289,7 @@ async def test_a_guard_that_hangs_is_noticed(tmp_path, engine):
 
 async def test_an_address_of_another_machine_is_refused(tmp_path):
     with pytest.raises(OSError):
-        await Guard.start("192.0.2.1", 1, KEY, tmp_path, name="test")
+        await EngineGuard.start("192.0.2.1", 1, KEY, tmp_path, name="test")
 
 
 def test_only_a_cluster_of_one_machine_needs_none():

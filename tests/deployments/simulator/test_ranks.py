@@ -9,7 +9,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from deployments.engines.base import Launch, Span
+from deployments.engines.base import Launch, NodeSpan
 from deployments.engines.simulated import Simulated
 from deployments.hosting.ports import reserve_port
 
@@ -23,7 +23,7 @@ ASKED = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_
 def parts():
     """The first part of an engine of three, the others, and a client of the first."""
     with reserve_port() as http, reserve_port() as meeting:
-        span = Span(3, 0, http.host, http.host, meeting.port)
+        span = NodeSpan(3, 0, http.host, http.host, meeting.port)
         launch = Launch("m", "m", http.host, http.port, 8, "secret", sys.executable, span=span)
         processes = [start(replace(launch, span=replace(span, rank=0)))]
         with httpx.Client(base_url=launch.base_url, headers=KEYED, timeout=1) as client:

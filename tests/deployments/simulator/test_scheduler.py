@@ -10,10 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from deployments.simulator.pacing import Pace
 from deployments.simulator.scheduler import (
     PREEMPTION_GAP,
+    BatchScheduler,
     Changes,
     Job,
     JobState,
-    Scheduler,
 )
 
 pytestmark = pytest.mark.unit
@@ -24,7 +24,7 @@ PRIORITIES = st.integers(-120, 120)
 class SchedulerMachine(RuleBasedStateMachine):
     """Submits and ends jobs in any order, beside a plain model of what must hold."""
 
-    scheduler: Scheduler
+    scheduler: BatchScheduler
 
     @initialize(
         slots=st.integers(1, 4),
@@ -33,7 +33,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         preempts=st.booleans(),
     )
     def start(self, slots: int, fcfs: bool, lower_goes_first: bool, preempts: bool) -> None:
-        self.scheduler = Scheduler(slots, fcfs, lower_goes_first, preempts)
+        self.scheduler = BatchScheduler(slots, fcfs, lower_goes_first, preempts)
         self.jobs: list[Job] = []
         self.arrivals: dict[Job, int] = {}
         self.clock = 0
@@ -105,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 TestScheduler = SchedulerMachine.TestCase
 
 
-def order_of(scheduler: Scheduler, priorities: list[int]) -> list[int]:
+def order_of(scheduler: BatchScheduler, priorities: list[int]) -> list[int]:
     """Return the priorities of jobs in the order in which one busy slot starts them."""
     job, _ = scheduler.submit(-1, 0)
     for number, priority in enumerate(priorities):
@@ -117,10 +117,10 @@ def order_of(scheduler: Scheduler, priorities: list[int]) -> list[int]:
 
 @given(st.lists(PRIORITIES, max_size=12))
 def test_waiting_jobs_start_in_the_order_of_their_sign(priorities: list[int]) -> None:
-    assert order_of(Scheduler(1), priorities) == sorted(priorities)
-    high_first = order_of(Scheduler(1, lower_goes_first=False), priorities)
+    assert order_of(BatchScheduler(1), priorities) == sorted(priorities)
+    high_first = order_of(BatchScheduler(1, lower_goes_first=False), priorities)
     assert high_first == sorted(priorities, reverse=True)
-    assert order_of(Scheduler(1, fcfs=True), priorities) == priorities
+    assert order_of(BatchScheduler(1, fcfs=True), priorities) == priorities
 
 
 @given(

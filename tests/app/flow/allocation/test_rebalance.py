@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.flow.allocation.fair_share import Want
-from app.flow.allocation.rebalance import Standing, balance
+from app.flow.allocation.rebalance import IngressHoldings, balance
 
 pytestmark = pytest.mark.unit
 
@@ -18,13 +18,13 @@ def standings(draw):
     waiting = (draw(st.sampled_from([0, 0, 1, 9])), *draw(tiers)[1:])
     want = Want(running, waiting, ages, draw(counts))
     in_use = sum(running)
-    return Standing(want, in_use + draw(st.integers(0, 10)), in_use)
+    return IngressHoldings(want, in_use + draw(st.integers(0, 10)), in_use)
 
 
 def standing(held, *, default=0, priority=0, waiting=(0, 0, 0), age=0.0):
     ages = tuple(age if some else 0.0 for some in waiting)
     want = Want((priority, default, 0), waiting, ages)
-    return Standing(want, held, priority + default)
+    return IngressHoldings(want, held, priority + default)
 
 
 def terms(*standings, slots, headroom=0, room=0):

@@ -139,10 +139,10 @@ def check_tier(world, seen, record):
     if seen.attempts and seen.attempts[-1].replica_id == record["replica"]:
         dialect = world.engines[record["replica"].rsplit("-", 1)[0]].status.dialect
         honoured = ask.route in dialect.priority_routes
-        in_line = any(
-            one.tiers.priority == "line" for one in in_force(world, seen.began, seen.ended)
+        in_queue = any(
+            one.tiers.priority == "queue" for one in in_force(world, seen.began, seen.ended)
         )
-        assert served != "priority" or honoured or in_line
+        assert served != "priority" or honoured or in_queue
         value = dialect.priority_values[served] if honoured else None
         assert seen.attempts[-1].fields.get("priority") == value
 

@@ -7,7 +7,7 @@ import pytest
 
 from app.config.ingress import ModelSettings
 from app.core.dialect import Route
-from deployments.simulator.settings import Failures
+from deployments.simulator.settings import InjectedFailures
 from tests.support.world import ALIAS, NotedReply, Seen, World
 
 pytestmark = pytest.mark.unit
@@ -25,7 +25,7 @@ async def world(tmp_path, monkeypatch):
 
 
 def busy(status, kind="error"):
-    return Failures(request=kind, status=status)
+    return InjectedFailures(request=kind, status=status)
 
 
 async def ask(world, *plan, **more):

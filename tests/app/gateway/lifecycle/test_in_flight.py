@@ -8,9 +8,9 @@ import pytest
 from app.config.ingress import IngressSettings, ModelSettings
 from app.core.dialect import Route
 from app.tenants.concurrency import Holder
-from deployments.simulator.settings import Failures
+from deployments.simulator.settings import InjectedFailures
 from tests.support.waiting import until
-from tests.support.world import LINE, MODEL, NotedReply, Seen, World
+from tests.support.world import MODEL, QUEUE, NotedReply, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +26,7 @@ async def world(tmp_path, monkeypatch):
         auth="keys", engine_timeout_s=0.25, stream_timeout_s=0.25, max_concurrent_per_key=BOUND
     )
     await made.start()
-    await made.set(ModelSettings(line=LINE), ["vllm"])
+    await made.set(ModelSettings(queue=QUEUE), ["vllm"])
     yield made
     await made.close()
 
@@ -42,7 +42,7 @@ def in_flight(world):
 
 async def test_one_more_than_the_bound_is_refused_and_recorded(world):
     """568732b: all were let in."""
-    hanging = [ask(world, [Failures(request="hang")] * 2) for _ in range(BOUND)]
+    hanging = [ask(world, [InjectedFailures(request="hang")] * 2) for _ in range(BOUND)]
     await until(lambda: in_flight(world).of(Holder.TENANT, "plain") == BOUND)
     refused, asking = ask(world)
     await asking
@@ -68,10 +68,10 @@ async def test_one_more_than_the_bound_is_refused_and_recorded(world):
 OUTCOMES = {
     "answered": ({}, []),
     "streamed": ({"stream": True}, []),
-    "refused by the engine": ({}, [Failures(request="error", status=400)]),
-    "failed by the engine": ({}, [Failures(request="error", status=500)] * 2),
-    "hanging": ({}, [Failures(request="hang")] * 2),
-    "broken off": ({"stream": True}, [Failures(request="truncate", after_tokens=2)]),
+    "refused by the engine": ({}, [InjectedFailures(request="error", status=400)]),
+    "failed by the engine": ({}, [InjectedFailures(request="error", status=500)] * 2),
+    "hanging": ({}, [InjectedFailures(request="hang")] * 2),
+    "broken off": ({"stream": True}, [InjectedFailures(request="truncate", after_tokens=2)]),
     "no such tier": ({"service_tier": "none"}, []),
     "no such model": ({"model": "none"}, []),
     "no such key": ({}, []),
@@ -91,7 +91,7 @@ async def test_every_way_out_gives_the_place_back(world, outcome):
 
 async def test_those_who_are_turned_away_or_leave_give_their_places_back(world):
     # Two have the slots, one waits: it leaves, and one that does not wait is shed.
-    asked = [ask(world, [Failures(request="hang")] * 2) for _ in range(BOUND)]
+    asked = [ask(world, [InjectedFailures(request="hang")] * 2) for _ in range(BOUND)]
     await until(lambda: in_flight(world).of(Holder.TENANT, "plain") == BOUND)
     asked[-1][1].cancel()
     await until(lambda: in_flight(world).of(Holder.TENANT, "plain") < BOUND)

@@ -7,8 +7,8 @@ import pytest
 
 from app.config.ingress import ModelSettings
 from app.core.dialect import Route
-from app.tenants.keys import Limits
-from deployments.simulator.settings import Failures
+from app.tenants.keys import KeyLimits
+from deployments.simulator.settings import InjectedFailures
 from tests.support.world import ALIAS, KEYS, NotedReply, Seen, World
 
 pytestmark = pytest.mark.unit
@@ -23,7 +23,7 @@ FIELDS = {
 @pytest.fixture
 async def world(tmp_path, monkeypatch):
     monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
-    monkeypatch.setitem(KEYS, "metered", {"limits": Limits(tpm=120)})
+    monkeypatch.setitem(KEYS, "metered", {"limits": KeyLimits(tpm=120)})
     made = World(tmp_path)
     await made.start()
     await made.set(ModelSettings(), ["vllm"])
@@ -38,7 +38,7 @@ async def asked(world, **more):
 
 
 async def test_who_leaves_before_the_usage_is_known_gets_no_tokens_back(world):
-    seen = Seen(None, [Failures(request="hang")])
+    seen = Seen(None, [InjectedFailures(request="hang")])
     leaving = asyncio.create_task(world.ask(seen, Route.CHAT, FIELDS, "metered"))
     async with asyncio.timeout(5):
         while not seen.attempts:
@@ -51,7 +51,7 @@ async def test_who_leaves_before_the_usage_is_known_gets_no_tokens_back(world):
 
 
 async def test_whom_the_engine_refuses_gets_all_tokens_back(world):
-    refused = Seen(None, [Failures(request="error", status=400)])
+    refused = Seen(None, [InjectedFailures(request="error", status=400)])
     await world.ask(refused, Route.CHAT, FIELDS, "metered")
     assert refused.status == 400
     assert (await asked(world)).status == 200

@@ -8,17 +8,17 @@ import pytest
 from app.config.ingress import ModelSettings
 from app.contracts.status import Rest
 from app.core.dialect import Route
-from deployments.simulator.settings import Failures, SimulatedSettings
+from deployments.simulator.settings import InjectedFailures, SimulatedSettings
 from tests.support.waiting import until
 from tests.support.world import ALIAS, HANG_UP, NotedReply, Seen, World, crash
 
 pytestmark = pytest.mark.unit
 
 FIELDS = {"model": ALIAS, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-HANG, CRASH = Failures(request="hang"), Failures(request="crash")
+HANG, CRASH = InjectedFailures(request="hang"), InjectedFailures(request="crash")
 ROUTES = [Route.CHAT, Route.COMPLETIONS, Route.RESPONSES]
 FAR_BELOW_MAX_WAIT_S = 5
-MODEL = ModelSettings.load({"line": {"headroom": 0}}, "user_config")
+MODEL = ModelSettings.load({"queue": {"headroom": 0}}, "user_config")
 
 
 @pytest.fixture

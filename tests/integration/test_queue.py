@@ -1,4 +1,4 @@
-"""The line, seen from outside: who goes first, who is turned away, and what the engines hold."""
+"""The queue, seen from outside: who goes first, who is turned away, and what the engines hold."""
 
 import asyncio
 import time
@@ -21,11 +21,11 @@ pytestmark = pytest.mark.integration
 PRIORITY, DEFAULT = -100, 0
 
 
-def narrow(*, replicas=1, slots=1, **line):
-    """A model with few slots and an engine slow enough for a line to form."""
+def narrow(*, replicas=1, slots=1, **queue):
+    """A model with few slots and an engine slow enough for a queue to form."""
     return simulated_app(
         "narrow",
-        settings={"line": {"headroom": 0, **line}},
+        settings={"queue": {"headroom": 0, **queue}},
         slots=slots,
         replicas=replicas,
         tokens_per_second=40,
@@ -111,16 +111,16 @@ async def test_priority_goes_before_everyone_who_waits(model):
 
 
 @contextmanager
-def bounded(model, **line):
-    """The model with another line."""
-    before = model.snapshot("narrow").settings.line
+def bounded(model, **queue):
+    """The model with another queue."""
+    before = model.snapshot("narrow").settings.queue
 
     def change(app, done):
         model.deploy(app)
-        eventually(lambda: done(model.snapshot("narrow").settings.line))
+        eventually(lambda: done(model.snapshot("narrow").settings.queue))
         time.sleep(0.5)  # the ingress has heard of it
 
-    change(narrow(**line), lambda now: now != before)
+    change(narrow(**queue), lambda now: now != before)
     try:
         yield
     finally:
@@ -137,7 +137,7 @@ async def test_who_finds_the_line_full_is_turned_away_and_priority_displaces(mod
     shed = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
     assert len(shed) == 4, "one runs and two wait, of which one is displaced"
     reasons = Counter(error.response.headers["x-shed-reason"] for error in shed)
-    assert reasons == {"line_full": 3, "displaced": 1}
+    assert reasons == {"queue_full": 3, "displaced": 1}
     for error in shed:
         assert error.code == "engine_overloaded"
         assert error.body["type"] == "invalid_request_error"
