@@ -19,7 +19,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
-from app.gateway.registry import MODEL_DEPLOYMENT
+from app.core.names import MODEL_DEPLOYMENT
 from app.scaling.report import ScalingReport
 from app.scaling.scaler import Decision, ReplicaBounds, Scaler
 

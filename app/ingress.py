@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from ray import serve
 from sqlalchemy import Engine
-from starlette.exceptions import HTTPException
-from starlette.routing import Route as HttpRoute
 
 from app import supervision
 from app.config.ingress import LONGEST_STOP_S, IngressSettings
-from app.core import errors
-from app.core.dialect import Route
 from app.core.settings import Problem, SettingsError
+from app.gateway.asgi import Front, build_api
 from app.gateway.gc_tuning import settle_in
-from app.gateway.handler import Handler, Receive, Scope, identify
-from app.gateway.health_route import add_health_routes
-from app.gateway.lifecycle import Services
-from app.gateway.registry import ModelRegistry, ServeSource, model_entry, serve_host
-from app.gateway.response import Send
+from app.gateway.registry import ModelRegistry
+from app.gateway.services import Services
 from app.gateway.usage_reader import UsageReader
-from app.gateway.usage_route import add_usage_route
 from app.ledger.ledger import open_ledger
 from app.ray_compat.serve_port import keep_on_loopback
+from app.ray_compat.serve_source import ServeSource, serve_host
 from app.store.database import connect
 from app.store.database_url import resolve_url
 from app.tenants import deployment
@@ -37,8 +29,6 @@ from app.tenants.deployment import ServeLimits
 from app.tenants.key_store import KeyStore
 from app.upstream.client import EngineClient
 
-PREFIXES = ("/v1", "/v1/openai")
-"""Every route is served below both; the second is the base URL of DeepInfra's API."""
 # Longer than a Model's first answer takes on a busy machine; one that is away must not hold up the
 # others for ever.
 _KNOWN_WITHIN_S = 15.0
@@ -50,12 +40,12 @@ class Ingress:
     def __init__(self, limits: Any) -> None:
         keep_on_loopback()
         settings = IngressSettings()
-        catalog = ModelRegistry(ServeSource(), discover_s=settings.catalog_interval_s)
-        self._services = Services(catalog, EngineClient(), settings)
+        registry = ModelRegistry(ServeSource(), discover_s=settings.discovery_interval_s)
+        self._services = Services(registry, EngineClient(), settings)
         self._limits = ServeLimits(limits)
         self._store: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
-        catalog.start()
+        registry.start()
 
     # Not a plain function: those Serve calls on a thread, and the ledger belongs to the event loop.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -80,9 +70,9 @@ class Ingress:
             self._open_accounts(self._store, settings)
         if new_store and old is not None:
             self._retire("store disposal", partial(self._dispose, old))
-        self._services.catalog.set_interval(settings.catalog_interval_s)
+        self._services.registry.set_interval(settings.discovery_interval_s)
         if not self._services.ready.is_set():
-            await self._services.catalog.wait_known(_KNOWN_WITHIN_S)
+            await self._services.registry.wait_known(_KNOWN_WITHIN_S)
             settle_in()
             self._services.ready.set()
 
@@ -100,15 +90,15 @@ class Ingress:
             self._retire("usage reader", partial(asyncio.to_thread, old.close))
 
     def _open_accounts(self, store: Engine, settings: IngressSettings) -> None:
-        old, self._services.accounts = self._services.accounts, None
+        old, self._services.access = self._services.access, None
         if settings.auth == "keys":
-            catalog = self._services.catalog
-            self._services.accounts = Access(
-                catalog.ingress, KeyStore(store), self._limits, lambda: catalog.ingresses
+            registry = self._services.registry
+            self._services.access = Access(
+                registry.ingress, KeyStore(store), self._limits, lambda: registry.ingresses
             )
-            self._services.accounts.start()
+            self._services.access.start()
         if old is not None:
-            self._retire("accounts stop", old.stop)
+            self._retire("access stop", old.stop)
 
     def _retire(self, name: str, end: Callable[[], Awaitable[None]]) -> None:
         """Let something come to its end that requests under way may still use."""
@@ -127,12 +117,12 @@ class Ingress:
 
     async def __del__(self) -> None:
         self._services.draining = True
-        await self._services.catalog.stop()
+        await self._services.registry.stop()
         await self._services.engines.close()
         if self._services.ledger is not None:
             await self._services.ledger.close()
-        if self._services.accounts is not None:
-            await self._services.accounts.stop()
+        if self._services.access is not None:
+            await self._services.access.stop()
         if self._services.usage is not None:
             await asyncio.to_thread(self._services.usage.close)
         await asyncio.gather(*self._retiring)
@@ -166,92 +156,3 @@ def build(args: dict[str, Any]) -> serve.Application:
             *(Problem(("args", key), "the ingress is set by user_config") for key in args)
         )
     return _deployment.bind(deployment.deployment.bind())
-
-
-class Front:
-    """The HTTP application: what engines answer at once, everything else by FastAPI.
-
-    FastAPI takes a request through a dozen layers before it finds its route.
-
-    Attributes:
-        routes: none that Serve could look through for every request, to name it in its metrics.
-    """
-
-    routes: tuple[()] = ()
-
-    def __init__(self, services: Services) -> None:
-        self._exchanges = {
-            f"{prefix}/{route.value}": Handler(route, services)
-            for prefix in PREFIXES
-            for route in Route
-        }
-        self._api = _others(services, self._exchanges)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
-            exchange = self._exchanges.get(scope["path"])
-            if exchange is not None:
-                await exchange(scope, receive, send)
-                return
-        await self._api(scope, receive, send)
-
-
-def build_api(services: Services) -> Front:
-    """Return the HTTP application that serves every route."""
-    return Front(services)
-
-
-def _others(services: Services, exchanges: Mapping[str, Handler]) -> FastAPI:
-    # FastAPI's own documentation routes describe types that Frontline deliberately leaves open.
-    api = FastAPI(
-        title="Frontline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
-    )
-    # They are here as well for other methods, and for a root path.
-    for path, exchange in exchanges.items():
-        api.router.routes.append(HttpRoute(path, exchange, methods=["POST"]))
-    for prefix in PREFIXES:
-        _add_catalog_routes(api, prefix, services)
-        add_usage_route(api, prefix, services)
-        # Probes look for it at the root, whatever the API's version.
-        add_health_routes(api, "" if prefix == PREFIXES[0] else prefix, services)
-    api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_exception_handler(errors.ApiError, _answer_api_error)
-    api.add_exception_handler(Exception, _answer_failure)
-    return api
-
-
-def _add_catalog_routes(api: FastAPI, prefix: str, services: Services) -> None:
-    catalog = services.catalog
-
-    @api.get(f"{prefix}/models")
-    async def list_models(request: Request) -> Response:
-        await identify(services, dict(request.scope["headers"]))
-        return _json({"object": "list", "data": [model_entry(m) for m in catalog.models()]})
-
-    @api.get(f"{prefix}/models/{{name:path}}")
-    async def show_model(request: Request, name: str) -> Response:
-        await identify(services, dict(request.scope["headers"]))
-        return _json(model_entry(catalog.require(name).snapshot))
-
-
-def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(body, status, headers=headers)
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    method, path = request.method, request.url.path
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return await _answer_api_error(request, errors.MethodNotAllowed(method, path, allowed))
-    return await _answer_api_error(request, errors.UnknownUrl(method, path))
-
-
-async def _answer_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, errors.ApiError)
-    return _json(error.to_dict(), error.status, error.headers)
-
-
-async def _answer_failure(_: Request, error: Exception) -> Response:
-    failure = errors.ServerError(code="internal_error")
-    return _json(failure.to_dict(), failure.status)

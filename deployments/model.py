@@ -1,4 +1,4 @@
-"""A model: the root of its own Serve application, and the catalogue's entry for it."""
+"""A model: the root of its own Serve application, and the registry's entry for it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from app import supervision
-from app.config.ingress import ModelArgs, ModelSettings, PoolSettings
-from app.contracts.stats import ModelBoard, QueueReport, ReportStore
-from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus, Rest, served_tiers
+from app.config.model import ModelArgs, ModelSettings, PoolSettings
+from app.contracts.credits import Demand, Renewal
+from app.contracts.stats import ModelBoard, QueueReport
+from app.contracts.status import ModelSnapshot, ReplicaStatus, Sleep, served_tiers
+from app.core.names import MODEL_DEPLOYMENT
 from app.core.settings import Key, Problem, SettingsError
 from app.core.tiers import PriorityMode
 from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
-from app.flow.credits import Demand
-from app.gateway.registry import MODEL_DEPLOYMENT
+from app.flow.allocation.stats import ReportStore
 from app.ray_compat.serve_port import keep_on_loopback
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 from deployments import replica
 from deployments.control.placement import PlacementWatch
 from deployments.control.pool_state import PoolState, Wakings, standing
-from deployments.control.wakeups import Nudges
+from deployments.control.wakeups import Wakeups
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
 
@@ -39,7 +40,7 @@ _STATUS_PERIOD_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
 # Where no replica is known there may be none to answer.
 _FIRST_TIMEOUT_S = 1.0
-# How long an ingress listens for a nudge in one call. A Model that stops waits for calls to end.
+# How long an ingress listens for a wake in one call. A Model that stops waits for calls to end.
 _LISTEN_S = 2.0
 
 
@@ -65,10 +66,10 @@ class Model:
         self._changes = 0
         self._placement = PlacementWatch(self._application, self._without_replicas, self._publish)
         self._snapshot = self._make_snapshot()
-        self._book = CreditAllocator(self._life, self._settings.queue, time.monotonic())
+        self._allocator = CreditAllocator(self._life, self._settings.queue, time.monotonic())
         self._reports = ReportStore()
         self._demand = DemandBook()
-        self._nudges = Nudges()
+        self._wakeups = Wakeups()
         self._probes: dict[str, asyncio.Task[None]] = {}
         # An ingress that heard of no replicas would turn requests away, though some run.
         await asyncio.gather(*map(self._look, pools))
@@ -85,7 +86,7 @@ class Model:
             SettingsError: ``user_config`` has an unknown key or a bad value.
         """
         self._settings = ModelSettings.load(user_config, "user_config")
-        self._book.configure(self._settings.queue)
+        self._allocator.configure(self._settings.queue)
         self._publish()
 
     async def renew(self, demand: Demand, report: QueueReport | None, known: str) -> Renewal:
@@ -95,25 +96,25 @@ class Model:
         self._reports.take(demand, report, now)
         for replica_id, route in demand.suspects.items():
             self._probe(replica_id, route)
-        self._nudges.renewed(demand.ingress)
-        grant = self._book.renew(demand, now)
+        self._wakeups.renewed(demand.ingress)
+        grant = self._allocator.renew(demand, now)
         self._nudge()
         asyncio.get_running_loop().call_later(LOOK_AFTER_S, self._nudge)
         return Renewal(version, None if version == known else self._snapshot, grant)
 
-    async def nudged(self, ingress: str) -> bool:
+    async def wait_for_wakeup(self, ingress: str) -> bool:
         """Return ``True`` as soon as an ingress ought to renew, ``False`` after a while.
 
         An ingress that has nothing to say renews once a second. Where priority waits at another,
         it may hold slots that the other could have; and it is to hear at once which replicas have
         come and gone.
         """
-        return await self._nudges.wait(ingress, _LISTEN_S)
+        return await self._wakeups.wait(ingress, _LISTEN_S)
 
     def _nudge(self) -> None:
         now = time.monotonic()
-        for ingress in self._book.nudges(now):
-            self._nudges.nudge(ingress, now)
+        for ingress in self._allocator.wakeups(now):
+            self._wakeups.wake(ingress, now)
 
     async def snapshot(self) -> ModelSnapshot:
         """Return the model as it is now."""
@@ -153,10 +154,12 @@ class Model:
         if snapshot != self._snapshot:
             self._snapshot = snapshot
             self._changes += 1
-            self._book.set_replicas(_capacity(snapshot, status) for status in snapshot.replicas)
+            self._allocator.set_replicas(
+                _capacity(snapshot, status) for status in snapshot.replicas
+            )
             now = time.monotonic()
-            for demand in self._book.demands(now):
-                self._nudges.nudge(demand.ingress, now)
+            for demand in self._allocator.demands(now):
+                self._wakeups.wake(demand.ingress, now)
 
     def _make_snapshot(self) -> ModelSnapshot:
         return ModelSnapshot(
@@ -166,18 +169,18 @@ class Model:
             created=self._created,
             settings=self._settings,
             replicas=tuple(r for pool in self._pools for r in self._replicas.get(pool, ())),
-            rest=self._rest(),
+            sleep=self._sleep_state(),
             pools=tuple(self._pools),
             missing=self._placement.missing,
         )
 
-    def _rest(self) -> Rest | None:
+    def _sleep_state(self) -> Sleep | None:
         """Return how the model rests; ``None`` if a pool has replicas, or none rests."""
         standings = self._standings.values()
         if any(self._replicas.values()) or all(one is PoolState.AWAY for one in standings):
             return None
         native = not self._seen or any(s.dialect.native_priority for s in self._seen.values())
-        return Rest(
+        return Sleep(
             tiers=served_tiers(self._settings.tiers, native=native),
             waking=PoolState.WAKING in standings,
             start_s=min(map(self._wakes_s, self._seen), default=None),

@@ -12,8 +12,9 @@ from typing import Any, Final
 import orjson
 from ray import serve
 
-from app.cli.plan import LaunchPlan
-from app.config.ingress import LONGEST_STOP_S, PoolSettings
+from app.config.ingress import LONGEST_STOP_S
+from app.config.model import PoolSettings
+from app.contracts.launch import LaunchPlan
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Route
 from app.ray_compat.serve_port import keep_on_loopback

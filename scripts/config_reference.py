@@ -14,8 +14,9 @@ from pydantic_core import PydanticUndefined
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
-from app.config.ingress import IngressSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.config.ingress import IngressSettings  # noqa: E402
 from app.config.journal import JournalSettings  # noqa: E402
+from app.config.model import ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
 from app.config.queue import QueueSettings, TierQueue  # noqa: E402
 from app.config.scaling import ScalingSettings  # noqa: E402
 from app.config.usage_reads import UsageSettings  # noqa: E402

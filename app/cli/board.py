@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
+from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
-from app.flow.request import ShedReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +147,10 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
     spans = _spans(board, before)
     replicas = _replicas(board)
     ingresses = tuple(_ingress(one) for one in board.ingresses)
-    rest = board.snapshot.rest
+    sleep = board.snapshot.sleep
     return ModelFrame(
         application,
-        sight.state if rest is None else "WAKING" if rest.waking else "ASLEEP",
+        sight.state if sleep is None else "WAKING" if sleep.waking else "ASLEEP",
         id=board.snapshot.id,
         tiers={tier: _tier(tier, board.ingresses, spans) for tier in Tier},
         slots=sum(replica.slots for replica in replicas),

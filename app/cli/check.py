@@ -12,9 +12,10 @@ from ray.serve.schema import ServeDeploySchema
 
 from app.autoscaling import POLICY_PATH
 from app.cli.applications import builder, deployments_of
-from app.config.ingress import IngressSettings, ModelSettings
+from app.config.ingress import IngressSettings
+from app.config.model import ModelSettings
+from app.core.names import MODEL_DEPLOYMENT
 from app.core.settings import Key, Problem, Settings, SettingsError
-from app.gateway.registry import MODEL_DEPLOYMENT
 
 INGRESS_DEPLOYMENT = "Ingress"
 _USER_CONFIGS: Mapping[str, type[Settings]] = {

@@ -22,7 +22,7 @@ from ray.serve.schema import ServeStatus
 from app import supervision
 from app.cli.board import Look, Sight
 from app.contracts.stats import ModelBoard
-from app.gateway.registry import MODEL_DEPLOYMENT
+from app.core.names import MODEL_DEPLOYMENT
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 2.0

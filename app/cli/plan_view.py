@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from app.cli.plan import FrontPlan, ModelPlan, OpenPort, PoolPlan, RankPlan, Replicas
+from app.cli.plan import FrontPlan, ModelPlan, PoolPlan, Replicas
+from app.contracts.launch import OpenPort, RankPlan
 
 _NAMES: Final = 15
 """Columns that the names of entries take."""

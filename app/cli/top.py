@@ -22,7 +22,7 @@ from rich.text import Text
 from app.cli.board import ModelFrame, ReplicaRow, Sheds, TierRow, make_frame
 from app.cli.cluster import Cluster, NothingToShow, connect, silence_ray
 from app.contracts.stats import REPORT_S
-from app.flow.request import ShedReason
+from app.core.shed_reason import ShedReason
 
 _RATE_S: Final = 5.0
 """Over how long the live view measures rates: steady enough to be read, short enough to follow."""

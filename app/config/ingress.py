@@ -6,33 +6,38 @@ wants them and are neither renamed nor repeated here.
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import ip_address
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic import Field, SecretStr, StringConstraints
 
+from app.config.hosts import ANY_HOST, HOST_NAME, HostRule
 from app.config.journal import JournalSettings
-from app.config.queue import QueueSettings
-from app.config.scaling import ScalingSettings
 from app.config.usage_reads import UsageSettings
-from app.core.pricing import RateCard
 from app.core.settings import Problem, Settings, SettingsError
-from app.core.tiers import PriorityMode, Tier, TierOffer
-from app.gateway.cross_site import ANY_HOST, HOST_NAME, HostRule
+from app.core.tiers import Tier
 from app.store.database_url import DEFAULT_URL, StoreUrl
-from app.tenants.concurrency import FlightBounds
 
-ModelId = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
-]
 HostName = Annotated[str, StringConstraints(pattern=HOST_NAME, max_length=253)]
-PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
 
 LONGEST_STOP_S = 3700.0
 """How long a replica that was told to stop may go on serving what it has begun. Longer than any
 request: the config files let one take an hour (``request_timeout_s``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlightBounds:
+    """How many requests may be in flight at once, at all ingresses together.
+
+    Attributes:
+        key: of one key.
+        tenant: of all keys of one tenant.
+    """
+
+    key: int
+    tenant: int
 
 
 class IngressSettings(Settings):
@@ -137,7 +142,7 @@ class IngressSettings(Settings):
         "network that hiccups. A stream whose engine has ended holds no slot, and waits for its "
         "client.",
     )
-    catalog_interval_s: float = Field(
+    discovery_interval_s: float = Field(
         default=2.0,
         gt=0,
         description="How often the ingress asks Serve which model applications there are.",
@@ -195,127 +200,3 @@ def _is_loopback(host: str | None) -> bool:
     except ValueError:
         # A name may stand for any address.
         return False
-
-
-class PoolSettings(Settings):
-    """One pool of a model: the replicas of one engine deployment."""
-
-    name: PoolName = Field(description="Name of the pool and of its Serve deployment.")
-    engine: str = Field(
-        description="The engine adapter: `vllm`, `sglang`, `tensorrt_llm` or `simulated`."
-    )
-    model: str = Field(
-        description="Folder or name of the model that the engine loads. `~`, `${FRONTLINE_HOME}` "
-        "and other environment variables are expanded on the replica's node."
-    )
-    slots: int = Field(
-        default=8, gt=0, le=65536, description="Requests that one engine replica runs at once."
-    )
-    nodes: int = Field(
-        default=1,
-        gt=0,
-        le=64,
-        description="Nodes that one engine replica runs on, for tensor or pipeline parallelism "
-        "larger than a node (vLLM, SGLang). With more than one, the pool's deployment needs "
-        "`placement_group_bundles`, one for each node, and `placement_group_strategy: "
-        "STRICT_SPREAD`.",
-    )
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        description="How much of the load the pool takes beside the model's other pools: with 2 "
-        "its replicas count as half as busy as they are.",
-    )
-    cost_per_hour: float = Field(
-        default=1.0,
-        gt=0,
-        description="What one replica costs an hour, in whatever currency. Autoscaling grows the "
-        "pool whose slots are cheapest first; it is only compared with the model's other pools.",
-    )
-    python: str | None = Field(
-        default=None,
-        description="Interpreter of the engine's environment, expanded like `model`; the one "
-        "that Ray's worker runs under if not set.",
-    )
-    engine_args: dict[str, Any] = Field(
-        default={}, description="The engine's own arguments, by name, with underscores."
-    )
-    environment: dict[str, str] = Field(
-        default={}, description="Environment variables for the engine process."
-    )
-    startup_timeout_s: float = Field(
-        default=1800.0,
-        gt=0,
-        description="Longest time from start to ready; half an hour fits large models on slow "
-        "disks.",
-    )
-    stop_grace_s: float = Field(
-        default=10.0,
-        ge=0,
-        description="Time that an engine gets to end by itself before its processes are killed.",
-    )
-    health_timeout_s: float = Field(
-        default=5.0,
-        gt=0,
-        description="An engine that does not answer its health route in this time counts as "
-        "hung; three times in a row get the replica replaced.",
-    )
-    probe_timeout_s: float = Field(
-        default=30.0,
-        gt=0,
-        description="How long an engine whose streams stand still, though its health route "
-        "answers, may take for a request for one token, before all others, until it counts as "
-        "hung and is replaced. Engines mix such a request in with a long prompt within seconds.",
-    )
-
-
-class ModelArgs(Settings):
-    """``args`` of a model's application. A change restarts this model, and no other."""
-
-    id: ModelId = Field(description="The model's name in requests and in the models list.")
-    aliases: tuple[ModelId, ...] = Field(
-        default=(), description="Other names that requests may use."
-    )
-    owned_by: str = Field(default="frontline", description="`owned_by` in the models list.")
-    pools: tuple[PoolSettings, ...] = Field(
-        min_length=1, description="The engine deployments that serve it; see below."
-    )
-
-    @model_validator(mode="after")
-    def _names_are_distinct(self) -> ModelArgs:
-        names = Counter(pool.name for pool in self.pools)
-        if doubled := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"two pools share the name {doubled[0]!r}")
-        if "Model" in names:
-            raise ValueError("a pool may not be called 'Model': that is the model's own deployment")
-        return self
-
-
-class TierSettings(Settings):
-    """Which tiers a model offers."""
-
-    priority: PriorityMode = Field(
-        default=PriorityMode.AUTO,
-        description="`auto`: on engine replicas that have proved native priority; `queue`: going "
-        "to the front of the queue counts as delivery; `off`: never.",
-    )
-    flex: bool = Field(default=True, description="Whether `flex` is offered.")
-
-    @cached_property
-    def offer(self) -> TierOffer:
-        """The same as the value that decisions are made from."""
-        return TierOffer(self.priority, self.flex)
-
-
-class ModelSettings(Settings):
-    """``user_config`` of a model's ``Model`` deployment. Changes need no restart."""
-
-    rate_card: RateCard = Field(default=RateCard(), description="Its prices; free if not set.")
-    tiers: TierSettings = Field(default=TierSettings(), description="The tiers that it offers.")
-    queue: QueueSettings = Field(
-        default=QueueSettings(), description="Who waits, how long, and who is turned away."
-    )
-    scaling: ScalingSettings = Field(
-        default=ScalingSettings(),
-        description="How many replicas it gets, where its application has our autoscaling policy.",
-    )

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from app.config.ingress import ModelSettings, TierSettings
+from app.config.model import ModelSettings, TierSettings
 from app.core.dialect import Dialect, Route
 from app.core.tiers import PriorityMode, Tier
-from app.flow.credits import Grant
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Availability(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class Sleep:
     """That a model has no replica because nobody had asked. Requests wait, and so wake it.
 
     Attributes:
@@ -89,7 +88,7 @@ class ModelSnapshot:
         created: when the model's application was started, in Unix seconds.
         settings: rate card and tiers in force.
         replicas: the engine replicas that are ready.
-        rest: set where there are none because the model sleeps or wakes; not where its engines
+        sleep: set where there are none because the model sleeps or wakes; not where its engines
             are being deployed or have failed.
         pools: the names of its pools.
         missing: by pool, what a replica of it asks for and no node of the cluster offers, in words.
@@ -101,7 +100,7 @@ class ModelSnapshot:
     created: int
     settings: ModelSettings
     replicas: tuple[ReplicaStatus, ...]
-    rest: Rest | None = None
+    sleep: Sleep | None = None
     pools: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -112,7 +111,7 @@ class ModelSnapshot:
             return Availability.READY
         if self.pools and all(pool in self.missing for pool in self.pools):
             return Availability.NOT_OFFERED
-        sleeps = self.rest is not None and not self.rest.waking
+        sleeps = self.sleep is not None and not self.sleep.waking
         return Availability.ASLEEP if sleeps else Availability.STARTING
 
     @property
@@ -122,7 +121,7 @@ class ModelSnapshot:
         Those to come while the model rests; otherwise none while no replica is ready.
         """
         if not self.replicas:
-            return self.rest.tiers if self.rest is not None else ()
+            return self.sleep.tiers if self.sleep is not None else ()
         native = any(replica.dialect.native_priority for replica in self.replicas)
         return served_tiers(self.settings.tiers, native=native)
 
@@ -144,18 +143,3 @@ def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
     delivered = tiers.priority is PriorityMode.QUEUE or (auto and native)
     offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
     return tuple(tier for tier in Tier if offered[tier])
-
-
-@dataclass(frozen=True, slots=True)
-class Renewal:
-    """A Model's answer to an ingress that renews its credits.
-
-    Attributes:
-        version: of what there is to know about the model.
-        snapshot: the model as it is now; ``None`` if the ingress knows that version.
-        grant: the credits that the ingress gets.
-    """
-
-    version: str
-    snapshot: ModelSnapshot | None
-    grant: Grant

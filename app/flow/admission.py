@@ -17,14 +17,16 @@ from typing import Any, Final
 
 from app import supervision
 from app.config.queue import QueueSettings
-from app.contracts.stats import REPORT_S, QueueReport, Tally
-from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Rest
+from app.contracts.credits import Demand, Grant
+from app.contracts.stats import REPORT_S, QueueReport
+from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Route
 from app.core.tiers import Tier
-from app.flow.credits import RENEWAL_S, Demand, Grant
+from app.flow.credits import RENEWAL_S
 from app.flow.request import QueuedRequest, RequestState
 from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
+from app.flow.stats import Tally
 
 _TICK_AGAIN_S: Final = 0.2
 
@@ -55,7 +57,7 @@ class Admission:
         self._renewal_planned = -math.inf
         self._renewed_at = -math.inf
         self._renewal_sooner = asyncio.Event()
-        self._nudged = False
+        self._woken = False
         self._waking = False
         self._suspects: dict[str, Route] = {}
         self._suspects_told: frozenset[str] = frozenset()
@@ -83,7 +85,7 @@ class Admission:
         """Take over what the model reports now."""
         now = time.monotonic()
         self._snapshot = snapshot
-        self._rest(snapshot.rest, now)
+        self._sleep_state(snapshot.sleep, now)
         if snapshot.state is Availability.NOT_OFFERED:
             self._scheduler.withdraw(now)
         else:
@@ -95,15 +97,15 @@ class Admission:
         self._call(self._scheduler.set_replicas, offers, snapshot.settings.tiers.priority, now)
         self._call(self._scheduler.configure, snapshot.settings.queue, now)
 
-    def _rest(self, rest: Rest | None, now: float) -> None:
-        """Tell the scheduler whether the model rests, and since when it wakes."""
-        if rest is None:
+    def _sleep_state(self, sleep: Sleep | None, now: float) -> None:
+        """Tell the scheduler whether the model is asleep, and since when it wakes."""
+        if sleep is None:
             self._scheduler.wake()
-        elif not rest.waking:
-            self._scheduler.rest(rest.start_s, None)
+        elif not sleep.waking:
+            self._scheduler.sleep(sleep.start_s, None)
         elif not self._waking:
-            self._scheduler.rest(rest.start_s, now)
-        self._waking = rest is not None and rest.waking
+            self._scheduler.sleep(sleep.start_s, now)
+        self._waking = sleep is not None and sleep.waking
 
     async def admit(self, request: QueuedRequest) -> ReplicaStatus:
         """Wait for a place, and return the replica on which it is.
@@ -175,7 +177,7 @@ class Admission:
         scheduler = self._scheduler
         return self._tally.report(
             now,
-            headroom=scheduler.credits.places.headroom,
+            headroom=scheduler.credits.slot_table.headroom,
             grants_per_s={tier: scheduler.queue.grant_rate(tier, now) for tier in Tier},
         )
 
@@ -189,20 +191,20 @@ class Admission:
         """Note that the Model could not be reached."""
         self._call(self._scheduler.renewal_failed, demand, time.monotonic())
 
-    def nudge(self) -> None:
+    def renew_now(self) -> None:
         """Renew now: the Model says that another ingress needs credits, or that this one does."""
-        self._nudged = True
+        self._woken = True
         self._renewal_sooner.set()
 
     async def wait_for_renewal(self) -> None:
         """Return when the next demand is due."""
-        while not self._nudged and (wait_s := self._renewal_at() - time.monotonic()) > 0:
+        while not self._woken and (wait_s := self._renewal_at() - time.monotonic()) > 0:
             self._renewal_planned = self._renewal_at()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._renewal_sooner.wait()
             self._renewal_sooner.clear()
-        self._nudged = False
+        self._woken = False
 
     def _renewal_at(self) -> float:
         """Return when the next demand is due, for itself or for what goes along with it."""

@@ -24,8 +24,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
+from app.contracts.credits import Demand, Grant
 from app.core.tiers import PriorityMode, Tier
 from app.flow.slots import Offer, ReplicaSlots, SlotTable
 
@@ -42,73 +42,11 @@ QUIET_S = SILENCE_S / 3
 them if one of its demands is lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What an ingress holds and wants.
-
-    Attributes:
-        ingress: its name, never used again after a restart.
-        number: counts the demands of this ingress.
-        sent_at: when it was sent, by the ingress's own clock; only handed back.
-        life: the Model whose grant was applied last; empty if none was.
-        applied: the number of that grant.
-        held: credits and running requests, by replica; replicas with neither are left out.
-        running: how many of its requests run, by tier.
-        waiting: how many wait, by tier.
-        oldest_s: how long the oldest of them has waited, by tier; 0 where none waits.
-        starving: how many wait in tiers that starve.
-        suspects: replicas that have taken requests and sent nothing to any for too long, each with
-            the route of one of those. No credits depend on it.
-    """
-
-    ingress: str
-    number: int
-    sent_at: float
-    life: str
-    applied: int
-    held: Mapping[str, tuple[int, int]]
-    running: Mapping[Tier, int]
-    waiting: Mapping[Tier, int]
-    oldest_s: Mapping[Tier, float]
-    starving: int
-    suspects: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What the Model gives an ingress.
-
-    Attributes:
-        life: this Model's life; a restarted Model has another.
-        number: counts the grants to this ingress in this life.
-        answers: the number of the demand that it answers.
-        sent_at: that demand's ``sent_at``.
-        anew: forget every credit held so far: they have been given away.
-        added: new credits, by replica.
-        at_most: how many credits to keep, by pool; a pool that is not named has no limit.
-        headroom: how many of its free slots to keep for priority; ``None``: as before.
-        keep: how many of its free slots it keeps when it gives up credits: its headroom, or less
-            where others lack slots for priority.
-        ingresses: how many ingresses share the model now.
-    """
-
-    life: str
-    number: int
-    answers: int
-    sent_at: float
-    anew: bool = False
-    added: Mapping[str, int] = field(default_factory=dict)
-    at_most: Mapping[str, int] = field(default_factory=dict)
-    headroom: int | None = None
-    keep: int = 0
-    ingresses: int = 1
-
-
 class Credits:
     """The credits of one model in one ingress, and the requests running on them."""
 
     def __init__(self, ingress: str) -> None:
-        self.places = SlotTable()
+        self.slot_table = SlotTable()
         self.ingresses = 1
         self._ingress = ingress
         self._number = 0
@@ -131,22 +69,22 @@ class Credits:
     def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode) -> None:
         """Take over which replicas there are; credits on others are given up."""
         self._note_change()
-        self.places.set_replicas(offers, mode)
+        self.slot_table.set_replicas(offers, mode)
 
     def occupy(self, place: ReplicaSlots, tier: Tier) -> None:
-        """Put a request on a place that ``places.find`` has returned."""
+        """Put a request on a place that ``slot_table.find`` has returned."""
         self._note_change()
         self._running[tier] += 1
-        self.places.change(place, running=1, others=int(tier is not Tier.PRIORITY))
+        self.slot_table.change(place, running=1, others=int(tier is not Tier.PRIORITY))
 
     def release(self, replica_id: str, tier: Tier) -> None:
         """Take back the slot of a request that has ended, and give it up if there are too many."""
         self._note_change()
         self._running[tier] -= 1
-        place = self.places[replica_id]
-        self.places.change(place, running=-1, others=-int(tier is not Tier.PRIORITY))
+        place = self.slot_table[replica_id]
+        self.slot_table.change(place, running=-1, others=-int(tier is not Tier.PRIORITY))
         pool = place.kind.pool
-        if self._surplus(pool) > 0 and self.places.give_up_at(place, self._keep):
+        if self._surplus(pool) > 0 and self.slot_table.give_up_at(place, self._keep):
             self._gave_up = True
 
     def advance(self, now: float) -> bool:
@@ -155,12 +93,12 @@ class Credits:
         Suspensions end, and credits that may have been given away are closed.
         """
         self._now = now
-        self.places.closed = now >= self._fresh_until
-        return self.places.resume(now)
+        self.slot_table.closed = now >= self._fresh_until
+        return self.slot_table.resume(now)
 
     def next_change(self) -> float:
         """Return when ``advance`` may next open a slot by itself; infinity if never."""
-        return self.places.next_resume()
+        return self.slot_table.next_resume()
 
     def renewal_at(self, *, waits: bool, priority_waits: bool) -> float:
         """Return when the next demand is due, by who waits: anybody, and priority."""
@@ -195,7 +133,7 @@ class Credits:
             sent_at=now,
             life=self._life,
             applied=self._applied,
-            held=self.places.held(),
+            held=self.slot_table.held(),
             running={tier: self._running[tier] for tier in Tier},
             waiting=waiting,
             oldest_s=oldest_s,
@@ -214,11 +152,11 @@ class Credits:
         self._at_most, self._keep = grant.at_most, grant.keep
         self.ingresses = grant.ingresses
         if grant.headroom is not None:
-            self.places.headroom = grant.headroom
+            self.slot_table.headroom = grant.headroom
         if grant.anew:
-            self.places.forget_credits()
+            self.slot_table.forget_credits()
         for replica_id, added in grant.added.items():
-            self.places.add_credits(replica_id, added)
+            self.slot_table.add_credits(replica_id, added)
             self._urgent_pause = URGENT_S
         for pool in self._at_most:
             self._give_up(pool)
@@ -257,13 +195,13 @@ class Credits:
             self._due = min(self._due, self._sent_at + pauses * RENEWAL_S)
 
     def _urgency_now(self, priority_waits: bool) -> int:
-        return 2 if priority_waits else int(self.places.headroom_is_low)
+        return 2 if priority_waits else int(self.slot_table.headroom_is_low)
 
     def _surplus(self, pool: str) -> int:
-        held = self.places.credits_in(pool)
+        held = self.slot_table.credits_in(pool)
         return held - self._at_most.get(pool, held)
 
     def _give_up(self, pool: str) -> None:
         surplus = self._surplus(pool)
-        if surplus > 0 and self.places.give_up(pool, surplus, self._keep):
+        if surplus > 0 and self.slot_table.give_up(pool, surplus, self._keep):
             self._gave_up = True

@@ -15,10 +15,12 @@ import math
 from collections.abc import Callable, Iterable
 
 from app.config.queue import QueueSettings
+from app.contracts.credits import Demand, Grant
+from app.core.shed_reason import ShedReason
 from app.core.tiers import PriorityMode, Tier
-from app.flow.credits import Credits, Demand, Grant
+from app.flow.credits import Credits
 from app.flow.queue import RequestQueue
-from app.flow.request import QueuedRequest, RequestState, ShedReason
+from app.flow.request import QueuedRequest, RequestState
 from app.flow.slots import Offer
 
 SUSPENSION_S = 2.0
@@ -48,8 +50,8 @@ class Scheduler:
         self._opens: Callable[[float], float] | None = None
         # When whoever waits is turned away, as there is no node for an engine.
         self._gives_up_at = math.inf
-        self._places = self.credits.places
-        self._places.slack = settings.affinity_slack
+        self._slot_table = self.credits.slot_table
+        self._slot_table.slack = settings.affinity_slack
 
     def arrive(self, request: QueuedRequest, now: float) -> list[QueuedRequest]:
         """Admit a new request: its request is placed, waiting or shed when this returns.
@@ -59,7 +61,7 @@ class Scheduler:
         assert request.state is RequestState.NEW, "a request arrives once"
         called = self._advance(now)
         request.arrived = now
-        if request.tier is Tier.PRIORITY and not self._places.delivers(request.route):
+        if request.tier is Tier.PRIORITY and not self._slot_table.delivers(request.route):
             request.tier = Tier.DEFAULT
         return self._admit(request, now, called)
 
@@ -102,7 +104,7 @@ class Scheduler:
         assert request.state is _PLACED, "only a placed request can lose its replica"
         called = self._advance(now)
         if suspend:
-            self._places.suspend(request.replica_id, now + SUSPENSION_S)
+            self._slot_table.suspend(request.replica_id, now + SUSPENSION_S)
         self.credits.release(request.replica_id, request.tier)
         request.without |= {request.replica_id}
         request.replayed = True
@@ -117,7 +119,7 @@ class Scheduler:
         called = self._shed_stranded(now)
         return self._dispatch(now, called + self._advance(now))
 
-    def rest(self, start_s: float | None, since: float | None) -> None:
+    def sleep(self, start_s: float | None, since: float | None) -> None:
         """Note that the model has no engine, and that one starts as soon as somebody waits.
 
         Those who are turned away meanwhile are told when it will be ready.
@@ -137,7 +139,7 @@ class Scheduler:
         self._opens = opens_in
 
     def wake(self) -> None:
-        """Note that the model does not rest."""
+        """Note that the model is not asleep."""
         self._opens = None
 
     def withdraw(self, now: float) -> None:
@@ -196,9 +198,9 @@ class Scheduler:
         return self._dispatch(now, self._advance(now))
 
     def _configure(self, settings: QueueSettings) -> None:
-        slots = sum(place.slots for place in self._places if place.present)
+        slots = sum(place.slots for place in self._slot_table if place.present)
         self.queue.configure(settings, slots=slots, ingresses=self.credits.ingresses)
-        self._places.slack = settings.affinity_slack
+        self._slot_table.slack = settings.affinity_slack
 
     def _advance(self, now: float) -> list[QueuedRequest]:
         """Bring everything up to date, so that the event finds what a tick would have left."""
@@ -255,7 +257,7 @@ class Scheduler:
         if not request.without or self._opens is not None:
             return False
         return not any(
-            place.present and place.replica_id not in request.without for place in self._places
+            place.present and place.replica_id not in request.without for place in self._slot_table
         )
 
     def _shed_stranded(self, now: float) -> list[QueuedRequest]:
@@ -270,7 +272,7 @@ class Scheduler:
     def _dispatch(self, now: float, called: list[QueuedRequest]) -> list[QueuedRequest]:
         """Place waiting requests while there is room for any of them, and add them to called."""
         queue = self.queue
-        while queue.count and self._places.free:
+        while queue.count and self._slot_table.free:
             request = queue.take(self._has_room, self._has_room_out_of_turn, now)
             if request is None:
                 break
@@ -280,7 +282,7 @@ class Scheduler:
         return called
 
     def _place(self, request: QueuedRequest, now: float, *, out_of_turn: bool = False) -> bool:
-        place = self._places.find(
+        place = self._slot_table.find(
             request.tier,
             request.route,
             prefix=request.prefix,
@@ -296,11 +298,11 @@ class Scheduler:
         return True
 
     def _has_room(self, request: QueuedRequest) -> bool:
-        places = self._places
-        return places.find(request.tier, request.route, without=request.without) is not None
+        table = self._slot_table
+        return table.find(request.tier, request.route, without=request.without) is not None
 
     def _has_room_out_of_turn(self, request: QueuedRequest) -> bool:
-        place = self._places.find(
+        place = self._slot_table.find(
             request.tier, request.route, without=request.without, out_of_turn=True
         )
         return place is not None

@@ -140,7 +140,7 @@ class SlotTable:
         self.closed = False
         self.slack = 0.0
         self._mode = PriorityMode.AUTO
-        self._places: dict[str, ReplicaSlots] = {}
+        self._by_id: dict[str, ReplicaSlots] = {}
         self._kinds: dict[tuple[str, frozenset[Hashable], float], _Kind] = {}
         self._honouring: dict[Hashable, list[_Kind]] = {}
         self._all: list[_Kind] = []
@@ -153,10 +153,10 @@ class SlotTable:
         self._free_elsewhere = 0
 
     def __getitem__(self, replica_id: str) -> ReplicaSlots:
-        return self._places[replica_id]
+        return self._by_id[replica_id]
 
     def __iter__(self) -> Iterator[ReplicaSlots]:
-        return iter(self._places.values())
+        return iter(self._by_id.values())
 
     @property
     def free(self) -> int:
@@ -214,7 +214,7 @@ class SlotTable:
         if least is None or prefix is None:
             return least
         for replica_id in self._ring.after(prefix, _AFFINITY_STEPS):
-            place = self._places[replica_id]
+            place = self._by_id[replica_id]
             if (
                 place.free
                 and place.load <= least.load + self.slack
@@ -239,13 +239,13 @@ class SlotTable:
             self._kept_credits += credit
         self._list(place)
         if not (place.present or place.credit or place.running):
-            del self._places[place.replica_id]
+            del self._by_id[place.replica_id]
 
     def add_credits(self, replica_id: str, added: int) -> None:
         """Add credits on a replica, which need not be known yet."""
-        place = self._places.get(replica_id)
+        place = self._by_id.get(replica_id)
         if place is None:
-            place = self._places[replica_id] = ReplicaSlots(replica_id, self._kind("", frozenset()))
+            place = self._by_id[replica_id] = ReplicaSlots(replica_id, self._kind("", frozenset()))
         self.change(place, credit=added)
 
     def forget_credits(self) -> None:
@@ -275,7 +275,7 @@ class SlotTable:
 
     def suspend(self, replica_id: str, until: float) -> None:
         """Place nothing on a replica before a time."""
-        place = self._places.get(replica_id)
+        place = self._by_id.get(replica_id)
         if place is not None and place.present:
             self._alter(place, place.kind, present=True, suspended_until=until)
             self._suspended[replica_id] = place
@@ -308,7 +308,7 @@ class SlotTable:
             self.change(place, credit=-place.credit)
         for replica_id, offer in offered.items():
             kind = self._kind(offer.pool, offer.routes, offer.weight)
-            place = self._places.setdefault(replica_id, ReplicaSlots(replica_id, kind))
+            place = self._by_id.setdefault(replica_id, ReplicaSlots(replica_id, kind))
             place.slots = offer.slots
             if not place.present or place.kind is not kind:
                 self._alter(place, kind, present=True, suspended_until=place.suspended_until)
@@ -333,7 +333,7 @@ class SlotTable:
         if not without:
             return kinds
         excluded = Counter(
-            place.kind for place in map(self._places.get, without) if place and place.ready
+            place.kind for place in map(self._by_id.get, without) if place and place.ready
         )
         return [kind for kind in kinds if kind.ready > excluded[kind]]
 

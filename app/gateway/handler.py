@@ -5,9 +5,10 @@ from __future__ import annotations
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway import cross_site
-from app.gateway.lifecycle import Lifecycle, Services
+from app.gateway.lifecycle import Lifecycle
 from app.gateway.request_body import ClientGone, Headers, Receive, Scope
 from app.gateway.response import Reply, Send
+from app.gateway.services import Services
 from app.tenants.access import NOBODY, Caller
 
 __all__ = ["Handler", "Receive", "Scope", "identify"]
@@ -28,7 +29,7 @@ class Handler:
             cross_site.require_json(headers)
             with services.bodies.room_for(caller.tenant, services.settings) as room:
                 inbound = await room.read(self._route, headers, receive)
-                admission = services.catalog.require(inbound.model)
+                admission = services.registry.require(inbound.model)
                 await Lifecycle(services, admission, caller, inbound, reply).run()
         except errors.ApiError as error:
             await reply.refuse(error)
@@ -51,8 +52,8 @@ async def identify(services: Services, headers: Headers) -> Caller:
     if not services.ready.is_set():
         await services.ready.wait()
     services.settings.host_rule.require(headers)
-    if services.accounts is None:
+    if services.access is None:
         return NOBODY
     authorization = headers.get(b"authorization")
     text = None if authorization is None else authorization.decode("latin-1")
-    return await services.accounts.identify(text)
+    return await services.access.identify(text)

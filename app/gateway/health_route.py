@@ -10,8 +10,8 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.gateway.health import Signs, judge
-from app.gateway.lifecycle import Services
 from app.gateway.request_body import Headers
+from app.gateway.services import Services
 from app.supervision import PROCESS
 
 _FRESH = {"cache-control": "no-store"}
@@ -30,7 +30,7 @@ def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
             "model_states": {state.value: count for state, count in signs.models.items()},
         }
         if _may_see_models(services, dict(request.scope["headers"])):
-            body["models"] = {model.id: model.state.value for model in services.catalog.models()}
+            body["models"] = {model.id: model.state.value for model in services.registry.models()}
         return JSONResponse(body, result.code, headers=_FRESH)
 
     @api.get(f"{prefix}/livez")
@@ -40,7 +40,7 @@ def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
 
 def read_signs(services: Services, now: float) -> Signs:
     """Return what an ingress knows of itself at the monotonic time ``now``, in seconds."""
-    accounts, ledger = services.accounts, services.ledger
+    accounts, ledger = services.access, services.ledger
     return Signs(
         started=services.ready.is_set(),
         draining=services.draining,
@@ -51,7 +51,7 @@ def read_signs(services: Services, now: float) -> Signs:
         has_room=ledger is None or ledger.has_room,
         store_away_s=0.0 if ledger is None else ledger.store_away_s(now),
         failures=len(PROCESS.recent(now)),
-        models=Counter(model.state for model in services.catalog.models()),
+        models=Counter(model.state for model in services.registry.models()),
     )
 
 
@@ -59,7 +59,7 @@ def _may_see_models(services: Services, headers: Headers) -> bool:
     """Return whether the models list would show a request the models."""
     if not services.ready.is_set() or not services.settings.host_rule.allows(headers):
         return False
-    if services.accounts is None:
+    if services.access is None:
         return True
     authorization = headers.get(b"authorization")
-    return authorization is not None and services.accounts.knows(authorization.decode("latin-1"))
+    return authorization is not None and services.access.knows(authorization.decode("latin-1"))

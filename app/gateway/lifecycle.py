@@ -5,30 +5,28 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
 from app import alarms
-from app.config.ingress import IngressSettings
 from app.contracts.status import Availability, ReplicaStatus
 from app.core import errors
-from app.core.tiers import ALL_RIGHTS, PriorityMode, Tier, TierDecision, admit, decide
+from app.core.shed_reason import ShedReason
+from app.core.tier_decision import ALL_RIGHTS, TierDecision, admit, decide
+from app.core.tiers import PriorityMode, Tier
 from app.flow.admission import Admission, ModelGone, Shed
-from app.flow.request import QueuedRequest, RequestState, ShedReason
+from app.flow.request import QueuedRequest, RequestState
 from app.gateway.metering import Meter
-from app.gateway.registry import ModelRegistry
-from app.gateway.request_body import Bodies
 from app.gateway.response import JSON, SSE, Placement, Reply, milliseconds
-from app.gateway.usage_reader import UsageReader
-from app.ledger.ledger import JournalFull, Ledger, Unrecordable
+from app.gateway.services import Services
+from app.ledger.ledger import JournalFull, Unrecordable
 from app.ledger.record import Origin, State, now_utc
 from app.protocol.requests import Inbound, rewrite_request
 from app.protocol.stream import StreamStamper, stamp_answer, stream_stamper
-from app.tenants.access import Access, Caller
+from app.tenants.access import Caller
 from app.tenants.priority_share import SharePart
 from app.upstream.client import (
     EngineBroke,
-    EngineClient,
     EngineFailed,
     EngineUnreachable,
     StreamedAnswer,
@@ -41,28 +39,6 @@ _TRY_AGAIN_S: Final = 5.0
 # Somebody has to bring a machine.
 _NO_NODE_S: Final = 60.0
 _NOT_READY: Final = "engine_not_ready"
-
-
-@dataclass(slots=True)
-class Services:
-    """What every request uses; owned by the ``Ingress`` deployment.
-
-    ``ledger`` and ``usage``, where its records are read, are there once the settings are, which is
-    before the first request. ``accounts`` is there where keys are asked for. ``bodies`` reads
-    request bodies and bounds their memory. ``ready`` is set once all of it is there and the models
-    are known: Serve lets requests in before its first call of ``reconfigure``, and they wait for
-    that. ``draining`` is set when this ingress comes to its end.
-    """
-
-    catalog: ModelRegistry
-    engines: EngineClient
-    settings: IngressSettings
-    ledger: Ledger | None = None
-    accounts: Access | None = None
-    usage: UsageReader | None = None
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    draining: bool = False
-    bodies: Bodies = field(default_factory=Bodies)
 
 
 class Lifecycle:
@@ -80,7 +56,7 @@ class Lifecycle:
         inbound: Inbound,
         reply: Reply,
     ) -> None:
-        self._accounts = services.accounts
+        self._access = services.access
         self._caller = caller
         self._admission = admission
         self._inbound = inbound
@@ -118,10 +94,10 @@ class Lifecycle:
 
     def _flight(self) -> AbstractContextManager[None]:
         """Count the request as in flight for its key and tenant."""
-        if self._accounts is None:
+        if self._access is None:
             return nullcontext()
         try:
-            return self._accounts.flight(self._caller, self._settings.in_flight)
+            return self._access.flight(self._caller, self._settings.in_flight)
         except errors.TooManyInFlight as error:
             self._meter.turn_away(State.REFUSED, _reason(error))
             raise
@@ -131,7 +107,7 @@ class Lifecycle:
         if model.state is Availability.NOT_OFFERED:
             self._meter.turn_away(State.REFUSED, Availability.NOT_OFFERED.value)
             raise self._not_offered()
-        if not model.replicas and model.rest is None:
+        if not model.replicas and model.sleep is None:
             self._meter.turn_away(State.REFUSED, _NOT_READY)
             raise self._unavailable()
         charged = time.monotonic()
@@ -150,7 +126,7 @@ class Lifecycle:
         """Give back what the request has held, each thing whatever becomes of the others."""
         with ExitStack() as ending:
             tokens = None
-            if self._accounts is not None:
+            if self._access is not None:
                 age_s = time.monotonic() - charged
                 ending.callback(lambda: self._put_right(tokens, age_s))
             if self._part is not None:
@@ -159,9 +135,9 @@ class Lifecycle:
             tokens = self._used_tokens()
 
     def _put_right(self, tokens: int | None, age_s: float) -> None:
-        assert self._accounts is not None
+        assert self._access is not None
         used = self._presumed_tokens if tokens is None else tokens
-        self._accounts.put_right(self._caller, self._request.tokens, used, age_s)
+        self._access.put_right(self._caller, self._request.tokens, used, age_s)
 
     def _used_tokens(self) -> int | None:
         usage = self._meter.usage
@@ -183,14 +159,14 @@ class Lifecycle:
     async def _charge(self) -> None:
         """Take the request from its key's limits, and find out at which tier it may stand."""
         wanted = self._inbound.requested_tier or self._default_tier
-        if self._accounts is not None:
+        if self._access is not None:
             try:
-                await self._accounts.charge(self._caller, self._request.tokens)
+                await self._access.charge(self._caller, self._request.tokens)
             except errors.RateLimited as error:
                 self._meter.turn_away(State.REFUSED, _reason(error))
                 raise
-            self._reply.headers = self._accounts.headers(self._caller)
-            self._rights, self._part = self._accounts.rights(self._caller, wanted)
+            self._reply.headers = self._access.headers(self._caller)
+            self._rights, self._part = self._access.rights(self._caller, wanted)
         offer = self._admission.snapshot.settings.tiers.offer
         self._request.tier = admit(wanted, offer, self._rights)[0]
 

@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from app.contracts.status import ReplicaStatus
 from app.core import errors
-from app.core.tiers import Tier, TierDecision
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier
 
 _TIERS: Final = {tier: tier.value.encode() for tier in Tier}
 

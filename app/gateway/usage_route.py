@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from app.core import errors
 from app.gateway.handler import identify
-from app.gateway.lifecycle import Services
+from app.gateway.services import Services
 from app.ledger.record import now_utc
 from app.ledger.record_store import TooManyRows, Wanted
 from app.ledger.usage import Grouping, usage_object

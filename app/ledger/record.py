@@ -13,7 +13,8 @@ from typing import Any, Final, Self
 import orjson
 
 from app.core.pricing import Prices, TokenUsage
-from app.core.tiers import Tier, TierDecision
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier
 
 NOTHING_USED: Final = TokenUsage(0, 0, 0)
 _FREE: Final = Decimal(0)

@@ -15,7 +15,9 @@ import orjson
 from app.core import errors
 from app.core.dialect import Dialect, Route
 from app.core.pricing import cost
-from app.core.tiers import Tier, TierDecision, UnknownTierError, parse_requested
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier, UnknownTierError, parse_requested
+from app.protocol import engine_errors
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED, Members, Reparsed
 from app.protocol.json_body.parse import LONGEST_WHOLE, parse_plain, scan_object
 from app.protocol.json_body.scan import Steps, run
@@ -254,4 +256,4 @@ def stream_error(event: Event, route: Route) -> errors.ApiError | None:
         return None
     code = fields["error"].get("code") if isinstance(fields["error"], dict) else None
     status = code if isinstance(code, int) and 400 <= code < 600 else 500
-    return errors.from_engine(status, event.data, route.prompt_field)
+    return engine_errors.from_engine(status, event.data, route.prompt_field)

@@ -15,7 +15,8 @@ import orjson
 from app import alarms
 from app.core import errors
 from app.core.dialect import Route
-from app.core.tiers import TierDecision
+from app.core.tier_decision import TierDecision
+from app.protocol import engine_errors
 from app.protocol.chunk_template import Splicer, only_text
 from app.protocol.requests import Inbound, stamp
 from app.protocol.sse import DONE, Event, parse_block
@@ -340,5 +341,5 @@ def _error_event(chunk: dict[str, Any], route: Route) -> bytes:
     status = chunk["error"].get("code") if isinstance(chunk["error"], dict) else None
     status = status if isinstance(status, int) and 400 <= status < 600 else 500
     return Event(
-        errors.from_engine(status, orjson.dumps(chunk), route.prompt_field).body()
+        engine_errors.from_engine(status, orjson.dumps(chunk), route.prompt_field).body()
     ).encode()

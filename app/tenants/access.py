@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from app import alarms, supervision
+from app.config.ingress import FlightBounds
 from app.core import errors
-from app.core.tiers import ALL_RIGHTS, Tier, TierRights
-from app.tenants.concurrency import FlightBounds, InFlight, OverBound
+from app.core.tier_decision import ALL_RIGHTS, TierRights
+from app.core.tiers import Tier
+from app.tenants.concurrency import InFlight, OverBound
 from app.tenants.key_cache import KeyCache, Keys
 from app.tenants.keys import ApiKey, bearer
 from app.tenants.limiter import OverLimit, RateLimiter

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 
+from app.config.ingress import FlightBounds
 from app.tenants.rate_limit import split_limit
 
 
@@ -19,19 +20,6 @@ class Holder(StrEnum):
 
     KEY = "API key"
     TENANT = "tenant"
-
-
-@dataclass(frozen=True, slots=True)
-class FlightBounds:
-    """How many requests may be in flight at once, at all ingresses together.
-
-    Attributes:
-        key: of one key.
-        tenant: of all keys of one tenant.
-    """
-
-    key: int
-    tenant: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 from app.contracts.status import ReplicaStatus
 from app.core import errors
 from app.core.dialect import Route
+from app.protocol import engine_errors
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.requests import stream_error
 from app.protocol.sse import EventReader, parse_block
@@ -218,7 +219,9 @@ async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryA
     body = await response.read()
     pulse.beat()
     if response.status != 200:
-        error = errors.from_engine(response.status, body, route.prompt_field, response.retry_after)
+        error = engine_errors.from_engine(
+            response.status, body, route.prompt_field, response.retry_after
+        )
         raise _fault(error)
     return UnaryAnswer(body)
 

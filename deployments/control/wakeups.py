@@ -7,14 +7,14 @@ import asyncio
 from app.flow.credits import SILENCE_S
 
 
-class Nudges:
-    """Who listens for nudges, and who was nudged while it did not listen. Kept by a Model actor."""
+class Wakeups:
+    """Who listens for wakeups, and who was woken while it did not listen. Kept by a Model actor."""
 
     def __init__(self) -> None:
         self._listeners: dict[str, asyncio.Future[None]] = {}
         self._missed: dict[str, float] = {}
 
-    def nudge(self, ingress: str, now: float) -> None:
+    def wake(self, ingress: str, now: float) -> None:
         """Tell an ingress to renew: at once, or as soon as it listens again."""
         listener = self._listeners.pop(ingress, None)
         if listener is not None and not listener.done():
@@ -25,11 +25,11 @@ class Nudges:
         self._missed[ingress] = now
 
     def renewed(self, ingress: str) -> None:
-        """Note that an ingress renews, whatever it was nudged for."""
+        """Note that an ingress renews, whatever it was woken for."""
         self._missed.pop(ingress, None)
 
     async def wait(self, ingress: str, timeout_s: float) -> bool:
-        """Return ``True`` as soon as an ingress is nudged, ``False`` after a while."""
+        """Return ``True`` as soon as an ingress is woken, ``False`` after a while."""
         if self._missed.pop(ingress, None) is not None:
             return True
         listener = self._listeners[ingress] = asyncio.get_running_loop().create_future()

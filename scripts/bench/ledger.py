@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.config.journal import JournalSettings
 from app.core.pricing import RateCard, TokenUsage
-from app.core.tiers import Tier, TierDecision
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier
 from app.ledger.ledger import Ledger, open_ledger
 from app.ledger.record import Origin, State, UsageRecord, now_utc
 from app.store.database import connect

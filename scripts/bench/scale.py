@@ -26,13 +26,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
 from app.config.queue import QueueSettings
+from app.contracts.credits import Demand, Grant
 from app.contracts.status import ModelSnapshot
 from app.core.dialect import Route
 from app.core.tiers import PriorityMode, Tier
 from app.flow.allocation.allocator import Capacity, CreditAllocator
-from app.flow.credits import RENEWAL_S, Demand, Grant
+from app.flow.credits import RENEWAL_S
 from app.flow.request import QueuedRequest
 from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
@@ -67,28 +68,28 @@ class Decisions:
 
 
 def decisions(replicas: int, ingresses: int) -> Decisions:
-    """Measure schedulers and a credit book as they are when they serve."""
+    """Measure schedulers and a credit allocator as they are when they serve."""
     statuses = [status(f"{number:08x}") for number in range(replicas)]
-    book = CreditAllocator("life", QueueSettings(), 0.0)
-    book.set_replicas(Capacity(s.replica_id, s.pool, s.slots, kept=True) for s in statuses)
+    allocator = CreditAllocator("life", QueueSettings(), 0.0)
+    allocator.set_replicas(Capacity(s.replica_id, s.pool, s.slots, kept=True) for s in statuses)
     offers = [Offer(s.replica_id, s.pool, s.slots, s.dialect.priority_routes) for s in statuses]
     schedulers = [Scheduler(str(number), QueueSettings()) for number in range(ingresses)]
     now = 10.0
     for scheduler in schedulers:
         scheduler.set_replicas(offers, PriorityMode.AUTO, now)
     for _ in range(20):
-        now = _round(book, schedulers, now)
+        now = _round(allocator, schedulers, now)
     running = [
         _occupy(scheduler, replicas * SLOTS // 2 // ingresses, now) for scheduler in schedulers
     ]
     for _ in range(20):
-        now = _round(book, schedulers, now)
+        now = _round(allocator, schedulers, now)
     quiet, spent = dict.fromkeys(_PARTS, 0.0), dict.fromkeys(_PARTS, 0.0)
     for step in range(20):
-        now = _round(book, schedulers, now, quiet)
+        now = _round(allocator, schedulers, now, quiet)
         _stir(schedulers, running, step, now)
-        now = _round(book, schedulers, now, spent)
-        now = _round(book, schedulers, now)
+        now = _round(allocator, schedulers, now, spent)
+        now = _round(allocator, schedulers, now)
     renewals = 20 * ingresses
     demand = pickle.dumps(schedulers[0].demand(now))
     began = time.process_time()
@@ -108,7 +109,7 @@ def decisions(replicas: int, ingresses: int) -> Decisions:
 
 
 def _round(
-    book: CreditAllocator,
+    allocator: CreditAllocator,
     schedulers: list[Scheduler],
     now: float,
     spent: dict[str, float] | None = None,
@@ -118,17 +119,17 @@ def _round(
     now += RENEWAL_S
     for scheduler in schedulers:
         demand = _timed(spent, "demand", lambda scheduler=scheduler: scheduler.demand(now))
-        grant = _timed(spent, "renew", lambda demand=demand: _renew(book, demand, now))
+        grant = _timed(spent, "renew", lambda demand=demand: _renew(allocator, demand, now))
         _timed(
             spent, "receive", lambda scheduler=scheduler, grant=grant: scheduler.receive(grant, now)
         )
     return now
 
 
-def _renew(book: CreditAllocator, demand: Demand, now: float) -> Grant:
+def _renew(allocator: CreditAllocator, demand: Demand, now: float) -> Grant:
     """Do what a Model does about a renewal."""
-    grant = book.renew(demand, now)
-    book.nudges(now)
+    grant = allocator.renew(demand, now)
+    allocator.wakeups(now)
     return grant
 
 

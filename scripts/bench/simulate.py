@@ -9,7 +9,7 @@ takes time. A request's wait lasts from its arrival at an ingress until an engin
 
     scripts/bench/simulate.py                          every scenario
     scripts/bench/simulate.py --only "8 x 100"         those whose name contains this
-    scripts/bench/simulate.py --no-nudge               renewals on time only
+    scripts/bench/simulate.py --no-wake               renewals on time only
 
 Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
 """
@@ -50,10 +50,10 @@ _COLUMNS = (
 )
 
 
-def scenarios(priority: float, nudge: bool) -> list[Scenario]:
+def scenarios(priority: float, wake: bool) -> list[Scenario]:
     """Return every scenario."""
     return [
-        Scenario(ingresses, replicas, load, bursty, seconds, priority=priority, nudge=nudge)
+        Scenario(ingresses, replicas, load, bursty, seconds, priority=priority, wake=wake)
         for ingresses, replicas, seconds in SIZES
         for bursty in (False, True)
         for load in LOADS
@@ -136,11 +136,11 @@ def main(
     only: Annotated[str, typer.Option(help="Run scenarios whose name contains this.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("bench"),
     priority: Annotated[float, typer.Option(help="Part of the requests that are priority.")] = 0.1,
-    nudge: Annotated[bool, typer.Option(help="Whether the Model nudges ingresses.")] = True,
+    wake: Annotated[bool, typer.Option(help="Whether the Model wakes ingresses.")] = True,
 ) -> None:
     """Simulate, and print waits by tier beside those of the ideal queue."""
     settings = QueueSettings()
-    chosen = [one for one in scenarios(priority, nudge) if only in one.name]
+    chosen = [one for one in scenarios(priority, wake) if only in one.name]
     if not chosen:
         raise typer.BadParameter("no scenario has that in its name", param_hint="--only")
     results = []

@@ -14,9 +14,9 @@ from itertools import count
 from random import Random
 
 from app.config.queue import QueueSettings
+from app.contracts.credits import Demand, Grant
 from app.core.tiers import PriorityMode, Tier
 from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
-from app.flow.credits import Demand, Grant
 from app.flow.request import QueuedRequest, RequestState
 from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
@@ -42,7 +42,7 @@ class Scenario:
         seconds: how long they come; the first tenth is not counted.
         priority, flex: which parts of the requests are of these tiers.
         network_s: mean time of a message between an ingress and the Model.
-        nudge: whether the Model tells ingresses when they ought to renew.
+        wake: whether the Model tells ingresses when they ought to renew.
         slots: requests that a replica runs at once.
         service_s: mean time that a request takes, of a log-normal distribution.
         tenants: how many there are; the n-th sends 1/n as much as the first.
@@ -57,7 +57,7 @@ class Scenario:
     priority: float = 0.1
     flex: float = 0.2
     network_s: float = 0.005
-    nudge: bool = True
+    wake: bool = True
     slots: int = 8
     service_s: float = 10.0
     tenants: int = 20
@@ -159,7 +159,7 @@ class Engine:
 
 
 class Simulation:
-    """One run: ingresses with their schedulers, a Model with its book, engines, and a clock."""
+    """One run: ingresses, a Model, engines, and a clock."""
 
     def __init__(self, scenario: Scenario, settings: QueueSettings, *, ideal: bool) -> None:
         self._scenario = scenario
@@ -173,8 +173,8 @@ class Simulation:
         self._busy_s = 0.0
         names = [f"replica-{number}" for number in range(scenario.replicas)]
         self._engines = {name: Engine(scenario.slots) for name in names}
-        self._book = CreditAllocator("model", settings, -60.0)
-        self._book.set_replicas(Capacity(name, "pool", scenario.slots, True) for name in names)
+        self._allocator = CreditAllocator("model", settings, -60.0)
+        self._allocator.set_replicas(Capacity(name, "pool", scenario.slots, True) for name in names)
         offers = [Offer(name, "pool", scenario.slots, frozenset({ROUTE})) for name in names]
         ingresses = 1 if ideal else scenario.ingresses
         self._gates = [Scheduler(str(index), settings) for index in range(ingresses)]
@@ -183,7 +183,7 @@ class Simulation:
             scheduler.set_replicas(offers, PriorityMode.AUTO, 0.0)
         for _ in range(8):  # All have their credits when the first request comes.
             for scheduler in self._gates:
-                scheduler.receive(self._book.renew(scheduler.demand(0.0), 0.0), 0.0)
+                scheduler.receive(self._allocator.renew(scheduler.demand(0.0), 0.0), 0.0)
         for index in range(ingresses):
             self._plan_renewal(index)
 
@@ -282,13 +282,13 @@ class Simulation:
             self._send(self._ask, index, self._gates[index].demand(self._now))
 
     def _ask(self, index: int, demand: Demand) -> None:
-        self._send(self._receive, index, self._book.renew(demand, self._now))
-        if self._scenario.nudge:
+        self._send(self._receive, index, self._allocator.renew(demand, self._now))
+        if self._scenario.wake:
             self._look()
             self._at(self._now + LOOK_AFTER_S, self._look)
 
     def _look(self) -> None:
-        for name in self._book.nudges(self._now):
+        for name in self._allocator.wakeups(self._now):
             self._send(self._nudge, int(name))
 
     def _nudge(self, index: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 
-from app.config.ingress import ModelArgs
+from app.config.model import ModelArgs
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect, Route
 from deployments.engines.base import LOW_FIRST, METERED_STREAM
@@ -151,7 +151,7 @@ def _deploy(
                 {"name": "pool", "num_replicas": step},
             ],
         }
-        ingress = serving.ingress_app(replicas=ingresses, catalog_interval_s=2.0)
+        ingress = serving.ingress_app(replicas=ingresses, discovery_interval_s=2.0)
         deployment.deploy(ingress, application)
         _wait_ready(serving, deployment, step, ingresses)
     return to

@@ -38,7 +38,7 @@ _SIMULATION = {
 }
 """A small chat model on one GPU: 5,000 tokens of prefill and 50 of each answer a second."""
 
-_CATALOG_S = 2.0
+_DISCOVERY_S = 2.0
 """The ingress's own default; tests look for models more often, which is work."""
 
 _LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
@@ -75,7 +75,7 @@ def simulated() -> Iterator[Target]:
     """Frontline over the simulated engine."""
     with _frontline() as (deployment, cluster):
         app = cluster.simulated_app(_SIMULATED, default_completion_tokens=64, **_SIMULATION)
-        deployment.deploy(cluster.ingress_app(catalog_interval_s=_CATALOG_S), app)
+        deployment.deploy(cluster.ingress_app(discovery_interval_s=_DISCOVERY_S), app)
         deployment.wait_ready(_SIMULATED)
         yield _both(deployment, _SIMULATED, {}, simulated=True)
 
@@ -87,7 +87,7 @@ def vllm() -> Iterator[Target]:
         apps = yaml.safe_load(_LOCAL.read_text())["applications"]
         # Its own ingress but for the ledger, which a benchmark's requests do not belong into.
         [chat] = (app for app in apps if app["name"] == _CHAT)
-        deployment.deploy(cluster.ingress_app(catalog_interval_s=_CATALOG_S), chat)
+        deployment.deploy(cluster.ingress_app(discovery_interval_s=_DISCOVERY_S), chat)
         deployment.wait_ready(_CHAT, timeout_s=_START_S)
         # A model ends its answer where it likes: this makes lengths what was asked for.
         yield _both(deployment, _CHAT, {"ignore_eos": True}, simulated=False)

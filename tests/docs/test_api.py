@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.config.ingress import IngressSettings
+from app.core.shed_reason import ShedReason
 from app.core.tiers import TierReason
-from app.flow.request import ShedReason
 from app.gateway.body_memory import NoRoom
 from app.gateway.health import CANNOT_SERVE, HealthReason
 from app.protocol.json_body.depth import MAX_DEPTH

@@ -59,7 +59,7 @@ def test_priority_hardly_waits_while_the_others_do(small):
 
 
 def test_a_slower_network_makes_priority_wait_longer(small):
-    slow = simulate(replace(SMALL, network_s=0.3, nudge=False))
+    slow = simulate(replace(SMALL, network_s=0.3, wake=False))
     assert slow.wait(Tier.PRIORITY, 0.99) > small[1].wait(Tier.PRIORITY, 0.99)
 
 

@@ -56,7 +56,7 @@ def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
                 "num_replicas": replicas,
                 "ray_actor_options": {"num_cpus": 0.1},
                 "user_config": {
-                    "catalog_interval_s": 0.5,
+                    "discovery_interval_s": 0.5,
                     "ledger": f"sqlite:///${{{_LEDGER}}}/usage.db",
                     # Tests wait for what is in the store.
                     "journal": {"folder": f"${{{_LEDGER}}}/journal", "flush_interval_s": 0.25},

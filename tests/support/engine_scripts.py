@@ -9,7 +9,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.core.tiers import ACCEPTED_VALUES
 from deployments.simulator.settings import InjectedFailures, RequestFailure

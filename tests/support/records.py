@@ -9,7 +9,8 @@ from fractions import Fraction
 from hypothesis import strategies as st
 
 from app.core.pricing import Multipliers, RateCard, TokenUsage
-from app.core.tiers import Tier, TierDecision, TierReason
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier, TierReason
 from app.ledger.record import Origin, State, UsageRecord
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)

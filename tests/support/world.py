@@ -1,7 +1,7 @@
 """A whole ingress on one event loop, before simulated engines on real sockets, without Ray.
 
 Everything from the HTTP request's first byte to the record in the database is the product's own
-code, and so are the engines. Only who tells the catalogue about models, and who listens to the
+code, and so are the engines. Only who tells the registry about models, and who listens to the
 clients' connections, stand in for Ray Serve. What engines do wrong is planned request by request.
 """
 
@@ -24,16 +24,18 @@ import aiohttp
 import orjson
 import uvicorn
 
-from app.config.ingress import IngressSettings, ModelSettings
+from app.config.ingress import IngressSettings
 from app.config.journal import JournalSettings
-from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus
+from app.config.model import ModelSettings
+from app.contracts.credits import Renewal
+from app.contracts.status import ModelSnapshot, ReplicaStatus
 from app.core.dialect import Route
 from app.core.tiers import Tier
 from app.flow.allocation.allocator import Capacity, CreditAllocator
-from app.gateway.lifecycle import Services
+from app.gateway.asgi import build_api
 from app.gateway.registry import ModelRegistry
 from app.gateway.response import Reply
-from app.ingress import build_api
+from app.gateway.services import Services
 from app.ledger.ledger import Ledger
 from app.ledger.record_store import RecordStore, Wanted
 from app.ledger.usage import Grouping, add_up
@@ -262,13 +264,13 @@ class PlainHttp:
 
 
 class Source:
-    """Tells the catalogue about one model, as its Model actor would."""
+    """Tells the registry about one model, as its Model actor would."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._changes = 0
         self._news = asyncio.Event()
-        self._book = CreditAllocator("life", ModelSettings().queue, time.monotonic() - 60)
+        self._allocator = CreditAllocator("life", ModelSettings().queue, time.monotonic() - 60)
         self.snapshot = ModelSnapshot(MODEL, (ALIAS,), "acme", 0, ModelSettings(), ())
 
     async def applications(self) -> set[str]:
@@ -276,13 +278,13 @@ class Source:
 
     async def renew(self, application: str, demand: Any, report: Any, known: str) -> Renewal:
         version = str(self._changes)
-        grant = self._book.renew(demand, time.monotonic())
+        grant = self._allocator.renew(demand, time.monotonic())
         if known != version:
-            # The catalogue takes it before anything else can happen.
+            # The registry takes it before anything else can happen.
             self._world.cards.append((time.monotonic(), self.snapshot.settings))
         return Renewal(version, None if known == version else self.snapshot, grant)
 
-    async def nudged(self, application: str, ingress: str) -> bool:
+    async def wait_for_wakeup(self, application: str, ingress: str) -> bool:
         try:
             async with asyncio.timeout(2):
                 await self._news.wait()
@@ -296,8 +298,8 @@ class Source:
     ) -> None:
         self._changes += 1
         self.snapshot = replace(self.snapshot, settings=settings, replicas=tuple(replicas), **more)
-        self._book.configure(settings.queue)
-        self._book.set_replicas(
+        self._allocator.configure(settings.queue)
+        self._allocator.set_replicas(
             Capacity(one.replica_id, one.pool, one.slots, one.dialect.native_priority)
             for one in self.snapshot.replicas
         )
@@ -355,14 +357,14 @@ class World:
         journal = JournalSettings(segment_mb=1, flush_interval_s=0.01, progress_tokens=1)
         self.ledger = Ledger(folder / "journal", journal, self.store)
         self._source = Source(self)
-        self._catalog = ModelRegistry(self._source, discover_s=60)
+        self._registry = ModelRegistry(self._source, discover_s=60)
         self._keys = KeptKeys()
         settings = IngressSettings(
             auth="keys", engine_timeout_s=timeout_s, stream_timeout_s=timeout_s
         )
         self._services = Services(
-            self._catalog, EngineClient(), settings,
-            self.ledger, Access(self._catalog.ingress, self._keys, Books()), self.store,
+            self._registry, EngineClient(), settings,
+            self.ledger, Access(self._registry.ingress, self._keys, Books()), self.store,
         )  # fmt: skip
         self._api = build_api(self._services)
         self.engines = {name: SimulatedEngine(self, name) for name in ENGINES}
@@ -371,16 +373,16 @@ class World:
     async def start(self) -> None:
         for engine in self.engines.values():
             await engine.start()
-        self._catalog.start()
-        assert self._services.accounts is not None
-        self._services.accounts.start()
-        await self._catalog.wait_known(5)
+        self._registry.start()
+        assert self._services.access is not None
+        self._services.access.start()
+        await self._registry.wait_known(5)
         self._services.ready.set()
 
     async def close(self) -> None:
-        await self._catalog.stop()
-        assert self._services.accounts is not None
-        await self._services.accounts.stop()
+        await self._registry.stop()
+        assert self._services.access is not None
+        await self._services.access.stop()
         await self._services.engines.close()
         await self.ledger.close()
         for engine in self.engines.values():
@@ -392,7 +394,7 @@ class World:
         published = time.monotonic()
         up = [self.engines[name] for name in sorted(engines)]
         self._source.publish(model, [engine.status for engine in up if engine.up], **more)
-        while (admission := self._catalog.find(MODEL)) is None or (
+        while (admission := self._registry.find(MODEL)) is None or (
             admission.snapshot is not self._source.snapshot
         ):
             await asyncio.sleep(0.001)
@@ -403,7 +405,7 @@ class World:
 
     def taken(self) -> int:
         """How many slots are taken, as the ingress believes."""
-        admission = self._catalog.find(MODEL)
+        admission = self._registry.find(MODEL)
         assert admission is not None
         return sum(admission.demand().running.values())
 

@@ -1,4 +1,4 @@
-"""The Model's book of credits: who may hold which slots. Pure: the time is passed in.
+"""The Model's allocation of credits: who may hold which slots. Pure: the time is passed in.
 
 ``app.flow.allocation.fair_share`` and ``app.flow.allocation.rebalance`` decide how many credits
 each ingress ought to have; ``CreditAllocator`` moves credits towards that without ever giving one
@@ -34,13 +34,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from app.config.queue import QueueSettings
+from app.contracts.credits import Demand, Grant
 from app.core.tiers import Tier
 from app.flow.allocation.fair_share import Want
 from app.flow.allocation.rebalance import IngressHoldings, Terms, balance
-from app.flow.credits import RENEWAL_S, SILENCE_S, Demand, Grant
+from app.flow.credits import RENEWAL_S, SILENCE_S
 
 LOOK_AFTER_S = 1.1 * RENEWAL_S
-"""How long after a renewal ``nudges`` is to be asked once more."""
+"""How long after a renewal ``wakeups`` is to be asked once more."""
 # An ingress that was not heard for so long had nothing to say: otherwise it would have come again,
 # messages taking what they take.
 _QUIET_AFTER_S = 1.05 * RENEWAL_S
@@ -87,7 +88,7 @@ class _Account:
     standings: dict[str, IngressHoldings] = field(default_factory=dict)
     # As its last grant found: whether it lacks slots for priority.
     urgent: bool = False
-    nudged: bool = False
+    woken: bool = False
 
 
 class CreditAllocator:
@@ -148,7 +149,7 @@ class CreditAllocator:
         assert account.pending is not None
         return replace(account.pending, answers=demand.number, sent_at=demand.sent_at)
 
-    def nudges(self, now: float) -> list[str]:
+    def wakeups(self, now: float) -> list[str]:
         """Return the ingresses that ought to renew now and not only when it is time.
 
         They have slots to give up for others' priority, or lack some that are free now; or they
@@ -162,10 +163,10 @@ class CreditAllocator:
         names = [
             name
             for name, account in self._accounts.items()
-            if not account.nudged and self._ought_to_renew(account, now, urgent=urgent)
+            if not account.woken and self._ought_to_renew(account, now, urgent=urgent)
         ]
         for name in names:
-            self._accounts[name].nudged = True
+            self._accounts[name].woken = True
         return sorted(names)
 
     def _ought_to_renew(self, account: _Account, now: float, *, urgent: bool) -> bool:
@@ -200,7 +201,7 @@ class CreditAllocator:
         return account
 
     def _update(self, account: _Account, demand: Demand, now: float) -> None:
-        account.demand, account.heard, account.nudged = demand, now, False
+        account.demand, account.heard, account.woken = demand, now, False
         pending = account.pending
         if pending is not None and demand.life == self._life and demand.applied >= pending.number:
             account.pending, account.known = None, True

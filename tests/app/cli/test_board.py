@@ -3,13 +3,13 @@ from dataclasses import replace
 import pytest
 
 from app.cli.board import Sheds, Sight, make_frame
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
+from app.contracts.credits import Demand
 from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
-from app.contracts.status import ModelSnapshot, ReplicaStatus, Rest
+from app.contracts.status import ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Dialect, Route
+from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
-from app.flow.credits import Demand
-from app.flow.request import ShedReason
 
 pytestmark = pytest.mark.unit
 
@@ -139,8 +139,12 @@ def test_a_model_that_does_not_answer_and_one_without_ingresses_are_shown():
 
 
 def test_a_model_that_rests_is_shown_as_what_it_does():
-    for rest, state in ((Rest(()), "ASLEEP"), (Rest((), waking=True), "WAKING"), (None, "RUNNING")):
-        frame = only_model(ModelBoard(replace(model(), rest=rest), (ingress(),)))
+    for rest, state in (
+        (Sleep(()), "ASLEEP"),
+        (Sleep((), waking=True), "WAKING"),
+        (None, "RUNNING"),
+    ):
+        frame = only_model(ModelBoard(replace(model(), sleep=rest), (ingress(),)))
         assert (frame.state, frame.replicas) == (state, ())
 
 

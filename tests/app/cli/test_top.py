@@ -7,8 +7,8 @@ from rich.console import Console
 
 from app.cli.board import IngressRow, ModelFrame, ReplicaRow, Sheds, TierRow
 from app.cli.top import render, to_json
+from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
-from app.flow.request import ShedReason
 
 pytestmark = pytest.mark.unit
 

@@ -1,6 +1,7 @@
 import pytest
 
-from app.config.ingress import IngressSettings, ModelArgs, ModelSettings
+from app.config.ingress import IngressSettings
+from app.config.model import ModelArgs, ModelSettings
 from app.core.paths import expand_path
 from app.core.settings import SettingsError
 from app.core.tiers import PriorityMode

@@ -3,14 +3,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.config.ingress import ModelSettings
-from app.contracts.stats import REPORT_S, ReportStore, Tally
+from app.config.model import ModelSettings
+from app.contracts.credits import Demand, Grant
+from app.contracts.stats import REPORT_S
 from app.contracts.status import ModelSnapshot, ReplicaStatus
 from app.core.dialect import Dialect, Route
+from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
 from app.flow.admission import Admission, Shed
-from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Demand, Grant
-from app.flow.request import QueuedRequest, RequestState, ShedReason
+from app.flow.allocation.stats import ReportStore
+from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S
+from app.flow.request import QueuedRequest, RequestState
+from app.flow.stats import Tally
 
 pytestmark = pytest.mark.unit
 

@@ -3,17 +3,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.pricing import RateCard
+from app.core.tier_decision import TierDecision, TierRights, admit, decide
 from app.core.tiers import (
     ACCEPTED_VALUES,
     PriorityMode,
     Tier,
-    TierDecision,
     TierOffer,
     TierReason,
-    TierRights,
     UnknownTierError,
-    admit,
-    decide,
     parse_requested,
 )
 

@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from app.config.ingress import ModelSettings
-from app.contracts.status import ModelSnapshot, ReplicaStatus, Rest
+from app.config.model import ModelSettings
+from app.contracts.credits import Grant
+from app.contracts.status import ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Dialect, Route
+from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
 from app.flow.admission import Admission, ModelGone, Shed
-from app.flow.credits import RENEWAL_S, Grant
-from app.flow.request import QueuedRequest, RequestState, ShedReason
+from app.flow.credits import RENEWAL_S
+from app.flow.request import QueuedRequest, RequestState
 
 pytestmark = pytest.mark.unit
 
@@ -242,7 +244,7 @@ async def test_a_nudge_makes_the_renewal_due():
     made = admission(model("one", slots=1))
     renewal = asyncio.create_task(made.wait_for_renewal())
     await asyncio.sleep(0)
-    made.nudge()
+    made.renew_now()
     async with asyncio.timeout(0.1):
         await renewal
     renewal = asyncio.create_task(made.wait_for_renewal())
@@ -254,12 +256,12 @@ async def test_a_nudge_makes_the_renewal_due():
 async def test_a_request_waits_for_a_model_that_sleeps():
     awake = model("one")
     made = Admission("ingress")
-    made.update(replace(awake, replicas=(), rest=Rest(tuple(Tier), start_s=30.0)))
+    made.update(replace(awake, replicas=(), sleep=Sleep(tuple(Tier), start_s=30.0)))
     [waiting] = await standing(made, new_request(Tier.PRIORITY))
     with pytest.raises(Shed) as caught:
         await made.admit(new_request(fail_fast=True))
     assert caught.value.request.retry_after_s == 30.0
-    waking = replace(awake, replicas=(), rest=Rest(tuple(Tier), waking=True, start_s=30.0))
+    waking = replace(awake, replicas=(), sleep=Sleep(tuple(Tier), waking=True, start_s=30.0))
     for _ in range(2):
         made.update(waking)
         await asyncio.sleep(0.05)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.config.queue import QueueSettings
+from app.contracts.credits import Grant
 from app.core.tiers import PriorityMode, Tier
 from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
-from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Credits, Grant
+from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Credits
 from app.flow.slots import Offer
 
 pytestmark = pytest.mark.unit
@@ -23,9 +24,9 @@ LATER = 2 * SILENCE_S
 
 
 def book_of(slots, *, life="model", now=0.0, headroom=0.1):
-    book = CreditAllocator(life, QueueSettings(headroom=headroom), now)
-    book.set_replicas([Capacity(name, "pool", n, True) for name, n in slots.items()])
-    return book
+    allocator = CreditAllocator(life, QueueSettings(headroom=headroom), now)
+    allocator.set_replicas([Capacity(name, "pool", n, True) for name, n in slots.items()])
+    return allocator
 
 
 def ingress(name, slots=()):
@@ -40,8 +41,8 @@ def demand(of, now, waiting=NOTHING, oldest_s=0.0, starving=0):
     return of.demand(now, waiting=waiting, oldest_s=ages, starving=starving)
 
 
-def renew(of, book, now, waiting=NOTHING, **more):
-    of.receive(book.renew(demand(of, now, waiting, **more), now), now)
+def renew(of, allocator, now, waiting=NOTHING, **more):
+    of.receive(allocator.renew(demand(of, now, waiting, **more), now), now)
 
 
 def held(of):
@@ -53,189 +54,191 @@ def occupy(of, replica_id, tier=D, times=1):
         of.occupy(of.places[replica_id], tier)
 
 
-def settle_down(book, *ingresses, now=LATER, waiting=NOTHING, seconds=4.0):
+def settle_down(allocator, *ingresses, now=LATER, waiting=NOTHING, seconds=4.0):
     """Let everyone renew for a while, as they do in peace."""
     steps = int(seconds / RENEWAL_S)
     for step in range(steps):
         for one in ingresses:
-            renew(one, book, now + step * RENEWAL_S, waiting)
+            renew(one, allocator, now + step * RENEWAL_S, waiting)
     return now + steps * RENEWAL_S
 
 
 def test_one_ingress_holds_all_credits():
     slots = {"a": 4, "b": 8}
-    book, one = book_of(slots), ingress("one", slots)
-    renew(one, book, LATER)
+    allocator, one = book_of(slots), ingress("one", slots)
+    renew(one, allocator, LATER)
     assert held(one) == slots
     assert one.places.headroom == 2
 
 
 def test_a_restarted_model_gives_nothing_away_before_it_has_listened():
     slots = {"a": 8}
-    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
-    renew(one, book, LATER)
+    allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    renew(one, allocator, LATER)
     assert held(one) == {"a": 8}
     later = LATER + 60
-    book = book_of(slots, life="next", now=later)
+    allocator = book_of(slots, life="next", now=later)
     for step in range(int(SILENCE_S / RENEWAL_S)):
-        renew(two, book, later + step * RENEWAL_S)
-        renew(one, book, later + step * RENEWAL_S)
+        renew(two, allocator, later + step * RENEWAL_S)
+        renew(one, allocator, later + step * RENEWAL_S)
         assert (held(one), held(two)) == ({"a": 8}, {})
-    settle_down(book, two, one, now=later + SILENCE_S)
+    settle_down(allocator, two, one, now=later + SILENCE_S)
     # Eight slots, and one more so that each has one for priority.
     assert sorted(sum(held(each).values()) for each in (one, two)) == [4, 5]
 
 
 def test_a_slot_is_moved_only_once_it_is_reported_free():
     slots = {"a": 4}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    renew(one, book, LATER)
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, allocator, LATER)
     occupy(one, "a", D, times=4)
     waiting = NOTHING | {P: 2}
     now = LATER
     for _ in range(8):
         now += RENEWAL_S
-        renew(two, book, now, waiting)
-        renew(one, book, now)
+        renew(two, allocator, now, waiting)
+        renew(one, allocator, now)
         assert held(two) == {}
     one.release("a", D)
     assert held(one) == {"a": 3}
-    renew(two, book, now, waiting)
+    renew(two, allocator, now, waiting)
     assert held(two) == {}
-    renew(one, book, now)
-    renew(two, book, now, waiting)
+    renew(one, allocator, now)
+    renew(two, allocator, now, waiting)
     assert held(two) == {"a": 1}
 
 
 def test_priority_at_one_ingress_makes_another_give_up_idle_slots_within_one_renewal():
     slots = {"a": 8}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
     before = held(two)["a"]
-    renew(two, book, now, NOTHING | {P: 20})
-    renew(one, book, now)
+    renew(two, allocator, now, NOTHING | {P: 20})
+    renew(one, allocator, now)
     assert one.renewal_at(waits=False, priority_waits=False) == now
-    renew(one, book, now)
-    assert book.nudges(now) == ["two"]
-    renew(two, book, now, NOTHING | {P: 20})
+    renew(one, allocator, now)
+    assert allocator.wakeups(now) == ["two"]
+    renew(two, allocator, now, NOTHING | {P: 20})
     assert held(two)["a"] > before
     assert sum(held(one).values()) + held(two)["a"] == 8
 
 
 def test_an_ingress_with_nothing_to_say_is_told_what_others_want_of_it():
     slots = {"a": 8}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
-    renew(one, book, now)
-    renew(two, book, now, NOTHING | {D: 6}, oldest_s=1.0)
-    assert book.nudges(now) == [], "it comes by itself, if it has anything to say"
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
+    renew(one, allocator, now)
+    renew(two, allocator, now, NOTHING | {D: 6}, oldest_s=1.0)
+    assert allocator.wakeups(now) == [], "it comes by itself, if it has anything to say"
     now += LOOK_AFTER_S
-    renew(two, book, now, NOTHING | {D: 6}, oldest_s=1.25)
-    assert book.nudges(now) == ["one"]
-    assert book.nudges(now) == [], "once is enough"
-    renew(one, book, now)
-    renew(one, book, now)
+    renew(two, allocator, now, NOTHING | {D: 6}, oldest_s=1.25)
+    assert allocator.wakeups(now) == ["one"]
+    assert allocator.wakeups(now) == [], "once is enough"
+    renew(one, allocator, now)
+    renew(one, allocator, now)
     now += LOOK_AFTER_S
-    assert book.nudges(now) == ["two"], "there is room for it now"
+    assert allocator.wakeups(now) == ["two"], "there is room for it now"
 
 
 def test_an_ingress_with_nothing_to_say_is_told_how_many_share_the_model():
     slots = {"a": 8}
-    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one)
+    allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one)
     now += LOOK_AFTER_S
-    assert book.nudges(now) == []
-    renew(two, book, now)
-    assert book.nudges(now) == ["one"]
-    renew(one, book, now)
+    assert allocator.wakeups(now) == []
+    renew(two, allocator, now)
+    assert allocator.wakeups(now) == ["one"]
+    renew(one, allocator, now)
     assert one.ingresses == 2
 
 
 def test_nobody_is_nudged_in_peace_or_for_what_it_has_been_told():
     slots = {"a": 8}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
-    assert book.nudges(now + QUIET_S) == []
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
+    assert allocator.wakeups(now + QUIET_S) == []
     for each in (one, two):
         occupy(each, "a", D, times=held(each)["a"])
     for _ in range(2):
-        renew(two, book, now, NOTHING | {D: 12}, oldest_s=5.0)
-        renew(one, book, now)
+        renew(two, allocator, now, NOTHING | {D: 12}, oldest_s=5.0)
+        renew(one, allocator, now)
     assert held(one)["a"] > one._at_most["pool"], "it gives up credits as their slots come free"
-    renew(two, book, now + LOOK_AFTER_S, NOTHING | {D: 12}, oldest_s=5.0)
-    assert book.nudges(now + LOOK_AFTER_S) == []
+    renew(two, allocator, now + LOOK_AFTER_S, NOTHING | {D: 12}, oldest_s=5.0)
+    assert allocator.wakeups(now + LOOK_AFTER_S) == []
 
 
 def test_terms_are_struck_again_whenever_what_they_follow_from_changes():
     slots = {"a": 8, "b": 4}
-    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
+    allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
 
     def terms():
-        (pool,) = book._pools
-        kept = book._terms(pool, book._pools[pool])
-        assert kept is book._terms(pool, book._pools[pool])
-        book._struck.clear()
-        return kept, book._terms(pool, book._pools[pool])
+        (pool,) = allocator._pools
+        kept = allocator._terms(pool, allocator._pools[pool])
+        assert kept is allocator._terms(pool, allocator._pools[pool])
+        allocator._struck.clear()
+        return kept, allocator._terms(pool, allocator._pools[pool])
 
     def check():
         kept, anew = terms()
         assert kept == anew
 
     check()
-    renew(one, book, now, NOTHING | {D: 9}, oldest_s=3.0)
+    renew(one, allocator, now, NOTHING | {D: 9}, oldest_s=3.0)
     check()
-    renew(ingress("three", slots), book, now)
+    renew(ingress("three", slots), allocator, now)
     check()
-    book.set_replicas([Capacity(name, "pool", n, True) for name, n in {"a": 8, "c": 2}.items()])
+    allocator.set_replicas(
+        [Capacity(name, "pool", n, True) for name, n in {"a": 8, "c": 2}.items()]
+    )
     check()
-    book.configure(QueueSettings(headroom=0.5, starvation_every=3))
+    allocator.configure(QueueSettings(headroom=0.5, starvation_every=3))
     check()
-    renew(one, book, now + SILENCE_S)
+    renew(one, allocator, now + SILENCE_S)
     check()
 
 
 def test_a_silent_ingress_gives_its_credits_back():
     slots = {"a": 8}
-    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
-    settle_down(book, two, now=now + SILENCE_S)
+    allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
+    settle_down(allocator, two, now=now + SILENCE_S)
     assert held(two) == {"a": 8}
     # The silent one has closed its own in the meantime, and on return holds what it is given.
     one.advance(now + SILENCE_S)
     assert one.places.find(P, "chat") is None
     later = now + 3 * SILENCE_S
-    renew(two, book, later)
-    renew(one, book, later)
+    renew(two, allocator, later)
+    renew(one, allocator, later)
     assert held(one) == {"a": 1}, "the floor"
-    settle_down(book, one, two, now=later)
+    settle_down(allocator, one, two, now=later)
     assert held(one)["a"] + held(two)["a"] == 9 and held(one)["a"] >= 3
 
 
 def test_requests_of_an_ingress_that_returns_count_until_they_end():
     slots = {"a": 4}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    renew(one, book, LATER)
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, allocator, LATER)
     occupy(one, "a", D, times=3)
-    later = settle_down(book, two, now=LATER + SILENCE_S)
+    later = settle_down(allocator, two, now=LATER + SILENCE_S)
     assert held(two) == {"a": 4}
-    renew(one, book, later)
-    now = settle_down(book, one, two, now=later, seconds=2.0)
+    renew(one, allocator, later)
+    now = settle_down(allocator, one, two, now=later, seconds=2.0)
     assert one.places["a"].running == 3 and one.places["a"].credit == 0
     assert held(two)["a"] <= 2, "its share; the other's three still run"
     for _ in range(3):
         one.release("a", D)
-    settle_down(book, one, two, now=now)
+    settle_down(allocator, one, two, now=now)
     assert (held(one)["a"], held(two)["a"]) == (2, 2)
 
 
 def test_a_grant_is_repeated_until_it_is_acknowledged_and_applied_once():
     slots = {"a": 8}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    first = book.renew(demand(one, LATER), LATER)
-    second = book.renew(demand(one, LATER + 1), LATER + 1)
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    first = allocator.renew(demand(one, LATER), LATER)
+    second = allocator.renew(demand(one, LATER + 1), LATER + 1)
     assert (second.number, second.added) == (first.number, {"a": 8})
-    renew(two, book, LATER + 1, NOTHING | {P: 5})
+    renew(two, allocator, LATER + 1, NOTHING | {P: 5})
     assert held(two) == {}
     for grant in (second, first, second):
         one.receive(grant, LATER + 1)
@@ -244,14 +247,14 @@ def test_a_grant_is_repeated_until_it_is_acknowledged_and_applied_once():
 
 def test_a_grant_that_may_still_arrive_counts():
     slots = {"a": 8, "b": 8}
-    book, one, two = book_of({"a": 8}), ingress("one", slots), ingress("two", slots)
-    settle_down(book, one, seconds=1.0)
-    book.set_replicas([Capacity(name, "pool", 8, True) for name in slots])
-    grant = book.renew(demand(one, LATER + 1), LATER + 1)
+    allocator, one, two = book_of({"a": 8}), ingress("one", slots), ingress("two", slots)
+    settle_down(allocator, one, seconds=1.0)
+    allocator.set_replicas([Capacity(name, "pool", 8, True) for name in slots])
+    grant = allocator.renew(demand(one, LATER + 1), LATER + 1)
     assert grant.added == {"b": 8}
     for _ in range(3):
-        book.renew(demand(one, LATER + 1), LATER + 1)
-        renew(two, book, LATER + 1, NOTHING | {P: 5})
+        allocator.renew(demand(one, LATER + 1), LATER + 1)
+        renew(two, allocator, LATER + 1, NOTHING | {P: 5})
         assert sum(held(two).values()) <= 1, "the floor"
     one.receive(grant, LATER + 1)
     assert held(one) == {"a": 8, "b": 8}
@@ -259,12 +262,12 @@ def test_a_grant_that_may_still_arrive_counts():
 
 def test_a_late_demand_is_not_believed():
     slots = {"a": 8}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
     late = demand(one, LATER)
-    renew(one, book, LATER)
-    renew(one, book, LATER)
-    book.renew(late, LATER)
-    renew(two, book, LATER, NOTHING | {P: 5})
+    renew(one, allocator, LATER)
+    renew(one, allocator, LATER)
+    allocator.renew(late, LATER)
+    renew(two, allocator, LATER, NOTHING | {P: 5})
     assert held(two) == {}
 
 
@@ -287,19 +290,19 @@ def test_a_restarted_model_waits_for_everyone_it_hears_to_acknowledge():
 
 def test_credits_are_given_to_others_only_after_the_full_silence():
     slots = {"a": 8}
-    book, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
-    renew(one, book, LATER)
+    allocator, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, allocator, LATER)
     for now in (LATER, LATER + SILENCE_S - 0.01):
-        renew(two, book, now, NOTHING | {P: 5})
+        renew(two, allocator, now, NOTHING | {P: 5})
         assert held(two) == {}
-    renew(two, book, LATER + SILENCE_S, NOTHING | {P: 5})
+    renew(two, allocator, LATER + SILENCE_S, NOTHING | {P: 5})
     assert held(two) == {"a": 8}
 
 
 def test_credits_last_from_when_they_were_asked_for():
     slots = {"a": 8}
-    book, one = book_of(slots), ingress("one", slots)
-    grant = book.renew(demand(one, LATER), LATER)
+    allocator, one = book_of(slots), ingress("one", slots)
+    grant = allocator.renew(demand(one, LATER), LATER)
     one.receive(grant, LATER + SILENCE_S - 0.5)
     assert one.places.find(P, "chat") is not None
     one.advance(LATER + SILENCE_S)
@@ -308,13 +311,13 @@ def test_credits_last_from_when_they_were_asked_for():
 
 def test_a_returning_ingress_is_not_confused_by_a_grant_from_before():
     slots = {"a": 4, "b": 4}
-    book, one, two = book_of({"a": 4}), ingress("one", slots), ingress("two", slots)
-    renew(one, book, LATER)
-    book.set_replicas([Capacity(name, "pool", 4, True) for name in slots])
-    before = book.renew(demand(one, LATER), LATER)
+    allocator, one, two = book_of({"a": 4}), ingress("one", slots), ingress("two", slots)
+    renew(one, allocator, LATER)
+    allocator.set_replicas([Capacity(name, "pool", 4, True) for name in slots])
+    before = allocator.renew(demand(one, LATER), LATER)
     assert before.added == {"b": 4}
-    later = settle_down(book, two, now=LATER + SILENCE_S)
-    after = book.renew(demand(one, later), later)
+    later = settle_down(allocator, two, now=LATER + SILENCE_S)
+    after = allocator.renew(demand(one, later), later)
     for grant in (before, after, before):
         one.receive(grant, later)
     assert held(one) == dict(after.added)
@@ -335,29 +338,29 @@ def test_a_late_grant_of_a_former_model_is_ignored():
 
 def test_a_replica_that_comes_is_shared_and_one_that_goes_is_dropped():
     slots = {"a": 4, "b": 4}
-    book, one, two = book_of({"a": 4}), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
-    book.set_replicas([Capacity(name, "pool", 4, True) for name in slots])
-    now = settle_down(book, one, two, now=now)
+    allocator, one, two = book_of({"a": 4}), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
+    allocator.set_replicas([Capacity(name, "pool", 4, True) for name in slots])
+    now = settle_down(allocator, one, two, now=now)
     assert sum(held(one).values()) + sum(held(two).values()) == 8 + 1
     assert min(sum(held(each).values()) for each in (one, two)) >= 4
-    book.set_replicas([Capacity("b", "pool", 4, True)])
+    allocator.set_replicas([Capacity("b", "pool", 4, True)])
     for each in (one, two):
         each.set_replicas([Offer("b", "pool", 4, frozenset({"chat"}))], PriorityMode.AUTO)
-    settle_down(book, one, two, now=now)
+    settle_down(allocator, one, two, now=now)
     assert held(one).keys() | held(two).keys() == {"b"}
 
 
 def test_each_pool_is_shared_by_itself():
-    book = CreditAllocator("model", QueueSettings(), 0.0)
+    allocator = CreditAllocator("model", QueueSettings(), 0.0)
     native = [Capacity(f"n{i}", "native", 8, True) for i in range(2)]
-    book.set_replicas([*native, Capacity("p", "plain", 8, False)])
+    allocator.set_replicas([*native, Capacity("p", "plain", 8, False)])
     offers = [Offer(c.replica_id, c.pool, 8, frozenset({"chat"} if c.kept else ())) for c in native]
     offers.append(Offer("p", "plain", 8, frozenset()))
     both = [ingress("one"), ingress("two")]
     for one in both:
         one.set_replicas(offers, PriorityMode.AUTO)
-    settle_down(book, *both)
+    settle_down(allocator, *both)
     for pool, slots in (("native", 16), ("plain", 8)):
         held = [one.places.credits_in(pool) for one in both]
         assert sum(held) == slots and max(held) - min(held) <= slots // 4
@@ -366,29 +369,29 @@ def test_each_pool_is_shared_by_itself():
 
 def test_ingresses_with_the_same_load_do_not_pass_slots_to_and_fro():
     slots = {"a": 40}
-    book, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
-    now = settle_down(book, one, two)
+    allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
+    now = settle_down(allocator, one, two)
     for each in (one, two):
         occupy(each, "a", D, times=held(each)["a"])
     before = held(one), held(two)
     for step in range(40):
         now += RENEWAL_S
-        renew(one, book, now, NOTHING | {D: 30 + step % 5}, oldest_s=5.0)
-        renew(two, book, now, NOTHING | {D: 34 - step % 5}, oldest_s=5.2)
+        renew(one, allocator, now, NOTHING | {D: 30 + step % 5}, oldest_s=5.0)
+        renew(two, allocator, now, NOTHING | {D: 34 - step % 5}, oldest_s=5.2)
     assert (held(one), held(two)) == before
 
 
 def test_the_demand_and_the_grant_are_small():
     slots = {f"replica-{i:04}": 8 for i in range(250)}
-    book, one = book_of(slots), ingress("one", slots)
+    allocator, one = book_of(slots), ingress("one", slots)
     message = demand(one, LATER)
-    grant = book.renew(message, LATER)
+    grant = allocator.renew(message, LATER)
     assert pickle.loads(pickle.dumps(grant)) == grant
     one.receive(grant, LATER)
     message = demand(one, LATER + 1)
     assert pickle.loads(pickle.dumps(message)) == message
     assert len(pickle.dumps(message)) < 10_000
-    assert len(pickle.dumps(book.renew(message, LATER + 1))) < 1_000
+    assert len(pickle.dumps(allocator.renew(message, LATER + 1))) < 1_000
 
 
 class Request:
@@ -413,7 +416,7 @@ class CreditMachine(RuleBasedStateMachine):
         self.demands, self.grants = [], []
         self.requests = []
         self.floors = {}
-        self.book = None
+        self.allocator = None
         self.down_since = self.now
         self.restart_model()
         for _ in range(2):
@@ -477,19 +480,19 @@ class CreditMachine(RuleBasedStateMachine):
         asked = demand(one, self.now, dict(zip(Tier, waiting, strict=True)), 1.0)
         self.ingresses[one].append(asked)
         self.demands.append((one, asked))
-        if arrives and self.book is not None:
+        if arrives and self.allocator is not None:
             self.model_gets(one, asked)
             if returns:
                 self.ingress_gets(*self.grants[-1])
 
-    @precondition(lambda self: self.demands and self.book is not None)
+    @precondition(lambda self: self.demands and self.allocator is not None)
     @rule(data=st.data())
     def demand_arrives(self, data):
         self.model_gets(*data.draw(st.sampled_from(self.demands[-12:])))
 
     def model_gets(self, one, asked):
-        self.grants.append((one, self.book.renew(asked, self.now)))
-        for pool in self.book._pools.values():
+        self.grants.append((one, self.allocator.renew(asked, self.now)))
+        for pool in self.allocator._pools.values():
             for replica_id in pool.replicas:
                 self.floors[replica_id] = max(self.floors.get(replica_id, 0), pool.floor)
 
@@ -514,30 +517,30 @@ class CreditMachine(RuleBasedStateMachine):
 
     # The Model.
 
-    @precondition(lambda self: self.book is not None)
+    @precondition(lambda self: self.allocator is not None)
     @rule()
     def model_dies(self):
-        self.book, self.down_since, self.down_until = None, self.now, math.inf
+        self.allocator, self.down_since, self.down_until = None, self.now, math.inf
 
-    @precondition(lambda self: self.book is None)
+    @precondition(lambda self: self.allocator is None)
     @rule()
     def restart_model(self):
         self.down_until = self.now
-        self.book = CreditAllocator(
+        self.allocator = CreditAllocator(
             f"m{next(self.names)}", QueueSettings(headroom=self.headroom), self.now
         )
         self.model_sees_replicas()
 
     def model_sees_replicas(self):
         self.seen_by_model = dict(self.slots)
-        if self.book is not None:
-            self.book.set_replicas(Capacity(r, "pool", n, True) for r, n in self.slots.items())
+        if self.allocator is not None:
+            self.allocator.set_replicas(Capacity(r, "pool", n, True) for r, n in self.slots.items())
 
     @rule(headroom=st.sampled_from([0.0, 0.2, 0.5]))
     def settings_change(self, headroom):
         self.headroom = headroom
-        if self.book is not None:
-            self.book.configure(QueueSettings(headroom=headroom))
+        if self.allocator is not None:
+            self.allocator.configure(QueueSettings(headroom=headroom))
 
     @rule(slots=st.integers(1, 6))
     def add_replica(self, slots):
@@ -567,7 +570,7 @@ class CreditMachine(RuleBasedStateMachine):
         """All renew as they should, so that the machine does not only test emergencies."""
         for _ in range(rounds):
             self.time_passes(RENEWAL_S)
-            if self.book is None:
+            if self.allocator is None:
                 return
             for one in self.ingresses:
                 asked = demand(one, self.now, dict(zip(Tier, waiting, strict=True)), 1.0)
@@ -576,14 +579,14 @@ class CreditMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 2.0, 4.0]))
     def nobody_asks(self, seconds):
-        """All renew when it is due by their own account, and when they are nudged."""
+        """All renew when it is due by their own account, and when they are woken."""
         until = self.now + seconds
-        while self.book is not None and self.now < until:
+        while self.allocator is not None and self.now < until:
             self.time_passes(RENEWAL_S)
-            nudged = self.book.nudges(self.now)
+            woken = self.allocator.wakeups(self.now)
             for one in self.ingresses:
                 due = one.renewal_at(waits=False, priority_waits=False)
-                if one._ingress in nudged or due <= self.now:
+                if one._ingress in woken or due <= self.now:
                     self.model_gets(one, demand(one, self.now))
                     self.ingress_gets(*self.grants[-1])
 
@@ -611,11 +614,11 @@ class CreditMachine(RuleBasedStateMachine):
 
     @invariant()
     def terms_are_up_to_date(self):
-        book = getattr(self, "book", None)
-        if book is not None:
-            for name, kept in list(book._struck.items()):
-                del book._struck[name]
-                assert book._terms(name, book._pools[name]) == kept
+        allocator = getattr(self, "allocator", None)
+        if allocator is not None:
+            for name, kept in list(allocator._struck.items()):
+                del allocator._struck[name]
+                assert allocator._terms(name, allocator._pools[name]) == kept
 
     @invariant()
     def requests_never_exceed_that_but_for_those_of_the_silent(self):
@@ -630,10 +633,10 @@ class CreditMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_floor_is_no_more_than_one_slot_for_each_ingress(self):
-        if not hasattr(self, "ingresses") or self.book is None:
+        if not hasattr(self, "ingresses") or self.allocator is None:
             return
-        for pool in self.book._pools.values():
-            heard = len(self.book._accounts)
+        for pool in self.allocator._pools.values():
+            heard = len(self.allocator._accounts)
             assert pool.floor == (
                 max(0, math.ceil((heard - pool.headroom) / len(pool.replicas)))
                 if pool.headroom
@@ -644,7 +647,7 @@ class CreditMachine(RuleBasedStateMachine):
         """When peace returns all slots are handed out again: no credit is ever lost."""
         if not hasattr(self, "ingresses") or not self.slots:
             return
-        if self.book is None:
+        if self.allocator is None:
             self.restart_model()
         if not self.ingresses:
             self.start_ingress()
@@ -654,7 +657,7 @@ class CreditMachine(RuleBasedStateMachine):
         for one in self.ingresses:
             self.look(one)
         self.nobody_asks(20.0)
-        (pool,) = self.book._pools.values()
+        (pool,) = self.allocator._pools.values()
         total = sum(sum(held(one).values()) for one in self.ingresses)
         floor = max(0, len(self.ingresses) - pool.headroom) if pool.headroom else 0
         assert total >= sum(self.slots.values()) + floor

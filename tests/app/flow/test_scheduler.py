@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.config.queue import QueueSettings
+from app.contracts.credits import Grant
+from app.core.shed_reason import ShedReason
 from app.core.tiers import PriorityMode, Tier
-from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Grant
-from app.flow.request import QueuedRequest, RequestState, ShedReason
+from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S
+from app.flow.request import QueuedRequest, RequestState
 from app.flow.scheduler import GIVE_UP_S, SUSPENSION_S, Scheduler
 from app.flow.slots import Offer
 
@@ -271,10 +273,10 @@ def test_the_end_of_a_request_without_a_place_frees_nothing(state):
     request = QueuedRequest(D, "a", 1)
     request.state, request.replica_id = state, "one"
     assert floor.end(request) == []
-    assert floor.scheduler.credits.places["one"].running == 1
+    assert floor.scheduler.credits.slot_table["one"].running == 1
     floor.end(running)
     assert floor.end(running) == []
-    assert floor.scheduler.credits.places["one"].running == 0
+    assert floor.scheduler.credits.slot_table["one"].running == 0
 
 
 def test_a_lost_replica_is_left_alone_for_a_while():
@@ -334,7 +336,7 @@ def test_a_request_is_not_placed_again_where_it_was_lost():
     assert floor.scheduler.lost(request, 0.0) == []
     assert request.state is WAITING, "the other replica has no room yet"
     floor.now = 10.0
-    assert floor.grant() == [] and floor.scheduler.credits.places.free == 4
+    assert floor.grant() == [] and floor.scheduler.credits.slot_table.free == 4
     assert floor.grant({"two": 1}) == [request] and request.replica_id == "two"
 
 
@@ -345,7 +347,7 @@ def test_a_request_that_the_only_replica_lost_is_shed_at_once(fail_fast):
     request = floor.place(fail_fast=fail_fast)
     assert floor.scheduler.lost(request, 0.0) == []
     assert (request.state, request.shed) == (SHED, ShedReason.NO_OTHER_REPLICA)
-    assert floor.scheduler.credits.places["one"].running == 0
+    assert floor.scheduler.credits.slot_table["one"].running == 0
 
 
 def test_a_lost_request_waits_no_longer_once_the_other_replica_goes():
@@ -366,7 +368,7 @@ def test_a_lost_request_waits_for_a_model_that_wakes_and_no_longer():
     floor.add("one", 1)
     request = floor.place()
     floor.offers.clear()
-    floor.scheduler.rest(20.0, 0.0)
+    floor.scheduler.sleep(20.0, 0.0)
     floor.set_replicas()
     assert floor.scheduler.lost(request, 0.0) == [] and request.state is WAITING
     floor.scheduler.wake()
@@ -415,10 +417,10 @@ def test_what_is_too_much_is_given_up_when_its_slot_is_free():
     running = [floor.place(), floor.place()]
     waiting = []
     floor.grant(at_most={"pool": 1})
-    assert floor.scheduler.credits.places["one"].credit == 2
+    assert floor.scheduler.credits.slot_table["one"].credit == 2
     waiting.append(floor.wait())
     assert floor.end(running[0]) == []
-    assert floor.scheduler.credits.places["one"].credit == 1
+    assert floor.scheduler.credits.slot_table["one"].credit == 1
     assert floor.end(running[1]) == waiting
     assert floor.scheduler.demand(0.0).held == {"one": (1, 1)}
 
@@ -498,7 +500,7 @@ def test_a_starving_request_may_go_below_the_headroom_but_not_take_all():
 
 def usable(floor, request):
     """The slots that a request may use in its turn, worked out from first principles."""
-    places, now = list(floor.scheduler.credits.places), floor.now
+    places, now = list(floor.scheduler.credits.slot_table), floor.now
     if now >= floor.fresh_until:
         return []
     ready = {
@@ -517,7 +519,7 @@ def usable(floor, request):
         return free & honouring
     free_kept = sum(p.credit - p.running for p in places if p.replica_id in kept
                     and p.credit > p.running)  # fmt: skip
-    return free if free_kept > floor.scheduler.credits.places.headroom else free - kept
+    return free if free_kept > floor.scheduler.credits.slot_table.headroom else free - kept
 
 
 class GateMachine(RuleBasedStateMachine):
@@ -678,7 +680,7 @@ class GateMachine(RuleBasedStateMachine):
     def begins_or_ends_its_rest(self, rests):
         if rests:
             self.floor.rests = True
-            self.floor.scheduler.rest(20.0, None)
+            self.floor.scheduler.sleep(20.0, None)
         else:
             self.wake()
         self.call(self.floor.set_replicas())
@@ -720,7 +722,7 @@ class GateMachine(RuleBasedStateMachine):
             one = running.setdefault(request.replica_id, [0, 0])
             one[0] += 1
             one[1] += request.tier is not P
-        for place in self.floor.scheduler.credits.places:
+        for place in self.floor.scheduler.credits.slot_table:
             assert [place.running, place.others] == running.pop(place.replica_id, [0, 0])
         assert not running, "what runs on a replica that is gone is still counted"
 
@@ -742,7 +744,7 @@ class GateMachine(RuleBasedStateMachine):
             return
         number, *told = floor.told
         says = [
-            scheduler.credits.places.held(),
+            scheduler.credits.slot_table.held(),
             {tier: scheduler.credits._running[tier] for tier in Tier},
             {tier: scheduler.queue.waiting(tier) for tier in Tier},
         ]
@@ -769,7 +771,7 @@ class GateMachine(RuleBasedStateMachine):
             self.call(self.floor.end(self.placed.pop()))
         for request in self.waiting:
             self.floor.end(request)
-        assert all(p.running == p.others == 0 for p in self.floor.scheduler.credits.places)
+        assert all(p.running == p.others == 0 for p in self.floor.scheduler.credits.slot_table)
         assert self.floor.scheduler.queue.count == 0
 
 
@@ -787,18 +789,18 @@ def test_who_is_turned_away_by_a_sleeping_model_is_told_when_it_will_be_awake():
     floor = Floor(min_retry_after_s=1.0, max_retry_after_s=60.0)
     waiting, _ = floor.arrive()
     assert waiting.state is WAITING
-    floor.scheduler.rest(20.0, None)
+    floor.scheduler.sleep(20.0, None)
     floor.now = 5.0
     assert shed_by(floor) == 20.0, "it has not begun to start"
-    floor.scheduler.rest(20.0, 5.0)
+    floor.scheduler.sleep(20.0, 5.0)
     floor.now = 12.0
     assert shed_by(floor) == 13.0
     floor.now = 100.0
     assert shed_by(floor) == 2.0, "it takes longer than the last time"
-    floor.scheduler.rest(5.0, 5.0)
+    floor.scheduler.sleep(5.0, 5.0)
     assert shed_by(floor) == 1.0
     for start_s in (None, 600.0):
-        floor.scheduler.rest(start_s, None)
+        floor.scheduler.sleep(start_s, None)
         assert shed_by(floor) == 60.0
     floor.scheduler.wake()
     assert floor.add("one", 1) == [waiting] and waiting.state is PLACED

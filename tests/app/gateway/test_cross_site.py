@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config.hosts import HostRule
 from app.config.ingress import IngressSettings
 from app.core.errors import HostNotAllowed, UnsupportedMediaType
 from app.core.settings import SettingsError
-from app.gateway.cross_site import HostRule, require_json
-from app.gateway.lifecycle import Services
+from app.gateway.asgi import build_api
+from app.gateway.cross_site import require_json
 from app.gateway.registry import ModelRegistry
-from app.ingress import build_api
+from app.gateway.services import Services
 from app.tenants.access import Access
 
 pytestmark = pytest.mark.unit
@@ -149,7 +150,7 @@ async def test_a_form_of_another_site_is_refused_before_its_body_is_read(method,
 
 async def test_a_key_is_asked_for_before_the_content_type():
     client, services = http(auth="keys")
-    services.accounts = Access("one", None, None)
+    services.access = Access("one", None, None)
     async with client:
         answer = await client.post("/v1/completions", headers={"host": "evil.example"})
         assert answer.status_code == 401

@@ -46,8 +46,8 @@ class World:
         self.bodies, self.sent, self.while_running = Bodies(), [], None
         services = SimpleNamespace(
             bodies=self.bodies,
-            catalog=ModelRegistry(),
-            accounts=Access(),
+            registry=ModelRegistry(),
+            access=Access(),
             ready=ready,
             settings=IngressSettings.load({"auth": "keys"}, "user_config"),
         )
@@ -63,7 +63,7 @@ class World:
                     await end()
 
         monkeypatch.setattr(handler, "Lifecycle", Lifecycle)
-        self.exchange = Handler(Route.CHAT, services)
+        self.handler = Handler(Route.CHAT, services)
 
     async def ask(self, body=BODY, headers=((b"authorization", b"Bearer x"),), last=None):
         headers = (*headers, (b"content-type", b"application/json"))
@@ -75,7 +75,7 @@ class World:
         async def send(message):
             self.sent.append(message)
 
-        await self.exchange({"type": "http", "headers": headers}, receive, send)
+        await self.handler({"type": "http", "headers": headers}, receive, send)
 
 
 async def served():

@@ -6,13 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import supervision
-from app.config.ingress import IngressSettings, ModelSettings
+from app.config.ingress import IngressSettings
 from app.config.journal import JournalSettings
+from app.config.model import ModelSettings
 from app.contracts.status import Availability, ModelSnapshot
+from app.gateway.asgi import build_api
 from app.gateway.health import CANNOT_SERVE, STORE_AWAY_S, HealthReason, HealthStatus, Signs, judge
-from app.gateway.lifecycle import Services
 from app.gateway.registry import ModelRegistry
-from app.ingress import build_api
+from app.gateway.services import Services
 from app.ledger.ledger import Ledger
 from app.store.database import StoreAway
 from app.tenants.access import Access
@@ -145,16 +146,16 @@ async def test_models_are_named_to_who_may_see_them(services, ask):
     key, text = create_key("acme", created=NOON)
     keys.table_now = KeyTable.of([key])
     services.settings = IngressSettings(auth="keys")
-    services.accounts = Access("one", keys, None)
-    services.accounts.start()
+    services.access = Access("one", keys, None)
+    services.access.start()
     try:
-        await until(lambda: services.accounts.keys_read)
+        await until(lambda: services.access.keys_read)
         assert "models" not in (await ask(host="localhost"))[1]
         wrong = text[:-1] + ("1" if text.endswith("0") else "0")
         assert "models" not in (await ask(authorization=f"Bearer {wrong}"))[1]
         assert (await ask(authorization=f"Bearer {text}"))[1]["models"]
     finally:
-        await services.accounts.stop()
+        await services.access.stop()
 
 
 async def test_keys_that_were_never_read_and_keys_that_are_away(services, ask, monkeypatch):
@@ -162,21 +163,21 @@ async def test_keys_that_were_never_read_and_keys_that_are_away(services, ask, m
     monkeypatch.setattr("app.tenants.key_cache.SOONEST_S", 0.01)
     keys = Keys()
     keys.error = StoreAway("gone")
-    services.accounts = accounts = Access("one", keys, None)
-    accounts.start()
+    services.access = access = Access("one", keys, None)
+    access.start()
     try:
-        await until(lambda: accounts.keys_away)
+        await until(lambda: access.keys_away)
         code, body = await ask(authorization="Bearer fl-" + "0" * 16 + "-" + "0" * 64)
         assert (code, body["reasons"][0]) == (503, "keys_never_read")
         keys.error, keys.table_now = None, KeyTable.of([], {"bad": "no key"})
-        await until(lambda: accounts.keys_read)
+        await until(lambda: access.keys_read)
         assert (await ask())[1]["reasons"][0] == "keys_unreadable"
         keys.error = StoreAway("gone")
-        await until(lambda: accounts.keys_away)
+        await until(lambda: access.keys_away)
         code, body = await ask()
         assert (code, body["reasons"][:2]) == (200, ["keys_away", "keys_unreadable"])
     finally:
-        await accounts.stop()
+        await access.stop()
 
 
 async def test_a_store_that_is_away_and_a_ledger_that_refuses(services, ask, tmp_path, monkeypatch):

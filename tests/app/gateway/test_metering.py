@@ -5,7 +5,8 @@ import pytest
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect
 from app.core.pricing import RateCard, TokenUsage
-from app.core.tiers import Tier, TierDecision, TierReason
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier, TierReason
 from app.gateway.metering import Meter
 from app.gateway.response import Placement
 from app.ledger.ledger import DiskRefuses, Opening

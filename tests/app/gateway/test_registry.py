@@ -4,14 +4,16 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from app.config.ingress import ModelSettings
-from app.contracts.status import ModelSnapshot, Renewal, ReplicaStatus
+from app.config.model import ModelSettings
+from app.contracts.credits import Grant, Renewal
+from app.contracts.status import ModelSnapshot, ReplicaStatus
 from app.core import errors
 from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
 from app.flow.admission import Admission
-from app.flow.credits import RENEWAL_S, Grant
-from app.gateway.registry import ModelRegistry, model_entry
+from app.flow.credits import RENEWAL_S
+from app.gateway.models_route import model_entry
+from app.gateway.registry import ModelRegistry
 
 pytestmark = pytest.mark.unit
 
@@ -34,7 +36,7 @@ class FakeSource:
         self.broken = False
         self.reports = []
         self.silent, self.asked = set(), set()
-        self.nudge = asyncio.Event()
+        self.wake = asyncio.Event()
 
     async def applications(self):
         if self.broken:
@@ -53,20 +55,20 @@ class FakeSource:
         grant = Grant("life", demand.number, demand.number, demand.sent_at, added={"r": 1})
         return Renewal(version, None if known == version else model, grant)
 
-    async def nudged(self, application, ingress):
-        await self.nudge.wait()
-        self.nudge.clear()
+    async def wait_for_wakeup(self, application, ingress):
+        await self.wake.wait()
+        self.wake.clear()
         return True
 
 
 @asynccontextmanager
 async def following(source):
-    catalog = ModelRegistry(source, discover_s=0.005)
-    catalog.start()
+    registry = ModelRegistry(source, discover_s=0.005)
+    registry.start()
     try:
-        yield catalog
+        yield registry
     finally:
-        await catalog.stop()
+        await registry.stop()
 
 
 async def eventually(condition):
@@ -77,33 +79,33 @@ async def eventually(condition):
 
 async def test_models_come_change_and_go():
     source = FakeSource()
-    async with following(source) as catalog:
+    async with following(source) as registry:
         source.models["app"] = snapshot("org/m", "m")
-        await eventually(lambda: catalog.find("m"))
-        admission = catalog.find("org/m")
-        assert admission is catalog.find("m")
+        await eventually(lambda: registry.find("m"))
+        admission = registry.find("org/m")
+        assert admission is registry.find("m")
 
         source.models["app"] = snapshot("org/m", "m2")
-        await eventually(lambda: catalog.find("m2"))
-        assert catalog.find("m2") is admission, "what runs in it is still counted"
-        assert catalog.find("m") is None
+        await eventually(lambda: registry.find("m2"))
+        assert registry.find("m2") is admission, "what runs in it is still counted"
+        assert registry.find("m") is None
 
         del source.models["app"]
-        await eventually(lambda: catalog.find("org/m") is None)
-        assert catalog.models() == []
+        await eventually(lambda: registry.find("org/m") is None)
+        assert registry.models() == []
 
 
 async def test_what_is_known_stands_while_serve_is_away():
     source = FakeSource()
     source.models["app"] = snapshot("m")
-    async with following(source) as catalog:
-        await eventually(lambda: catalog.find("m"))
+    async with following(source) as registry:
+        await eventually(lambda: registry.find("m"))
         source.broken = True
         await asyncio.sleep(0.05)
-        assert catalog.find("m")
+        assert registry.find("m")
         source.broken = False
         source.models["app"] = snapshot("m", "alias")
-        await eventually(lambda: catalog.find("alias"))
+        await eventually(lambda: registry.find("alias"))
 
 
 async def test_a_snapshot_that_could_not_be_applied_is_asked_for_again(monkeypatch):
@@ -117,56 +119,56 @@ async def test_a_snapshot_that_could_not_be_applied_is_asked_for_again(monkeypat
 
     monkeypatch.setattr(Admission, "update", fail_once)
     source.models["app"] = snapshot("m")
-    async with following(source) as catalog:
-        await eventually(lambda: catalog.find("m"))
+    async with following(source) as registry:
+        await eventually(lambda: registry.find("m"))
 
 
 async def test_an_ingress_can_wait_until_it_knows_every_model():
     source = FakeSource()
     source.models = {"a": snapshot("m"), "b": snapshot("n")}
-    async with following(source) as catalog:
-        await catalog.wait_known(2)
-        assert len(catalog.models()) == 2
+    async with following(source) as registry:
+        await registry.wait_known(2)
+        assert len(registry.models()) == 2
     source.broken = True
-    async with following(source) as catalog:
+    async with following(source) as registry:
         start = time.monotonic()
-        await catalog.wait_known(0.1)
-        assert time.monotonic() - start < 5 and catalog.models() == []
+        await registry.wait_known(0.1)
+        assert time.monotonic() - start < 5 and registry.models() == []
 
 
 async def test_a_name_is_unknown_only_once_every_model_has_told_its_own():
     source = FakeSource()
     source.models = {"a": snapshot("m")}
     source.broken = True
-    async with following(source) as catalog:
+    async with following(source) as registry:
         with pytest.raises(errors.Unavailable):
-            catalog.require("m")
+            registry.require("m")
         source.broken = False
-        await eventually(lambda: catalog.find("m"))
-        assert catalog.require("m") is catalog.find("m")
+        await eventually(lambda: registry.find("m"))
+        assert registry.require("m") is registry.find("m")
         with pytest.raises(errors.ModelNotFound):
-            catalog.require("n")
+            registry.require("n")
 
         source.silent.add("b")
         source.models["b"] = snapshot("n")
         await eventually(lambda: "b" in source.asked)
         with pytest.raises(errors.Unavailable) as raised:
-            catalog.require("n")
+            registry.require("n")
         assert raised.value.status == 503 and raised.value.headers["retry-after"] == "1"
-        assert catalog.require("m"), "the others are served meanwhile"
+        assert registry.require("m"), "the others are served meanwhile"
         source.silent.clear()
-        await eventually(lambda: catalog.find("n"))
+        await eventually(lambda: registry.find("n"))
 
 
 async def test_a_model_that_never_tells_its_name_does_not_make_every_name_possible(monkeypatch):
     monkeypatch.setattr("app.gateway.registry._NAMELESS_S", 0.05)
     source = FakeSource()
     source.models, source.silent = {"b": snapshot("n")}, {"b"}
-    async with following(source) as catalog:
+    async with following(source) as registry:
         await eventually(lambda: "b" in source.asked)
         await asyncio.sleep(0.06)
         with pytest.raises(errors.ModelNotFound):
-            catalog.require("n")
+            registry.require("n")
 
 
 async def test_not_every_renewal_carries_a_report():
@@ -181,14 +183,14 @@ async def test_not_every_renewal_carries_a_report():
 async def test_an_ingress_renews_at_once_when_the_model_asks_for_it():
     source = FakeSource()
     source.models["app"] = snapshot("m")
-    async with following(source) as catalog:
-        await eventually(lambda: catalog.find("m"))
+    async with following(source) as registry:
+        await eventually(lambda: registry.find("m"))
         for _ in range(3):
             # Between two renewals, or the next one might be taken for the answer.
             renewals = len(source.reports)
             await eventually(lambda renewals=renewals: len(source.reports) > renewals)
             renewals = len(source.reports)
-            source.nudge.set()
+            source.wake.set()
             async with asyncio.timeout(RENEWAL_S / 2):
                 while len(source.reports) == renewals:
                     await asyncio.sleep(0.002)
@@ -197,9 +199,9 @@ async def test_an_ingress_renews_at_once_when_the_model_asks_for_it():
 async def test_a_name_claimed_twice_goes_to_an_id_before_an_alias():
     source = FakeSource()
     source.models = {"a": snapshot("first", "second"), "b": snapshot("second")}
-    async with following(source) as catalog:
-        await eventually(lambda: len(catalog.models()) == 2)
-        assert catalog.find("second").snapshot.id == "second"
+    async with following(source) as registry:
+        await eventually(lambda: len(registry.models()) == 2)
+        assert registry.find("second").snapshot.id == "second"
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from app.config.ingress import IngressSettings
 from app.config.usage_reads import UsageSettings
 from app.core.errors import InvalidRequest, UsageBusy
-from app.gateway.lifecycle import Services
+from app.gateway.asgi import build_api
 from app.gateway.registry import ModelRegistry
+from app.gateway.services import Services
 from app.gateway.usage_route import span
-from app.ingress import build_api
 from app.ledger.record_store import TooManyRows
 from app.store.database import StoreAway, StoreTooSlow
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from app.core.dialect import Dialect, Route
 from app.core.errors import InvalidRequest
 from app.core.pricing import RateCard
-from app.core.tiers import Tier, TierDecision
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier
 from app.protocol.requests import (
     FRONTLINE_FIELDS,
     json_number,

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from app.core.dialect import Route
 from app.core.pricing import RateCard, TokenUsage
-from app.core.tiers import Tier, TierDecision
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier
 from app.protocol.requests import parse_request
 from app.protocol.sse import Event, EventReader
 from app.protocol.stream import ChunkStamper, stream_stamper

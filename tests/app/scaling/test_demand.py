@@ -3,10 +3,11 @@
 import pytest
 
 from app.config.scaling import ScalingSettings
-from app.contracts.stats import IngressBoard, Tally
+from app.contracts.credits import Demand
+from app.contracts.stats import IngressBoard
 from app.core.tiers import Tier
-from app.flow.credits import Demand
 from app.flow.request import QueuedRequest, RequestState
+from app.flow.stats import Tally
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 

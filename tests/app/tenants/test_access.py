@@ -9,7 +9,8 @@ import pytest
 
 from app import alarms
 from app.core import errors
-from app.core.tiers import ALL_RIGHTS, Tier
+from app.core.tier_decision import ALL_RIGHTS
+from app.core.tiers import Tier
 from app.tenants.access import NOBODY, Access
 from app.tenants.keys import KeyLimits, KeyTable, create_key
 from app.tenants.limiter import LimitBooks
@@ -52,7 +53,7 @@ def key(**more):
 
 
 @asynccontextmanager
-async def accounts(*keys, books=None, ingress="one", ingresses=1):
+async def access(*keys, books=None, ingress="one", ingresses=1):
     made = Access(ingress, Keys(*keys), books or Books(), lambda: ingresses)
     made.start()
     try:
@@ -74,7 +75,7 @@ async def admitted(made, caller, requests, tokens=1):
 
 async def test_a_key_is_found_by_its_text():
     stored, text = key(default_tier=Tier.FLEX)
-    async with accounts(stored) as made:
+    async with access(stored) as made:
         caller = await made.identify(f"Bearer {text}")
         assert (caller.tenant, caller.key_id) == ("acme", stored.key_id)
         assert caller.default_tier is Tier.FLEX
@@ -85,7 +86,7 @@ async def test_a_key_is_found_by_its_text():
 
 async def test_a_limit_holds_and_says_what_it_is():
     stored, text = key(rpm=5)
-    async with accounts(stored) as made:
+    async with access(stored) as made:
         caller = await made.identify(f"Bearer {text}")
         assert await admitted(made, caller, 8) == 5
         with pytest.raises(errors.RateLimited) as caught:
@@ -103,8 +104,8 @@ async def two_ingresses(rpm):
     stored, text = key(rpm=rpm)
     books = Books()
     async with (
-        accounts(stored, books=books) as one,
-        accounts(stored, books=books, ingress="two") as two,
+        access(stored, books=books) as one,
+        access(stored, books=books, ingress="two") as two,
     ):
         yield [(made, await made.identify(f"Bearer {text}")) for made in (one, two)], books
 
@@ -118,7 +119,7 @@ async def test_a_limit_holds_across_ingresses_together():
 
 async def test_tokens_are_put_right_when_a_request_has_ended():
     stored, text = key(tpm=100)
-    async with accounts(stored) as made:
+    async with access(stored) as made:
         caller = await made.identify(f"Bearer {text}")
         assert await admitted(made, caller, 3, tokens=50) == 2
         made.put_right(caller, 50, 0, 0.1)
@@ -130,7 +131,7 @@ async def test_while_the_books_are_away_an_ingress_keeps_to_its_own_part(caplog,
     monkeypatch.setattr(alarms, "PROCESS", alarms.Alarms())
     stored, text = key(rpm=10)
     books = Books()
-    async with accounts(stored, books=books) as made:
+    async with access(stored, books=books) as made:
         caller = await made.identify(f"Bearer {text}")
         books.away = True
         assert await admitted(made, caller, 1500) == 10
@@ -155,7 +156,7 @@ async def test_an_ingress_that_never_used_a_limit_takes_no_more_than_its_part_of
     stored, text = key(rpm=40)
     books = Books()
     books.away = True
-    async with accounts(stored, books=books, ingresses=4) as made:
+    async with access(stored, books=books, ingresses=4) as made:
         caller = await made.identify(f"Bearer {text}")
         assert await admitted(made, caller, 100) == 10
 
@@ -164,7 +165,7 @@ async def test_what_is_refused_while_the_books_are_away_leaves_nothing_to_take()
     stored, text = key(rpm=100, tpm=50)
     books = Books()
     books.away = True
-    async with accounts(stored, books=books) as made:
+    async with access(stored, books=books) as made:
         caller = await made.identify(f"Bearer {text}")
         assert await admitted(made, caller, 30, tokens=20) == 2
         books.away = False
@@ -175,12 +176,12 @@ async def test_what_is_refused_while_the_books_are_away_leaves_nothing_to_take()
 
 @asynccontextmanager
 async def silent_books(monkeypatch, rpm=5):
-    """Give accounts, somebody with a key and the books that say nothing, for less patience."""
+    """Give access, somebody with a key and the books that say nothing, for less patience."""
     monkeypatch.setattr("app.tenants.access._PATIENCE_S", 0.2)
     stored, text = key(rpm=rpm)
     books = Books()
     books.silent = True
-    async with accounts(stored, books=books) as made:
+    async with access(stored, books=books) as made:
         yield made, await made.identify(f"Bearer {text}"), books
 
 
@@ -217,7 +218,7 @@ async def test_nobody_is_refused_because_the_event_loop_stood_still(monkeypatch)
 
 async def test_many_at_once_and_a_large_one_among_them_all_get_by_where_there_is_room():
     stored, text = key(rpm=100_000, tpm=1_000_000)
-    async with accounts(stored) as made:
+    async with access(stored) as made:
         caller = await made.identify(f"Bearer {text}")
         # Nothing was given before, and others of the same key come all the while.
         for sizes in ([1000, *[30] * 40], [*[30] * 40, 50_000]):
@@ -231,8 +232,8 @@ async def test_nobody_is_refused_while_there_is_room_however_late_the_books_answ
         stored, text = key(rpm=60)
         books = Books(late_s=lambda: next(first_s, 0.0) + chance.uniform(0.01, 0.05))
         async with (
-            accounts(stored, books=books, ingress="one") as one,
-            accounts(stored, books=books, ingress="other") as other,
+            access(stored, books=books, ingress="one") as one,
+            access(stored, books=books, ingress="other") as other,
         ):
             caller = await one.identify(f"Bearer {text}")
 
@@ -250,7 +251,7 @@ async def test_nobody_is_refused_while_there_is_room_however_late_the_books_answ
 async def test_a_renewal_gives_up_nothing_that_somebody_waits_for():
     stored, text = key(rpm=10)
     books = Books(late_s=lambda: 0.15)
-    async with accounts(stored, books=books) as made:
+    async with access(stored, books=books) as made:
         caller = await made.identify(f"Bearer {text}")
         await made.charge(caller, 1)
         # The next one went out as the first answer came.
@@ -259,7 +260,7 @@ async def test_a_renewal_gives_up_nothing_that_somebody_waits_for():
 
 async def test_a_priority_share_holds():
     stored, text = key(priority_share=Decimal("0.25"))
-    async with accounts(stored) as made:
+    async with access(stored) as made:
         caller = await made.identify(f"Bearer {text}")
 
         def over(wanted):
@@ -274,7 +275,7 @@ async def test_a_priority_share_holds():
 
 async def test_a_key_has_its_own_tiers_and_nobody_has_all():
     stored, text = key(tiers=[Tier.FLEX])
-    async with accounts(stored) as made:
+    async with access(stored) as made:
         caller = await made.identify(f"Bearer {text}")
         rights, part = made.rights(caller, Tier.PRIORITY)
         assert (rights.tiers, part) == ({Tier.DEFAULT, Tier.FLEX}, None)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.tenants.concurrency import FlightBounds, Holder, InFlight, OverBound
+from app.config.ingress import FlightBounds
+from app.tenants.concurrency import Holder, InFlight, OverBound
 
 pytestmark = pytest.mark.unit
 

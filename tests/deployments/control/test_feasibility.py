@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
-from app.config.ingress import ModelSettings
-from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Rest
+from app.config.model import ModelSettings
+from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Dialect
 from deployments.control.feasibility import Bundle, Need, Node
 from deployments.control.placement import can_grow
@@ -138,8 +138,8 @@ def test_a_model_is_not_offered_once_no_pool_of_it_could_be_placed(replicas, mis
     ],
 )
 def test_a_model_is_asleep_until_somebody_asks_for_it(waking, missing, state):
-    rest = Rest((), waking=waking)
+    rest = Sleep((), waking=waking)
     model = ModelSnapshot(
-        "m", (), "us", 0, ModelSettings(), (), rest=rest, pools=("p",), missing=missing
+        "m", (), "us", 0, ModelSettings(), (), sleep=rest, pools=("p",), missing=missing
     )
     assert model.state is state

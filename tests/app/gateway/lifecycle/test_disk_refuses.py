@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from deployments.simulator.settings import SimulatedSettings
 from tests.support.waiting import until

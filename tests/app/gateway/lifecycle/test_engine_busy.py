@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from deployments.simulator.settings import InjectedFailures
 from tests.support.world import ALIAS, NotedReply, Seen, World

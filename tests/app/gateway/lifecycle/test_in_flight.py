@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from app.config.ingress import IngressSettings, ModelSettings
+from app.config.ingress import IngressSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.tenants.concurrency import Holder
 from deployments.simulator.settings import InjectedFailures
@@ -37,7 +38,7 @@ def ask(world, plan=(), tenant="plain", **fields):
 
 
 def in_flight(world):
-    return world._services.accounts._in_flight
+    return world._services.access._in_flight
 
 
 async def test_one_more_than_the_bound_is_refused_and_recorded(world):

@@ -5,15 +5,15 @@ import json
 
 import pytest
 
-from app.config.ingress import ModelSettings
-from app.contracts.status import Rest
+from app.config.model import ModelSettings
+from app.contracts.status import Sleep
 from app.core.dialect import Route
 from tests.support.world import ALIAS, NotedReply, Seen, World
 
 pytestmark = pytest.mark.unit
 
 FIELDS = {"model": ALIAS, "messages": [{"role": "user", "content": "hello"}]}
-WAKING = {"rest": Rest((), waking=True), "pools": ("vllm",)}
+WAKING = {"rest": Sleep((), waking=True), "pools": ("vllm",)}
 NOWHERE = {**WAKING, "missing": {"vllm": "GPU: 8"}}
 
 
@@ -58,7 +58,7 @@ async def test_it_is_served_where_a_node_comes_in_time(world):
     await world.set(ModelSettings(), [], **NOWHERE)
     await world.set(ModelSettings(), [], **WAKING, missing={})
     await asyncio.sleep(0.1)
-    await world.set(ModelSettings(), ["vllm"], rest=None)
+    await world.set(ModelSettings(), ["vllm"], sleep=None)
     async with asyncio.timeout(5):
         await waiting
     assert seen.status == 200

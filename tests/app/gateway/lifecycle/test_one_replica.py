@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from app.config.ingress import ModelSettings
-from app.contracts.status import Rest
+from app.config.model import ModelSettings
+from app.contracts.status import Sleep
 from app.core.dialect import Route
 from deployments.simulator.settings import InjectedFailures, SimulatedSettings
 from tests.support.waiting import until
@@ -100,9 +100,9 @@ async def test_who_waits_for_another_is_told_when_there_will_be_none(world, monk
 async def test_who_loses_the_last_replica_of_a_model_that_wakes_waits_for_it(world):
     seen, task = asking(world, HANG)
     await until(lambda: seen.attempts)
-    await world.set(MODEL, [], rest=Rest((), waking=True), pools=("vllm",))
+    await world.set(MODEL, [], sleep=Sleep((), waking=True), pools=("vllm",))
     await asyncio.sleep(0.4)
     assert not seen.status
-    await world.set(MODEL, ["sglang"], rest=None)
+    await world.set(MODEL, ["sglang"], sleep=None)
     await asyncio.wait_for(task, FAR_BELOW_MAX_WAIT_S)
     assert (seen.status, len(seen.attempts)) == (200, 2)

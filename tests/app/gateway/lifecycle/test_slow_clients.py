@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from app.config.ingress import IngressSettings, ModelSettings
+from app.config.ingress import IngressSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.upstream.http1 import EngineConnection
 from deployments.simulator.settings import SimulatedSettings

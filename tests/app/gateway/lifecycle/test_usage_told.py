@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.protocol.sse import EventReader
 from tests.support.world import ALIAS, ENGINES, NotedReply, Seen, World

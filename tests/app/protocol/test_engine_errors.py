@@ -5,13 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core import errors
+from app.protocol import engine_errors
 
 pytestmark = pytest.mark.unit
 
 
 def from_engine(status, body, prompt_field="messages"):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return errors.from_engine(status, raw, prompt_field)
+    return engine_errors.from_engine(status, raw, prompt_field)
 
 
 VLLM = {
@@ -110,7 +111,7 @@ def test_an_engines_own_trouble_is_told_without_its_words(status):
     )
 )
 def test_an_engine_without_room_keeps_its_status_and_a_sane_retry_after(status, header):
-    error = errors.from_engine(status, b"queue of 10.0.0.1:80 is full", "messages", header)
+    error = engine_errors.from_engine(status, b"queue of 10.0.0.1:80 is full", "messages", header)
     assert (error.status, error.code, error.message) == (
         status, "engine_overloaded", "Model busy, retry later",
     )  # fmt: skip

@@ -1,0 +1,98 @@
+"""The HTTP application of an ingress: every route, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Route as HttpRoute
+
+from app.core import errors
+from app.core.dialect import Route
+from app.gateway.handler import Handler, Receive, Scope
+from app.gateway.health_route import add_health_routes
+from app.gateway.models_route import add_model_routes
+from app.gateway.response import Send
+from app.gateway.services import Services
+from app.gateway.usage_route import add_usage_route
+
+PREFIXES = ("/v1", "/v1/openai")
+"""Every route is served below both; the second is the base URL of DeepInfra's API."""
+
+
+class Front:
+    """The HTTP application: what engines answer at once, everything else by FastAPI.
+
+    FastAPI takes a request through a dozen layers before it finds its route.
+
+    Attributes:
+        routes: none that Serve could look through for every request, to name it in its metrics.
+    """
+
+    routes: tuple[()] = ()
+
+    def __init__(self, services: Services) -> None:
+        self._handlers = {
+            f"{prefix}/{route.value}": Handler(route, services)
+            for prefix in PREFIXES
+            for route in Route
+        }
+        self._api = _others(services, self._handlers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+            handler = self._handlers.get(scope["path"])
+            if handler is not None:
+                await handler(scope, receive, send)
+                return
+        await self._api(scope, receive, send)
+
+
+def build_api(services: Services) -> Front:
+    """Return the HTTP application that serves every route."""
+    return Front(services)
+
+
+def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
+    # FastAPI's own documentation routes describe types that Frontline deliberately leaves open.
+    api = FastAPI(
+        title="Frontline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    # They are here as well for other methods, and for a root path.
+    for path, handler in handlers.items():
+        api.router.routes.append(HttpRoute(path, handler, methods=["POST"]))
+    for prefix in PREFIXES:
+        add_model_routes(api, prefix, services)
+        add_usage_route(api, prefix, services)
+        # Probes look for it at the root, whatever the API's version.
+        add_health_routes(api, "" if prefix == PREFIXES[0] else prefix, services)
+    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(errors.ApiError, _answer_api_error)
+    api.add_exception_handler(Exception, _answer_failure)
+    return api
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(body, status, headers=headers)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return await _answer_api_error(request, errors.MethodNotAllowed(method, path, allowed))
+    return await _answer_api_error(request, errors.UnknownUrl(method, path))
+
+
+async def _answer_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.ApiError)
+    return _json(error.to_dict(), error.status, error.headers)
+
+
+async def _answer_failure(_: Request, error: Exception) -> Response:
+    failure = errors.ServerError(code="internal_error")
+    return _json(failure.to_dict(), failure.status)

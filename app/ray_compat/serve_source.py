@@ -1,0 +1,73 @@
+"""What an ingress asks of Ray Serve: which models there are, and their Model actors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from app.contracts.credits import Demand, Renewal
+from app.contracts.source import SourceAway
+from app.contracts.stats import QueueReport
+from app.core.names import MODEL_DEPLOYMENT
+from app.ray_compat.controller import serve_controller
+
+
+class ServeSource:
+    """Learns about models from Ray Serve."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+        self._controller: Any = None
+
+    async def applications(self) -> set[str]:
+        # `serve.status()` tells this too, but it takes milliseconds of the ingress's event loop
+        # for every deployment, as it builds each one's whole configuration.
+        with _away_translated():
+            if self._controller is None:
+                # Ray restarts it under the same handle.
+                self._controller = await asyncio.to_thread(serve_controller)
+            deployments = await self._controller.list_deployment_ids.remote()
+        return {one.app_name for one in deployments if one.name == MODEL_DEPLOYMENT}
+
+    async def renew(
+        self, application: str, demand: Demand, report: QueueReport | None, known: str
+    ) -> Renewal:
+        with _away_translated():
+            renewal: Renewal = await self._model(application).renew.remote(demand, report, known)
+        return renewal
+
+    async def wait_for_wakeup(self, application: str, ingress: str) -> bool:
+        with _away_translated():
+            woken: bool = await self._model(application).wait_for_wakeup.remote(ingress)
+        return woken
+
+    def _model(self, application: str) -> Any:
+        handle = self._handles.get(application)
+        if handle is None:
+            handle = serve.get_deployment_handle(MODEL_DEPLOYMENT, app_name=application)
+            self._handles[application] = handle
+        return handle
+
+
+@contextmanager
+def _away_translated() -> Iterator[None]:
+    """Translate what Ray and Serve raise where somebody cannot be asked, or fails to answer."""
+    try:
+        yield
+    # Of these Ray's `get_actor` raises the ValueError, where Serve does not run.
+    except (RayError, RayServeException, ConnectionError, ValueError) as error:
+        raise SourceAway(type(error).__name__) from error
+
+
+async def serve_host() -> str | None:
+    """Return the address that Serve's HTTP front listens on; ``None`` for all of them."""
+    controller = await asyncio.to_thread(serve_controller)
+    options = await controller.get_http_config.remote()
+    host: str | None = options.host
+    return host
