@@ -47,58 +47,74 @@ ALL_RIGHTS = TierRights()
 """Of a request without a key, where the ingress is open to all."""
 
 
-def admit(
-    wanted: Tier, offer: TierOffer, rights: TierRights = ALL_RIGHTS
-) -> tuple[Tier, TierReason | None]:
-    """Return the tier at which a request stands in line, before an engine is chosen.
+@dataclass(frozen=True, slots=True)
+class TierAdmission:
+    """The tier at which a request joins the queue, before an engine is chosen.
 
-    ``wanted`` is the requested tier, or the key's default tier where nothing was requested.
+    Attributes:
+        requested: what the client's field asked for; ``None``: nothing, or ``auto``.
+        tier: the tier that it may have as far as its model and its key go.
+        reason: why that is not the tier that was wanted, where it is not.
     """
-    refused = (wanted is Tier.PRIORITY and offer.priority is PriorityMode.OFF) or (
-        wanted is Tier.FLEX and not offer.flex
-    )
-    if refused:
-        return Tier.DEFAULT, TierReason.MODEL_DOES_NOT_OFFER_TIER
-    if wanted is not Tier.DEFAULT and wanted not in rights.tiers:
-        return Tier.DEFAULT, TierReason.KEY_MAY_NOT_USE_TIER
-    if wanted is Tier.PRIORITY and rights.over_share:
-        return Tier.DEFAULT, TierReason.OVER_PRIORITY_SHARE
-    return wanted, None
+
+    requested: Tier | None
+    tier: Tier
+    reason: TierReason | None
 
 
-def decide(
-    *,
-    requested: Tier | None,
-    default_tier: Tier,
-    stood_as: Tier,
-    offer: TierOffer,
-    native_priority: bool,
-    route_honoured: bool,
-    rate_card: RateCard,
-    rights: TierRights = ALL_RIGHTS,
-) -> TierDecision:
-    """Decide the tier of a request that has been given its place on an engine replica.
+def admit(
+    requested: Tier | None, default_tier: Tier, offer: TierOffer, rights: TierRights = ALL_RIGHTS
+) -> TierAdmission:
+    """Return the tier at which a request joins the queue.
 
     Args:
         requested: what ``parse_requested`` returned.
         default_tier: the tier of a request that asks for none.
-        stood_as: the tier at which it stood in line: ``default`` where priority could not be
-            delivered when it arrived, and then it is not, whatever came up since.
         offer: the model's tiers.
+        rights: what the key may use.
+    """
+    wanted = requested or default_tier
+    reason = None
+    if not offer.offers(wanted):
+        reason = TierReason.MODEL_DOES_NOT_OFFER_TIER
+    elif wanted is not Tier.DEFAULT and wanted not in rights.tiers:
+        reason = TierReason.KEY_MAY_NOT_USE_TIER
+    elif wanted is Tier.PRIORITY and rights.over_share:
+        reason = TierReason.OVER_PRIORITY_SHARE
+    return TierAdmission(requested, wanted if reason is None else Tier.DEFAULT, reason)
+
+
+def decide(
+    admitted: TierAdmission,
+    *,
+    queued_as: Tier,
+    offer: TierOffer,
+    native_priority: bool,
+    route_honoured: bool,
+    rate_card: RateCard,
+) -> TierDecision:
+    """Decide the tier of a request that has been given its slot on an engine replica.
+
+    Args:
+        admitted: what ``admit`` returned when it arrived.
+        queued_as: the tier at which it was queued: ``default`` where priority could not be
+            delivered when it arrived, and then it is not, whatever came up since.
+        offer: the model's tiers now; a tier that was withdrawn while it waited is not served.
         native_priority: whether the chosen replica has native priority in force at all.
         route_honoured: whether it honours priority on this request's route.
         rate_card: the prices in force now.
-        rights: what the key may use, as when it was admitted.
     """
-    served, reason = admit(requested or default_tier, offer, rights)
-    delivered = stood_as is Tier.PRIORITY and (
+    served, reason = admitted.tier, admitted.reason
+    delivered = queued_as is Tier.PRIORITY and (
         offer.priority is PriorityMode.QUEUE or route_honoured
     )
-    if served is Tier.PRIORITY and not delivered:
+    if not offer.offers(served):
+        served, reason = Tier.DEFAULT, TierReason.MODEL_DOES_NOT_OFFER_TIER
+    elif served is Tier.PRIORITY and not delivered:
         served = Tier.DEFAULT
         reason = (
             TierReason.ROUTE_DOES_NOT_HONOUR_PRIORITY
             if native_priority
             else TierReason.NO_REPLICA_HONOURS_PRIORITY
         )
-    return TierDecision(requested, served, reason, rate_card)
+    return TierDecision(admitted.requested, served, reason, rate_card)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Tier(StrEnum):
-    """A service tier. Members are declared from the front of the line to its end."""
+    """A service tier. Members are declared from the front of the queue to its end."""
 
     PRIORITY = "priority"
     DEFAULT = "default"
@@ -90,7 +90,7 @@ class PriorityMode(StrEnum):
     OFF = "off"
     """Never."""
     QUEUE = "queue"
-    """Always: going to the front of the line counts as delivery, whatever the engine does."""
+    """Always: going to the front of the queue counts as delivery, whatever the engine does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +99,9 @@ class TierOffer:
 
     priority: PriorityMode = PriorityMode.AUTO
     flex: bool = True
+
+    def offers(self, tier: Tier) -> bool:
+        """Return whether requests may ask for this tier, delivered or not."""
+        if tier is Tier.PRIORITY:
+            return self.priority is not PriorityMode.OFF
+        return self.flex if tier is Tier.FLEX else True

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -39,6 +39,22 @@ class Shed(Exception):
         self.request = request
 
 
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The slot that a request was given.
+
+    Attributes:
+        replica: the engine replica that it is on.
+        queued_as: the tier at which the request was queued: that which was asked for, or
+            ``default`` where priority could not be delivered to it when it arrived.
+        waited_s: how long the request waited for it, in seconds.
+    """
+
+    replica: ReplicaStatus
+    queued_as: Tier
+    waited_s: float
+
+
 class ModelGone(Exception):
     """The model was removed while requests for it waited."""
 
@@ -50,7 +66,7 @@ class Admission:
         self._scheduler = Scheduler(ingress, QueueSettings())
         self._snapshot: ModelSnapshot | None = None
         self._replicas: dict[str, ReplicaStatus] = {}
-        self._waiting: dict[QueuedRequest, asyncio.Future[ReplicaStatus]] = {}
+        self._waiting: dict[QueuedRequest, asyncio.Future[Slot]] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._tick_at = math.inf
@@ -107,8 +123,8 @@ class Admission:
             self._scheduler.sleep(sleep.start_s, now)
         self._waking = sleep is not None and sleep.waking
 
-    async def admit(self, request: QueuedRequest) -> ReplicaStatus:
-        """Wait for a place, and return the replica on which it is.
+    async def admit(self, request: QueuedRequest) -> Slot:
+        """Wait for a slot, and return it.
 
         However this ends, ``end`` must be called for the request.
 
@@ -118,22 +134,27 @@ class Admission:
         """
         self._call(self._scheduler.arrive, request, time.monotonic())
         self._tally.arrive(request)
-        return await self._place_of(request)
+        return await self._slot_of(request)
 
-    async def admit_again(self, request: QueuedRequest, *, suspend: bool = True) -> ReplicaStatus:
+    async def admit_again(self, request: QueuedRequest, *, suspend: bool = True) -> Slot:
         """The same for a placed request whose replica failed; see ``Scheduler.lost``.
 
         It is shed at once where there is no other replica, and none is about to come.
         """
         self._call(partial(self._scheduler.lost, suspend=suspend), request, time.monotonic())
-        return await self._place_of(request)
+        return await self._slot_of(request)
 
     def has_another(self, request: QueuedRequest) -> bool:
         """Whether a placed request could go to another replica, now or later."""
         return self._replicas.keys() - request.without - {request.replica_id} != set()
 
     def end(self, request: QueuedRequest, tokens: int | None) -> None:
-        """Let go of a request; ``tokens`` is what it took in all, if anybody knows."""
+        """Let go of a request; ``tokens`` is what it took in all, if anybody knows.
+
+        Called again it has no effect.
+        """
+        if request.state is RequestState.ENDED:
+            return
         self._waiting.pop(request, None)
         now = time.monotonic()
         if request.state is RequestState.PLACED:
@@ -220,11 +241,11 @@ class Admission:
         if self._renewal_at() < self._renewal_planned:
             self._renewal_sooner.set()
 
-    async def _place_of(self, request: QueuedRequest) -> ReplicaStatus:
+    async def _slot_of(self, request: QueuedRequest) -> Slot:
         if self._closed and request.state is not RequestState.PLACED:
             raise ModelGone
         if request.state is RequestState.WAITING:
-            called: asyncio.Future[ReplicaStatus] = self._loop.create_future()
+            called: asyncio.Future[Slot] = self._loop.create_future()
             self._waiting[request] = called
             return await called
         self._tally.count(request)
@@ -232,7 +253,7 @@ class Admission:
             # Nothing else tells of it: it has changed neither the queue nor what runs.
             self._hasten()
             raise Shed(request)
-        return self._replicas[request.replica_id]
+        return _slot(request, self._replicas[request.replica_id])
 
     def _call(self, event: Callable[..., Iterable[QueuedRequest]], *arguments: Any) -> None:
         """Pass an event to the scheduler, and tell waiting requests what it has made of them.
@@ -259,7 +280,7 @@ class Admission:
             if request.state is RequestState.SHED:
                 called.set_exception(Shed(request))
             elif (status := self._replicas.get(request.replica_id)) is not None:
-                called.set_result(status)
+                called.set_result(_slot(request, status))
             else:
                 called.set_exception(LookupError("a request was placed on a replica unknown here"))
 
@@ -285,6 +306,10 @@ class Admission:
             # The next event sets the timer again; a fault that is due at once must not spin.
             supervision.PROCESS.failed("queue timer", error, about=self.snapshot.id)
             self._set_timer(time.monotonic() + _TICK_AGAIN_S)
+
+
+def _slot(request: QueuedRequest, replica: ReplicaStatus) -> Slot:
+    return Slot(replica, request.tier, request.placed - request.arrived)
 
 
 def _offer(status: ReplicaStatus) -> Offer:

@@ -1,48 +1,42 @@
-"""The way of one request: into the queue, to an engine and back, and onto the bill."""
+"""The life of one request: charged, queued, placed, sent, stamped, recorded."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Final
 
-from app import alarms
 from app.contracts.status import Availability, ReplicaStatus
 from app.core import errors
 from app.core.shed_reason import ShedReason
-from app.core.tier_decision import ALL_RIGHTS, TierDecision, admit, decide
+from app.core.tier_decision import TierAdmission, TierDecision, TierRights, admit, decide
 from app.core.tiers import PriorityMode, Tier
-from app.flow.admission import Admission, ModelGone, Shed
-from app.flow.request import QueuedRequest, RequestState
+from app.flow.admission import Admission, ModelGone, Shed, Slot
+from app.flow.request import QueuedRequest
+from app.gateway.forwarding import Forwarding
 from app.gateway.metering import Meter
-from app.gateway.response import JSON, SSE, Placement, Reply, milliseconds
+from app.gateway.refusals import (
+    NOT_READY,
+    error_of,
+    not_offered,
+    not_ready,
+    reason_of,
+    unrecordable,
+)
+from app.gateway.response import Placement, Reply, milliseconds
 from app.gateway.services import Services
 from app.ledger.ledger import JournalFull, Unrecordable
 from app.ledger.record import Origin, State, now_utc
 from app.protocol.requests import Inbound, rewrite_request
-from app.protocol.stream import StreamStamper, stamp_answer, stream_stamper
 from app.tenants.access import Caller
 from app.tenants.priority_share import SharePart
-from app.upstream.client import (
-    EngineBroke,
-    EngineFailed,
-    EngineUnreachable,
-    StreamedAnswer,
-    UnaryAnswer,
-)
-
-# While an engine starts, or the store is away, nobody knows how long it will take: this is how
-# often asking is useful.
-_TRY_AGAIN_S: Final = 5.0
-# Somebody has to bring a machine.
-_NO_NODE_S: Final = 60.0
-_NOT_READY: Final = "engine_not_ready"
+from app.upstream.client import EngineFailed, EngineUnreachable
 
 
 class Lifecycle:
-    """One request to one model, from the queue to the last byte of its answer.
+    """One request to one model, from its arrival to the last byte of its answer.
 
     Whatever happens on the way, its slot is given back, and once it has been placed on an engine
     replica it has exactly one settled record.
@@ -67,130 +61,139 @@ class Lifecycle:
         assert services.ledger is not None, "settings come before requests"
         self._ledger = services.ledger
         self._meter = Meter(self._ledger, self._origin())
-        self._default_tier = caller.default_tier or self._settings.default_tier
-        self._rights = ALL_RIGHTS
         self._part: SharePart | None = None
-        # What counts against the key's limit where no usage becomes known.
+        # What counts against the key's limit where no usage becomes known, and what was used.
         self._presumed_tokens = 0
-        # Whether a piece of a stream waits for the client.
-        self._writing = False
-        self._request = QueuedRequest(
-            tier=Tier.DEFAULT,
-            tenant=caller.tenant,
-            tokens=inbound.expected_tokens,
-            route=inbound.route,
-            prefix=inbound.prefix,
-            fail_fast=inbound.fail_fast,
-        )
+        self._used_tokens: int | None = None
+        self._waited_s = 0.0
 
     async def run(self) -> None:
         """Answer the request.
 
+        Each step gives back what it has taken, in the reverse order, whatever becomes of the
+        others.
+
         Raises:
             ApiError: it is not answered; nothing has been sent yet.
         """
-        with self._flight():
-            await self._run()
+        with self._counted_in_flight():
+            self._require_engines()
+            async with self._charged() as admitted:
+                with self._queued(admitted) as request:
+                    slot = await self._wait_for_slot(request)
+                    async with self._recorded():
+                        await self._answer(request, slot, admitted)
 
-    def _flight(self) -> AbstractContextManager[None]:
+    def _counted_in_flight(self) -> AbstractContextManager[None]:
         """Count the request as in flight for its key and tenant."""
         if self._access is None:
             return nullcontext()
         try:
             return self._access.flight(self._caller, self._settings.in_flight)
         except errors.TooManyInFlight as error:
-            self._meter.turn_away(State.REFUSED, _reason(error))
+            self._meter.turn_away(State.REFUSED, reason_of(error))
             raise
 
-    async def _run(self) -> None:
-        model = self._admission.snapshot
+    def _require_engines(self) -> None:
+        """Turn the request away where no engine can serve it, and none is about to."""
+        model, name = self._admission.snapshot, self._inbound.model
         if model.state is Availability.NOT_OFFERED:
             self._meter.turn_away(State.REFUSED, Availability.NOT_OFFERED.value)
-            raise self._not_offered()
+            raise not_offered(name)
         if not model.replicas and model.sleep is None:
-            self._meter.turn_away(State.REFUSED, _NOT_READY)
-            raise self._unavailable()
-        charged = time.monotonic()
-        await self._charge()
-        try:
-            replica = await self._admission.admit(self._request)
-            await self._serve(replica)
-        except (ModelGone, Shed) as turned_away:
-            error = self._error_of(turned_away)
-            self._meter.turn_away(State.SHED, _reason(error))
-            raise error from None
-        finally:
-            self._end(charged)
+            self._meter.turn_away(State.REFUSED, NOT_READY)
+            raise not_ready(name)
 
-    def _end(self, charged: float) -> None:
-        """Give back what the request has held, each thing whatever becomes of the others."""
-        with ExitStack() as ending:
-            tokens = None
-            if self._access is not None:
-                age_s = time.monotonic() - charged
-                ending.callback(lambda: self._put_right(tokens, age_s))
-            if self._part is not None:
-                ending.callback(self._part.end)
-            ending.callback(lambda: self._free_slot(tokens))
-            tokens = self._used_tokens()
+    @asynccontextmanager
+    async def _charged(self) -> AsyncIterator[TierAdmission]:
+        """Take the request from its key's limits, and correct that by what it has used.
 
-    def _put_right(self, tokens: int | None, age_s: float) -> None:
-        assert self._access is not None
-        used = self._presumed_tokens if tokens is None else tokens
-        self._access.put_right(self._caller, self._request.tokens, used, age_s)
-
-    def _used_tokens(self) -> int | None:
-        usage = self._meter.usage
-        return None if usage is None else usage.prompt_tokens + usage.completion_tokens
-
-    def _free_slot(self, tokens: int | None) -> None:
-        """Give the slot back, once; ``tokens`` were used, if anybody knows."""
-        if self._request.state is not RequestState.ENDED:
-            self._admission.end(self._request, tokens)
-
-    def _engine_ended(self) -> None:
-        """Give the slot back where the client does not read, so that the last events have to wait.
-
-        A client that keeps up gets them at once, and then the usage is known.
+        Yields the tier that the model and the key allow it.
         """
-        if self._writing:
-            self._free_slot(self._used_tokens())
-
-    async def _charge(self) -> None:
-        """Take the request from its key's limits, and find out at which tier it may stand."""
-        wanted = self._inbound.requested_tier or self._default_tier
-        if self._access is not None:
-            try:
-                await self._access.charge(self._caller, self._request.tokens)
-            except errors.RateLimited as error:
-                self._meter.turn_away(State.REFUSED, _reason(error))
-                raise
-            self._reply.headers = self._access.headers(self._caller)
-            self._rights, self._part = self._access.rights(self._caller, wanted)
+        requested = self._inbound.requested_tier
+        default_tier = self._caller.default_tier or self._settings.default_tier
         offer = self._admission.snapshot.settings.tiers.offer
-        self._request.tier = admit(wanted, offer, self._rights)[0]
+        if self._access is None:
+            yield admit(requested, default_tier, offer)
+            return
+        since, expected = time.monotonic(), self._inbound.expected_tokens
+        try:
+            await self._access.charge(self._caller, expected)
+        except errors.RateLimited as error:
+            self._meter.turn_away(State.REFUSED, reason_of(error))
+            raise
+        try:
+            self._reply.headers = self._access.headers(self._caller)
+            with self._priority_part(requested or default_tier) as rights:
+                yield admit(requested, default_tier, offer, rights)
+        finally:
+            used = self._presumed_tokens if self._used_tokens is None else self._used_tokens
+            age_s = time.monotonic() - since
+            self._access.put_right(self._caller, expected, used, age_s)
 
-    async def _serve(self, replica: ReplicaStatus) -> None:
-        """Have a placed request answered, and write down what has become of it."""
+    @contextmanager
+    def _priority_part(self, wanted: Tier) -> Iterator[TierRights]:
+        """Count the request in its key's share of priority; yields what the key may use."""
+        assert self._access is not None
+        rights, self._part = self._access.rights(self._caller, wanted)
+        try:
+            yield rights
+        finally:
+            if self._part is not None:
+                self._part.end()
+
+    @contextmanager
+    def _queued(self, admitted: TierAdmission) -> Iterator[QueuedRequest]:
+        """Let the request go from the queue, or give its slot back, when it is over."""
+        request = QueuedRequest(
+            tier=admitted.tier,
+            tenant=self._caller.tenant,
+            tokens=self._inbound.expected_tokens,
+            route=self._inbound.route,
+            prefix=self._inbound.prefix,
+            fail_fast=self._inbound.fail_fast,
+        )
+        try:
+            yield request
+        finally:
+            # The slot comes back even where the count of tokens fails.
+            try:
+                self._used_tokens = self._count_tokens()
+            finally:
+                self._admission.end(request, self._used_tokens)
+
+    async def _wait_for_slot(self, request: QueuedRequest) -> Slot:
+        try:
+            slot = await self._admission.admit(request)
+        except (ModelGone, Shed) as turned_away:
+            error = self._refusal(turned_away)
+            self._meter.turn_away(State.SHED, reason_of(error))
+            raise error from None
+        self._waited_s = slot.waited_s
+        return slot
+
+    @asynccontextmanager
+    async def _recorded(self) -> AsyncIterator[None]:
+        """Write down what has become of a placed request."""
         try:
             # Only now: those who wait need no room in the journal, and may be very many.
             with self._ledger.reserved():
-                await self._answer(replica)
+                yield
         except JournalFull:
             # No engine has seen it, so there is no record yet that could be written off.
-            refusal = _unrecordable()
-            self._meter.turn_away(State.REFUSED, _reason(refusal))
+            refusal = unrecordable()
+            self._meter.turn_away(State.REFUSED, reason_of(refusal))
             raise refusal from None
         except Unrecordable:
-            refusal = _unrecordable()
-            self._meter.write_off(_reason(refusal))
+            refusal = unrecordable()
+            self._meter.write_off(reason_of(refusal))
             raise refusal from None
         except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
-            error = self._error_of(failure)
+            error = self._refusal(failure)
             if isinstance(error, errors.EngineRejected | errors.EngineBusy):
                 # The engine says that it has generated nothing.
                 self._presumed_tokens = 0
-            await self._meter.settle(State.FAILED, _reason(error))
+            await self._meter.settle(State.FAILED, reason_of(error))
             raise error from None
         except asyncio.CancelledError:
             await self._meter.settle(State.INTERRUPTED, "client_gone")
@@ -199,52 +202,51 @@ class Lifecycle:
             await self._meter.settle(State.FAILED, "internal_error")
             raise
 
-    async def _answer(self, replica: ReplicaStatus) -> None:
+    async def _answer(self, request: QueuedRequest, slot: Slot, admitted: TierAdmission) -> None:
         """Have it answered, by another replica if the first is lost or fails beforehand."""
-        decision = self._decide(replica)
+        decision = self._decide(admitted, slot)
         try:
-            await self._pass(replica, decision)
+            await self._send(request, slot, decision)
             return
         except EngineUnreachable as lost:
             # A replica that goes on serving others goes on getting them.
             suspend = lost.silent or not lost.timed_out
-            replica = await self._admission.admit_again(self._request, suspend=suspend)
+            slot = await self._admission.admit_again(request, suspend=suspend)
         except EngineFailed as failed:
             # It may be the request that it cannot bear. So the replica goes on getting others,
             # and where there is no other replica the failure is the answer.
-            replica = await self._replica_after(failed)
-        if not self._still_holds(decision, replica):
+            slot = await self._slot_after(request, failed)
+        self._waited_s = slot.waited_s
+        if not self._still_holds(decision, slot.replica):
             # At the prices that it was decided for: what has become dearer since is not for it.
-            decision = replace(self._decide(replica), rate_card=decision.rate_card)
-        await self._pass(replica, decision)
+            decision = replace(self._decide(admitted, slot), rate_card=decision.rate_card)
+        await self._send(request, slot, decision)
 
-    async def _replica_after(self, failed: EngineFailed) -> ReplicaStatus:
-        """Wait for a place on a replica other than the one that failed the request.
+    async def _slot_after(self, request: QueuedRequest, failed: EngineFailed) -> Slot:
+        """Wait for a slot on a replica other than the one that failed the request.
 
         Raises:
             EngineFailed: there is no other, or no longer.
             Shed, ModelGone: as ``Admission.admit``.
         """
-        if not self._admission.has_another(self._request):
+        if not self._admission.has_another(request):
             raise failed
         try:
-            return await self._admission.admit_again(self._request, suspend=False)
+            return await self._admission.admit_again(request, suspend=False)
         except Shed as shed:
             if shed.request.shed is ShedReason.NO_OTHER_REPLICA:
                 raise failed from None
             raise
 
-    def _decide(self, replica: ReplicaStatus) -> TierDecision:
+    def _decide(self, admitted: TierAdmission, slot: Slot) -> TierDecision:
         model = self._admission.snapshot.settings
         decision = decide(
-            requested=self._inbound.requested_tier,
-            default_tier=self._default_tier,
-            stood_as=self._request.tier,
+            admitted,
+            queued_as=slot.queued_as,
             offer=model.tiers.offer,
-            native_priority=replica.dialect.native_priority,
-            route_honoured=replica.honours_priority(self._inbound.route),
+            native_priority=slot.replica.dialect.native_priority,
+            route_honoured=slot.replica.honours_priority(self._inbound.route),
             rate_card=model.rate_card,
-            rights=self._rights,
         )
         if self._part is not None:
             self._part.decide(time.monotonic(), priority=decision.served is Tier.PRIORITY)
@@ -256,19 +258,25 @@ class Lifecycle:
         honoured = replica.honours_priority(self._inbound.route)
         return decision.served is not Tier.PRIORITY or in_queue or honoured
 
-    async def _pass(self, replica: ReplicaStatus, decision: TierDecision) -> None:
-        inbound, dialect = self._inbound, replica.dialect
-        place = Placement(replica, decision, self._request.placed - self._request.arrived)
+    async def _send(self, request: QueuedRequest, slot: Slot, decision: TierDecision) -> None:
+        """Send the request to the engine of its slot, and the answer to the client."""
+        inbound, replica, settings = self._inbound, slot.replica, self._settings
+        place = Placement(replica, decision, slot.waited_s)
         self._meter.place(place)
-        self._presumed_tokens = self._request.tokens
+        self._presumed_tokens = inbound.expected_tokens
         if inbound.stream:
             self._meter.open()
-        settings = self._settings
+
+        def suspect() -> None:
+            self._admission.suspect(replica.replica_id, inbound.route)
+
         try:
             answer = await self._engines.send(
                 replica,
                 inbound.route,
-                rewrite_request(inbound, self._admission.snapshot.id, dialect, decision.served),
+                rewrite_request(
+                    inbound, self._admission.snapshot.id, replica.dialect, decision.served
+                ),
                 request_id=self._reply.request_id,
                 read_timeout_s=(
                     settings.stream_timeout_s if inbound.stream else settings.engine_timeout_s
@@ -276,90 +284,29 @@ class Lifecycle:
             )
         except EngineUnreachable as lost:
             if lost.silent:
-                self._admission.suspect(replica.replica_id, inbound.route)
+                suspect()
             raise
-        if isinstance(answer, UnaryAnswer):
-            await self._forward_unary(answer, place)
-        else:
-            with answer:
-                await self._forward_unless_slow(answer, place)
+        forwarding = Forwarding(
+            inbound,
+            self._reply,
+            self._meter,
+            slow_reader_s=settings.slow_reader_s,
+            free_slot=lambda: self._admission.end(request, self._count_tokens()),
+            suspect=suspect,
+        )
+        await forwarding.forward(answer, place)
 
-    async def _forward_unary(self, answer: UnaryAnswer, place: Placement) -> None:
-        body, count = stamp_answer(answer.body, self._inbound, place.decision)
-        self._meter.counted = count.result()
-        self._note_odd_usage(place, odd=count.odd)
-        self._meter.first_byte()
-        await self._meter.settle(State.COMPLETED)
-        # The engine has ended: its slot does not wait for a client that reads slowly.
-        self._free_slot(self._used_tokens())
-        length = (b"content-length", str(len(body)).encode())
-        await self._reply.start((JSON, length), place)
-        await self._reply.write(body, more=False)
+    def _count_tokens(self) -> int | None:
+        usage = self._meter.usage
+        return None if usage is None else usage.prompt_tokens + usage.completion_tokens
 
-    async def _forward_unless_slow(self, answer: StreamedAnswer, place: Placement) -> None:
-        """Forward a stream, or break it off where its client does not read.
-
-        The client gets no error event: it would only wait behind what is not read.
-        """
-        stamper = stream_stamper(self._inbound, place.decision)
-        try:
-            async with asyncio.timeout(None) as patience:
-                now = asyncio.get_running_loop().time
-                answer.watch(
-                    self._settings.slow_reader_s,
-                    lambda: patience.reschedule(now()),
-                    self._engine_ended,
-                )
-                await self._forward_stream(answer, place, stamper)
-        except TimeoutError:
-            if not patience.expired():
-                raise
-            # What was generated for it is billed, read or not.
-            stamper.feed(answer.waiting_events())
-            await self._meter.settle(State.INTERRUPTED, "client_slow")
-
-    async def _forward_stream(
-        self, answer: StreamedAnswer, place: Placement, stamper: StreamStamper
-    ) -> None:
-        meter, reply = self._meter, self._reply
-        await meter.opened(stamper)
-        await reply.start(SSE, place)
-        over, last = False, b""
-        try:
-            while blocks := await answer.next_events():
-                if over:
-                    # Read to the end all the same: the connection is then good for another.
-                    continue
-                piece = stamper.feed(blocks)
-                meter.progress(len(blocks))
-                if stamper.broken:
-                    last = piece
-                    break
-                if stamper.failed:
-                    await meter.settle(State.INTERRUPTED, "engine_error")
-                elif stamper.ended:
-                    await meter.settle(State.COMPLETED)
-                over = stamper.ended
-                if answer.complete:
-                    # Its slot does not wait for the client to read the rest.
-                    self._free_slot(self._used_tokens())
-                self._writing = True
-                await reply.write(piece, more=not over)
-                self._writing = False
-        except EngineBroke as lost:
-            if lost.silent:
-                self._admission.suspect(place.replica.replica_id, self._inbound.route)
-        finally:
-            self._note_odd_usage(place, odd=stamper.odd_usage)
-        if not over:
-            last += stamper.break_off()
-            await meter.settle(State.INTERRUPTED, "engine_lost")
-            await reply.write(last, more=False)
-
-    def _note_odd_usage(self, place: Placement, *, odd: bool) -> None:
-        if odd:
-            replica = place.replica.replica_id
-            alarms.PROCESS.raised("odd usage", f"{replica} told none that can be: it is estimated")
+    def _refusal(self, failure: Exception) -> errors.ApiError:
+        """Return what the client gets, with the header that says how long the request waited."""
+        if isinstance(failure, Shed):
+            self._waited_s = time.monotonic() - failure.request.arrived
+        error = error_of(failure, self._inbound.model)
+        error.headers["x-queue-time-ms"] = milliseconds(self._waited_s)
+        return error
 
     def _origin(self) -> Origin:
         return Origin(
@@ -372,59 +319,3 @@ class Lifecycle:
             requested=self._inbound.requested_tier,
             arrived=now_utc(),
         )
-
-    def _error_of(self, failure: Exception) -> errors.ApiError:
-        """Return what the client gets where its request was not answered."""
-        request, model = self._request, self._inbound.model
-        waited_s = request.placed - request.arrived
-        match failure:
-            case Shed():
-                waited_s = time.monotonic() - request.arrived
-                error: errors.ApiError = errors.Overloaded(request.retry_after_s)
-                if request.shed is ShedReason.NOT_OFFERED:
-                    error = self._not_offered()
-                elif request.shed is ShedReason.NO_OTHER_REPLICA:
-                    error = self._unavailable()
-                if request.shed is not None:
-                    error.headers["x-shed-reason"] = request.shed.value
-            case ModelGone():
-                error = errors.ModelNotFound(model)
-            case EngineFailed():
-                error = failure.error
-            case errors.ApiError():
-                error = failure
-            case _:
-                error = self._unavailable()
-        error.headers["x-queue-time-ms"] = milliseconds(waited_s)
-        return error
-
-    def _not_offered(self) -> errors.Unavailable:
-        return errors.Unavailable(
-            f"No machine here can run the model `{self._inbound.model}` at the moment.",
-            Availability.NOT_OFFERED.value,
-            _NO_NODE_S,
-        )
-
-    def _unavailable(self) -> errors.Unavailable:
-        return errors.Unavailable(
-            f"No engine of the model `{self._inbound.model}` is ready. Try again in a few seconds.",
-            _NOT_READY,
-            _TRY_AGAIN_S,
-        )
-
-
-def _reason(error: errors.ApiError) -> str:
-    """Return why a request was not answered, as its record tells it."""
-    if isinstance(error, errors.EngineRejected):
-        # Its code is the engine's own, of whatever length.
-        return "engine_rejected"
-    return error.headers.get("x-shed-reason") or error.code or error.type
-
-
-def _unrecordable() -> errors.Unavailable:
-    return errors.Unavailable(
-        "Usage cannot be recorded at the moment, so the request was not served. Try again in a "
-        "few seconds.",
-        "ledger_unavailable",
-        _TRY_AGAIN_S,
-    )

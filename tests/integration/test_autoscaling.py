@@ -94,7 +94,7 @@ async def test_a_model_sleeps_and_the_first_request_wakes_it(deploy):
         assert ready(frontline, "dormant") == 1
         # 1 -> 0: it is listed all the same.
         await eventually_async(lambda: ready(frontline, "dormant") == 0, 40)
-        resting = lambda: frontline.snapshot("dormant").rest  # noqa: E731
+        resting = lambda: frontline.snapshot("dormant").sleep  # noqa: E731
         rest = await eventually_async(resting)
         assert rest.start_s >= 3
         # The ingress knows it a moment later.
@@ -120,10 +120,10 @@ def test_engines_that_fail_are_no_sleep(deploy):
         engine.post("/simulate", json={"failures": {"request": "crash", "at_request": 1}})
         engine.post("/v1/chat/completions", json={"model": "test/broken", "messages": []})
     eventually(lambda: not ready(frontline, "broken"))
-    assert frontline.snapshot("broken").rest is None
+    assert frontline.snapshot("broken").sleep is None
     eventually(lambda: not frontline.entry("broken")["service_tiers"])
     body = {"model": "broken", "messages": [{"role": "user", "content": "hello"}]}
     with frontline.http() as client:
         answer = client.post("/v1/chat/completions", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_not_ready")
-    assert frontline.snapshot("broken").rest is None
+    assert frontline.snapshot("broken").sleep is None

@@ -45,18 +45,18 @@ def test_anything_else_is_refused_and_the_accepted_values_are_listed(value):
     assert all(f"'{accepted}'" in str(caught.value) for accepted in ACCEPTED_VALUES)
 
 
-def test_tiers_are_ranked_from_the_front_of_the_line():
+def test_tiers_are_ranked_from_the_front_of_the_queue():
     assert sorted(Tier, key=lambda tier: tier.rank) == [Tier.PRIORITY, Tier.DEFAULT, Tier.FLEX]
 
 
 @given(st.sampled_from(Tier), offers)
 def test_a_tier_that_is_not_offered_is_admitted_as_default(wanted, offer):
-    admitted, reason = admit(wanted, offer)
+    admission = admit(wanted, Tier.DEFAULT, offer)
     refused = (wanted is Tier.PRIORITY and offer.priority is PriorityMode.OFF) or (
         wanted is Tier.FLEX and not offer.flex
     )
-    assert admitted is (Tier.DEFAULT if refused else wanted)
-    assert reason is (TierReason.MODEL_DOES_NOT_OFFER_TIER if refused else None)
+    assert admission.tier is (Tier.DEFAULT if refused else wanted)
+    assert admission.reason is (TierReason.MODEL_DOES_NOT_OFFER_TIER if refused else None)
 
 
 rights = st.builds(
@@ -66,10 +66,14 @@ rights = st.builds(
 )
 
 
+def outcome(admission):
+    return admission.tier, admission.reason
+
+
 @given(st.sampled_from(Tier), offers, rights)
 def test_a_tier_that_the_key_may_not_use_is_admitted_as_default(wanted, offer, rights):
-    offered, reason = admit(wanted, offer)
-    admitted, why = admit(wanted, offer, rights)
+    offered, reason = outcome(admit(wanted, Tier.DEFAULT, offer))
+    admitted, why = outcome(admit(wanted, Tier.DEFAULT, offer, rights))
     if offered is not wanted:
         assert (admitted, why) == (offered, reason)
     elif wanted not in rights.tiers:
@@ -93,18 +97,15 @@ def test_priority_is_decided_only_when_it_is_delivered(
     requested, default, offer, native, honoured, lowered, rights
 ):
     honoured = honoured and native
-    stood_as, _ = admit(requested or default, offer, rights)
-    if stood_as is Tier.PRIORITY and lowered:
-        stood_as = Tier.DEFAULT
+    admitted = admit(requested, default, offer, rights)
+    queued_as = Tier.DEFAULT if admitted.tier is Tier.PRIORITY and lowered else admitted.tier
     decision = decide(
-        requested=requested,
-        default_tier=default,
-        stood_as=stood_as,
+        admitted,
+        queued_as=queued_as,
         offer=offer,
         native_priority=native,
         route_honoured=honoured,
         rate_card=RateCard(),
-        rights=rights,
     )
     wanted = requested or default
     assert decision.requested is requested
@@ -121,9 +122,8 @@ def test_priority_is_decided_only_when_it_is_delivered(
 def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
     def reason(native: bool) -> TierReason | None:
         return decide(
-            requested=Tier.PRIORITY,
-            default_tier=Tier.DEFAULT,
-            stood_as=Tier.PRIORITY,
+            admit(Tier.PRIORITY, Tier.DEFAULT, TierOffer()),
+            queued_as=Tier.PRIORITY,
             offer=TierOffer(),
             native_priority=native,
             route_honoured=False,
@@ -132,6 +132,20 @@ def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
 
     assert reason(native=True) is TierReason.ROUTE_DOES_NOT_HONOUR_PRIORITY
     assert reason(native=False) is TierReason.NO_REPLICA_HONOURS_PRIORITY
+
+
+@given(st.sampled_from(Tier), offers, offers, st.booleans())
+def test_a_tier_that_is_withdrawn_while_a_request_waits_is_not_served(wanted, before, now, native):
+    admitted = admit(wanted, Tier.DEFAULT, before)
+    decision = decide(
+        admitted,
+        queued_as=admitted.tier,
+        offer=now,
+        native_priority=native,
+        route_honoured=native,
+        rate_card=RateCard(),
+    )
+    assert now.offers(decision.served) and before.offers(decision.served)
 
 
 def test_a_decision_never_changes_and_never_lowers_without_a_reason():

@@ -53,8 +53,8 @@ async def standing(made, *requests):
 async def test_with_room_nobody_waits():
     made = admission(model("one"))
     request = new_request()
-    replica = await made.admit(request)
-    assert replica.replica_id == "one"
+    slot = await made.admit(request)
+    assert slot.replica.replica_id == "one"
     assert request.placed == request.arrived
 
 
@@ -64,10 +64,10 @@ async def test_a_freed_slot_goes_to_priority_first():
     await made.admit(running)
     waiting, jumping = await standing(made, first, second)
     made.end(running, 10)
-    assert (await jumping).replica_id == "one"
+    assert (await jumping).replica.replica_id == "one"
     assert not waiting.done()
     made.end(second, None)
-    assert (await waiting).replica_id == "one"
+    assert (await waiting).replica.replica_id == "one"
 
 
 async def test_a_client_that_leaves_leaves_the_line_at_once():
@@ -79,7 +79,7 @@ async def test_a_client_that_leaves_leaves_the_line_at_once():
     await asyncio.wait([gone])
     made.end(leaving, None)
     made.end(running, 10)
-    assert (await waiting).replica_id == "one"
+    assert (await waiting).replica.replica_id == "one"
     assert leaving.state is RequestState.ENDED
 
 
@@ -92,7 +92,7 @@ async def test_a_slot_given_to_a_client_that_has_just_left_is_not_lost():
     gone.cancel()
     await asyncio.wait([gone])
     made.end(leaving, None)
-    assert (await waiting).replica_id == "one"
+    assert (await waiting).replica.replica_id == "one"
 
 
 async def test_who_has_waited_too_long_is_shed_without_any_other_event():
@@ -142,7 +142,7 @@ async def test_a_look_that_finds_no_node_once_turns_nobody_away(monkeypatch):
     assert not waiting.done()
     made.update(model("one"))
     grant(made, one=1)
-    assert (await waiting).replica_id == "one"
+    assert (await waiting).replica.replica_id == "one"
 
 
 async def test_who_is_displaced_is_told():
@@ -164,7 +164,7 @@ async def test_a_new_replica_takes_the_backlog():
     made.update(model("one", "two", slots=1))
     grant(made, two=1)
     done, _ = await asyncio.wait(waiting, timeout=1, return_when=asyncio.FIRST_COMPLETED)
-    assert [task.result().replica_id for task in done] == ["two"]
+    assert [task.result().replica.replica_id for task in done] == ["two"]
     for task in waiting:
         task.cancel()
 
@@ -174,7 +174,7 @@ async def test_a_request_whose_replica_is_lost_is_placed_on_another():
     request = new_request()
     first = await made.admit(request)
     second = await made.admit_again(request)
-    assert {first.replica_id, second.replica_id} == {"one", "two"}
+    assert {first.replica.replica_id, second.replica.replica_id} == {"one", "two"}
 
 
 async def test_a_request_whose_only_replica_is_lost_is_told_at_once():
@@ -270,7 +270,7 @@ async def test_a_request_waits_for_a_model_that_sleeps():
     assert 25.0 < caught.value.request.retry_after_s <= 29.9, "it has begun to start"
     made.update(awake)
     grant(made, one=2)
-    assert (await waiting).replica_id == "one"
+    assert (await waiting).replica.replica_id == "one"
 
 
 async def test_what_comes_and_what_ends_is_counted_once():
@@ -333,7 +333,7 @@ async def test_a_replica_that_goes_as_its_suspension_ends_takes_nobody_with_it(m
     made.update(model("two", slots=2))
     grant(made, two=2)
     async with asyncio.timeout(2):
-        assert {(await task).replica_id for task in (waiting, again)} == {"two"}
+        assert {(await task).replica.replica_id for task in (waiting, again)} == {"two"}
 
 
 async def test_who_was_called_is_told_though_the_gate_fails(monkeypatch):
@@ -351,4 +351,4 @@ async def test_who_was_called_is_told_though_the_gate_fails(monkeypatch):
     with pytest.raises(RuntimeError):
         made.end(first, None)
     async with asyncio.timeout(2):
-        assert (await waiting).replica_id == "one"
+        assert (await waiting).replica.replica_id == "one"

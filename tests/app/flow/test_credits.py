@@ -46,12 +46,12 @@ def renew(of, allocator, now, waiting=NOTHING, **more):
 
 
 def held(of):
-    return {replica: credit for replica, (credit, _) in of.places.held().items() if credit}
+    return {replica: credit for replica, (credit, _) in of.slot_table.held().items() if credit}
 
 
 def occupy(of, replica_id, tier=D, times=1):
     for _ in range(times):
-        of.occupy(of.places[replica_id], tier)
+        of.occupy(of.slot_table[replica_id], tier)
 
 
 def settle_down(allocator, *ingresses, now=LATER, waiting=NOTHING, seconds=4.0):
@@ -68,7 +68,7 @@ def test_one_ingress_holds_all_credits():
     allocator, one = book_of(slots), ingress("one", slots)
     renew(one, allocator, LATER)
     assert held(one) == slots
-    assert one.places.headroom == 2
+    assert one.slot_table.headroom == 2
 
 
 def test_a_restarted_model_gives_nothing_away_before_it_has_listened():
@@ -206,7 +206,7 @@ def test_a_silent_ingress_gives_its_credits_back():
     assert held(two) == {"a": 8}
     # The silent one has closed its own in the meantime, and on return holds what it is given.
     one.advance(now + SILENCE_S)
-    assert one.places.find(P, "chat") is None
+    assert one.slot_table.find(P, "chat") is None
     later = now + 3 * SILENCE_S
     renew(two, allocator, later)
     renew(one, allocator, later)
@@ -224,7 +224,7 @@ def test_requests_of_an_ingress_that_returns_count_until_they_end():
     assert held(two) == {"a": 4}
     renew(one, allocator, later)
     now = settle_down(allocator, one, two, now=later, seconds=2.0)
-    assert one.places["a"].running == 3 and one.places["a"].credit == 0
+    assert one.slot_table["a"].running == 3 and one.slot_table["a"].credit == 0
     assert held(two)["a"] <= 2, "its share; the other's three still run"
     for _ in range(3):
         one.release("a", D)
@@ -304,9 +304,9 @@ def test_credits_last_from_when_they_were_asked_for():
     allocator, one = book_of(slots), ingress("one", slots)
     grant = allocator.renew(demand(one, LATER), LATER)
     one.receive(grant, LATER + SILENCE_S - 0.5)
-    assert one.places.find(P, "chat") is not None
+    assert one.slot_table.find(P, "chat") is not None
     one.advance(LATER + SILENCE_S)
-    assert one.places.find(P, "chat") is None
+    assert one.slot_table.find(P, "chat") is None
 
 
 def test_a_returning_ingress_is_not_confused_by_a_grant_from_before():
@@ -362,9 +362,9 @@ def test_each_pool_is_shared_by_itself():
         one.set_replicas(offers, PriorityMode.AUTO)
     settle_down(allocator, *both)
     for pool, slots in (("native", 16), ("plain", 8)):
-        held = [one.places.credits_in(pool) for one in both]
+        held = [one.slot_table.credits_in(pool) for one in both]
         assert sum(held) == slots and max(held) - min(held) <= slots // 4
-    assert [one.places.headroom for one in both] == [1, 1]
+    assert [one.slot_table.headroom for one in both] == [1, 1]
 
 
 def test_ingresses_with_the_same_load_do_not_pass_slots_to_and_fro():
@@ -455,7 +455,7 @@ class CreditMachine(RuleBasedStateMachine):
         one = self.one_of(data)
         one.advance(self.now)
         for _ in range(times):
-            if (place := one.places.find(tier, "chat")) is not None:
+            if (place := one.slot_table.find(tier, "chat")) is not None:
                 one.occupy(place, tier)
                 self.requests.append(Request(one, place.replica_id, tier))
 

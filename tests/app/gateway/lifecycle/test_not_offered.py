@@ -13,7 +13,7 @@ from tests.support.world import ALIAS, NotedReply, Seen, World
 pytestmark = pytest.mark.unit
 
 FIELDS = {"model": ALIAS, "messages": [{"role": "user", "content": "hello"}]}
-WAKING = {"rest": Sleep((), waking=True), "pools": ("vllm",)}
+WAKING = {"sleep": Sleep((), waking=True), "pools": ("vllm",)}
 NOWHERE = {**WAKING, "missing": {"vllm": "GPU: 8"}}
 
 

@@ -1,0 +1,136 @@
+"""An engine's answer on its way to the client: stamped, counted, and recorded at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from app import alarms
+from app.gateway.metering import Meter
+from app.gateway.response import JSON, SSE, Placement, Reply
+from app.ledger.record import State
+from app.protocol.requests import Inbound
+from app.protocol.stream import StreamStamper, stamp_answer, stream_stamper
+from app.upstream.client import EngineBroke, StreamedAnswer, UnaryAnswer
+
+
+class Forwarding:
+    """Passes one answer on.
+
+    ``free_slot`` gives the request's slot back, and may be called again; ``suspect`` reports that
+    the replica sends nothing. A stream is broken off where its client has taken nothing for
+    ``slow_reader_s`` although a buffer of it waits.
+    """
+
+    def __init__(
+        self,
+        inbound: Inbound,
+        reply: Reply,
+        meter: Meter,
+        *,
+        slow_reader_s: float,
+        free_slot: Callable[[], None],
+        suspect: Callable[[], None],
+    ) -> None:
+        self._inbound = inbound
+        self._reply = reply
+        self._meter = meter
+        self._slow_reader_s = slow_reader_s
+        self._free_slot = free_slot
+        self._suspect = suspect
+        # Whether a piece of a stream waits for the client.
+        self._writing = False
+
+    async def forward(self, answer: UnaryAnswer | StreamedAnswer, place: Placement) -> None:
+        """Send the whole answer."""
+        if isinstance(answer, UnaryAnswer):
+            await self._whole(answer, place)
+        else:
+            with answer:
+                await self._unless_slow(answer, place)
+
+    async def _whole(self, answer: UnaryAnswer, place: Placement) -> None:
+        body, count = stamp_answer(answer.body, self._inbound, place.decision)
+        self._meter.counted = count.result()
+        _note_odd_usage(place, odd=count.odd)
+        self._meter.first_byte()
+        await self._meter.settle(State.COMPLETED)
+        # The engine has ended: its slot does not wait for a client that reads slowly.
+        self._free_slot()
+        length = (b"content-length", str(len(body)).encode())
+        await self._reply.start((JSON, length), place)
+        await self._reply.write(body, more=False)
+
+    async def _unless_slow(self, answer: StreamedAnswer, place: Placement) -> None:
+        """Forward a stream, or break it off where its client does not read.
+
+        The client gets no error event: it would only wait behind what is not read.
+        """
+        stamper = stream_stamper(self._inbound, place.decision)
+        try:
+            async with asyncio.timeout(None) as patience:
+                now = asyncio.get_running_loop().time
+                answer.watch(
+                    self._slow_reader_s,
+                    lambda: patience.reschedule(now()),
+                    self._engine_ended,
+                )
+                await self._stream(answer, place, stamper)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            # What was generated for it is billed, read or not.
+            stamper.feed(answer.waiting_events())
+            await self._meter.settle(State.INTERRUPTED, "client_slow")
+
+    def _engine_ended(self) -> None:
+        """Give the slot back where the client does not read, so that the last events have to wait.
+
+        A client that keeps up gets them at once, and then the usage is known.
+        """
+        if self._writing:
+            self._free_slot()
+
+    async def _stream(
+        self, answer: StreamedAnswer, place: Placement, stamper: StreamStamper
+    ) -> None:
+        meter, reply = self._meter, self._reply
+        await meter.opened(stamper)
+        await reply.start(SSE, place)
+        over, last = False, b""
+        try:
+            while blocks := await answer.next_events():
+                if over:
+                    # Read to the end all the same: the connection is then good for another.
+                    continue
+                piece = stamper.feed(blocks)
+                meter.progress(len(blocks))
+                if stamper.broken:
+                    last = piece
+                    break
+                if stamper.failed:
+                    await meter.settle(State.INTERRUPTED, "engine_error")
+                elif stamper.ended:
+                    await meter.settle(State.COMPLETED)
+                over = stamper.ended
+                if answer.complete:
+                    # Its slot does not wait for the client to read the rest.
+                    self._free_slot()
+                self._writing = True
+                await reply.write(piece, more=not over)
+                self._writing = False
+        except EngineBroke as lost:
+            if lost.silent:
+                self._suspect()
+        finally:
+            _note_odd_usage(place, odd=stamper.odd_usage)
+        if not over:
+            last += stamper.break_off()
+            await meter.settle(State.INTERRUPTED, "engine_lost")
+            await reply.write(last, more=False)
+
+
+def _note_odd_usage(place: Placement, *, odd: bool) -> None:
+    if odd:
+        replica = place.replica.replica_id
+        alarms.PROCESS.raised("odd usage", f"{replica} sent impossible usage: it is estimated")

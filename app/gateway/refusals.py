@@ -1,0 +1,84 @@
+"""Why a request is not answered, as its client and its record are told."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from app.contracts.status import Availability
+from app.core import errors
+from app.core.shed_reason import ShedReason
+from app.flow.admission import ModelGone, Shed
+from app.upstream.client import EngineFailed
+
+NOT_READY: Final = "engine_not_ready"
+
+# While an engine starts, or the store is away, nobody knows how long it will take: this is how
+# often asking is useful.
+_TRY_AGAIN_S: Final = 5.0
+# Somebody has to bring a machine.
+_NO_NODE_S: Final = 60.0
+
+
+def error_of(failure: Exception, model: str) -> errors.ApiError:
+    """Return what the client gets where a request for ``model`` was shed or has failed."""
+    match failure:
+        case Shed():
+            return _shed(failure.request.shed, failure.request.retry_after_s, model)
+        case ModelGone():
+            return errors.ModelNotFound(model)
+        case EngineFailed():
+            return failure.error
+        case errors.ApiError():
+            return failure
+        case _:
+            return not_ready(model)
+
+
+def _shed(reason: ShedReason | None, retry_after_s: float, model: str) -> errors.ApiError:
+    error: errors.ApiError
+    match reason:
+        case ShedReason.NOT_OFFERED:
+            error = not_offered(model)
+        case ShedReason.NO_OTHER_REPLICA:
+            error = not_ready(model)
+        case _:
+            error = errors.Overloaded(retry_after_s)
+    if reason is not None:
+        error.headers["x-shed-reason"] = reason.value
+    return error
+
+
+def not_offered(model: str) -> errors.Unavailable:
+    """Return what a request gets for whose model there is no machine."""
+    return errors.Unavailable(
+        f"No machine here can run the model `{model}` at the moment.",
+        Availability.NOT_OFFERED.value,
+        _NO_NODE_S,
+    )
+
+
+def not_ready(model: str) -> errors.Unavailable:
+    """Return what a request gets where no engine is ready and none is about to be."""
+    return errors.Unavailable(
+        f"No engine of the model `{model}` is ready. Try again in a few seconds.",
+        NOT_READY,
+        _TRY_AGAIN_S,
+    )
+
+
+def unrecordable() -> errors.Unavailable:
+    """Return what a request gets whose record cannot be written."""
+    return errors.Unavailable(
+        "Usage cannot be recorded at the moment, so the request was not served. Try again in a "
+        "few seconds.",
+        "ledger_unavailable",
+        _TRY_AGAIN_S,
+    )
+
+
+def reason_of(error: errors.ApiError) -> str:
+    """Return why a request was not answered, as its record says it."""
+    if isinstance(error, errors.EngineRejected):
+        # Its code is the engine's own, of whatever length.
+        return "engine_rejected"
+    return error.headers.get("x-shed-reason") or error.code or error.type
