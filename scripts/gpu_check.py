@@ -20,7 +20,6 @@ sys.path.insert(0, str(REPO))
 
 from app.core.settings import SettingsError  # noqa: E402
 from deployments.engines.registry import ADAPTERS  # noqa: E402
-from deployments.model import build  # noqa: E402
 
 CONTEXT = {"vllm": "max_model_len", "sglang": "context_length", "tensorrt_llm": "max_seq_len"}
 """The engine argument for the longest prompt and answer: the suite sends a prompt that exceeds
@@ -107,6 +106,9 @@ def _missing_engine(options: argparse.Namespace, pool: Mapping[str, Any]) -> str
 
 
 def _bad_pool(pool: Mapping[str, Any]) -> str | None:
+    # Imports Ray, for two seconds: what is missing is said without.
+    from deployments.model import build
+
     try:
         build({"id": "checked", "pools": [dict(pool)]})
     except SettingsError as error:
