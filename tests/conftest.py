@@ -76,9 +76,39 @@ LONGEST = (
 while the others have nothing left."""
 
 
+FOLDERS = {
+    "integration": ("engines", "integration"),
+    "faults": ("app/bill", "faults", "integration"),
+    "engine": ("engines",),
+}
+"""Where the tests are that have a marker of these, and nowhere else."""
+
+
+def _is_in(path, *markers):
+    here = Path(__file__).parent
+    return any(path.is_relative_to(here / one) for marker in markers for one in FOLDERS[marker])
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave modules unread that have none of a stage's tests: all take a worker 13 s of CPU."""
+    asked = set(config.option.markexpr.split()) - {"or"}
+    some = asked and asked <= FOLDERS.keys()
+    if not some or config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        return None
+    return True if collection_path.suffix and not _is_in(collection_path, *asked) else None
+
+
+def _check_folders(items):
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in FOLDERS and not _is_in(item.path, mark.name):
+                raise pytest.UsageError(f"{item.nodeid} is not in FOLDERS[{mark.name!r}]")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Bring the longest modules to the front, the others as they were."""
+    _check_folders(items)
     ranks = {f"tests/{module}": rank for rank, module in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
 
