@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.cluster import command_line, engine_processes, eventually, eventually_async
+from tests.support.cluster import command_line, engine_processes, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -246,22 +246,6 @@ def running(local):
     with local.engine("smollm2") as engine:
         metrics = engine.get("/metrics").text
     return float(re.search(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M)[1])
-
-
-async def test_a_disconnected_request_is_aborted_in_the_engine(local):
-    async with local.async_client() as client:
-        task = asyncio.create_task(
-            client.chat.completions.create(
-                model="smollm2",
-                messages=FRANCE,
-                max_tokens=3000,
-                extra_body={"ignore_eos": True},
-            )
-        )
-        await eventually_async(lambda: running(local) == 1)
-        task.cancel()
-        await asyncio.wait([task])
-        await eventually_async(lambda: running(local) == 0, 10)
 
 
 def test_a_killed_engine_comes_back(local):
