@@ -32,7 +32,7 @@ from tests.support.cluster import (
 )
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
-SECONDS = float(os.environ.get("FRONTLINE_SOAK_S", "3600" if LONG else "25"))
+SECONDS = float(os.environ.get("FRONTLINE_SOAK_S", "3600" if LONG else "15"))
 RATE = 60
 JUDGED_S = 1200
 """Slopes are judged from this length on: what starts up grows for minutes."""
