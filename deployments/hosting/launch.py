@@ -18,7 +18,8 @@ from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK, plan_guard
 from deployments.process.supervisor import EngineProcess
 
-_RAY_THREADS: Final = "OMP_NUM_THREADS"
+# Ray's actor has them for itself: the first is its share of CPUs, the second what suits an ingress.
+_NOT_INHERITED: Final = ("OMP_NUM_THREADS", "MALLOC_ARENA_MAX")
 _MEETING_PLACE: Final = OpenPort(
     name="meeting place",
     where="NODE_0; once they have met, the parts open more ports to each other, by torch's choice",
@@ -60,9 +61,7 @@ async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSetting
         EngineNotStarted: its command cannot be run.
         OSError: its log cannot be written.
     """
-    inherited = dict(os.environ)
-    # Ray sets it to the actor's share of CPUs, which is not the engine's.
-    inherited.pop(_RAY_THREADS, None)
+    inherited = {name: v for name, v in os.environ.items() if name not in _NOT_INHERITED}
     return await EngineProcess.start(
         adapter.command(launch),
         inherited | environment(adapter, launch, pool),

@@ -1,4 +1,4 @@
-"""Ray's token, as scripts/activate leaves it."""
+"""Ray's token and environment, as scripts/activate leaves them."""
 
 import os
 import subprocess
@@ -11,18 +11,19 @@ pytestmark = pytest.mark.unit
 ACTIVATE = Path(__file__).parents[2] / "scripts/activate"
 
 
-def activate(home, **environment):
-    """Source it, and return the process, whose output is Ray's authentication mode."""
-    clean = {name: v for name, v in os.environ.items() if not name.startswith(("RAY_", "BASH"))}
+def activate(home, name="RAY_AUTH_MODE", **environment):
+    """Source it, and return the process, whose output is the value of a variable."""
+    ours = ("RAY_", "BASH", "MALLOC_")
+    clean = {name: v for name, v in os.environ.items() if not name.startswith(ours)}
     return subprocess.Popen(
-        ["bash", "-euc", f". {ACTIVATE}; echo $RAY_AUTH_MODE"],
+        ["bash", "-euc", f". {ACTIVATE}; printenv {name}"],
         env=clean | {"HOME": str(home)} | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def outcome(home, **environment):
-    out, err = activate(home, **environment).communicate()
+def outcome(home, name="RAY_AUTH_MODE", **environment):
+    out, err = activate(home, name, **environment).communicate()
     assert err == ""
     return out.strip()
 
@@ -61,3 +62,8 @@ def test_a_token_that_others_can_read_is_closed_to_them(tmp_path):
 def test_no_token_is_made_where_one_is_given_or_none_wanted(tmp_path, environment, mode):
     assert outcome(tmp_path, **environment) == mode
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rays_processes_have_few_arenas_unless_told_otherwise(tmp_path):
+    assert outcome(tmp_path, "MALLOC_ARENA_MAX") == "2"
+    assert outcome(tmp_path, "MALLOC_ARENA_MAX", MALLOC_ARENA_MAX="8") == "8"
