@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway import cross_site
@@ -22,24 +24,47 @@ class Handler:
         self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        services, reply = self._services, Reply(send)
+        reply = Reply(send)
         try:
-            headers = dict(scope["headers"])
-            caller = await identify(services, headers)
-            cross_site.require_json(headers)
-            with services.bodies.room_for(caller.tenant, services.settings) as room:
-                inbound = await room.read(self._route, headers, receive)
-                admission = services.registry.require(inbound.model)
-                await Lifecycle(services, admission, caller, inbound, reply).run()
+            await self._answer(scope, receive, reply)
         except errors.ApiError as error:
+            _forget_frames(error)
             await reply.refuse(error)
         except ClientGone:
             return
+        except asyncio.CancelledError as error:
+            # The task keeps it.
+            _forget_frames(error)
+            raise
         except Exception:
             if not reply.started:
                 await reply.refuse(errors.ServerError(code="internal_error"))
             # Serve writes it to its log.
             raise
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+        services, headers = self._services, dict(scope["headers"])
+        caller = await identify(services, headers)
+        cross_site.require_json(headers)
+        with services.bodies.room_for(caller.tenant, services.settings) as room:
+            inbound = await room.read(self._route, headers, receive)
+            admission = services.registry.require(inbound.model)
+            await Lifecycle(services, admission, caller, inbound, reply).run()
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let go of what an expected error passed through, and of those that it came from.
+
+    Its traceback holds every frame, and so the request's body; a frame that knows the error as well
+    makes a cycle of it. Its room has been given back, but the collector counts objects and not
+    bytes: without this it may keep hundreds of bodies.
+    """
+    left = [error]
+    while left:
+        one = left.pop()
+        one.__traceback__ = None
+        left += [came for came in (one.__context__, one.__cause__) if came is not None]
+        one.__context__ = one.__cause__ = None
 
 
 async def identify(services: Services, headers: Headers) -> Caller:

@@ -152,8 +152,7 @@ class EngineConnection(asyncio.Protocol):
         self._drop()
         self._paused = False
         self._sending = False
-        self._slow_s = math.inf
-        self._on_slow = self._on_complete = _nothing
+        self.unwatch()
         self._content_type = self._retry_after = b""
         self.complete = self._head_came = self._keeps_alive = self._lost = False
         self._silent = self._answered = False
@@ -236,6 +235,7 @@ class EngineConnection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close it, upon which the engine aborts what it was doing for us."""
+        self.unwatch()
         self._drop()
         self._shut()
 
@@ -252,6 +252,11 @@ class EngineConnection(asyncio.Protocol):
         self._slow_s, self._on_slow, self._on_complete = slow_s, on_slow, on_complete
         if self._paused:
             self._slow = self._loop.call_later(slow_s, on_slow)
+
+    def unwatch(self) -> None:
+        """Call nobody any more. Whom it would call holds the whole request, its body too."""
+        self._slow_s = math.inf
+        self._on_slow = self._on_complete = _nothing
 
     def _drop(self) -> None:
         """Forget what waits to be read."""
@@ -424,6 +429,7 @@ class Connections:
         if not connection.reusable:
             connection.close()
             return
+        connection.unwatch()
         connection.kept = True
         connection.idle_since = self._loop.time()
         self._idle.setdefault(base_url, deque()).append(connection)
