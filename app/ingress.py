@@ -44,6 +44,7 @@ class Ingress:
         self._services = Services(registry, EngineClient(), settings)
         self._limits = ServeLimits(limits)
         self._store: Engine | None = None
+        self._access: Access | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         registry.start()
 
@@ -58,16 +59,17 @@ class Ingress:
         """
         settings = IngressSettings.load(user_config, "user_config")
         settings.check_open(await serve_host(), "user_config")
-        before, self._services.settings = self._services.settings, settings
-        old, new_store = self._store, self._store is None or settings.ledger != before.ledger
-        if self._store is None or new_store:
-            self._store = connect(resolve_url(settings.ledger.get_secret_value()))
+        before, first = self._services.settings, self._store is None
+        new_store = first or settings.ledger != before.ledger
+        old, store = self._store, self._connect(settings) if new_store else self._store
+        assert store is not None
+        # The one step that may fail for what is on this machine: so nothing has been changed yet.
         if new_store or settings.journal != before.journal:
-            self._open_ledger(self._store, settings)
+            self._open_ledger(store, settings)
+        self._store, self._services.settings = store, settings
         if new_store or settings.usage != before.usage:
             self._open_usage(settings)
-        if new_store or settings.auth != before.auth:
-            self._open_accounts(self._store, settings)
+        self._open_accounts(store, settings, new_store=new_store)
         if new_store and old is not None:
             self._retire("store disposal", partial(self._dispose, old))
         self._services.registry.set_interval(settings.discovery_interval_s)
@@ -75,6 +77,9 @@ class Ingress:
             await self._services.registry.wait_known(_KNOWN_WITHIN_S)
             settle_in()
             self._services.ready.set()
+
+    def _connect(self, settings: IngressSettings) -> Engine:
+        return connect(resolve_url(settings.ledger.get_secret_value()))
 
     def _open_ledger(self, store: Engine, settings: IngressSettings) -> None:
         old = self._services.ledger
@@ -89,16 +94,21 @@ class Ingress:
         if old is not None:
             self._retire("usage reader", partial(asyncio.to_thread, old.close))
 
-    def _open_accounts(self, store: Engine, settings: IngressSettings) -> None:
-        old, self._services.access = self._services.access, None
-        if settings.auth == "keys":
+    def _open_accounts(self, store: Engine, settings: IngressSettings, *, new_store: bool) -> None:
+        """Have keys asked for or not, and read from the store that is in force.
+
+        There is one ``Access`` as long as the ingress lives. Requests wait in it, and the books
+        of the limits know what it has told them.
+        """
+        if self._access is None and settings.auth == "keys":
             registry = self._services.registry
-            self._services.access = Access(
+            self._access = Access(
                 registry.ingress, KeyStore(store), self._limits, lambda: registry.ingresses
             )
-            self._services.access.start()
-        if old is not None:
-            self._retire("access stop", old.stop)
+            self._access.start()
+        elif self._access is not None and new_store:
+            self._access.read_keys_from(KeyStore(store))
+        self._services.access = self._access if settings.auth == "keys" else None
 
     def _retire(self, name: str, end: Callable[[], Awaitable[None]]) -> None:
         """Let something come to its end that requests under way may still use."""
@@ -121,8 +131,8 @@ class Ingress:
         await self._services.engines.close()
         if self._services.ledger is not None:
             await self._services.ledger.close()
-        if self._services.access is not None:
-            await self._services.access.stop()
+        if self._access is not None:
+            await self._access.stop()
         if self._services.usage is not None:
             await asyncio.to_thread(self._services.usage.close)
         await asyncio.gather(*self._retiring)

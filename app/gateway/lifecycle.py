@@ -34,6 +34,11 @@ from app.tenants.access import Caller
 from app.tenants.priority_share import SharePart
 from app.upstream.client import EngineFailed, EngineUnreachable
 
+    def current_ledger(self) -> Ledger:
+        """Return the ledger that is in force; a change of the settings replaces it."""
+        assert self.ledger is not None, "settings come before requests"
+        return self.ledger
+
 
 class Lifecycle:
     """One request to one model, from its arrival to the last byte of its answer.
@@ -58,9 +63,7 @@ class Lifecycle:
         self._engines = services.engines
         # Those in force now hold for the whole request.
         self._settings = services.settings
-        assert services.ledger is not None, "settings come before requests"
-        self._ledger = services.ledger
-        self._meter = Meter(self._ledger, self._origin())
+        self._meter = Meter(services.current_ledger, self._origin())
         self._part: SharePart | None = None
         # What counts against the key's limit where no usage becomes known, and what was used.
         self._presumed_tokens = 0
@@ -177,7 +180,7 @@ class Lifecycle:
         """Write down what has become of a placed request."""
         try:
             # Only now: those who wait need no room in the journal, and may be very many.
-            with self._ledger.reserved():
+            with self._meter.reserved():
                 yield
         except JournalFull:
             # No engine has seen it, so there is no record yet that could be written off.

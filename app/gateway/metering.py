@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 from app.core.pricing import TokenUsage
@@ -31,12 +33,15 @@ class Meter:
     settle it; later ones change nothing. One that is placed again, because its engine was lost
     before it sent anything, has the record of its last place.
 
+    ``current`` returns the ledger that is in force. A request keeps to the one that was in force
+    when room was reserved for it: only there is it waited for before that ledger is closed.
     """
 
-    def __init__(self, ledger: Ledger, origin: Origin) -> None:
+    def __init__(self, current: Callable[[], Ledger], origin: Origin) -> None:
         self._counted: Counted | None = None
         self._stream: Metered | None = None
-        self._ledger = ledger
+        self._current = current
+        self._ledger = current()
         self._origin = origin
         self._began = time.monotonic()
         self._record: UsageRecord | None = None
@@ -58,6 +63,15 @@ class Meter:
     def usage(self) -> TokenUsage | None:
         """The same, without whether they are an estimate."""
         return None if (counted := self.counted) is None else counted.usage
+
+    def reserved(self) -> AbstractContextManager[None]:
+        """Keep room for the request's record in a block; to be entered before it is placed.
+
+        Raises, when entered:
+            JournalFull: there is no room.
+        """
+        self._ledger = self._current()
+        return self._ledger.reserved()
 
     def place(self, place: Placement) -> None:
         """Take note of where the request goes, and of the decision that everything reads from."""
@@ -145,6 +159,6 @@ class Meter:
     def turn_away(self, state: State, reason: str) -> None:
         """Count a request that no engine has seen. Nobody waits for that."""
         waited_s = time.monotonic() - self._began
-        self._ledger.count(
+        self._current().count(
             UsageRecord.not_served(self._origin, state, reason, queue_s=waited_s, ended=now_utc())
         )

@@ -34,3 +34,8 @@ class Services:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
     bodies: Bodies = field(default_factory=Bodies)
+
+    def current_ledger(self) -> Ledger:
+        """Return the ledger that is in force; a change of the settings replaces it."""
+        assert self.ledger is not None, "settings come before requests"
+        return self.ledger

@@ -96,8 +96,12 @@ class Access:
         self._ring.start()
         self._asking = supervision.keep_running("limits", self._keep_asking)
 
+    def read_keys_from(self, store: Keys) -> None:
+        """Read keys from another store; what has been used of their limits stays counted."""
+        self._ring.read_from(store)
+
     async def stop(self) -> None:
-        """End both."""
+        """End both. A request that still waits for keys or limits is not answered."""
         await self._ring.stop()
         await supervision.stop(self._asking)
 

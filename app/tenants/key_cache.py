@@ -55,6 +55,13 @@ class KeyCache:
         """Read them no more."""
         await supervision.stop(self._refreshing, self._reading)
 
+    def read_from(self, store: Keys) -> None:
+        """Read the keys from another store from now on; those known work until it has been read.
+
+        Whoever waits for a key waits for the new store.
+        """
+        self._store = store
+
     @property
     def unreadable(self) -> int:
         """How many rows could not be read the last time; those keys do not work."""
@@ -94,7 +101,7 @@ class KeyCache:
     async def _read(self) -> None:
         await asyncio.sleep(max(0.0, self._read_at + SOONEST_S - time.monotonic()))
         try:
-            table = await asyncio.to_thread(self._store.table)
+            table = await self._read_table()
         except StoreAway as error:
             if not self.away:
                 _log.error("keys cannot be read, those known go on working: %s", error)
@@ -108,6 +115,19 @@ class KeyCache:
             self._table, self.read, self.away = table, True, False
         finally:
             self._read_at = time.monotonic()
+
+    async def _read_table(self) -> KeyTable:
+        """Return what the store holds that is in force at the end of the reading."""
+        while True:
+            store = self._store
+            try:
+                table = await asyncio.to_thread(store.table)
+            except Exception:
+                if store is self._store:
+                    raise
+            else:
+                if store is self._store:
+                    return table
 
     def _report(self, unreadable: Mapping[str, str]) -> None:
         """Log rows that cannot be read, once for each thing that is wrong with them."""

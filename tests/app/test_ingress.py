@@ -1,10 +1,17 @@
 import asyncio
+import time
 
 import pytest
 from sqlalchemy import event
 
+from app.core import errors
 from app.ingress import Ingress
 from app.store.database import connect
+from app.tenants.access import Caller
+from app.tenants.concurrency import FlightBounds
+from app.tenants.keys import KeyLimits, create_key
+from app.tenants.limiter import LimitBooks
+from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +43,85 @@ def stores(monkeypatch):
     monkeypatch.setattr("app.ingress.serve_host", loopback)
     monkeypatch.setattr("app.ingress.ServeSource", NoModels)
     return made, closed
+
+
+class Books:
+    """The limits' books, which answer once they may."""
+
+    def __init__(self):
+        self.books, self.may, self.asked = LimitBooks(), asyncio.Event(), asyncio.Event()
+
+    async def answer(self, asks):
+        self.asked.set()
+        await self.may.wait()
+        return self.books.answer(asks, time.monotonic())
+
+
+class Quiet(Ingress):
+    """Serve awaits the end; Python, which cannot, would call it once more."""
+
+    def __del__(self):
+        pass
+
+
+@pytest.fixture
+async def ingress(stores, monkeypatch):
+    books = Books()
+    monkeypatch.setattr("app.ingress.ServeLimits", lambda _: books)
+    made = Quiet(None)
+    made.books = books
+    yield made
+    await Ingress.__del__(made)
+
+
+def with_ledger(folder, name, auth="keys"):
+    journal = {"folder": str(folder / "journal"), "segment_mb": 1}
+    return {"auth": auth, "ledger": f"sqlite:///{folder}/{name}.db", "journal": journal}
+
+
+async def test_a_request_that_waits_for_its_limit_goes_on_through_another_ledger(ingress, tmp_path):
+    """59dfe9e: it waited for ever, for the asking had been ended."""
+    key, _ = create_key("acme", created=NOON, limits=KeyLimits(rpm=1))
+    caller = Caller("acme", key.key_id, None, key)
+    await ingress.reconfigure(with_ledger(tmp_path, "one"))
+    accounts = ingress._services.access
+    charging = asyncio.create_task(accounts.charge(caller, 10))
+    await asyncio.wait_for(ingress.books.asked.wait(), 5)
+    await ingress.reconfigure(with_ledger(tmp_path, "two"))
+    await asyncio.sleep(0.05)
+    ingress.books.may.set()
+    await asyncio.wait_for(charging, 5)
+    with pytest.raises(errors.RateLimited):
+        await ingress._services.access.charge(caller, 10)
+
+
+@pytest.mark.parametrize("between", [None, "open"])
+async def test_what_is_in_flight_stays_counted_through_another_ledger(ingress, tmp_path, between):
+    """59dfe9e: a key got its whole bound once more."""
+    key, _ = create_key("acme", created=NOON)
+    caller = Caller("acme", key.key_id, None, key)
+    await ingress.reconfigure(with_ledger(tmp_path, "one"))
+    with ingress._services.access.flight(caller, FlightBounds(1, 1)):
+        if between is not None:
+            await ingress.reconfigure(with_ledger(tmp_path, "one", between))
+            assert ingress._services.access is None
+        await ingress.reconfigure(with_ledger(tmp_path, "two"))
+        with pytest.raises(errors.TooManyInFlight):
+            ingress._services.access.flight(caller, FlightBounds(1, 1))
+
+
+async def test_settings_that_cannot_be_taken_over_change_nothing(ingress, tmp_path):
+    """59dfe9e: the same once more was taken for done, with the old ledger."""
+    await ingress.reconfigure(with_ledger(tmp_path, "one", "open"))
+    services = ingress._services
+    before = (services.settings, services.ledger, services.usage, ingress._store)
+    (tmp_path / "file").touch()
+    bad = with_ledger(tmp_path, "two") | {"journal": {"folder": str(tmp_path / "file" / "sub")}}
+    for _ in range(2):
+        with pytest.raises(OSError):
+            await ingress.reconfigure(bad)
+        assert before == (services.settings, services.ledger, services.usage, ingress._store)
+        assert services.access is None
 
 
 async def test_settings_change_without_leaving_anything_behind(stores, tmp_path, monkeypatch):

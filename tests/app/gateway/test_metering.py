@@ -64,7 +64,7 @@ def place(served=Tier.PRIORITY, reason=None):
 
 def meter():
     ledger = FakeLedger()
-    return Meter(ledger, ORIGIN), ledger.calls
+    return Meter(lambda: ledger, ORIGIN), ledger.calls
 
 
 async def test_a_stream_is_open_before_its_first_byte_and_settled_once():
@@ -106,7 +106,7 @@ async def test_a_stream_that_is_moved_is_opened_again_at_its_new_place():
 async def test_a_stream_whose_record_is_refused_costs_nothing_whatever_its_engine_says():
     ledger = FakeLedger()
     ledger.refuses = True
-    one = Meter(ledger, ORIGIN)
+    one = Meter(lambda: ledger, ORIGIN)
     one.place(place())
     one.open()
     with pytest.raises(DiskRefuses):

@@ -8,6 +8,7 @@ from app.tenants import key_cache
 from app.tenants.key_cache import KeyCache
 from app.tenants.keys import KeyTable, create_key
 from tests.support.records import NOON
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 
@@ -129,3 +130,29 @@ async def test_unreadable_rows_are_counted_and_named_in_the_log_once(ring, store
     _, text = new_key(store)
     assert await ring.find(text)
     assert ring.unreadable == 0
+
+
+async def test_who_waits_for_a_key_waits_for_the_store_that_has_taken_the_others_place(store):
+    """59dfe9e: waiting was cancelled, and with it the request."""
+    store.delay_s = 0.2
+    ring = KeyCache(store)
+    ring.start()
+    other = MemoryKeys()
+    key, text = new_key(other)
+    finding = asyncio.create_task(ring.find(text))
+    await asyncio.sleep(0.05)
+    ring.read_from(other)
+    assert await asyncio.wait_for(finding, 5) is key
+    await ring.stop()
+
+
+async def test_known_keys_work_until_the_other_store_has_been_read(ring, store):
+    key, text = new_key(store)
+    assert await ring.find(text) is key
+    other = MemoryKeys()
+    other.error = StoreAway("away")
+    ring.read_from(other)
+    await until(lambda: ring.away)
+    assert await ring.find(text) is key
+    other.error = None
+    await until(lambda: ring.known(text) is None)
