@@ -38,6 +38,10 @@ class HealthReason(StrEnum):
     """Limits are not shared; each ingress keeps to its own part of them."""
     STORE_AWAY = "store_away"
     """The ledger's database has been away for ``STORE_AWAY_S``; records wait in the journal."""
+    JOURNALS_SET_ASIDE = "journals_set_aside"
+    """Journals on this node hold something that cannot be read; they are kept for a person."""
+    JOURNALS_FAILING = "journals_failing"
+    """Journals of dead ingresses on this node cannot be moved to the database; they stay."""
     BACKGROUND_FAILURES = "background_failures"
     """Background work has failed within the last minute."""
     NO_MODEL_READY = "no_model_ready"
@@ -76,6 +80,8 @@ class Signs:
         limits_away: whether the books of the limits did not answer the last time.
         has_room: whether the journal has room for another request.
         store_away_s: for how long the ledger's database has been away, in seconds.
+        journals_set_aside: how many journals of this node are kept for a person.
+        journals_failing: how many dead ingresses' journals cannot be moved to the database.
         failures: how many kinds of background work have failed within the last minute.
         models: how many models there are, by state.
     """
@@ -88,6 +94,8 @@ class Signs:
     limits_away: bool = False
     has_room: bool = True
     store_away_s: float = 0.0
+    journals_set_aside: int = 0
+    journals_failing: int = 0
     failures: int = 0
     models: Mapping[Availability, int] = field(default_factory=dict)
 
@@ -130,6 +138,8 @@ def judge(signs: Signs) -> Health:
         HealthReason.KEYS_UNREADABLE: signs.unreadable_keys > 0,
         HealthReason.LIMITS_AWAY: signs.limits_away,
         HealthReason.STORE_AWAY: signs.store_away_s >= STORE_AWAY_S,
+        HealthReason.JOURNALS_SET_ASIDE: signs.journals_set_aside > 0,
+        HealthReason.JOURNALS_FAILING: signs.journals_failing > 0,
         HealthReason.BACKGROUND_FAILURES: signs.failures > 0,
         HealthReason.NO_MODEL_READY: not signs.models.get(Availability.READY),
     }

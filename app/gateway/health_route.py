@@ -50,6 +50,8 @@ def read_signs(services: Services, now: float) -> Signs:
         limits_away=accounts is not None and accounts.limits_away,
         has_room=ledger is None or ledger.has_room,
         store_away_s=0.0 if ledger is None else ledger.store_away_s(now),
+        journals_set_aside=0 if ledger is None else ledger.journals_set_aside,
+        journals_failing=0 if ledger is None else ledger.journals_failing,
         failures=len(PROCESS.recent(now)),
         models=Counter(model.state for model in services.registry.models()),
     )

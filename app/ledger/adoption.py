@@ -16,12 +16,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from app import alarms
 from app.ledger.codec import Frame, read_segment
 from app.ledger.dead_letter import Records, add_or_set_aside
 from app.ledger.leftovers import Leftovers
 from app.ledger.segments import (
     DAMAGED,
     UNREAD,
+    count_kept,
     lock_dead,
     remove_journal,
     segment_numbers,
@@ -43,11 +45,13 @@ class Adopter:
 
     Attributes:
         set_aside: how many journals it has found that hold something unreadable.
+        kept: how many lie there now, whoever has set them aside; a person may take them away.
         failing: why journals could not be moved, by name; they stay, and are tried again.
     """
 
     def __init__(self, folder: Path, store: Records) -> None:
         self.set_aside = 0
+        self.kept = 0
         self.failing: dict[str, str] = {}
         self._folder = folder
         self._store = store
@@ -76,6 +80,7 @@ class Adopter:
             else:
                 self._note_success(journal.name)
         self._unread_too = False
+        self.kept = count_kept(self._folder)
         return moved
 
     def _journals(self, now: float) -> Iterator[Path]:
@@ -96,7 +101,8 @@ class Adopter:
         self._again_at[name] = now + _AGAIN_S
         why = f"{type(error).__name__}: {error}"
         if self.failing.get(name) != why:
-            _log.error("journal %s cannot be moved to the store, it stays", name, exc_info=error)
+            text = f"journal {name} cannot be moved to the store, it stays"
+            alarms.PROCESS.raised("journal not moved", text, error)
         self.failing[name] = why
 
     def _note_success(self, name: str) -> None:
@@ -130,8 +136,11 @@ class Adopter:
 
     def _keep(self, journal: Path, ending: str, what: str) -> None:
         self.set_aside += 1
-        _log.error("journal %s is %s (%s); kept aside", journal.name, ending[1:], what)
-        journal.rename(journal.with_name(journal.name.removesuffix(UNREAD) + ending))
+        kept = journal.rename(journal.with_name(journal.name.removesuffix(UNREAD) + ending))
+        alarms.PROCESS.raised(
+            "journal set aside",
+            f"not all of journal {journal.name} can be read ({what}); it is kept as {kept}",
+        )
 
 
 def adopt(folder: Path, store: Records) -> int:

@@ -135,10 +135,13 @@ class Segment:
         frames: every whole frame.
         damaged: whether something unreadable stands before a whole frame. What a killed writer
             leaves half-written stands after all of them, and is not damage.
+        whole: whether it holds nothing but whole frames. Of a living writer everything does that
+            it has acknowledged.
     """
 
     frames: tuple[Frame, ...]
     damaged: bool
+    whole: bool
 
 
 def read_segment(data: bytes) -> Segment:
@@ -155,4 +158,4 @@ def read_segment(data: bytes) -> Segment:
             damaged = damaged or skipped
             frames.append(found)
             place = found.end
-    return Segment(tuple(frames), damaged)
+    return Segment(tuple(frames), damaged, whole=not skipped)

@@ -7,7 +7,6 @@ One of them must not hold up those behind it, and is not thrown away either: it 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from urllib.parse import quote
 
 import orjson
 
+from app import alarms
 from app.ledger.segments import sync_folder
 from app.store.database import StoreRefuses
 
 _FOLDER: Final = "refused"
-_log = logging.getLogger(__name__)
 
 
 class Records(Protocol):
@@ -75,8 +74,10 @@ def _set_aside(folder: Path, body: bytes, why: str) -> None:
     unborn.rename(kept)
     sync_folder(kept.parent)
     sync_folder(folder)
-    _log.error("the database refuses the record of %s for good: %s; kept in %s",
-               request_id, why, kept)  # fmt: skip
+    alarms.PROCESS.raised(
+        "record refused",
+        f"the database refuses the record of {request_id} for good: {why}; kept in {kept}",
+    )
 
 
 @dataclass(frozen=True, slots=True)

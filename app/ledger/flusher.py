@@ -3,7 +3,8 @@
 It reads what the journal's thread has written. Where it is it remembers only in memory: after a
 crash everything that the journal still holds is written to the store again, which changes nothing
 there. A journal's file goes once the store has all of its records, but for those that it refuses
-for good (``app.ledger.dead_letter``). Dead ingresses' journals are ``app.ledger.adoption``'s.
+for good (``app.ledger.dead_letter``). One with a frame that cannot be read is kept aside. Dead
+ingresses' journals are ``app.ledger.adoption``'s.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from typing import Final
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_when_event_set
 from tenacity.wait import wait_random_exponential
 
+from app import alarms
 from app.config.journal import JournalSettings
 from app.ledger.adoption import BATCH, Adopter
 from app.ledger.codec import Kind, read_segment
 from app.ledger.dead_letter import Records, add_or_set_aside
 from app.ledger.journal import Journal
-from app.ledger.segments import segment_path
+from app.ledger.segments import keep_segment, segment_path
 from app.store.database import StoreAway
 from app.supervision import PROCESS, keep_thread
 
@@ -53,7 +55,9 @@ class OwnJournal:
         while True:
             written = self._journal.written
             behind = self._segment < written.segment
-            moved += self._flush_segment(store, None if behind else written.size)
+            # One without an end was made and never used.
+            end = self._journal.ends.get(self._segment, 0) if behind else written.size
+            moved += self._flush_segment(store, end)
             if not behind:
                 return moved
             self._segment, self._offset = self._segment + 1, 0
@@ -66,21 +70,34 @@ class OwnJournal:
     def _remove_what_is_not_needed(self) -> None:
         for number in range(self._first, min(self._segment, self._journal.needed_from)):
             segment_path(self._journal.path, number).unlink()
+            self._journal.ends.pop(number, None)
             self._first = number + 1
 
-    def _flush_segment(self, store: Records, size: int | None) -> int:
+    def _flush_segment(self, store: Records, end: int) -> int:
         path = segment_path(self._journal.path, self._segment)
         with path.open("rb") as file:
             file.seek(self._offset)
-            data = file.read(-1 if size is None else size - self._offset)
+            data = file.read(max(0, end - self._offset))
         start, moved = self._offset, 0
-        settled = (f for f in read_segment(data).frames if f.kind is Kind.SETTLED)
+        segment = read_segment(data)
+        if not segment.whole:
+            # Before anything else of it is moved: the file may go then.
+            self._keep_damaged()
+        settled = (f for f in segment.frames if f.kind is Kind.SETTLED)
         while batch := list(islice(settled, BATCH)):
             add_or_set_aside(store, [found.body for found in batch], self._journal.path.parent)
             self._offset = start + batch[-1].end
             moved += len(batch)
         self._offset = start + len(data)
         return moved
+
+    def _keep_damaged(self) -> None:
+        kept = keep_segment(self._journal.path, self._segment)
+        alarms.PROCESS.raised(
+            "journal damaged",
+            f"entries of this ingress's own journal cannot be read and are not on the bill; file "
+            f"{self._segment} is kept in {kept}",
+        )
 
 
 class Flusher:

@@ -134,6 +134,8 @@ class Journal:
         """Up to here it can be read."""
         self.needed_from = 1
         """The segment that began with all that was open: those before it hold nothing else."""
+        self.ends: dict[int, int] = {}
+        """Where the segments before the present one end, by number; their reader forgets them."""
         self.turned = threading.Event()
         """Set when there is a segment more behind, which may not be needed any longer."""
         self._allocate()
@@ -316,6 +318,7 @@ class Journal:
             following.write(carried)
         self._spares.popleft()
         before, self._segment = self._segment, following
+        self.ends[before.number] = before.size
         before.close()
         following.sync()
         if worthwhile:

@@ -133,8 +133,8 @@ class Ledger:
 
     @property
     def journals_set_aside(self) -> int:
-        """How many dead ingresses' journals were set aside, since not all of them can be read."""
-        return self._flusher.adopter.set_aside
+        """How many journals of this node are set aside, since not all of them can be read."""
+        return self._flusher.adopter.kept
 
     @property
     def journals_failing(self) -> int:

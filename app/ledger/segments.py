@@ -23,6 +23,7 @@ _ZEROS: Final = bytes(256 * 1024)
 _UNBORN: Final = ".new-"
 DAMAGED: Final = ".damaged"
 """Ending of a journal's name that held bytes whose checksum is wrong: kept for a person."""
+_OWN: Final = ".own"
 UNREAD: Final = ".unread"
 """Ending of a journal's name that held entries of a newer version, or none that make sense."""
 
@@ -157,6 +158,26 @@ def remove_journal(journal: Path) -> None:
     # Another may have found it without a lock meanwhile.
     with suppress(FileNotFoundError):
         journal.rmdir()
+
+
+def keep_segment(journal: Path, number: int) -> Path:
+    """Keep a segment of a living journal for a person, and return the folder.
+
+    The file there is the same one, so it has what is written to it later, too, and outlives its
+    journal.
+    """
+    kept = journal.with_name(f"{journal.name}{_OWN}{DAMAGED}")
+    kept.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        segment_path(kept, number).hardlink_to(segment_path(journal, number))
+    sync_folder(kept)
+    sync_folder(kept.parent)
+    return kept
+
+
+def count_kept(folder: Path) -> int:
+    """Return how many journals of a folder are set aside, for a person or a newer version."""
+    return sum(path.name.endswith((DAMAGED, UNREAD)) for path in folder.glob("*"))
 
 
 def lock_dead(journal: Path) -> int | None:

@@ -1,11 +1,12 @@
 import asyncio
+import shutil
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import supervision
+from app import alarms, supervision
 from app.config.ingress import IngressSettings
 from app.config.journal import JournalSettings
 from app.config.model import ModelSettings
@@ -18,7 +19,8 @@ from app.ledger.ledger import Ledger
 from app.store.database import StoreAway
 from app.tenants.access import Access
 from app.tenants.keys import KeyTable, create_key
-from tests.support.records import NOON
+from tests.app.ledger.test_adoption import dead_journal, settled
+from tests.support.records import NOON, completed
 from tests.support.stores import MemoryStore
 from tests.support.waiting import until
 
@@ -35,6 +37,8 @@ SIGNS = st.builds(
     limits_away=st.booleans(),
     has_room=st.booleans(),
     store_away_s=st.floats(0, 10 * STORE_AWAY_S),
+    journals_set_aside=st.integers(0, 3),
+    journals_failing=st.integers(0, 3),
     failures=st.integers(0, 3),
     models=st.dictionaries(st.sampled_from(Availability), st.integers(0, 3)),
 )
@@ -78,6 +82,8 @@ def test_a_reason_comes_from_its_own_sign(one, other):
         (Signs(models=WELL, store_away_s=STORE_AWAY_S), "degraded", ("store_away",)),
         (Signs(models=WELL, failures=1), "degraded", ("background_failures",)),
         (Signs(models=WELL, unreadable_keys=1), "degraded", ("keys_unreadable",)),
+        (Signs(models=WELL, journals_set_aside=1), "degraded", ("journals_set_aside",)),
+        (Signs(models=WELL, journals_failing=1), "degraded", ("journals_failing",)),
         (Signs(models=WELL, keys_away=True), "degraded", ("keys_away",)),
         (Signs(models=WELL, limits_away=True), "degraded", ("limits_away",)),
         (Signs(keys_read=False, keys_away=True, models=WELL), "unavailable",
@@ -178,6 +184,28 @@ async def test_keys_that_were_never_read_and_keys_that_are_away(services, ask, m
         assert (code, body["reasons"][:2]) == (200, ["keys_away", "keys_unreadable"])
     finally:
         await access.stop()
+
+
+async def test_journals_that_are_set_aside_or_cannot_be_moved(services, ask, tmp_path, monkeypatch):
+    """59dfe9e: only the log knew of them."""
+    alarms_of_test = alarms.Alarms()
+    monkeypatch.setattr(alarms, "PROCESS", alarms_of_test)
+    damaged = dead_journal(tmp_path, [b"no frame\n", *settled(completed("b"))], "1" * 32)
+    stuck = dead_journal(tmp_path, settled(completed("a")), "2" * 32)
+    (stuck / "00000002.journal").mkdir()
+    settings = JournalSettings(flush_interval_s=0.01, adopt_interval_s=0.01)
+    services.ledger = ledger = Ledger(tmp_path, settings, MemoryStore())
+    try:
+        await until(lambda: ledger.journals_set_aside and ledger.journals_failing)
+        code, body = await ask()
+        assert (code, body["reasons"][:2]) == (200, ["journals_set_aside", "journals_failing"])
+        assert alarms_of_test.counts() == {"journal set aside": 1, "journal not moved": 1}
+        for journal in (damaged.with_name(f"{damaged.name}.damaged"), stuck):
+            shutil.rmtree(journal)
+        await until(lambda: not ledger.journals_set_aside and not ledger.journals_failing)
+        assert (await ask())[1]["reasons"] == ["no_model_ready"]
+    finally:
+        await ledger.close()
 
 
 async def test_a_store_that_is_away_and_a_ledger_that_refuses(services, ask, tmp_path, monkeypatch):

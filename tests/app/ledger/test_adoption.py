@@ -153,7 +153,7 @@ def test_the_older_version_leaves_the_newer_ones_stream_to_it(tmp_path, monkeypa
     assert adopt(tmp_path, store) == 1
     assert set(store.records) == {"other"}
     (kept,) = tmp_path.iterdir()
-    assert kept.name.endswith(".unread") and "is unread (3 entries" in caplog.text
+    assert kept.name.endswith(".unread") and "can be read (3 entries" in caplog.text
     # One that starts later, and is newer.
     monkeypatch.setattr("app.ledger.reading.VERSION", 2)
     newer = Adopter(tmp_path, store)

@@ -12,14 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import alarms
 from app.config.journal import JournalSettings
 from app.core.pricing import TokenUsage
 from app.ledger.adoption import adopt
 from app.ledger.codec import Kind, Progress, read_segment
 from app.ledger.flusher import OwnJournal
 from app.ledger.journal import Entry, Journal
+from app.ledger.reading import request_of
 from app.ledger.record import State
-from app.ledger.segments import SegmentFile, bytes_taken, segment_numbers, segment_path
+from app.ledger.segments import (
+    SegmentFile,
+    bytes_taken,
+    count_kept,
+    segment_numbers,
+    segment_path,
+)
 from app.store.database import StoreAway
 from tests.support.records import NOON, completed, new_id, opened
 from tests.support.stores import MemoryStore
@@ -159,6 +167,68 @@ def test_a_stream_outlives_the_segment_that_it_began_in(tmp_path):
     assert store.records["stream"].state is State.INTERRUPTED
     assert store.records["stream"].usage == step.usage
     assert len(store.records) == 41
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("flushed", [0, 17])
+@pytest.mark.parametrize("where", [0, 0.2, 0.5, 0.8, 1])
+def test_a_bad_frame_of_the_own_journal_is_kept_aside_and_told(tmp_path, flushed, where, length):
+    """59dfe9e: it was passed over, and its file removed: a bill less, and nobody was told."""
+    store, records = MemoryStore(), [completed(f"{number:03d}") for number in range(30)]
+    with writer(tmp_path) as ours:
+        flusher = OwnJournal(ours.journal)
+        for record in records[:flushed]:
+            ours.settle(record)
+        ours.commit()
+        flusher.flush(store)
+        for count, record in enumerate(records[flushed:]):
+            ours.settle(record)
+            if count % 5 == 4:
+                ours.commit()
+        ours.commit()
+        number, start, end = draw_written(ours.journal, flusher, where)
+        before = spoil(segment_path(ours.journal.path, number), start, end, where, length)
+        flusher.flush(store)
+        assert alarms.PROCESS.counts() == {"journal damaged": 1}
+        for later in range(60):
+            ours.settle(completed(f"later {later}"))
+            if later % 5 == 4:
+                ours.commit()
+        flusher.flush(store)
+        assert len(segment_numbers(ours.journal.path)) < 4, "full ones are removed all the same"
+    lost = {record.origin.request_id for record in records} - store.records.keys()
+    assert len(lost) <= 2, "no more than the frames that were touched"
+    (aside,) = (tmp_path / f"{ours.journal.path.name}.own.damaged").iterdir()
+    assert aside.name == segment_path(tmp_path, number).name
+    assert set(before) >= lost and count_kept(tmp_path) == 1
+
+
+def draw_written(journal, flusher, where):
+    """Return a segment with entries that are not moved yet, and where they begin and end."""
+    ends = journal.ends | {journal.written.segment: journal.written.size}
+    starts = {flusher._segment: flusher._offset}
+    places = [
+        (number, start, end)
+        for number, end in sorted(ends.items())
+        if number >= flusher._segment and (start := starts.get(number, 0)) < end
+    ]
+    return places[min(int(where * len(places)), len(places) - 1)]
+
+
+def spoil(path, start, end, where, length):
+    """Write over some bytes in between, and return the requests whose frames had them."""
+    data = path.read_bytes()
+    place = start + int(where * max(end - start - 1, 0))
+    touched, begins, before = range(place, min(place + length, end)), start, []
+    for found in read_segment(data[start:end]).frames:
+        # A frame is found by the line break before it.
+        if begins - 1 <= touched[-1] and start + found.end > touched[0]:
+            before.append(request_of(found.body))
+        begins = start + found.end
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes(byte ^ 1 for byte in data[place : touched.stop]))
+    return before
 
 
 def test_a_living_journal_is_not_adopted(tmp_path):
