@@ -24,7 +24,7 @@ from app.tenants.concurrency import InFlight, OverBound
 from app.tenants.key_cache import KeyCache, Keys
 from app.tenants.keys import ApiKey, bearer
 from app.tenants.limiter import OverLimit, RateLimiter
-from app.tenants.priority_share import PriorityShare, SharePart
+from app.tenants.priority_share import PriorityShares, SharePart
 from app.tenants.rate_limit import Ask, Given
 
 _PATIENCE_S: Final = 1.0
@@ -83,7 +83,7 @@ class Access:
         self._ring = KeyCache(keys)
         self._allowances = RateLimiter(ingress)
         self._source = limits
-        self._shares: dict[str, PriorityShare] = {}
+        self._shares = PriorityShares()
         self._in_flight = InFlight()
         self._asking: asyncio.Task[None] | None = None
         self._sooner = asyncio.Event()
@@ -194,9 +194,8 @@ class Access:
         share = key.limits.priority_share
         if share is None:
             return TierRights(key.tiers), None
-        book = self._shares.setdefault(key.key_id, PriorityShare())
         may_ask = wanted is Tier.PRIORITY and wanted in key.tiers
-        part = book.enter(float(share), time.monotonic(), wants=may_ask)
+        part = self._shares.enter(key.key_id, float(share), time.monotonic(), wants=may_ask)
         return TierRights(key.tiers, over_share=may_ask and not part.allowed), part
 
     def headers(self, caller: Caller) -> list[tuple[str, str]]:

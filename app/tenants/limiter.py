@@ -24,6 +24,8 @@ from app.tenants.rate_limit import (
     rate_limit_headers,
 )
 
+_FORGET_EVERY_S: Final = float(MINUTE_S)
+
 
 class Measure(StrEnum):
     """What a limit is on."""
@@ -47,6 +49,8 @@ class RateLimiter:
     def __init__(self, ingress: str) -> None:
         self._ingress = ingress
         self._allowances: dict[str, Allowance] = {}
+        self._made = 0
+        self._forget_at = 0.0
         self._alone = False
         self._ingresses = 1
 
@@ -102,6 +106,7 @@ class RateLimiter:
 
     def asks(self, now: float) -> dict[str, Ask]:
         """Return what to send to the books now, by the name of the limit."""
+        self._forget(now)
         due = {name: each for name, each in self._allowances.items() if each.asks_at() <= now}
         return {name: allowance.ask(now) for name, allowance in due.items()}
 
@@ -110,6 +115,16 @@ class RateLimiter:
         for name, given in answers.items():
             if name in self._allowances:
                 self._allowances[name].receive(given, now)
+
+    def _forget(self, now: float) -> None:
+        """Forget limits that have not been used for long, such as those of keys that are gone."""
+        if now >= self._forget_at:
+            self._forget_at = now + _FORGET_EVERY_S
+            self._allowances = {n: a for n, a in self._allowances.items() if not a.is_idle(now)}
+
+    def __len__(self) -> int:
+        """Return how many limits it remembers."""
+        return len(self._allowances)
 
     def _needed(self, key: ApiKey, tokens: int) -> Iterator[tuple[Measure, Allowance, int]]:
         for measure, amount in ((Measure.REQUESTS, 1), (Measure.TOKENS, tokens)):
@@ -128,13 +143,13 @@ class RateLimiter:
         name = f"{key.key_id}/{measure}"
         allowance = self._allowances.get(name)
         if allowance is None:
-            allowance = self._allowances[name] = Allowance(self._ingress, limit)
+            # The books take one that comes after another was forgotten for a new ingress.
+            self._made += 1
+            allowance = Allowance(f"{self._ingress}/{self._made}", limit)
+            self._allowances[name] = allowance
         allowance.limit, allowance.alone = limit, self._alone
         allowance.ingresses = self._ingresses
         return allowance
-
-
-_FORGET_EVERY_S: Final = float(MINUTE_S)
 
 
 class LimitBooks:

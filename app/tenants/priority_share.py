@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
-from app.tenants.rate_limit import Window
+from app.tenants.rate_limit import MINUTE_S, Window
+
+_FORGET_EVERY_S: Final = float(MINUTE_S)
+
+
+class PriorityShares:
+    """The shares of all keys that have used them lately, at one ingress."""
+
+    def __init__(self) -> None:
+        self._shares: dict[str, PriorityShare] = {}
+        self._forget_at = 0.0
+
+    def enter(self, key_id: str, share: float, now: float, *, wants: bool) -> SharePart:
+        """Take in a request of a key, as ``PriorityShare.enter``."""
+        if now >= self._forget_at:
+            self._forget_at = now + _FORGET_EVERY_S
+            self._shares = {k: one for k, one in self._shares.items() if not one.is_idle(now)}
+        return self._shares.setdefault(key_id, PriorityShare()).enter(share, now, wants=wants)
+
+    def __len__(self) -> int:
+        """Return how many keys it remembers."""
+        return len(self._shares)
 
 
 class PriorityShare:
@@ -21,6 +43,11 @@ class PriorityShare:
     def __init__(self) -> None:
         self._all, self._priority = Window(), Window()
         self._undecided_priority = 0
+        self._parts = 0
+
+    def is_idle(self, now: float) -> bool:
+        """Whether it can be forgotten: no request has a part in it or counts any more."""
+        return not (self._parts or self._all.used(now) or self._priority.used(now))
 
     def enter(self, share: float, now: float, *, wants: bool) -> SharePart:
         """Take in a request, which may want to be priority."""
@@ -28,6 +55,7 @@ class PriorityShare:
         priority = self._priority.used(now) + self._undecided_priority + 1
         allowed = wants and priority <= math.ceil(share * total)
         self._undecided_priority += allowed
+        self._parts += 1
         return SharePart(self, allowed)
 
     def _leave(self, part: SharePart) -> None:
@@ -36,6 +64,9 @@ class PriorityShare:
     def _count(self, now: float, *, priority: bool) -> None:
         self._all.add(1, now)
         self._priority.add(int(priority), now)
+
+    def _end(self) -> None:
+        self._parts -= 1
 
     def _lower(self) -> None:
         self._priority.take_back(1)
@@ -65,6 +96,9 @@ class SharePart:
 
     def end(self) -> None:
         """Forget it, if it has not been decided; to be called for every request."""
-        if self._served is None and not self._ended:
+        if self._ended:
+            return
+        if self._served is None:
             self._book._leave(self)
+        self._book._end()
         self._ended = True

@@ -20,7 +20,13 @@ A book knows of an ingress what it has heard itself. Where one is lost, with the
 it, a key may use up to twice its limit in that minute: a fault of ours is not the client's.
 
 Tokens are taken as expected and put right when the request has ended; where that is more than was
-expected the limit is exceeded by the difference, and as much less is given afterwards.
+expected the limit is exceeded by the difference, and as much less is given afterwards, over as many
+minutes as that takes. So whenever a request is let in, those that have ended have used no more on
+average than the limit in each minute since the first, and one limit beside.
+
+What is not used is forgotten: by a book the ingresses that have been silent for longer than what
+they used counts, and by an ingress the limits that it has nothing to say of (``is_idle``). An ask
+says what of its figures was heard, so that a book that does not know the ingress counts the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ RENEWAL_S: Final = 0.25
 LEASE_S: Final = 3.0
 """How long an allowance holds without being renewed."""
 _SILENCE_S: Final = 2 * LEASE_S
+_GONE_S: Final = _SILENCE_S + 2 * MINUTE_S
 _AHEAD_S: Final = 2 * RENEWAL_S
 _RATE_MEMORY_S: Final = 2.0
 _URGENT_S: Final = RENEWAL_S / 10
@@ -47,12 +54,15 @@ class Window:
     """What was used in the last minute.
 
     It is counted by whole seconds and kept until the last moment of its second is a minute ago: it
-    may count an amount for a second too long, and never too short.
+    may count an amount for a second too long, and never too short. A debt counts beside the minute
+    and takes, bit by bit, the place of what leaves it.
     """
 
     def __init__(self) -> None:
         self._seconds: deque[list[int]] = deque()
         self._total = 0
+        # There is none unless something is in the minute whose place it can take.
+        self._debt = 0
 
     def add(self, amount: int, now: float) -> None:
         """Count an amount now; a negative one is taken back."""
@@ -66,8 +76,18 @@ class Window:
             self._seconds.append([second, amount])
         self._total += amount
 
+    def overdraw(self, amount: int, now: float, limit: int) -> None:
+        """Count an amount that nobody was asked for: a debt where it is more than the limit."""
+        self.used(now)
+        fits = min(amount, max(0, limit - self._total))
+        self.add(fits, now)
+        self._debt += amount - fits
+
     def take_back(self, amount: int) -> None:
-        """Count so much less, of the oldest amounts, which would have gone first."""
+        """Count so much less: of the debt, then of the oldest amounts, which would go first."""
+        paid = min(self._debt, amount)
+        self._debt -= paid
+        amount -= paid
         for slot in self._seconds:
             taken = min(slot[1], amount)
             slot[1] -= taken
@@ -75,20 +95,34 @@ class Window:
             amount -= taken
 
     def used(self, now: float) -> int:
-        """Return what was used in the last minute."""
+        """Return what was used in the last minute, with what is owed from before."""
         while self._seconds and self._seconds[0][0] < math.floor(now) - MINUTE_S:
-            self._total -= self._seconds.popleft()[1]
-        return self._total
+            second, gone = self._seconds.popleft()
+            owed = min(self._debt, gone)
+            self._debt -= owed
+            self._total -= gone - owed
+            if owed:
+                self._seconds.append([second + MINUTE_S + 1, owed])
+        return self._total + self._debt
 
     def frees_at(self, amount: int, now: float) -> float:
         """Return when so much will have gone from it, or all, whichever is first."""
-        self.used(now)
-        gone = 0
-        for second, used in self._seconds:
-            gone += used
-            if gone >= amount:
-                return second + MINUTE_S + 1.0
-        return self._seconds[-1][0] + MINUTE_S + 1.0 if self._seconds else now
+        amount = min(amount, self.used(now))
+        if not self._total:
+            return now
+        # A debt of a whole minute and more has the minute come again, as it is.
+        again = min(max(amount - 1, 0), self._debt) // self._total
+        amount, debt = amount - again * self._total, self._debt - again * self._total
+        seconds = deque((second, used) for second, used in self._seconds)
+        while True:
+            second, used = seconds.popleft()
+            amount -= used
+            if amount <= 0 or (not seconds and not debt):
+                return second + (again + 1) * (MINUTE_S + 1.0)
+            owed = min(debt, used)
+            debt -= owed
+            if owed:
+                seconds.append((second + MINUTE_S + 1, owed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +139,9 @@ class Ask:
         held: how much it may still use.
         wanted: how much more it would like to be given.
         least: less than this is of no use to it.
+        overdrawn: how much of ``used`` was more than had been expected.
+        heard_used: ``used`` in the newest ask that was answered.
+        heard_overdrawn: ``overdrawn`` in that ask.
     """
 
     ingress: str
@@ -116,6 +153,9 @@ class Ask:
     held: int
     wanted: int
     least: int
+    overdrawn: int
+    heard_used: int
+    heard_overdrawn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +187,7 @@ class _Holding:
     used: int = 0
     returned: int = 0
     held: int = 0
+    overdrawn: int = 0
     heard_at: float = -math.inf
     silent: bool = False
 
@@ -188,16 +229,22 @@ class LimitBook:
 
     def _hear(self, ask: Ask, now: float) -> bool:
         """Take in what an ask says, and return whether it is the newest of its ingress."""
-        # What one that is new here has used came from a book that is lost, or was forgotten.
-        unheard = _Holding(used=ask.used, returned=ask.returned)
-        holding = self._holdings.setdefault(ask.ingress, unheard)
+        # What one that is new here has used came from a book that is lost, or was forgotten; but
+        # what no book has heard of counts now.
+        unknown = _Holding(
+            used=ask.heard_used, returned=ask.returned, overdrawn=ask.heard_overdrawn
+        )
+        holding = self._holdings.setdefault(ask.ingress, unknown)
         if ask.number <= holding.number:
             return False
         holding.number = ask.number
         # Apart, since what is taken now stays for a minute, whatever is returned of older.
-        self._window.add(ask.used - holding.used, now)
+        overdrawn = ask.overdrawn - holding.overdrawn
+        self._window.add(ask.used - holding.used - overdrawn, now)
+        self._window.overdraw(overdrawn, now, ask.limit)
         self._window.take_back(ask.returned - holding.returned)
         holding.used, holding.returned, holding.held = ask.used, ask.returned, ask.held
+        holding.overdrawn = ask.overdrawn
         holding.heard_at, holding.silent = now, False
         return True
 
@@ -209,6 +256,10 @@ class LimitBook:
                 self._window.add(holding.held, now)
                 holding.used += holding.held
                 holding.held, holding.silent = 0, True
+        # What it used counts no more, nor what it held.
+        gone = [name for name, one in self._holdings.items() if now - one.heard_at > _GONE_S]
+        for name in gone:
+            del self._holdings[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +279,9 @@ class Allowance:
         self.limit = limit
         self._ingress = ingress
         self._used = self._returned = self._held = self._number = 0
+        # More than was expected: of ``_used``, and of that at the last ask and the last answer.
+        self._overdrawn = 0
+        self._asked = self._heard = (0, 0)
         self._until = self._asked_at = self._given_at = -math.inf
         self._missed = self._missed_together = 0
         self._taken = self._needed = 0
@@ -289,9 +343,16 @@ class Allowance:
         """
         if difference < 0 and age_s > MINUTE_S - LEASE_S:
             return
-        self._own.add(difference, now)
-        self._used += max(difference, 0)
-        self._returned += max(-difference, 0)
+        more = max(difference, 0)
+        if self.alone:
+            # Its own part pays for it here; the book counts it for a minute.
+            self._own.overdraw(more, now, self._part)
+        else:
+            self._own.add(more, now)
+            self._overdrawn += more
+        self._own.take_back(more - difference)
+        self._used += more
+        self._returned += more - difference
         self._held -= difference
 
     def asks_at(self) -> float:
@@ -315,12 +376,13 @@ class Allowance:
         self._held = max(0, min(self._held, self._needed))
         self._number += 1
         self._asked_at, self._net_before = now, self._net
+        self._asked = self._used, self._overdrawn
         wanted = max(self._needed, self._missed_together) - self._held
         least = self._missed - self._held
         self._missed = self._missed_together = 0
         return Ask(
             self._ingress, self._number, now, self.limit, self._used, self._returned,
-            self._held, max(wanted, 0), max(least, 0),
+            self._held, max(wanted, 0), max(least, 0), self._overdrawn, *self._heard,
         )  # fmt: skip
 
     def receive(self, given: Given, now: float) -> None:
@@ -330,6 +392,12 @@ class Allowance:
         self._held += given.added
         self._until = given.sent_at + LEASE_S
         self._given, self._given_at = given, now
+        self._heard = self._asked
+
+    def is_idle(self, now: float) -> bool:
+        """Whether it can be forgotten: nothing of it counts, here or where it has been heard of."""
+        nothing_to_say = self.asks_at() == math.inf
+        return nothing_to_say and now - self._asked_at > _GONE_S and not self._own.used(now)
 
     def is_refused(self, amount: int, now: float) -> bool:
         """Whether the book has said just now that so much, the limit at most, is not left."""

@@ -1,7 +1,10 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.tenants.keys import KeyLimits, create_key
 from app.tenants.limiter import LimitBooks, Measure, RateLimiter
+from app.tenants.rate_limit import MINUTE_S
 from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
@@ -115,3 +118,50 @@ def test_a_key_that_was_forgotten_has_its_whole_limit_again():
         ingress.exchange(float(at))
     assert list(books._books) == [f"{other.key_id}/requests"]
     assert served(ingress, key, 1, 10, start=1900.0).count(None) == 4
+
+
+@settings(max_examples=40)
+@given(st.data(), st.integers(1, 6), st.integers(1, 2))
+def test_forgetting_lets_no_more_through(data, limit, ingresses):
+    """Keys are used and left, for minutes, at ingresses that forget and books that forget."""
+    books = LimitBooks()
+    all_of_them = [Ingress(books, f"i{number}") for number in range(ingresses)]
+    keys = [key_with(rpm=limit, tpm=10 * limit) for _ in range(3)]
+    now, taken = 1000.0, {key.key_id: [] for key in keys}
+    running = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        key = data.draw(st.sampled_from(keys))
+        ingress = data.draw(st.sampled_from(all_of_them))
+        for _ in range(data.draw(st.integers(1, 2 * limit))):
+            now += 0.2
+            if ingress.request(key, 10, now) is None:
+                taken[key.key_id].append(now)
+                running.append((ingress, key, now))
+        idle_until = now + data.draw(st.sampled_from([0.5, 30, 70, 140, 400]))
+        while now < idle_until:
+            now += 0.5
+            for one in all_of_them:
+                if one.allowances.next_ask() <= now:
+                    one.exchange(now)
+        for one, ended, began in running:
+            one.allowances.put_right(ended, 10, data.draw(st.sampled_from([0, 10])), now - began,
+                                     now)  # fmt: skip
+        running = []
+    for times in taken.values():
+        for at in times:
+            assert sum(at - MINUTE_S < other <= at for other in times) <= limit
+
+
+def test_keys_that_are_gone_are_forgotten():
+    """59dfe9e: 1,000 keys that were used once were remembered for ever."""
+    books = LimitBooks()
+    ingress, other = Ingress(books), key_with(rpm=4)
+    for number in range(1000):
+        assert ingress.request(key_with(rpm=4, tpm=10), 1, 1000.0 + number / 100) is None
+    for at in range(2020, 2600):
+        ingress.request(other, 1, at / 2)
+        ingress.exchange(at / 2)
+    assert len(ingress.allowances) == 1
+    assert list(books._books) == [f"{other.key_id}/requests"]
+    [holding] = books._books[f"{other.key_id}/requests"]._holdings.values()
+    assert not holding.silent

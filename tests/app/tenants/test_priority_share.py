@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from app.tenants.priority_share import PriorityShare
+from app.tenants.priority_share import PriorityShare, PriorityShares
 
 pytestmark = pytest.mark.unit
 
@@ -108,3 +108,32 @@ def test_requests_that_wait_and_leave_enlarge_no_share():
     assert sum(part.allowed for part in asked) == 1
     for part in waiting + asked:
         part.end()
+
+
+@given(
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.lists(
+        st.tuples(st.integers(0, 2), st.booleans(), st.sampled_from([0.1, 20, 70, 130])),
+        max_size=40,
+    ),
+)
+def test_shares_that_are_forgotten_let_no_more_through(share, requests):
+    """Beside shares that remember everything; some requests end after minutes."""
+    forgetting, remembering = PriorityShares(), {}
+    now, waiting = 1000.0, []
+    for number, wants, pause in requests:
+        now += pause
+        one = forgetting.enter(f"{number}", share, now, wants=wants)
+        two = remembering.setdefault(number, PriorityShare()).enter(share, now, wants=wants)
+        assert one.allowed == two.allowed
+        waiting.append((one, two))
+        if len(waiting) > number:
+            for part in waiting.pop(0):
+                part.decide(now, priority=part.allowed)
+                part.end()
+                part.end()
+    for one, two in waiting:
+        one.end()
+        two.end()
+    forgetting.enter("other", share, now + 200, wants=False)
+    assert len(forgetting) == 1, "59dfe9e: each was remembered for ever"

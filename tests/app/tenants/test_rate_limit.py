@@ -1,3 +1,4 @@
+import copy
 import math
 import random
 from itertools import pairwise
@@ -160,7 +161,8 @@ def test_a_request_that_used_more_than_expected_is_made_up_for():
     net.step()
     assert net.take(0, 100)
     net.allowances[0].put_right(1900, 1.0, net.now)
-    for _ in range(int(50 / STEP_S)):
+    # Two limits were used.
+    for _ in range(int(110 / STEP_S)):
         net.step()
         assert not net.take(0, 1)
     for _ in range(int(20 / STEP_S)):
@@ -384,3 +386,82 @@ def test_nothing_is_held_for_what_is_refused():
         # The first got the whole limit; the others were all refused.
         one.take(1000, now)
     assert one.ask(now).wanted <= 1
+
+
+@settings(max_examples=12)
+@given(
+    seed=st.integers(0, 10**6),
+    ingresses=st.integers(1, 3),
+    limit=st.integers(100, 2000),
+    factor=st.sampled_from([1, 3, 30]),
+    lasts=st.sampled_from([[0.5], [5, 40], [0.5, 90, 200]]),
+)
+def test_a_debt_is_paid_however_large_and_late_it_is(seed, ingresses, limit, factor, lasts):
+    """Requests use up to ``factor`` times what was expected. 59dfe9e: each minute began anew."""
+    net = Net(seed, limit, ingresses, delay_s=0.05)
+    running, ended, used, began = [], [], 0, None
+    for _ in range(int(300 / STEP_S)):
+        for entry in [entry for entry in running if entry[0] <= net.now]:
+            running.remove(entry)
+            _, took, ingress, expected, actual = entry
+            net.allowances[ingress].put_right(actual - expected, took, net.now)
+            ended.append((net.now, actual))
+        while ended and ended[0][0] < net.now - 2:
+            used += ended.pop(0)[1]
+        for ingress in net.allowances:
+            expected = net.random.randrange(1, max(2, limit // 5))
+            if net.random.random() < STEP_S and net.take(ingress, expected):
+                began = net.now if began is None else began
+                # What has ended two seconds ago is known everywhere.
+                assert used <= limit * ((net.now - began) / MINUTE_S + 1)
+                took, actual = net.random.choice(lasts), net.random.randrange(factor * expected + 1)
+                running.append((net.now + took, took, ingress, expected, actual))
+        net.step()
+    assert began is not None
+
+
+windows = st.lists(
+    st.tuples(st.sampled_from(["add", "overdraw", "back"]), st.integers(0, 40), st.floats(0, 20)),
+    max_size=40,
+)
+
+
+@given(windows, st.integers(1, 50))
+def test_a_window_with_debts_says_when_they_are_paid(events, limit):
+    window, now = Window(), 1000.0
+    for what, amount, pause in events:
+        now += pause
+        before = window.used(now)
+        if what == "add":
+            # As those who ask are given no more than there is.
+            amount = max(0, min(amount, limit - before))
+            window.add(amount, now)
+        elif what == "overdraw":
+            window.overdraw(amount, now, limit)
+        else:
+            amount = -min(amount, before)
+            window.take_back(-amount)
+        assert window.used(now) == before + amount
+    owed = window.used(now)
+    for amount in {1, owed // 2, owed} - {0} if owed else ():
+        at = window.frees_at(amount, now)
+        later = copy.deepcopy(window)
+        assert later.used(at - 0.01) > owed - amount
+        assert later.used(at) <= owed - amount
+    assert window.used(now + (owed + 2) * (MINUTE_S + 1)) == 0
+
+
+def test_an_ingress_that_a_book_has_forgotten_owes_what_no_book_has_heard_of():
+    """59dfe9e: a request that ended two minutes after the last one owed nothing."""
+    net = Net(1, 1000, 2)
+    net.request(0, 100)
+    for _ in range(int(200 / STEP_S)):
+        net.request(1, 1)
+        net.step()
+    assert len(net.book._holdings) == 1, "the silent one is forgotten"
+    net.allowances[0].put_right(5000, 199.0, net.now)
+    taken = 0
+    for _ in range(int(200 / STEP_S)):
+        taken += net.take(1, 1)
+        net.step()
+    assert taken < 50, "what it held already; five limits are owed"
