@@ -6,11 +6,11 @@ queue, and runs.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from app.core.holdings import Holding, Holdings
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED
 
 _PARSED_FACTOR: Final = 24
@@ -46,35 +46,30 @@ class BodyMemory:
     """What the bodies in one ingress take, together and by tenant."""
 
     def __init__(self) -> None:
-        self._used = 0
-        self._tenants: Counter[str] = Counter()
+        self._holdings: Holdings[NoRoom] = Holdings()
 
     @property
     def used(self) -> int:
         """The bytes of all."""
-        return self._used
+        return self._holdings.of(NoRoom.INGRESS)
 
     def used_by(self, tenant: str) -> int:
         """Return the bytes of one tenant."""
-        return self._tenants[tenant]
+        return self._holdings.of(NoRoom.TENANT, tenant)
 
-    def add(self, tenant: str, size: int) -> None:
-        """Count so many bytes more of a tenant, or fewer if it is negative."""
-        self._used += size
-        self._tenants[tenant] += size
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
+    def held(self, tenant: str) -> Holding[NoRoom]:
+        """Return the room of one request of a tenant, empty as yet."""
+        return Holding(self._holdings, (NoRoom.TENANT, tenant), (NoRoom.INGRESS, ""))
 
 
 class HeldMemory:
     """The room of one request in a ``BodyMemory``; ``release`` gives it back."""
 
-    __slots__ = ("_held", "_memory", "tenant")
+    __slots__ = ("_held", "tenant")
 
     def __init__(self, memory: BodyMemory, tenant: str) -> None:
-        self._memory = memory
         self.tenant = tenant
-        self._held = 0
+        self._held = memory.held(tenant)
 
     def hold(self, length: int, limits: BodyLimits) -> NoRoom | None:
         """Hold room for a body of ``length`` bytes in all, or return why there is none.
@@ -82,24 +77,19 @@ class HeldMemory:
         It may be called again as a body grows; what it held before is part of it. Without keys
         everybody is one tenant, for which only the bound of all holds.
         """
-        memory, tenant, cost = self._memory, self.tenant, _cost(length)
-        more = cost - self._held
+        tenant = self.tenant
         if length > limits.longest_for(tenant):
             return NoRoom.TOO_LARGE
+        more = _cost(length) - self._held.amount
         if more <= 0:
             return None
-        if tenant != _NOBODY and memory.used_by(tenant) + more > _allowed(limits.tenant):
-            return NoRoom.TENANT
-        if memory.used + more > _allowed(limits.total):
-            return NoRoom.INGRESS
-        memory.add(tenant, more)
-        self._held = cost
-        return None
+        of_tenant = limits.total if tenant == _NOBODY else limits.tenant
+        reason = self._held.grow(more, _allowed(of_tenant), _allowed(limits.total))
+        return NoRoom.INGRESS if reason is NoRoom.TENANT and tenant == _NOBODY else reason
 
     def release(self) -> None:
         """Give the room back. Calling it again has no effect."""
-        self._memory.add(self.tenant, -self._held)
-        self._held = 0
+        self._held.give_back()
 
 
 def _cost(length: int) -> int:

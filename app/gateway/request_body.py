@@ -8,12 +8,11 @@ slice of all requests in each turn of the event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, Final
 
+from app import alarms
 from app.config.ingress import IngressSettings
 from app.core import errors
 from app.core.dialect import Route
@@ -22,8 +21,6 @@ from app.protocol.json_body.members import Reparsed
 from app.protocol.json_body.parse import LONGEST_WHOLE
 from app.protocol.json_body.scan import Steps
 from app.protocol.requests import Inbound, parse_plain_request, read_request
-
-_log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Headers = Mapping[bytes, bytes]
@@ -38,7 +35,6 @@ _PARSED_FOR_S: Final = 0.1
 """How long the parsed members of a body are kept beside its bytes. Most requests are sent on
 within that time, and need not parse it again."""
 _DIGITS: Final = 18
-_LOG_EVERY_S: Final = 60.0
 
 
 class ClientGone(Exception):
@@ -50,13 +46,10 @@ class Bodies:
 
     Attributes:
         memory: what they take.
-        refused: how many found no room because of others, by reason.
     """
 
     def __init__(self) -> None:
         self.memory = BodyMemory()
-        self.refused: Counter[NoRoom] = Counter()
-        self._logged_at = -_LOG_EVERY_S
         self._turn = asyncio.Lock()
 
     def room_for(self, tenant: str, settings: IngressSettings) -> Room:
@@ -81,13 +74,8 @@ class Bodies:
         """Return the error of a body without room; count it if the room is taken by others."""
         if reason is NoRoom.TOO_LARGE:
             return errors.BodyTooLarge(longest)
-        self.refused[reason] += 1
-        now = asyncio.get_running_loop().time()
-        if now - self._logged_at >= _LOG_EVERY_S:
-            self._logged_at = now
-            counts = ", ".join(f"{why.value} {count}" for why, count in self.refused.items())
-            used = self.memory.used // _MIB
-            _log.warning("No room for request bodies: %d MiB in use, refused: %s", used, counts)
+        used = self.memory.used // _MIB
+        alarms.PROCESS.raised(f"refused for {reason.value}", f"bodies take {used} MiB")
         return errors.no_memory(reason.value, _TRY_AGAIN_S)
 
 

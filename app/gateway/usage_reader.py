@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
 from threading import Lock
 
 from sqlalchemy import URL
 
 from app.config.usage_reads import UsageSettings
 from app.core import errors
+from app.core.holdings import Holding, Holdings
 from app.ledger.record_store import RecordStore, Wanted
 from app.ledger.usage import Grouping, Total
 from app.store.database import connect
+
+
+class _Reader(Enum):
+    """Whose readings a bound counts."""
+
+    TENANT = auto()
+    INGRESS = auto()
 
 
 class UsageReader:
@@ -27,8 +35,9 @@ class UsageReader:
         )
         self._records = RecordStore(self._engine)
         self._threads = ThreadPoolExecutor(settings.max_reads, "usage")
+        # Readings end on threads.
         self._lock = Lock()
-        self._reading: Counter[str] = Counter()
+        self._reading: Holdings[_Reader] = Holdings()
 
     async def totals(self, wanted: Wanted, groups: Sequence[Grouping]) -> list[Total]:
         """Return totals of a tenant's records.
@@ -41,10 +50,9 @@ class UsageReader:
             StoreAway: the database cannot be read.
             TooManyRows: there would be more groups than may be.
         """
-        tenant = wanted.tenant or ""
-        self._enter(tenant)
+        place = self._enter(wanted.tenant or "")
         reading = self._threads.submit(self._records.totals, wanted, groups, self.settings.max_rows)
-        reading.add_done_callback(lambda _: self._leave(tenant))
+        reading.add_done_callback(lambda _: self._leave(place))
         return await asyncio.wrap_future(reading)
 
     def close(self) -> None:
@@ -52,16 +60,14 @@ class UsageReader:
         self._threads.shutdown()
         self._engine.dispose()
 
-    def _enter(self, tenant: str) -> None:
+    def _enter(self, tenant: str) -> Holding[_Reader]:
+        place = Holding(self._reading, (_Reader.TENANT, tenant), (_Reader.INGRESS, ""))
         with self._lock:
-            if self._reading[tenant] >= self.settings.max_reads_per_tenant:
+            bounds = (self.settings.max_reads_per_tenant, self.settings.max_reads)
+            if place.grow(1, *bounds) is not None:
                 raise errors.UsageBusy
-            if self._reading.total() >= self.settings.max_reads:
-                raise errors.UsageBusy
-            self._reading[tenant] += 1
+        return place
 
-    def _leave(self, tenant: str) -> None:
+    def _leave(self, place: Holding[_Reader]) -> None:
         with self._lock:
-            self._reading[tenant] -= 1
-            if not self._reading[tenant]:
-                del self._reading[tenant]
+            place.give_back()

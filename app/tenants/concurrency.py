@@ -6,12 +6,11 @@ keeps to its own part of a bound, so that no message stands between a request an
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
 
 from app.config.ingress import FlightBounds
+from app.core.holdings import Holding, Holdings
 from app.tenants.rate_limit import split_limit
 
 
@@ -34,10 +33,12 @@ class InFlight:
     """The requests that are in flight at this ingress. Remembers nobody who has none."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[Holder, str]] = Counter()
+        self._holdings: Holdings[Holder] = Holdings()
 
-    def enter(self, key_id: str, tenant: str, bounds: FlightBounds, ingresses: int) -> Flight:
-        """Count a request; it is to be left exactly once, as a context manager.
+    def enter(
+        self, key_id: str, tenant: str, bounds: FlightBounds, ingresses: int
+    ) -> Holding[Holder]:
+        """Count a request until the block that is returned has been left.
 
         Args:
             key_id: the key's.
@@ -48,47 +49,17 @@ class InFlight:
         Raises:
             OverBound: there are as many as there may be; it is not counted.
         """
-        held = ((Holder.KEY, key_id, bounds.key), (Holder.TENANT, tenant, bounds.tenant))
-        for holder, name, bound in held:
-            part = split_limit(bound, ingresses)
-            if self._counts[holder, name] >= part:
-                raise OverBound(holder, part)
-        places = tuple((holder, name) for holder, name, _ in held)
-        self._counts.update(places)
-        return Flight(self, places)
+        parts = (split_limit(bounds.key, ingresses), split_limit(bounds.tenant, ingresses))
+        flight = Holding(self._holdings, (Holder.KEY, key_id), (Holder.TENANT, tenant))
+        over = flight.grow(1, *parts)
+        if over is not None:
+            raise OverBound(over, parts[over is Holder.TENANT])
+        return flight
 
     def of(self, holder: Holder, name: str) -> int:
         """Return how many requests somebody has in flight."""
-        return self._counts[holder, name]
+        return self._holdings.of(holder, name)
 
     def __len__(self) -> int:
         """Return how many keys and tenants it remembers."""
-        return len(self._counts)
-
-    def _leave(self, places: tuple[tuple[Holder, str], ...]) -> None:
-        for place in places:
-            self._counts[place] -= 1
-            if not self._counts[place]:
-                del self._counts[place]
-
-
-class Flight:
-    """One request in flight, until the block is left."""
-
-    __slots__ = ("_book", "_places")
-
-    def __init__(self, book: InFlight, places: tuple[tuple[Holder, str], ...]) -> None:
-        self._book = book
-        self._places = places
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        places, self._places = self._places, ()
-        self._book._leave(places)
+        return len(self._holdings)

@@ -3,6 +3,7 @@ import asyncio
 import orjson
 import pytest
 
+from app import alarms
 from app.config.ingress import IngressSettings
 from app.core.dialect import Dialect, Route
 from app.core.errors import BodyTooLarge, InvalidRequest, RequestTimeout, Unavailable
@@ -80,7 +81,10 @@ async def test_a_body_beyond_its_declared_length_is_refused():
 @pytest.mark.parametrize(
     ("tenant", "reason"), [("t", "tenant_request_memory"), ("u", "request_memory")]
 )
-async def test_a_body_without_room_is_refused_until_others_have_ended(tenant, reason, says, caplog):
+async def test_a_body_without_room_is_refused_until_others_have_ended(
+    tenant, reason, says, monkeypatch
+):
+    monkeypatch.setattr(alarms, "PROCESS", alarms.Alarms())
     bodies, bounds = Bodies(), settings(body_memory_mb=5, body_memory_tenant_mb=4)
     headers = declared(3 * MIB) if says else {}
     with bodies.room_for("t", bounds) as room:
@@ -95,9 +99,7 @@ async def test_a_body_without_room_is_refused_until_others_have_ended(tenant, re
         assert error.headers["connection"] == "close"
     await read(bodies, body(3 * MIB), headers, tenant, settings=bounds)
     assert bodies.memory.used == 0
-    assert bodies.refused == {reason: 2}
-    (record,) = caplog.records
-    assert record.message.endswith(f"refused: {reason} 1")
+    assert alarms.PROCESS.counts() == {f"refused for {reason}": 2}
 
 
 async def test_what_never_fits_is_too_large():

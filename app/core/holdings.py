@@ -1,0 +1,79 @@
+"""What holders have of something bounded: requests in flight, bytes of bodies, readings. Pure.
+
+A holder is a kind (a key, a tenant, the whole ingress) and a name. Each kind has a bound, which is
+passed in, so it may change at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+class Holdings(Generic[Kind]):
+    """How much each holder has. Remembers nobody who has nothing."""
+
+    def __init__(self) -> None:
+        self._amounts: dict[tuple[Kind, str], int] = {}
+
+    def of(self, kind: Kind, name: str = "") -> int:
+        """Return how much a holder has."""
+        return self._amounts.get((kind, name), 0)
+
+    def __len__(self) -> int:
+        """Return how many holders have something."""
+        return len(self._amounts)
+
+    def _add(self, holder: tuple[Kind, str], amount: int) -> None:
+        left = self._amounts.get(holder, 0) + amount
+        if left:
+            self._amounts[holder] = left
+        else:
+            self._amounts.pop(holder, None)
+
+
+class Holding(Generic[Kind]):
+    """An amount that several holders have at once, such as a key and its tenant.
+
+    It begins with nothing. As a context manager it is given back at the end of the block.
+
+    Attributes:
+        amount: how much it is.
+    """
+
+    __slots__ = ("_holders", "_holdings", "amount")
+
+    def __init__(self, holdings: Holdings[Kind], *holders: tuple[Kind, str]) -> None:
+        self.amount = 0
+        self._holdings = holdings
+        self._holders = holders
+
+    def grow(self, amount: int, *bounds: int) -> Kind | None:
+        """Add to it, or return whose bound is in the way, and add nothing.
+
+        Args:
+            amount: how much.
+            bounds: how much each of its holders may have, in their order.
+        """
+        holdings = self._holdings
+        for (kind, name), bound in zip(self._holders, bounds, strict=True):
+            if holdings.of(kind, name) + amount > bound:
+                return kind
+        for holder in self._holders:
+            holdings._add(holder, amount)
+        self.amount += amount
+        return None
+
+    def give_back(self) -> None:
+        """Give all of it back. Calling it again has no effect."""
+        amount, self.amount = self.amount, 0
+        for holder in self._holders:
+            self._holdings._add(holder, -amount)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
