@@ -30,6 +30,7 @@ class Answer:
 
     ``outcome`` is one of the names above, or an error's status and code; times are in seconds,
     ``first_s`` is that to the first byte of a stream, ``gap_s`` the longest wait for the next one.
+    ``client`` is the number of the client that asked.
     """
 
     began: float
@@ -40,6 +41,7 @@ class Answer:
     first_s: float = 0.0
     seconds: float = 0.0
     gap_s: float = 0.0
+    client: int = 0
 
 
 class Truncated(Exception):
@@ -130,6 +132,7 @@ class Clients:
                     max_tokens=1 + 7 * number % self.most_tokens,
                     service_tier=TIERS[number % len(TIERS)],
                 )
+                answer.client = first
                 self.answers.append(answer)
                 # Not as fast as it can: what is asked for is that nobody sees anything.
                 await asyncio.sleep(0.05 if answer.outcome == COMPLETE else 0.2)
@@ -137,6 +140,11 @@ class Clients:
     def outcomes(self, since: float = 0.0) -> Counter[str]:
         """What has become of the requests that began after a time."""
         return Counter(answer.outcome for answer in self.answers if answer.began >= since)
+
+    def served(self, since: float) -> bool:
+        """Whether every client has got an answer that it asked for after a time."""
+        again = {one.client for one in self.complete() if one.began >= since}
+        return len(again) == self.count
 
     def complete(self) -> list[Answer]:
         """The answers that have come to their end."""

@@ -67,7 +67,8 @@ def recovered(cluster):
 async def under_load(cluster, what, *, seen):
     """Clients ask while the block makes something fail, and until all is well again.
 
-    They may see answers, and besides only what is ``seen``, soon; each answer is on the bill once.
+    They may see answers, and besides only what is ``seen``; each answer is on the bill once. One
+    that is stuck gets neither: its request is shed with 429 when it has waited for ``MAX_WAIT_S``.
     """
     clients = Clients(cluster, "single", count=CLIENTS)
     async with clients.asking():
@@ -77,13 +78,10 @@ async def under_load(cluster, what, *, seen):
         await eventually_async(lambda: recovered(cluster), 60)
         took_s = time.monotonic() - failed
         back = time.monotonic()
-        await asyncio.sleep(1.5)
+        # A client asks anew only when it has got its answer: nobody is held by what was lost.
+        await eventually_async(lambda: clients.served(since=back), MAX_WAIT_S + 30)
     print(f"\n| one replica: {what} | {told(clients.answers)} | {took_s:.1f} s |")
     assert set(clients.outcomes()) <= {COMPLETE, *seen}
-    assert clients.outcomes(since=back)[COMPLETE] > 0, "served again"
-    # Nobody has waited for a place that nobody could give.
-    slowest = max(answer.seconds for answer in clients.answers)
-    assert slowest < 2 * STREAM_TIMEOUT_S + PROBE_TIMEOUT_S + 10 < MAX_WAIT_S
     await asyncio.to_thread(check_bill, cluster, clients.answers)
 
 
