@@ -110,7 +110,10 @@ def frame(kind: Kind, body: bytes) -> bytes:
 
 
 def read_frame(data: bytes, start: int) -> Frame | None:
-    """Return the frame that begins at ``start``, or ``None`` if no whole one does."""
+    """Return the frame that begins at ``start``, or ``None`` if no whole one does.
+
+    Its line break is not looked at: the checksum says that all else is there.
+    """
     header = data[start : start + _HEADER]
     try:
         length, kind = int(header[9:15], 16), header[16:17]
@@ -118,7 +121,7 @@ def read_frame(data: bytes, start: int) -> Frame | None:
         return None
     end = start + _HEADER + length + 1
     checksum = crc32(data[start + 9 : end - 1])
-    if header != _header(checksum, length, kind) or data[end - 1 : end] != b"\n":
+    if header != _header(checksum, length, kind) or len(data) < end:
         return None
     return Frame(_KINDS.get(kind), data[start + _HEADER : end - 1], end)
 
@@ -156,6 +159,7 @@ def read_segment(data: bytes) -> Segment:
             place = data.find(b"\n", place) + 1 or -1
         else:
             damaged = damaged or skipped
+            skipped = skipped or data[found.end - 1 : found.end] != b"\n"
             frames.append(found)
             place = found.end
     return Segment(tuple(frames), damaged, whole=not skipped)
