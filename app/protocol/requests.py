@@ -6,7 +6,7 @@ Everything else in requests and answers passes through untouched, but for nulls 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import orjson
 
 from app.core import errors
 from app.core.dialect import Dialect, Route
-from app.core.pricing import cost
+from app.core.pricing import TokenUsage, cost
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier, UnknownTierError, parse_requested
 from app.protocol import engine_errors
@@ -100,10 +100,8 @@ def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
         return None
     prefix = prompt_prefix(route, fields)
     tokens = estimate_tokens(route, fields, len(body))
-    inbound = _inbound(route, fields, len(body), prefix, tokens)
-    if len(body) > LONGEST_KEPT_PARSED:
-        return replace(inbound, fields=Reparsed(body, fields))
-    return inbound
+    kept = fields if len(body) <= LONGEST_KEPT_PARSED else Reparsed(body, fields)
+    return _inbound(route, fields, kept, len(body), prefix, tokens)
 
 
 def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
@@ -118,11 +116,16 @@ def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
     yield
     tokens = estimate_tokens(route, fields, len(body))
     yield
-    return _inbound(route, fields, len(body), prefix, tokens)
+    return _inbound(route, fields, fields, len(body), prefix, tokens)
 
 
 def _inbound(
-    route: Route, fields: Mapping[str, Any], length: int, prefix: int | None, tokens: Estimate
+    route: Route,
+    fields: Mapping[str, Any],
+    kept: Mapping[str, Any],
+    length: int,
+    prefix: int | None,
+    tokens: Estimate,
 ) -> Inbound:
     model = fields.get("model")
     if not isinstance(model, str) or not model:
@@ -143,7 +146,7 @@ def _inbound(
         )
     return Inbound(
         route,
-        fields,
+        kept,
         model,
         requested,
         _flag(fields, "stream"),
@@ -232,13 +235,14 @@ def json_number(amount: Decimal) -> orjson.Fragment:
     return orjson.Fragment(format(amount.normalize(), "f") if amount else "0.0")
 
 
-def stamp(answer: dict[str, Any], decision: TierDecision) -> None:
+def stamp(answer: dict[str, Any], decision: TierDecision, tokens: TokenUsage | None = None) -> None:
     """Put the served tier into an answer, chunk or Responses object, in place, and the cost into
-    its ``usage``, which tells what is billed.
+    its ``usage``, which tells what is billed. ``tokens`` are those of ``usage``, if already read.
     """
     answer["service_tier"] = decision.served.value
     usage = answer.get("usage")
-    tokens = read_usage(usage)
+    if tokens is None:
+        tokens = read_usage(usage)
     if tokens is not None and isinstance(usage, dict):
         usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
 

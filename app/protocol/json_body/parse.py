@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any, Final
 
 import orjson
 
 from app.core import errors
-from app.protocol.json_body.depth import MAX_DEPTH, TooDeep, is_too_deep
+from app.protocol.json_body.depth import MAX_DEPTH, TooDeep, is_parsed_too_deep, is_too_deep
 from app.protocol.json_body.members import Members
 from app.protocol.json_body.scan import (
     MOST_MEMBERS,
@@ -23,7 +22,6 @@ LONGEST_WHOLE: Final = 128 * 1024
 """Longer documents are never parsed whole. Parsing takes 4 ms for the worst (nothing but empty
 arrays), and usually 0.1 ms."""
 _COUNTED: Final = 4 * 1024
-_CONTAINERS: Final = frozenset({dict, list})
 
 
 def parse_plain(body: bytes) -> dict[str, Any] | None:
@@ -47,16 +45,10 @@ def parse_plain(body: bytes) -> dict[str, Any] | None:
 
 def _is_shallow(fields: dict[str, Any], body: bytes) -> bool:
     """Return whether parsed JSON has at most ``MAX_DEPTH`` levels."""
-    # Counting is faster than looking at the values while the body is short.
+    # Counting brackets is faster than looking at the values while the body is short.
     if len(body) <= _COUNTED and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
         return True
-    level = [value for value in fields.values() if type(value) in _CONTAINERS]
-    for _ in range(MAX_DEPTH - 1):
-        if not level:
-            return True
-        items = chain.from_iterable([v.values() if type(v) is dict else v for v in level])
-        level = [value for value in items if type(value) in _CONTAINERS]
-    return not level
+    return not is_parsed_too_deep(fields)
 
 
 def scan_object(body: memoryview) -> Steps[Members]:

@@ -8,6 +8,7 @@ from app.protocol.json_body.depth import (
     blank_escapes,
     brackets,
     first_return,
+    is_parsed_too_deep,
     is_too_deep,
     levels,
 )
@@ -39,7 +40,9 @@ def wrapped(value, times):
 @example([], 99, 600)
 def test_more_levels_than_may_be_are_found(value, times, padding):
     value = [*([[]] * padding), *([[[]]] * padding), wrapped(value, times)]
-    assert is_too_deep(orjson.dumps(value)) == (depth(value) > MAX_DEPTH)
+    too_deep = depth(value) > MAX_DEPTH
+    assert is_too_deep(orjson.dumps(value)) == too_deep
+    assert is_parsed_too_deep(value) == too_deep
 
 
 SIGNS = st.lists(st.sampled_from([b"[", b"]", b"{}", b"[]", b"[[]]"]), max_size=900).map(b"".join)
