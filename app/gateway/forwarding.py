@@ -50,9 +50,9 @@ class Forwarding:
                 await self._unless_slow(answer, place)
 
     async def _whole(self, answer: UnaryAnswer, place: Placement) -> None:
-        body, count = stamp_answer(answer.body, self._inbound, place.decision)
-        self._meter.counted = count.result()
-        _note_odd_usage(place, odd=count.odd)
+        body, counted = stamp_answer(answer.body, self._inbound, place.decision)
+        self._meter.counted = counted
+        _note_odd_usage(place, odd=counted.estimated)
         self._meter.first_byte()
         await self._meter.settle(State.COMPLETED)
         # The engine has ended: its slot does not wait for a client that reads slowly.

@@ -286,20 +286,19 @@ class ResponsesStamper:
         return Event(orjson.dumps(fields), b"error").encode()
 
 
-def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple[bytes, Count]:
-    """Return what a client gets for an answer that came whole, and the count of its tokens.
+def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple[bytes, Counted]:
+    """Return what a client gets for an answer that came whole, and its tokens.
 
     Raises:
         ServerError: it cannot be read, or cannot be written again.
     """
     try:
         answer = orjson.loads(body)
-        count = count_answer(answer, inbound.route, inbound.expected_prompt_tokens)
-        counted = count.result()
-        if read_usage(answer.get("usage")) != counted.usage:
+        counted = count_answer(answer, inbound.route, inbound.expected_prompt_tokens).result()
+        if counted.estimated and read_usage(answer.get("usage")) != counted.usage:
             answer["usage"] = usage_fields(counted, inbound.route)
-        stamp(answer, decision)
-        return orjson.dumps(answer), count
+        stamp(answer, decision, counted.usage)
+        return orjson.dumps(answer), counted
     except Exception as error:
         # As of events.
         alarms.PROCESS.raised("unreadable answer", "an engine's answer was not passed on", error)

@@ -93,6 +93,11 @@ class Count:
         self._bytes += size
 
     @property
+    def tells_completion(self) -> bool:
+        """Whether the engine has told how many tokens the whole answer has, and not none."""
+        return self._final is not None and bool(self._final.completion)
+
+    @property
     def odd(self) -> bool:
         """Whether the engine has told something that cannot be."""
         return self._odd or (self._final is not None and self.result().estimated)
@@ -131,7 +136,7 @@ def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> 
     usage = answer.get("usage")
     # A stream may be left before its usage comes; a whole answer has it.
     count.told({} if usage is None else usage)
-    if route is not Route.EMBEDDINGS and not _tells_completion(usage):
+    if route is not Route.EMBEDDINGS and not count.tells_completion:
         size = sum(map(text_size, _parts(answer)))
         count.sent(bool(size), size)
     return count
@@ -186,31 +191,29 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _tells_completion(usage: object) -> bool:
-    told = _read(usage) if isinstance(usage, dict) else None
-    return told is not None and bool(told.completion)
-
-
 def _read(usage: object) -> _Told:
     if not isinstance(usage, dict):
         return _Told(None, 0, None, odd=True)
     prompt = _tokens(usage.get("prompt_tokens", usage.get("input_tokens")))
+    completion = usage.get("completion_tokens")
+    if completion is None:
+        completion = usage.get("output_tokens")
     # Embeddings have none.
-    completion = _tokens(_first(usage, "completion_tokens", "output_tokens", 0))
-    details = _first(usage, "prompt_tokens_details", "input_tokens_details", {})
-    known = isinstance(details, dict)
-    cached = _tokens(_first(details, "cached_tokens", "cached_tokens", 0)) if known else None
+    completion = 0 if completion is None else _tokens(completion)
+    details = usage.get("prompt_tokens_details")
+    if details is None:
+        details = usage.get("input_tokens_details")
+    cached = _cached(details)
     most = prompt or 0
     odd = prompt is None or completion is None or cached is None or cached > most
     return _Told(prompt, min(cached or 0, most), completion, odd)
 
 
-def _first(fields: dict[str, Any], name: str, other: str, otherwise: object) -> Any:
-    """Return what is there under one of two names."""
-    for value in (fields.get(name), fields.get(other)):
-        if value is not None:
-            return value
-    return otherwise
+def _cached(details: object) -> int | None:
+    if not isinstance(details, dict):
+        return 0 if details is None else None
+    cached = details.get("cached_tokens")
+    return 0 if cached is None else _tokens(cached)
 
 
 def _tokens(value: object) -> int | None:
