@@ -25,9 +25,10 @@ _MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that wait for a slow client before the engine has to wait, too. About a
 thousand tokens of a stream."""
 _MOST_HELD: Final = 64 * 1024 * 1024
-"""The same for all answers of an ingress together: 256 full buffers. Beyond it each answer may only
+"""The same for all answers of an ingress together: 340 full buffers. Beyond it each answer may only
 keep ``_LEAST_UNREAD``, which is what one read from the socket brings at most."""
 _LEAST_UNREAD: Final = 64 * 1024
+"""Bytes of an answer that are not counted in ``_MOST_HELD``. A client that keeps up has fewer."""
 
 
 Body = bytes | Iterable[bytes | memoryview]
@@ -109,7 +110,7 @@ class Response:
 
 
 class Held:
-    """A number of bytes; it changes for every event."""
+    """A number of bytes. On the class itself it would empty Python's method caches when it changes."""
 
     __slots__ = ("size",)
 
@@ -120,7 +121,8 @@ class Held:
 class EngineConnection(asyncio.Protocol):
     """One connection to an engine. Its methods are for one request after the other.
 
-    ``held`` counts the bytes of answers that wait for their readers, on all connections together.
+    ``held`` counts the bytes that wait for their readers, on all connections together, without the
+    first ``_LEAST_UNREAD`` of each.
 
     Attributes:
         complete: whether the whole answer has come.
@@ -132,7 +134,7 @@ class EngineConnection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._unread = 0
+        self._unread = self._counted = 0
         self._slow: asyncio.TimerHandle | None = None
         self._pieces: list[bytes] = []
         # The parser calls it for each chunk of a stream.
@@ -222,11 +224,10 @@ class EngineConnection(asyncio.Protocol):
         if not pieces:
             return b""
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if self._paused:
+        if self._counted:
             self._drop()
         else:
             pieces.clear()
-            self.held.size -= self._unread
             self._unread = 0
         if self._paused and self._transport is not None:
             self._paused = False
@@ -261,11 +262,19 @@ class EngineConnection(asyncio.Protocol):
     def _drop(self) -> None:
         """Forget what waits to be read."""
         self._pieces.clear()
-        self.held.size -= self._unread
-        self._unread = 0
+        self.held.size -= self._counted
+        self._unread = self._counted = 0
         if self._slow is not None:
             self._slow.cancel()
             self._slow = None
+
+    def _count(self) -> None:
+        """Count what waits beyond ``_LEAST_UNREAD``; the engine waits, too, if it is too much."""
+        over = self._unread - _LEAST_UNREAD
+        self.held.size += over - self._counted
+        self._counted = over
+        if self._unread > _MOST_UNREAD or self.held.size > _MOST_HELD:
+            self._pause()
 
     def _pause(self) -> None:
         assert self._transport is not None, "it has just received something"
@@ -281,8 +290,8 @@ class EngineConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    async def news(self) -> None:
-        """Return when something has come of an answer.
+    def news(self) -> asyncio.Future[None]:
+        """Return a future that is done when something has come of an answer.
 
         Raises:
             ConnectionLost: the connection has ended.
@@ -290,10 +299,7 @@ class EngineConnection(asyncio.Protocol):
         if self._lost:
             raise self._end()
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _end(self) -> ConnectionLost:
         stale = self.kept and not (self._silent or self._answered)
@@ -337,11 +343,12 @@ class EngineConnection(asyncio.Protocol):
             self._fail()
             return
         self._unread += len(data)
-        self.held.size += len(data)
-        most = _MOST_UNREAD if self.held.size <= _MOST_HELD else _LEAST_UNREAD
-        if self._unread > most and not self._paused:
-            self._pause()
-        self._wake()
+        if self._unread > _LEAST_UNREAD and not self._paused:
+            self._count()
+        # As `_wake`: this is called for every event.
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def pause_writing(self) -> None:
         self._may_write = False

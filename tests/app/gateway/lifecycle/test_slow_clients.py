@@ -66,6 +66,7 @@ async def test_the_engine_is_stopped_once_the_buffer_is_full(world, monkeypatch,
 
 
 async def test_a_client_that_reads_again_in_time_gets_all(world, monkeypatch):
+    monkeypatch.setattr("app.upstream.http1._LEAST_UNREAD", 2048)
     monkeypatch.setattr("app.upstream.http1._MOST_UNREAD", 4096)
     world._services.settings = IngressSettings(auth="keys", slow_reader_s=5)
     seen, task = asking(world, stream=True, max_tokens=200)
