@@ -40,6 +40,22 @@ class FlightBounds:
     tenant: int
 
 
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """Bounds in bytes: of one body, of all of one tenant, and of all."""
+
+    longest: int
+    tenant: int
+    total: int
+
+    def longest_for(self, tenant: str) -> int:
+        """Return the length of the longest body that can ever have room.
+
+        ``tenant`` is empty where the ingress is open to all.
+        """
+        return min(self.longest, self.tenant if tenant else self.total, self.total)
+
+
 class IngressSettings(Settings):
     """``user_config`` of the ``Ingress`` deployment. Changes need no restart."""
 
@@ -169,6 +185,13 @@ class IngressSettings(Settings):
             return HostRule.of(self.allowed_hosts)
         everywhere = self.auth == "keys" or self.open_to_network
         return HostRule.of([ANY_HOST] if everywhere else [])
+
+    @cached_property
+    def body_limits(self) -> BodyLimits:
+        """How much memory request bodies may take."""
+        tenant, total = self.body_memory_tenant_mb, self.body_memory_mb
+        mib = 1024 * 1024
+        return BodyLimits(self.max_body_bytes, tenant * mib, total * mib)
 
     @cached_property
     def in_flight(self) -> FlightBounds:

@@ -6,10 +6,10 @@ queue, and runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from app.config.ingress import BodyLimits
 from app.core.holdings import Holding, Holdings
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED
 
@@ -27,19 +27,6 @@ class NoRoom(StrEnum):
     """The bodies of its tenant take all that one tenant may."""
     INGRESS = "request_memory"
     """The bodies in this ingress take all that there is."""
-
-
-@dataclass(frozen=True, slots=True)
-class BodyLimits:
-    """Bounds in bytes: of one body, of all of one tenant, and of all."""
-
-    longest: int
-    tenant: int
-    total: int
-
-    def longest_for(self, tenant: str) -> int:
-        """Return the length of the longest body that can ever have room."""
-        return min(self.longest, self.total if tenant == _NOBODY else self.tenant, self.total)
 
 
 class BodyMemory:

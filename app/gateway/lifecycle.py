@@ -34,11 +34,6 @@ from app.tenants.access import Caller
 from app.tenants.priority_share import SharePart
 from app.upstream.client import EngineFailed, EngineUnreachable
 
-    def current_ledger(self) -> Ledger:
-        """Return the ledger that is in force; a change of the settings replaces it."""
-        assert self.ledger is not None, "settings come before requests"
-        return self.ledger
-
 
 class Lifecycle:
     """One request to one model, from its arrival to the last byte of its answer.

@@ -16,7 +16,7 @@ from app import alarms
 from app.config.ingress import IngressSettings
 from app.core import errors
 from app.core.dialect import Route
-from app.gateway.body_memory import BodyLimits, BodyMemory, HeldMemory, NoRoom
+from app.gateway.body_memory import BodyMemory, HeldMemory, NoRoom
 from app.protocol.json_body.members import Reparsed
 from app.protocol.json_body.parse import LONGEST_WHOLE
 from app.protocol.json_body.scan import Steps
@@ -93,12 +93,11 @@ class Room:
         self._bodies = bodies
         self._settings = settings
         self._held = HeldMemory(bodies.memory, tenant)
-        self._limits = BodyLimits(
-            settings.max_body_bytes,
-            settings.body_memory_tenant_mb * _MIB,
-            settings.body_memory_mb * _MIB,
-        )
-        self._longest = self._limits.longest_for(tenant)
+        self._limits = settings.body_limits
+
+    @property
+    def _longest(self) -> int:
+        return self._limits.longest_for(self._held.tenant)
 
     def __enter__(self) -> Room:
         return self
@@ -123,7 +122,8 @@ class Room:
         inbound = parse_plain_request(route, body) if isinstance(body, bytes) else None
         if inbound is None:
             return await self._bodies.in_turns(read_request(route, memoryview(body)))
-        if isinstance(inbound.fields, Reparsed):
+        # Not `isinstance`: an abstract class takes 0.4 us to answer that.
+        if type(inbound.fields) is Reparsed:
             loop = asyncio.get_running_loop()
             loop.call_later(_PARSED_FOR_S, inbound.fields.forget)
         return inbound

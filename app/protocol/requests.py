@@ -196,14 +196,15 @@ def rewrite_request(
     accepted = dialect.accepted_fields.get(inbound.route)
     fields: dict[str, Any] = {}
     source = inbound.fields
-    if isinstance(source, Members):
+    # Not `isinstance`: an abstract class takes 0.4 us to answer that.
+    if type(source) is Members:
         _set_own_fields(fields, inbound, model_id, dialect, tier)
         own = fields if accepted is None else _only(fields, accepted)
         withheld = FRONTLINE_FIELDS | fields.keys()
         names = (name for name in source if accepted is None or name in accepted)
         kept = source.pieces(name for name in names if name not in withheld)
         return Spliced.of(orjson.dumps(own), kept)
-    if isinstance(source, Reparsed):
+    if type(source) is Reparsed:
         source = source.fields
     fields = {
         key: value

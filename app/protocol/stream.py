@@ -158,8 +158,8 @@ class ChunkStamper:
         self._take_spliced()
         if usage is not None:
             self._take_usage(usage, _only_choice(choices))
-        size = sum(map(choice_text_size, choices))
         # Where usage comes with them, deltas are told or, if that cannot be, one token each.
+        size = 0 if text and usage is not None else sum(map(choice_text_size, choices))
         self._count.sent(bool(size) or text, size if usage is None else 0)
 
     def _take_usage(self, usage: object, choice: int | None) -> None:
@@ -168,15 +168,14 @@ class ChunkStamper:
 
     def _take_spliced(self) -> None:
         splicer = self._splicer
-        if splicer is None:
+        if splicer is None or not splicer.deltas:
             return
         for choice, raw in splicer.usages.items():
             self._take_usage(_usage_of(raw), choice)
         splicer.usages.clear()
-        if splicer.deltas:
-            # As they came: what is escaped counts a little more.
-            self._count.sent(splicer.deltas, splicer.size)
-            splicer.deltas = splicer.size = 0
+        # As they came: what is escaped counts a little more.
+        self._count.sent(splicer.deltas, splicer.size)
+        splicer.deltas = splicer.size = 0
 
     def _shown_usage(self) -> dict[str, Any]:
         """Return the ``usage`` object that tells the tokens so far."""

@@ -110,7 +110,7 @@ class Response:
 
 
 class Held:
-    """A number of bytes. On the class itself it would empty Python's method caches when it changes."""
+    """A number of bytes. On a class itself it would empty Python's method caches at each change."""
 
     __slots__ = ("size",)
 

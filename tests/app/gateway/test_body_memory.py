@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.gateway.body_memory import BodyLimits, BodyMemory, HeldMemory, NoRoom
+from app.config.ingress import BodyLimits
+from app.gateway.body_memory import BodyMemory, HeldMemory, NoRoom
 
 pytestmark = pytest.mark.unit
 

@@ -39,10 +39,10 @@ def test_what_is_set_for_rays_own_processes_is_not_the_engines(tmp_path, monkeyp
 def started(**settings):
     """Start an engine that prints what it has of these in its environment, and return that."""
     pool = PoolSettings(name="pool", engine="simulated", model="simulated", slots=1, **settings)
-    launch = launch.make_launch("model", pool, host="127.0.0.1", port=1)
+    made = launch.make_launch("model", pool, host="127.0.0.1", port=1)
 
     async def run():
-        engine = await launch.start_engine(Printing(), launch, pool)
+        engine = await launch.start_engine(Printing(), made, pool)
         await engine.wait()
         return json.loads(engine.tail())
 
