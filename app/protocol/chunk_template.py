@@ -66,7 +66,9 @@ class Splicer:
         """
         while place < len(blocks):
             for template in self._templates:
-                if self._all_alike and (done := self._splice_all(template, blocks, place, wire)):
+                # Most often one comes alone, and then asking is in vain.
+                many = self._all_alike and len(blocks) - place >= _MANY
+                if many and (done := self._splice_all(template, blocks, place, wire)):
                     place += done
                     break
                 texts = self._texts(template, blocks, place)
