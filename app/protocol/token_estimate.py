@@ -203,7 +203,8 @@ def _raw_media(raw: RawJson) -> Iterator[tuple[int, int]]:
     """
     searched = at = 0
     for _ in range(_MOST_HITS):
-        found = raw.find(b"data", at, at + _SEARCHED - searched)
+        # A name ends with a quote, and a data URL follows one.
+        found = raw.find(b"data", at, at + _SEARCHED - searched, beside=b'"')
         if found < 0:
             return
         start, searched, at = _payload_start(raw, found), searched + found + 4 - at, found + 4

@@ -43,7 +43,7 @@ def is_too_deep(body: bytes) -> bool:
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return False
     plain, _ = blank_escapes(body)
-    _, highest, _ = levels(brackets(plain, inside=False), 0)
+    _, highest, _ = levels(brackets(plain, inside=False)[0], 0)
     return highest > MAX_DEPTH
 
 
@@ -94,18 +94,22 @@ def blank_escapes(chunk: bytes) -> tuple[bytes, int]:
     return plain, len(plain)
 
 
-def brackets(plain: bytes, inside: bool) -> bytes:
-    """Return the brackets outside strings: 0x01 for each that opens, 0xff for each that closes.
+def brackets(plain: bytes, inside: bool) -> tuple[bytes, bool]:
+    """Return the brackets outside strings, and whether the text ends inside a string.
+
+    The brackets are 0x01 for each that opens, 0xff for each that closes.
 
     Args:
         plain: text without escaped quotes.
         inside: whether it begins inside a string.
     """
     if _QUOTE in plain:
-        plain = b"".join(plain.split(_QUOTE)[inside::2])
+        pieces = plain.split(_QUOTE)
+        plain = b"".join(pieces[inside::2])
+        inside ^= len(pieces) % 2 == 0
     elif inside:
-        return b""
-    return plain.translate(_BRACKETS, _NO_BRACKETS)
+        return b"", True
+    return plain.translate(_BRACKETS, _NO_BRACKETS), inside
 
 
 def levels(found: bytes, depth: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from typing import Final
 
 _FIRST_CHUNK: Final = 512
 _CHUNK: Final = 256 * 1024
+_NARROW_CHUNK: Final = 16 * 1024
 
 
 class RawJson:
@@ -40,14 +41,24 @@ class RawJson:
             for start in range(0, end, _CHUNK)
         )
 
-    def find(self, needle: bytes, start: int, end: int | None = None) -> int:
-        """As ``bytes.find``."""
-        end = len(self.data) if end is None else min(end, len(self.data))
-        size, overlap = _FIRST_CHUNK, len(needle) - 1
+    def find(
+        self, needle: bytes, start: int, end: int | None = None, *, beside: bytes = b""
+    ) -> int:
+        """As ``bytes.find``, for a needle that is next to the byte ``beside``.
+
+        To look for one byte takes a fiftieth of the time of looking for several, so chunks without
+        it are passed over. A needle that stands without it may be found or not.
+        """
+        data = self.data
+        end = len(data) if end is None else min(end, len(data))
+        size, longest = _FIRST_CHUNK, _NARROW_CHUNK if beside else _CHUNK
         while start < end:
-            found = bytes(self.data[start : min(start + size + overlap, end)]).find(needle)
-            if found >= 0:
-                return start + found
+            first, length = max(start - 1, 0), min(size + len(needle) - 1, end - start)
+            chunk = bytes(data[first : start + length + 1])
+            if beside in chunk:
+                found = chunk.find(needle, start - first, start - first + length)
+                if found >= 0:
+                    return first + found
             start += size
-            size = min(2 * size, _CHUNK)
+            size = min(2 * size, longest)
         return -1

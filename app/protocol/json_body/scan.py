@@ -214,8 +214,8 @@ class _Scanner:
         at, size, depth, inside, near = start + 1, _FIRST_LOOK, 2, False, False
         while chunk := bytes(self.data[at : at + size]):
             plain, used = blank_escapes(chunk)
-            signs = brackets(plain, inside)
-            lowest, highest, last = levels(signs, depth)
+            signs, ends_inside = brackets(plain, inside)
+            lowest, highest, last = levels(signs, depth) if signs else (depth, depth, depth)
             yield from self._spend(size + _BRACKET_WORK * len(signs))
             if lowest <= 1:
                 if size <= _FIRST_LOOK:
@@ -229,7 +229,7 @@ class _Scanner:
                 _refuse_depth(highest, name)
                 at += used
                 depth = last
-                inside ^= plain.count(_QUOTE) % 2 == 1
+                inside = ends_inside
             size = max(size // 2, _FIRST_LOOK) if near else min(2 * size, _CHUNK)
         raise InvalidJson
 

@@ -56,7 +56,7 @@ def test_the_levels_of_brackets(signs, start):
     depths = [start]
     for sign in signs:
         depths.append(depths[-1] + (1 if sign in b"[{" else -1))
-    lowest, highest, last = levels(brackets(signs, inside=False), start)
+    lowest, highest, last = levels(brackets(signs, inside=False)[0], start)
     assert (lowest, last) == (min(depths), depths[-1])
     assert (highest > MAX_DEPTH) == (max(depths) > MAX_DEPTH)
     assert highest >= max(depths)
@@ -67,12 +67,14 @@ def test_only_brackets_outside_strings_count(text, cut):
     written = orjson.dumps([text, {}])
     plain, used = blank_escapes(written)
     assert used == len(written) == len(plain)
-    assert brackets(plain, inside=False) == b"\x01\x01\xff\xff"
+    assert brackets(plain, inside=False) == (b"\x01\x01\xff\xff", False)
     # A chunk may end anywhere, also in an escape.
     first, used = blank_escapes(written[: cut % len(written)])
     second, _ = blank_escapes(written[used:])
-    inside = first.count(b'"') % 2 == 1
-    assert brackets(first, inside=False) + brackets(second, inside) == b"\x01\x01\xff\xff"
+    signs, inside = brackets(first, inside=False)
+    assert inside == (first.count(b'"') % 2 == 1)
+    more, inside = brackets(second, inside)
+    assert (signs + more, inside) == (b"\x01\x01\xff\xff", False)
 
 
 def test_the_end_of_an_object_is_after_its_own_bracket():

@@ -18,3 +18,17 @@ def test_it_is_searched_as_bytes_are(data, needle, start):
     assert raw.startswith(needle, start) == data.startswith(needle, start)
     assert raw.count(b"a", 600_000) == data.count(b"a", 0, 600_000)
     assert len(raw) == len(data)
+
+
+parts = st.sampled_from([b"data", b'"', b"d", b"at", b"c" * 510, b"c" * 16_384, b"c" * 40_000])
+
+
+@given(st.lists(parts, max_size=9).map(b"".join), st.integers(0, 1200), st.integers(0, 60_000))
+def test_what_is_beside_a_byte_is_found(data, start, length):
+    found, at, end = [], start, start + length
+    while (at := RawJson(data).find(b"data", at, end, beside=b'"')) >= 0:
+        found.append(at)
+        at += 1
+    every = [at for at in range(start, min(end, len(data)) - 3) if data.startswith(b"data", at)]
+    beside = {at for at in every if b'"' in (data[max(at - 1, 0) : at], data[at + 4 : at + 5])}
+    assert beside <= set(found) <= set(every)
