@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, Final
 
 from app import alarms
@@ -29,6 +29,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _MIB: Final = 1024 * 1024
 _COPIED: Final = 256 * 1024
 """Bytes that are copied at once: 0.1 ms."""
+_FREED: Final = 2 * 1024 * 1024
+"""Bytes whose memory is given back at once: 0.3 ms. The kernel takes 6 ms for 64 MiB."""
 _TRY_AGAIN_S: Final = 2.0
 """How long others keep their memory is not known; this is how often asking is useful."""
 _PARSED_FOR_S: Final = 0.1
@@ -59,7 +61,7 @@ class Bodies:
     async def in_turns(self, steps: Steps[Inbound]) -> Inbound:
         """Run a generator, one step of all of them in each turn of the event loop.
 
-        The lock is fair: who waits for it gets it in the next turn.
+        Who steps keeps the lock until the next turn. It is fair: who waits for it gets it then.
         """
         while True:
             async with self._turn:
@@ -68,7 +70,7 @@ class Bodies:
                 except StopIteration as end:
                     inbound: Inbound = end.value
                     return inbound
-            await asyncio.sleep(0)
+                await asyncio.sleep(0)
 
     def refuse(self, reason: NoRoom, longest: int) -> errors.ApiError:
         """Return the error of a body without room; count it if the room is taken by others."""
@@ -87,13 +89,18 @@ def _declared_length(headers: Headers) -> int | None:
 
 
 class Room:
-    """The room for the body of one request: a context in which its memory is held."""
+    """The room for the body of one request: a context in which its memory is held.
+
+    Once it is left nobody may look at the request's fields any more: those of a long body are
+    views of memory that is given back then.
+    """
 
     def __init__(self, bodies: Bodies, tenant: str, settings: IngressSettings) -> None:
         self._bodies = bodies
         self._settings = settings
         self._held = HeldMemory(bodies.memory, tenant)
         self._limits = settings.body_limits
+        self._pages: mmap | None = None
 
     @property
     def _longest(self) -> int:
@@ -104,6 +111,9 @@ class Room:
 
     def __exit__(self, *_: object) -> None:
         self._held.release()
+        if self._pages is not None:
+            # Sooner done than anybody could fill as much again.
+            _give_back(self._pages, 0)
 
     async def read(self, route: Route, headers: Headers, receive: Receive) -> Inbound:
         """Read a body and return the request.
@@ -145,7 +155,8 @@ class Room:
             elif length + len(piece) > declared:
                 raise errors.InvalidRequest("The request body is longer than its content-length.")
             if memory is None and length + len(piece) > LONGEST_WHOLE:
-                memory = _pages(self._longest if declared is None else declared)
+                self._pages = _pages(self._longest if declared is None else declared)
+                memory = memoryview(self._pages)
                 start = b"".join(pieces)
                 memory[: len(start)] = start
             if memory is None:
@@ -169,12 +180,19 @@ class Room:
         return message.get("body", b""), message.get("more_body", False)
 
 
-def _pages(size: int) -> memoryview:
+def _pages(size: int) -> mmap:
     """Return private memory of a size, for which the kernel gives pages only as they are written.
 
     A ``bytearray`` that grows may be copied as a whole.
     """
-    return memoryview(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
+    return mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+
+
+def _give_back(pages: mmap, start: int) -> None:
+    """Give memory back to the kernel, a part of it in each turn of the event loop."""
+    pages.madvise(MADV_DONTNEED, start, min(_FREED, len(pages) - start))
+    if start + _FREED < len(pages):
+        asyncio.get_running_loop().call_soon(_give_back, pages, start + _FREED)
 
 
 async def _copy(piece: bytes, memory: memoryview, at: int) -> None:

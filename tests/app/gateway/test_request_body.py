@@ -1,4 +1,6 @@
 import asyncio
+import gc
+import time
 
 import orjson
 import pytest
@@ -8,6 +10,7 @@ from app.config.ingress import IngressSettings
 from app.core.dialect import Dialect, Route
 from app.core.errors import BodyTooLarge, InvalidRequest, RequestTimeout, Unavailable
 from app.core.tiers import Tier
+from app.gateway import request_body as module
 from app.gateway.request_body import Bodies, ClientGone
 from app.protocol.json_body.members import Members
 from app.protocol.json_body.parse import LONGEST_WHOLE
@@ -58,10 +61,12 @@ async def read(bodies, data, headers=None, tenant="t", *, settings=settings(), *
 async def test_a_body_in_any_pieces_is_the_same_request(length, piece, says):
     data = body(length)
     headers = declared(length) if says else {}
-    request = await read(Bodies(), data, headers, piece=piece)
-    assert isinstance(request.fields, Members) == (length > LONGEST_WHOLE)
-    sent = rewrite_request(request, "m", Dialect("plain"), Tier.DEFAULT)
-    assert orjson.loads(sent if isinstance(sent, bytes) else b"".join(sent)) == orjson.loads(data)
+    with Bodies().room_for("t", settings()) as room:
+        request = await room.read(Route.COMPLETIONS, headers, client(data, piece))
+        assert isinstance(request.fields, Members) == (length > LONGEST_WHOLE)
+        sent = rewrite_request(request, "m", Dialect("plain"), Tier.DEFAULT)
+        whole = sent if isinstance(sent, bytes) else b"".join(sent)
+    assert orjson.loads(whole) == orjson.loads(data)
 
 
 async def test_a_longer_body_is_never_read():
@@ -174,6 +179,60 @@ async def test_long_bodies_take_turns_with_each_other_and_with_others():
         await asyncio.sleep(0)
     assert turns > 2 * 8 * MIB // (256 * 1024)
     await asyncio.gather(*reading)
+
+
+async def test_there_is_one_step_in_a_turn_however_many_bodies_there_are():
+    bodies, turn, steps = Bodies(), 0, []
+
+    def stepping(number):
+        for _ in range(5):
+            steps.append((turn, number))
+            yield
+        return number
+
+    reading = [asyncio.ensure_future(bodies.in_turns(stepping(number))) for number in range(4)]
+    while not all(one.done() for one in reading):
+        await asyncio.sleep(0)
+        turn += 1
+    assert [one.result() for one in reading] == [0, 1, 2, 3]
+    turns = [of for of, _ in steps]
+    assert len(turns) == len(set(turns)) == 20
+    assert [number for _, number in steps] == [0, 1, 2, 3] * 5, "they take turns"
+
+
+async def test_the_memory_of_a_body_is_given_back_a_part_at_a_time():
+    with Bodies().room_for("t", settings()) as room:
+        request = await room.read(Route.COMPLETIONS, {}, client(body(5 * MIB)))
+        data = request.fields["prompt"].data
+        assert data[1] == data[-2] == ord("x")
+    assert data[-2] == ord("x"), "not all of it at once"
+    for _ in range(64 * MIB // module._FREED):
+        await asyncio.sleep(0)
+    assert data[1] == data[-2] == 0
+
+
+async def test_several_long_bodies_at_once_leave_the_event_loop_to_others():
+    """By CPU time, which other processes do not add to. Usually the longest turn takes 5 ms."""
+    roomy = settings(body_memory_mb=512, body_memory_tenant_mb=512)
+    message = orjson.dumps({"role": "user", "content": "some words " * 30})
+    data = b'{"model":"m","prompt":[%b]}' % b",".join([message] * (24 * MIB // len(message)))
+    bodies = Bodies()
+    reading = [
+        asyncio.create_task(read(bodies, data, settings=roomy, piece=65_536)) for _ in range(5)
+    ]
+    # In the first turn the clients make their pieces.
+    await asyncio.sleep(0)
+    turns, before = [], time.thread_time()
+    gc.disable()
+    try:
+        while not all(one.done() for one in reading):
+            await asyncio.sleep(0)
+            turns.append(-before + (before := time.thread_time()))
+    finally:
+        gc.enable()
+    for one in reading:
+        assert (await one).length == len(data)
+    assert max(turns) < 0.02
 
 
 async def test_others_run_while_a_body_is_copied_that_is_there_already():
