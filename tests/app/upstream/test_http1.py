@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -200,6 +200,104 @@ async def test_an_engine_waits_for_a_client_that_does_not_read(monkeypatch):
         assert len(b"".join(taken._pieces)) < 20 * 65536
         assert len(await response.read()) == 400 * 65536
         connections.give_back(running.url, taken)
+
+
+class LongBody:
+    """A body in pieces, which notes how many were handed out."""
+
+    def __init__(self, count: int) -> None:
+        self.pieces = [bytes([65 + number]) * 262_144 for number in range(count)]
+        self.handed_out = 0
+        self.head = b"POST / HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % (count * 262_144)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self.pieces:
+            self.handed_out += 1
+            yield piece
+
+
+@asynccontextmanager
+async def reading_engine(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[tuple[str, Connections]]:
+    """A server that has read the head of a request and does the rest as a test wants it to."""
+
+    async def serve_after_head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        try:
+            await serve(reader, writer)
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve_after_head, "127.0.0.1", 0)
+    connections = Connections()
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", connections
+    finally:
+        connections.close()
+        server.close()
+        await server.wait_closed()
+
+
+async def test_a_long_body_waits_for_an_engine_that_reads_slowly():
+    body, reads, left, got = LongBody(120), asyncio.Event(), asyncio.Event(), bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reads.wait()
+        while len(got) < 120 * 262_144:
+            got.extend(await reader.read(1 << 20))
+        writer.write(WHOLE)
+        await left.wait()
+
+    async with reading_engine(serve) as (url, connections):
+        sending = asyncio.create_task(connections.send(url, body.head, body, 5.0))
+        before = -1
+        while body.handed_out > before:
+            before = body.handed_out
+            await asyncio.sleep(0.1)
+        # The kernel's buffers take some megabytes, and the transport no more than two pieces.
+        assert 0 < before < 60
+        assert not sending.done()
+        reads.set()
+        connection, response = await sending
+        assert (response.status, await response.read()) == (200, b"body")
+        assert bytes(got) == b"".join(body.pieces)
+        assert connection.reusable
+        connections.give_back(url, connection)
+        left.set()
+
+
+async def test_an_engine_that_closes_half_way_through_a_body_is_lost():
+    body = LongBody(120)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(1_000_000)
+
+    async with reading_engine(serve) as (url, connections):
+        with pytest.raises(ConnectionLost) as lost:
+            await connections.send(url, body.head, body, 5.0)
+        assert not (lost.value.stale or lost.value.silent)
+        assert body.handed_out < 120
+        assert not connections._idle
+
+
+async def test_an_answer_in_the_middle_of_a_body_ends_the_writing():
+    """As where an engine refuses a body that is too long, and reads no more of it."""
+    body, left = LongBody(120), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(1_000_000)
+        writer.write(WHOLE.replace(b"200 OK", b"413 Too Large"))
+        await left.wait()
+
+    async with reading_engine(serve) as (url, connections):
+        connection, response = await connections.send(url, body.head, body, 5.0)
+        assert (response.status, await response.read()) == (413, b"body")
+        assert body.handed_out < 120
+        assert not connection.reusable, "the rest of the body is missing"
+        connections.give_back(url, connection)
+        assert not connections._idle
+        left.set()
 
 
 async def test_idle_connections_are_closed_after_a_while(monkeypatch):
