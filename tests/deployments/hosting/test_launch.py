@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from app.config.ingress import PoolSettings
+from app.config.model import PoolSettings
 from deployments.engines.simulated import Simulated
 from deployments.hosting import launch
 

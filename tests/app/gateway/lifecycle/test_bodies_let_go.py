@@ -8,7 +8,7 @@ import gc
 
 import pytest
 
-from app.config.ingress import ModelSettings
+from app.config.model import ModelSettings
 from app.contracts.status import Sleep
 from app.core.dialect import Route
 from app.gateway.lifecycle import Lifecycle

@@ -6,8 +6,8 @@ from collections import Counter
 import orjson
 import pytest
 
-from app.config.ingress import ModelSettings
 from app.config.journal import JournalSettings
+from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.ledger.ledger import Ledger
 from deployments.simulator.settings import InjectedFailures
