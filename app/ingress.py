@@ -16,11 +16,11 @@ from app.core.settings import Problem, SettingsError
 from app.gateway.asgi import Front, build_api
 from app.gateway.gc_tuning import settle_in
 from app.gateway.registry import ModelRegistry
+from app.gateway.serve_source import ServeSource, serve_host
 from app.gateway.services import Services
 from app.gateway.usage_reader import UsageReader
 from app.ledger.ledger import open_ledger
 from app.ray_compat.serve_port import keep_on_loopback
-from app.ray_compat.serve_source import ServeSource, serve_host
 from app.store.database import connect
 from app.store.database_url import resolve_url
 from app.tenants import deployment

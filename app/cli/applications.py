@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -28,14 +28,3 @@ def builder(import_path: str) -> Callable[[dict[str, Any]], Any]:
         raise ValueError("expected `module:attribute`")
     build: Callable[[dict[str, Any]], Any] = getattr(import_module(module), attribute)
     return build
-
-
-def deployments_of(application: Any) -> Iterator[Any]:
-    """Yield the deployments that an application is made of, each with what it is bound to."""
-    rest = [application]
-    while rest:
-        deployment = rest.pop()._bound_deployment
-        yield deployment
-        for value in [*deployment.init_args, *deployment.init_kwargs.values()]:
-            inner = value.values() if isinstance(value, dict) else [value]
-            rest += [item for item in inner if isinstance(item, type(application))]

@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from app.autoscaling import POLICY_PATH
-from app.cli.applications import builder, deployments_of
+from app.cli.applications import builder
 from app.config.ingress import IngressSettings
 from app.config.model import ModelSettings
 from app.core.names import MODEL_DEPLOYMENT
 from app.core.settings import Key, Problem, Settings, SettingsError
+from app.ray_compat.application import deployments_of
 
 INGRESS_DEPLOYMENT = "Ingress"
 _USER_CONFIGS: Mapping[str, type[Settings]] = {

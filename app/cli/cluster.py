@@ -12,10 +12,6 @@ from typing import Any, Final
 
 import ray
 from ray import serve
-from ray._private.authentication.authentication_token_setup import (
-    maybe_enable_token_auth_if_token_available,
-)
-from ray._private.services import find_gcs_addresses
 from ray.exceptions import RayError
 from ray.serve.schema import ServeStatus
 
@@ -23,6 +19,7 @@ from app import supervision
 from app.cli.board import Look, Sight
 from app.contracts.stats import ModelBoard
 from app.core.names import MODEL_DEPLOYMENT
+from app.ray_compat.cluster import local_clusters, use_own_token
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 2.0
@@ -88,12 +85,12 @@ def connect(address: str | None) -> Cluster:
     Raises:
         NothingToShow: there is none, or it does not let us in.
     """
-    local = _local_clusters()
+    local = local_clusters()
     address = address or _only_one(local)
     if address in local or address.startswith(_LOOPBACK):
         # A local cluster wants its user's token. Where an address is given Ray does not look for
         # one by itself, lest it be sent to strangers; this one stays on the machine.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        use_own_token()
     connecting = supervision.keep_thread("ray-connect", partial(_init_ray, address))
     # Ray itself would go on for minutes where something else listens at that address.
     connecting.join(_CONNECT_TIMEOUT_S)
@@ -103,10 +100,6 @@ def connect(address: str | None) -> Cluster:
             "set here as it is there?"
         )
     return Cluster(ray.get_runtime_context().gcs_address)
-
-
-def _local_clusters() -> list[str]:
-    return sorted(find_gcs_addresses())  # type: ignore[no-untyped-call]
 
 
 def _only_one(clusters: Sequence[str]) -> str:

@@ -1,20 +1,18 @@
-"""Which TCP sockets of which processes listen on this machine, read from Linux's /proc."""
+"""Which TCP sockets of which processes listen on this machine."""
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from pathlib import Path
+from ipaddress import IPv6Address, ip_address
 from typing import Final
 
-from deployments.process.reaper import OWNER_MARK, process_ids, read_stat
+import psutil
 
-_PROC: Final = Path("/proc")
-_LISTENING: Final = "0A"
+from app.core.names import OWNER_MARK
+
 _PARTS: Final = ("/site-packages/ray/dashboard/", "/site-packages/ray/autoscaler/")
 _RAY: Final = frozenset({"raylet", "gcs_server", "serve"})
 
@@ -38,7 +36,7 @@ class Listener:
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine reaches it."""
-        return _plain(ip_address(self.address)).is_loopback
+        return ip_address(_plain(self.address)).is_loopback
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ class ProcessView:
 
 def processes() -> dict[int, ProcessView]:
     """Return every process that can be seen, by id."""
-    views = (_view(pid) for pid in process_ids())
+    views = (_view(process) for process in psutil.process_iter())
     return {view.pid: view for view in views if view is not None}
 
 
@@ -102,75 +100,31 @@ def family(views: Mapping[int, ProcessView]) -> list[ProcessView]:
 
 def listeners(views: Iterable[ProcessView]) -> list[Listener]:
     """Return what these processes listen on, by address; of shared sockets one process each."""
-    found: dict[int, Listener] = {}
+    found: dict[tuple[str, int], Listener] = {}
     for view in views:
-        held = set(_sockets(view.pid))
-        for inode, (address, port) in _listening(view.pid).items() if held else ():
-            if inode in held:
-                found.setdefault(inode, Listener(address, port, view.name, view.pid))
+        # It has ended, or is another user's.
+        with suppress(psutil.Error):
+            for socket in psutil.Process(view.pid).net_connections("tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    address, port = _plain(socket.laddr.ip), socket.laddr.port
+                    found.setdefault((address, port), Listener(address, port, view.name, view.pid))
     return sorted(found.values())
 
 
-def parse_table(text: str) -> dict[int, tuple[str, int]]:
-    """Return the address and port of each listening socket in /proc/net/tcp or tcp6, by inode."""
-    found = {}
-    for line in text.splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == _LISTENING:
-            address, port = fields[1].split(":")
-            found[int(fields[9])] = (_address(address), int(port, 16))
-    return found
+def _plain(address: str) -> str:
+    """Return an IPv4 address that is written as an IPv6 one as itself."""
+    parsed = ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return str(mapped or parsed)
 
 
-def _address(hexadecimal: str) -> str:
-    """Return an address that the kernel shows as words in this machine's order of bytes."""
-    words = (hexadecimal[i : i + 8] for i in range(0, len(hexadecimal), 8))
-    packed = b"".join(socket.htonl(int(word, 16)).to_bytes(4, "big") for word in words)
-    return str(_plain(ip_address(packed)))
-
-
-def _plain(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address
-
-
-def _listening(pid: int) -> dict[int, tuple[str, int]]:
-    found: dict[int, tuple[str, int]] = {}
-    for table in ("tcp", "tcp6"):
-        # By process, since each may be in a network namespace of its own.
-        with suppress(OSError):
-            found |= parse_table((_PROC / str(pid) / "net" / table).read_text())
-    return found
-
-
-def _sockets(pid: int) -> Iterator[int]:
-    with suppress(OSError):
-        for entry in os.scandir(_PROC / str(pid) / "fd"):
-            with suppress(OSError):
-                kind, _, inode = os.readlink(entry.path).partition(":")
-                if kind == "socket":
-                    yield int(inode.strip("[]"))
-
-
-def _view(pid: int) -> ProcessView | None:
-    stat = read_stat(pid)
-    if stat is None:
-        return None
-    environment = dict(_pairs(_words(pid, "environ")))
-    return ProcessView(pid, stat.parent, tuple(_words(pid, "cmdline")), environment)
-
-
-def _words(pid: int, what: str) -> list[str]:
+def _view(process: psutil.Process) -> ProcessView | None:
     try:
-        text = (_PROC / str(pid) / what).read_bytes()
-    except OSError:
-        # It has ended, or is another user's.
-        return []
-    return text.rstrip(b"\0").decode(errors="replace").split("\0")
-
-
-def _pairs(words: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals:
-            yield name, value
+        with process.oneshot():
+            parent, words = process.ppid(), tuple(process.cmdline())
+    except psutil.Error:
+        return None
+    environment: dict[str, str] = {}
+    with suppress(psutil.Error):
+        environment = process.environ()
+    return ProcessView(process.pid, parent, words, environment)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import yaml
 from ray.serve.config import AutoscalingConfig
 
-from app.cli.applications import build_application, deployments_of
+from app.cli.applications import build_application
 from app.config.model import ModelArgs, ModelSettings
 from app.config.queue import QueueSettings
 from app.config.redaction import redact, redact_words
@@ -21,6 +21,7 @@ from app.contracts.launch import LaunchPlan
 from app.core.names import MODEL_DEPLOYMENT
 from app.core.tiers import PriorityMode
 from app.haproxy.config import connections_for, descriptors_for
+from app.ray_compat.application import deployments_of
 
 _AUTO_MAX: Final = 100
 """Serve's ``max_replicas`` where ``num_replicas`` is ``auto``."""

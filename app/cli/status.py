@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import ray
 import yaml
-from ray._private.state import available_resources_per_node
 from rich.console import Console
 
 from app.cli.board import ModelFrame, make_frame
 from app.cli.cluster import Cluster, NothingToShow, connect, silence_ray
 from app.cli.diff import Difference, differences
 from app.contracts.stats import REPORT_S
+from app.ray_compat.cluster import available_resources
 from app.ray_compat.controller import serve_controller
 
 _APART_S: Final = REPORT_S + 0.5
@@ -190,8 +190,7 @@ def _word(state: Any) -> str:
 
 
 def _nodes() -> tuple[NodeRow, ...]:
-    free: Mapping[str, Mapping[str, float]]
-    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    free = available_resources()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     rows = [_node(node, free.get(node["NodeID"], {})) for node in nodes if node["Alive"]]
     return tuple(sorted(rows, key=lambda row: (not row.head, row.address, row.id)))

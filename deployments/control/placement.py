@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import ray
-from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayError
-from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.exceptions import RayServeException
-from ray.serve.generated import serve_pb2
 
 from app import supervision
-from app.ray_compat.controller import serve_controller
+from app.ray_compat.cluster import autoscaling_state
+from app.ray_compat.controller import replica_options, serve_controller
 from deployments.control.feasibility import Need, Node
 
 logger = logging.getLogger("ray.serve")
@@ -71,7 +69,7 @@ class PlacementWatch:
         if not pools:
             return {}
         nodes, scaling = await asyncio.gather(
-            asyncio.to_thread(cluster_nodes), asyncio.to_thread(_autoscaling)
+            asyncio.to_thread(cluster_nodes), asyncio.to_thread(autoscaling_state, _ANSWER_S)
         )
         missing = {}
         for pool in pools:
@@ -84,19 +82,7 @@ class PlacementWatch:
     async def _need(self, pool: str) -> Need:
         # A new handle each time: the controller may have been started anew.
         controller = await asyncio.to_thread(serve_controller)
-        answer = await controller.get_deployment_info.remote(pool, self._application)
-        route: Any = serve_pb2.DeploymentRoute.FromString(answer)  # type: ignore[attr-defined]
-        config = DeploymentInfo.from_proto(route.deployment_info).replica_config
-        return Need.of(
-            {
-                **(config.ray_actor_options or {}),
-                "placement_group_bundles": config.placement_group_bundles,
-                "placement_group_strategy": config.placement_group_strategy,
-                "placement_group_bundle_label_selector": (
-                    config.placement_group_bundle_label_selector
-                ),
-            }
-        )
+        return Need.of(await replica_options(controller, pool, self._application))
 
 
 def cluster_nodes() -> list[Node]:
@@ -120,11 +106,3 @@ def can_grow(scaling: Any, need: Need) -> bool:
 def _asks_for(request: Mapping[str, float], need: Need) -> bool:
     asked = {name: amount for name, amount in request.items() if amount}
     return any(asked == {n: a for n, a in one.resources.items() if a} for one in need.bundles)
-
-
-def _autoscaling() -> Any:
-    client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-    # Its messages are made at run time, out of mypy's sight.
-    messages: Any = autoscaler_pb2
-    answer = client.get_cluster_status(timeout_s=_ANSWER_S)
-    return messages.GetClusterStatusReply.FromString(answer).autoscaling_state

@@ -10,16 +10,13 @@ import logging
 from enum import StrEnum
 from typing import Final
 
-from ray.serve._private.common import (
+from app.ray_compat.controller import (
     DeploymentStatus,
     DeploymentStatusInfo,
     DeploymentStatusTrigger,
+    deployment_status,
+    serve_controller,
 )
-from ray.serve.generated.serve_pb2 import (  # type: ignore[attr-defined]
-    DeploymentStatusInfo as StatusProto,
-)
-
-from app.ray_compat.controller import serve_controller
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,10 +74,10 @@ async def standing(application: str, pool: str, before: PoolState) -> PoolState:
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             controller = await asyncio.to_thread(serve_controller)
-            told = await controller.get_deployment_status.remote(pool, application)
+            told = await deployment_status(controller, pool, application)
             if told is None:
                 return PoolState.AWAY
-            now = read_standing(DeploymentStatusInfo.from_proto(StatusProto.FromString(told)))
+            now = read_standing(told)
             if now is PoolState.ASLEEP and before is not PoolState.ASLEEP:
                 # It costs Serve three times as much, and a pool may sleep for days.
                 details = await controller.get_deployment_details.remote(application, pool)

@@ -7,35 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.cli.listening import Listener, ProcessView, family, listeners, parse_table, processes
+from app.cli.listening import Listener, ProcessView, family, listeners, processes
+from app.core.names import OWNER_MARK
+from deployments.process import reaper
 
 pytestmark = pytest.mark.unit
 
 ADDRESSES = st.ip_addresses(v=4) | st.ip_addresses(v=6)
-HEAD = (
-    "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt uid timeout inode"
-)
-
-
-def row(address, port, state, inode):
-    """A line as the kernel writes it: words in this machine's order of bytes."""
-    words = [address.packed[i : i + 4] for i in range(0, len(address.packed), 4)]
-    shown = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
-    rest = "00000000:00000000 00:00000000 00000000     0        0"
-    return (
-        f"   0: {shown}:{port:04X} {'0' * len(shown)}:0000 {state} {rest} {inode} 1 0 100 0 0 10 0"
-    )
-
-
-@given(st.lists(st.tuples(ADDRESSES, st.integers(1, 65535), st.sampled_from(["0A", "01", "06"]))))
-def test_what_listens_is_found_whatever_its_address(sockets):
-    table = "\n".join([HEAD, *(row(*one, inode) for inode, one in enumerate(sockets))])
-    expected = {
-        inode: (str(getattr(address, "ipv4_mapped", None) or address), port)
-        for inode, (address, port, state) in enumerate(sockets)
-        if state == "0A"
-    }
-    assert parse_table(table) == expected
 
 
 @given(ADDRESSES)
@@ -103,3 +81,7 @@ def test_a_child_of_the_owner_of_an_engine_is_seen_by_its_environment():
             assert child.pid in {one.pid for one in family(processes())}
         finally:
             child.communicate(b"\n")
+
+
+def test_the_reaper_marks_processes_as_the_doctor_looks_for_them():
+    assert reaper.OWNER_MARK == OWNER_MARK
