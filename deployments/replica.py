@@ -18,7 +18,8 @@ from app.contracts.launch import LaunchPlan
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Route
 from app.ray_compat.serve_port import keep_on_loopback
-from app.upstream.http1 import ConnectionLost, fetch
+from app.upstream.http1 import ConnectionLost
+from app.upstream.pool import fetch
 from deployments.engines.base import EngineFacts, Launch
 from deployments.engines.registry import adapter_named
 from deployments.hosting.drain import count_connections

@@ -2,4 +2,4 @@
 
 from app.cli.main import main
 
-main()
+main(prog_name="frontline")

@@ -21,7 +21,8 @@ from app.protocol import engine_errors
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.requests import stream_error
 from app.protocol.sse import EventReader, parse_block
-from app.upstream.http1 import ConnectionLost, Connections, Response, request_head
+from app.upstream.http1 import ConnectionLost, Response, request_head
+from app.upstream.pool import Connections
 
 _EVENT_STREAM: Final = b"text/event-stream"
 

@@ -9,18 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Final, cast
 from urllib.parse import urlsplit
 
 import httptools
 
-CONNECT_TIMEOUT_S: Final = 5.0
-# Below the five seconds after which uvicorn, which the engines stand on, closes an idle
-# connection: the side that writes next must be the one that gives up first.
-KEEPALIVE_S: Final = 3.0
-_LONGEST_PAUSE_S: Final = 300.0
 _MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that wait for a slow client before the engine has to wait, too. About a
 thousand tokens of a stream."""
@@ -386,138 +380,7 @@ def _nothing() -> None:
     pass
 
 
-class Connections:
-    """The connections of one ingress to the engines of all its models."""
-
-    def __init__(self) -> None:
-        # As many as there are requests under way, which the engines' slots bound.
-        self._idle: dict[str, deque[EngineConnection]] = {}
-        self._loop = asyncio.get_running_loop()
-        self._sweeper: asyncio.TimerHandle | None = None
-
-    async def take(self, base_url: str) -> EngineConnection:
-        """Return a connection to an engine.
-
-        Raises:
-            ConnectionLost: there is none to be had.
-        """
-        idle = self._idle.get(base_url)
-        while idle:
-            # The one that was used last: those that are not needed grow old together.
-            connection = idle.pop()
-            if connection.reusable:
-                return connection
-            connection.close()
-        return await _connect(base_url)
-
-    async def send(
-        self, base_url: str, head: bytes, body: Body, read_timeout_s: float
-    ) -> tuple[EngineConnection, Response]:
-        """Send a request; return its connection, to be given back, and its answer's head.
-
-        A kept connection that the engine closes before it has sent a byte is replaced by a fresh
-        one, once. Nothing came back, so at most the engine computes an answer that nobody gets.
-
-        Raises:
-            ConnectionLost: as ``take`` and ``EngineConnection.send``.
-        """
-        connection = await self.take(base_url)
-        try:
-            return connection, await _sent(connection, head, body, read_timeout_s)
-        except ConnectionLost as lost:
-            if not lost.stale:
-                raise
-        # Other kept connections are likely to be as stale.
-        connection = await _connect(base_url)
-        return connection, await _sent(connection, head, body, read_timeout_s)
-
-    def give_back(self, base_url: str, connection: EngineConnection) -> None:
-        """Keep a connection for another request, or close it if its answer is not over."""
-        if not connection.reusable:
-            connection.close()
-            return
-        connection.unwatch()
-        connection.kept = True
-        connection.idle_since = self._loop.time()
-        self._idle.setdefault(base_url, deque()).append(connection)
-        if self._sweeper is None:
-            self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep)
-
-    def close(self) -> None:
-        """Close those that nobody uses."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        for idle in self._idle.values():
-            for connection in idle:
-                connection.close()
-        self._idle.clear()
-
-    def _sweep(self) -> None:
-        """Close those that were idle for long."""
-        oldest = self._loop.time() - KEEPALIVE_S * 3 / 4
-        for base_url, idle in list(self._idle.items()):
-            while idle and idle[0].idle_since < oldest:
-                idle.popleft().close()
-            if not idle:
-                del self._idle[base_url]
-        again = bool(self._idle)
-        self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep) if again else None
-
-
 def request_head(method: str, path: str, base_url: str, key: str | None) -> bytes:
     """Return what the head of a request begins with; ``key`` is a bearer token."""
     head = f"{method} {path} HTTP/1.1\r\nhost: {urlsplit(base_url).netloc}\r\n"
     return (head if key is None else f"{head}authorization: Bearer {key}\r\n").encode()
-
-
-async def fetch(
-    base_url: str, method: str, path: str, *, key: str | None = None, json: bytes | None = None
-) -> tuple[int, bytes]:
-    """Send one request over a connection of its own, and return the answer's status and body.
-
-    Args:
-        base_url: where to, without a trailing slash.
-        method: of HTTP.
-        path: from its slash on.
-        key: a bearer token.
-        json: the body.
-
-    Raises:
-        ConnectionLost: there is no connection, it ended before the answer did, or nothing came
-            for five minutes.
-    """
-    head = request_head(method, path, base_url, key) + b"connection: close\r\n"
-    if json is not None:
-        head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(json)
-    connection = await _connect(base_url)
-    try:
-        response = await connection.send(head + b"\r\n", json or b"", _LONGEST_PAUSE_S)
-        return response.status, await response.read()
-    finally:
-        connection.close()
-
-
-async def _sent(
-    connection: EngineConnection, head: bytes, body: Body, read_timeout_s: float
-) -> Response:
-    """Send a request; the connection is closed unless the head of an answer comes."""
-    try:
-        return await connection.send(head, body, read_timeout_s)
-    except BaseException:
-        connection.close()
-        raise
-
-
-async def _connect(base_url: str) -> EngineConnection:
-    url = urlsplit(base_url)
-    if url.scheme != "http" or url.hostname is None:
-        raise ConnectionLost(f"not an HTTP address: {base_url}")
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            _, connection = await loop.create_connection(
-                EngineConnection, url.hostname, url.port or 80
-            )
-    except (OSError, TimeoutError) as error:
-        raise ConnectionLost(str(error)) from error
-    return connection

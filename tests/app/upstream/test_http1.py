@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from app.upstream import http1 as module
-from app.upstream.http1 import ConnectionLost, Connections, EngineConnection, fetch
+from app.upstream import pool
+from app.upstream.http1 import ConnectionLost, EngineConnection
+from app.upstream.pool import Connections, fetch
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: engine\r\ncontent-length: 2\r\n\r\n"
 WHOLE = (
@@ -301,7 +303,7 @@ async def test_an_answer_in_the_middle_of_a_body_ends_the_writing():
 
 
 async def test_idle_connections_are_closed_after_a_while(monkeypatch):
-    monkeypatch.setattr(module, "KEEPALIVE_S", 0.1)
+    monkeypatch.setattr(pool, "KEEPALIVE_S", 0.1)
     async with engine([WHOLE]) as (running, connections):
         await ask(running, connections)
         await asyncio.wait_for(running.ended.wait(), 5)
