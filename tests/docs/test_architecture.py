@@ -1,4 +1,4 @@
-"""docs/architecture.md has each package once, and the documentation names only files that exist."""
+"""docs/architecture.md has each package once, and the documentation names only what exists."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = re.compile(r"^\| `((?:app|deployments)/[\w/]*)` \| [^|]+ \| ([^|]+) \|$", re.M)
 FOLDERS = "app|configs|deployments|requirements|scripts|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w")
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 MODULE = re.compile(r"(?<![\w./-])(?:app|deployments|scripts|tests)(?:\.[a-z_]\w*)+")
 
 
@@ -54,6 +55,20 @@ def test_files_that_a_page_names_exist(page):
     text = page.read_text()
     assert [name for name in FILE.findall(text) if not (ROOT / name).exists()] == []
     assert [name for name in MODULE.findall(text) if not is_module(name)] == []
+
+
+def anchors(page):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
 def test_names_that_do_not_exist_are_found():
