@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROW = re.compile(r"^\| `((?:app|deployments)/[\w/]*)` \| [^|]+ \| ([^|]+) \|$", re.M)
 FOLDERS = "app|configs|deployments|requirements|scripts|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\w")
