@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from contain import Containment, process_name
 
 from app.cli.doctor import findings, look_around
 from deployments.process.reaper import Identity, descendants, is_running
+from scripts.contain import Containment, process_name
 
 MODEL = "deployments.model:build"
 GRACE_S = 60.0

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 from app.config.queue import QueueSettings
 from app.core.tiers import Tier
@@ -102,7 +102,7 @@ class Simulation:
         self._policy = policy
         self._settings = queue
         self._now = 0.0
-        self._events: list[tuple[float, int, int, object]] = []
+        self._events: list[tuple[float, int, int, Any]] = []
         self._order = count()
         self._replicas = [_Replica(ready=True) for _ in range(fleet.initial)]
         self._starting: deque[_Replica] = deque()
@@ -141,7 +141,7 @@ class Simulation:
         self._outcome.replica_s += self._provisioned * (seconds - last)
         return self._outcome
 
-    def _push(self, at: float, kind: int, what: object) -> None:
+    def _push(self, at: float, kind: int, what: Any) -> None:
         heapq.heappush(self._events, (at, next(self._order), kind, what))
 
     # Requests.
@@ -173,8 +173,8 @@ class Simulation:
         self._outcome.waits[rank].append(self._now - at)
         self._push(self._now + service_s, 0, (replica, rank, service_s))
 
-    def _finish(self, what: object) -> None:
-        replica, rank, service_s = what  # type: ignore[misc]
+    def _finish(self, what: tuple[_Replica, int, float]) -> None:
+        replica, rank, service_s = what
         replica.running -= 1
         self._running[rank] -= 1
         self._counts[rank][1] += 1
@@ -222,9 +222,7 @@ class Simulation:
             self._resize()
         self._outcome.history.append((self._now, self._provisioned, self._present()))
 
-    def _ready(self, what: object) -> None:
-        replica = what
-        assert isinstance(replica, _Replica)
+    def _ready(self, replica: _Replica) -> None:
         if replica.leaves:
             return
         self._starting.remove(replica)

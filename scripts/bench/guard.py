@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import uvloop
 
@@ -38,7 +39,7 @@ class Engine(asyncio.Protocol):
     """Answers whatever ends in a brace, at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         if data.endswith(b"}"):

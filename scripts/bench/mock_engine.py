@@ -209,7 +209,7 @@ def _side_routes(model: str) -> dict[bytes, Callable[[bool], bytes]]:
         path: lambda authorized, answer=answer: answer if authorized else refused  # type: ignore[misc]
         for path, answer in guarded.items()
     }
-    return routes | {path: lambda _, answer=a: answer for path, a in open_to_all.items()}  # type: ignore[misc]
+    return routes | {path: lambda _, answer=a: answer for path, a in open_to_all.items()}
 
 
 async def _serve(host: str, port: int, model: str, key: str | None) -> None:

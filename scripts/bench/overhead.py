@@ -141,7 +141,7 @@ def soak(
     """Send many requests, and return the ingress's resident memory by how many there were."""
     points, sent = [], 0
     while sent < options.soak:
-        sample = measure(Unary(16, 10.0), frontline, streams)
+        sample = measure(Unary(16, 10), frontline, streams)
         sent += sample.answers
         ingress = frontline.processes()["ingress"]
         points.append((sent, sum(process.memory_info().rss for process in ingress) / 1e6))

@@ -120,7 +120,9 @@ class ServesOwn:
         self._samples: deque[TimeStampedValue] = deque()
         self._state = autoscaling_state.DeploymentAutoscalingState(_DEPLOYMENT)
         deployment = DeploymentConfig(autoscaling_config=settings)
-        self._state.register(DeploymentInfo(deployment, None, 0, ""), 1)
+        # It only looks at the settings of autoscaling.
+        info = DeploymentInfo(deployment, None, 0, "")  # type: ignore[arg-type]
+        self._state.register(info, 1)
         self._ready = 0
 
     def decide(self, view: View) -> int:

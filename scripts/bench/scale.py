@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,9 @@ def _round(
     spent = spent if spent is not None else dict.fromkeys(_PARTS, 0.0)
     now += RENEWAL_S
     for scheduler in schedulers:
-        demand = _timed(spent, "demand", lambda scheduler=scheduler: scheduler.demand(now))
-        grant = _timed(spent, "renew", lambda demand=demand: _renew(allocator, demand, now))
-        _timed(
-            spent, "receive", lambda scheduler=scheduler, grant=grant: scheduler.receive(grant, now)
-        )
+        demand = _timed(spent, "demand", partial(scheduler.demand, now))
+        grant = _timed(spent, "renew", partial(_renew, allocator, demand, now))
+        _timed(spent, "receive", partial(scheduler.receive, grant, now))
     return now
 
 

@@ -96,7 +96,7 @@ def build(args: dict[str, Any]) -> Any:
             return self.asked
 
     class FasterModel(model.Model):
-        async def __init__(self, *more: Any) -> None:
+        async def __init__(self, *more: Any) -> None:  # type: ignore[misc]
             model._STATUS_PERIOD_S /= args["faster"]
             await super().__init__(*more)
 

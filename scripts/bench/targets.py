@@ -6,7 +6,7 @@ more without Frontline. Both endpoints stand on the same engine process.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def _both(deployment: Any, app: str, body: dict[str, Any], *, simulated: bool) -
 def _cluster_processes() -> dict[str, float]:
     from tests.support.cluster import test_run_processes
 
-    used: Counter[str] = Counter()
+    used: defaultdict[str, float] = defaultdict(float)
     for process in test_run_processes():
         with suppress(psutil.Error, OSError):
             line = " ".join(process.cmdline())
