@@ -13,7 +13,10 @@ slots are free, and says so in its next demand.
 - What changes is told within ``RENEWAL_S``: of the demands that would be sent every ``RENEWAL_S``
   only those are left out that would say the same as the one before, which the Model has answered.
 - A grant of another Model than the one known so far is applied only as the answer to the latest
-  demand: what that Model has learned from it is then what the ingress holds.
+  demand: what that Model has learned from it is then what the ingress holds, or more.
+- Credits that are closed when such a grant comes are forgotten with it. The former Model may have
+  given them away, and the new one cannot know it. Credits that are still open are kept: the former
+  Model had ended by then, and would have given them away only once they are closed.
 - An ingress that has neither had an answer nor seen a renewal fail for ``SILENCE_S`` places
   nothing, because its credits may have been given away. Failed renewals count as word that the
   Model is down, while which nobody gives credits away; see ``Credits.renewal_failed``.
@@ -142,25 +145,29 @@ class Credits:
 
     def receive(self, grant: Grant, now: float) -> None:
         """Apply a grant; one that has come too late is ignored."""
+        anew = grant.anew
         if grant.life == self._life:
             if grant.number <= self._applied:
                 return
         elif grant.answers != self._number:
             return
+        else:
+            # The new Model cannot tell whether the former one has given these credits away.
+            anew |= now >= self._fresh_until
         self._life, self._applied = grant.life, grant.number
         self._fresh_until = max(self._fresh_until, grant.sent_at + SILENCE_S)
         self._at_most, self._keep = grant.at_most, grant.keep
         self.ingresses = grant.ingresses
         if grant.headroom is not None:
             self.slot_table.headroom = grant.headroom
-        if grant.anew:
+        if anew:
             self.slot_table.forget_credits()
         for replica_id, added in grant.added.items():
             self.slot_table.add_credits(replica_id, added)
             self._urgent_pause = URGENT_S
         for pool in self._at_most:
             self._give_up(pool)
-        if grant.anew or grant.added:
+        if anew or grant.added:
             self._note_change()
         # A Model that only listens says nothing of headroom; it is asked again until it does.
         elif grant.answers == self._number and grant.headroom is not None:

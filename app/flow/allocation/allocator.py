@@ -12,7 +12,8 @@ slot to two ingresses:
 - At most one grant to an ingress is under way; until it is acknowledged it is repeated.
 - An ingress that was not heard for ``SILENCE_S`` is forgotten, and its credits are free. By then
   it has closed them itself (``app.flow.credits``). When it is back it holds nothing but the slots
-  of its running requests, which count as held until they end.
+  of its running requests, which count as held until they end. That is so with every Model: this
+  one tells it to forget its credits; with a Model started since it forgets them by itself.
 - A Model that was just started adds nothing before it has listened for ``SILENCE_S``, and until
   every ingress it heard has acknowledged a grant of this Model. What they report counts as held.
 

@@ -76,7 +76,7 @@ def test_a_restarted_model_gives_nothing_away_before_it_has_listened():
     allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
     renew(one, allocator, LATER)
     assert held(one) == {"a": 8}
-    later = LATER + 60
+    later = LATER + SILENCE_S - RENEWAL_S
     allocator = book_of(slots, life="next", now=later)
     for step in range(int(SILENCE_S / RENEWAL_S)):
         renew(two, allocator, later + step * RENEWAL_S)
@@ -334,6 +334,57 @@ def test_a_late_grant_of_a_former_model_is_ignored():
     one.receive(late, LATER + 2)
     one.receive(Grant("old", 99, late.answers, LATER, added={"a": 5}), LATER + 2)
     assert held(one) == before
+
+
+def test_credits_that_a_former_model_gave_away_do_not_come_back_with_the_next():
+    slots = {"a": 4, "b": 4}
+    old, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    now = settle_down(old, one, two)
+    assert held(one) and held(two)
+    now += SILENCE_S
+    renew(one, old, now)
+    assert held(one) == slots, "the other was silent"
+    new = book_of(slots, life="new", now=now, headroom=0)
+    for each in (one, two):
+        renew(each, new, now + RENEWAL_S)
+    assert (held(one), held(two)) == (slots, {})
+    assert two.slot_table.find(P, "chat") is None
+    settle_down(new, one, two, now=now + RENEWAL_S)
+    assert held(one) and held(two)
+    assert sum(held(one).values()) + sum(held(two).values()) == 8
+
+
+def test_a_demand_that_the_next_model_gets_late_does_not_bring_them_back_either():
+    slots = {"a": 2}
+    old, one, two = book_of(slots, headroom=0), ingress("one", slots), ingress("two", slots)
+    renew(one, old, LATER)
+    sent = LATER + SILENCE_S - 0.1
+    late = demand(one, sent)
+    renew(two, old, LATER + SILENCE_S)
+    assert held(two) == slots
+    new = book_of(slots, life="new", now=LATER + SILENCE_S, headroom=0)
+    one.receive(new.renew(late, LATER + SILENCE_S), LATER + SILENCE_S)
+    assert held(one) == {}
+
+
+def test_open_credits_outlast_a_restart_and_what_runs_on_closed_ones_counts():
+    slots = {"a": 4}
+    old, one = book_of(slots, headroom=0), ingress("one", slots)
+    renew(one, old, LATER)
+    occupy(one, "a", D, times=2)
+    new = book_of(slots, life="new", now=LATER, headroom=0)
+    last = LATER + SILENCE_S - 0.1
+    renew(one, new, last)
+    assert held(one) == slots, "no Model has waited long enough to give them away"
+    closed = last + SILENCE_S
+    newest, two = book_of(slots, life="newest", now=closed, headroom=0), ingress("two", slots)
+    renew(one, newest, closed)
+    assert held(one) == {} and one.slot_table["a"].running == 2
+    for step in range(20):
+        now = closed + step * RENEWAL_S
+        renew(one, newest, now)
+        renew(two, newest, now, NOTHING | {P: 9})
+    assert held(two) == {"a": 2}
 
 
 def test_a_replica_that_comes_is_shared_and_one_that_goes_is_dropped():
@@ -661,6 +712,45 @@ class CreditMachine(RuleBasedStateMachine):
         total = sum(sum(held(one).values()) for one in self.ingresses)
         floor = max(0, len(self.ingresses) - pool.headroom) if pool.headroom else 0
         assert total >= sum(self.slots.values()) + floor
+
+
+class Draws:
+    """Stands in for ``st.data()`` where a counterexample is played again."""
+
+    def __init__(self, *values):
+        self._values = list(values)
+
+    def draw(self, _strategy):
+        return self._values.pop(0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_model_that_dies_after_it_gave_credits_away_costs_no_slot_twice(which):
+    """What the machine once found: two ingresses could use the same slot."""
+    machine = CreditMachine()
+    machine.begin(headroom=0.0, data=Draws(1, 1, 0.0))
+    one = list(machine.ingresses)[which]
+
+    def sends():
+        machine.sends(arrives=True, returns=True, waiting=(0, 0, 0), data=Draws(one))
+
+    def peace(rounds):
+        machine.peace(rounds=rounds, waiting=(0, 0, 0))
+
+    steps = [
+        lambda: peace(11),
+        sends,
+        lambda: peace(1),
+        lambda: machine.time_passes(seconds=3.0),
+        sends,
+        machine.model_dies,
+        machine.restart_model,
+        lambda: peace(1),
+    ]
+    for step in steps:
+        step()
+        machine.usable_credits_never_exceed_the_slots_plus_the_floor()
+    machine.teardown()
 
 
 TestCreditMachine = CreditMachine.TestCase
