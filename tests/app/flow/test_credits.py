@@ -582,6 +582,12 @@ class CreditMachine(RuleBasedStateMachine):
         )
         self.model_sees_replicas()
 
+    @precondition(lambda self: self.allocator is not None)
+    @rule()
+    def model_is_replaced(self):
+        self.model_dies()
+        self.restart_model()
+
     def model_sees_replicas(self):
         self.seen_by_model = dict(self.slots)
         if self.allocator is not None:
@@ -619,11 +625,21 @@ class CreditMachine(RuleBasedStateMachine):
     @rule(rounds=st.integers(1, 14), waiting=st.tuples(*[st.integers(0, 5)] * 3))
     def peace(self, rounds, waiting):
         """All renew as they should, so that the machine does not only test emergencies."""
+        self.renew_all(self.ingresses, rounds, waiting)
+
+    @precondition(lambda self: len(self.ingresses) > 1 and self.allocator is not None)
+    @rule(data=st.data(), rounds=st.integers(8, 16), waiting=st.tuples(*[st.integers(0, 5)] * 3))
+    def one_is_silent(self, data, rounds, waiting):
+        """All others renew as they should, so long that its credits may be given to them."""
+        silent = self.one_of(data)
+        self.renew_all([one for one in self.ingresses if one is not silent], rounds, waiting)
+
+    def renew_all(self, ingresses, rounds, waiting):
         for _ in range(rounds):
             self.time_passes(RENEWAL_S)
             if self.allocator is None:
                 return
-            for one in self.ingresses:
+            for one in ingresses:
                 asked = demand(one, self.now, dict(zip(Tier, waiting, strict=True)), 1.0)
                 self.model_gets(one, asked)
                 self.ingress_gets(*self.grants[-1])
