@@ -4,11 +4,11 @@ import time
 import pytest
 from sqlalchemy import event
 
+from app.config.ingress import FlightBounds
 from app.core import errors
 from app.ingress import Ingress
 from app.store.database import connect
 from app.tenants.access import Caller
-from app.tenants.concurrency import FlightBounds
 from app.tenants.keys import KeyLimits, create_key
 from app.tenants.limiter import LimitBooks
 from tests.support.records import NOON
@@ -59,6 +59,8 @@ class Books:
 
 class Quiet(Ingress):
     """Serve awaits the end; Python, which cannot, would call it once more."""
+
+    books: Books
 
     def __del__(self):
         pass

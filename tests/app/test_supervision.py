@@ -110,8 +110,8 @@ def test_a_thread_that_is_told_to_stop_does_not_wait_for_its_restart(registry, m
 
 def test_pauses_double_up_to_the_longest_and_start_anew_after_a_good_run(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(supervision.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(supervision.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr("app.supervision.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("app.supervision.random.uniform", lambda low, high: high)
     pauses = supervision._Pauses()
     seen = [pauses.next() for _ in range(8)]
     assert seen == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]

@@ -46,7 +46,7 @@ def codes_in_sources():
                 found.add(getattr(node.args[1], "value", None))
             elif isinstance(node, ast.FunctionDef) and node.name == "__init__":
                 defaults = zip(reversed(node.args.args), reversed(node.args.defaults), strict=False)
-                found |= {d.value for a, d in defaults if a.arg == "code"}
+                found |= {getattr(d, "value", None) for a, d in defaults if a.arg == "code"}
     return {code for code in found if isinstance(code, str)}
 
 

@@ -59,7 +59,7 @@ TRTLLM_OPTIONS = {
 }
 """Some of trtllm-serve's options, as ``tensorrt_llm/commands/serve.py`` of 2026 has them."""
 TRTLLM_CONFIG = {
-    "enable_chunked_prefill": {},
+    "enable_chunked_prefill": set(),
     "kv_cache_config": {"free_gpu_memory_fraction", "enable_block_reuse", "dtype"},
     "scheduler_config": {"waiting_queue_policy", "capacity_scheduler_policy"},
 }

@@ -73,8 +73,10 @@ class Served:
 
     def running(self):
         """How many requests the engine says it is running."""
+        ask = self.subject.engine.running
+        assert ask is not None
         with self.deployment.engine(self.subject.model) as engine:
-            return self.subject.engine.running(engine)
+            return ask(engine)
 
     def fail(self, **failures):
         """Let the engine fail from now on; nothing heals it."""

@@ -78,7 +78,9 @@ def wide(model: Path):
 @pytest.fixture(scope="module")
 def cluster():
     with ray_machines() as cluster:
-        cluster.front, cluster.other = cluster.join_all(n2={"front": 1, "wide": 1}, n3={"wide": 1})
+        cluster.front, cluster.engines_node = cluster.join_all(
+            n2={"front": 1, "wide": 1}, n3={"wide": 1}
+        )
         model = cluster.folder / "padded"
         pad_heads(frontline_home() / "models" / MODEL, model, heads=12, of_keys=4)
         cluster.deploy(front_ingress(), wide(model))
@@ -104,7 +106,7 @@ def processes(machine):
 
 def parts(cluster):
     """Both parts' processes; first those on the node with the server."""
-    found = [processes(node) for node in (cluster.front, cluster.other)]
+    found = [processes(node) for node in (cluster.front, cluster.engines_node)]
     return sorted(found, key=lambda one: any("--headless" in words for words in one.values()))
 
 

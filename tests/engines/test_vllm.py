@@ -245,7 +245,9 @@ def test_nothing_of_the_engine_opens_without_its_key(local):
 def running(local):
     with local.engine("smollm2") as engine:
         metrics = engine.get("/metrics").text
-    return float(re.search(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M)[1])
+    found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M)
+    assert found, metrics
+    return float(found[1])
 
 
 def test_a_killed_engine_comes_back(local):

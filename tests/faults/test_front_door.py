@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -128,6 +129,10 @@ def kill_manager():
     manager.kill()
 
 
+def managers_beside(known):
+    return managers().keys() - known
+
+
 @pytest.mark.parametrize("kill", [kill_haproxy, kill_manager])
 async def test_what_stands_before_the_ingresses_is_killed(door, kill):
     async with knocking(door) as seen:
@@ -137,7 +142,7 @@ async def test_what_stands_before_the_ingresses_is_killed(door, kill):
             began = time.monotonic()
             await asyncio.to_thread(kill)
             # Serve itself replaces both, though clients no longer wait for that.
-            await eventually_async(lambda before=before: managers().keys() - before, 90)
+            await eventually_async(partial(managers_beside, before), 90)
             await asyncio.sleep(6)
             gap_s = seen.longest_gap(began)
             print(f"\n| {kill.__name__} | {seen.told(began)} | {gap_s:.2f} s |")

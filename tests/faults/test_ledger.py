@@ -67,8 +67,11 @@ def writer(folder, url, told, max_mb=64):
         text=True,
     )
 
+    lines = process.stdout
+    assert lines is not None
+
     def listen():
-        for line in process.stdout:
+        for line in lines:
             if line.endswith("\n"):
                 told.hear(line)
 
@@ -80,7 +83,7 @@ def writer(folder, url, told, max_mb=64):
         process.kill()
         process.wait()
         listener.join()
-        process.stdout.close()
+        lines.close()
 
 
 def wait_for_load(told, more=20, timeout_s=30):

@@ -123,7 +123,8 @@ async def test_a_worker_node_is_removed(spread):
         if in_vain is None:
             await asyncio.sleep(3)
         else:
-            await check_told_at_last(cluster, *in_vain, removed)
+            long, waiting = in_vain
+            await check_told_at_last(cluster, long, waiting, removed)
     print(f"\n| worker node removed | {told(clients.answers)} | {took_s:.1f} s |")
     assert set(clients.outcomes()) <= {COMPLETE, CUT}
     assert len(clients.answers) - len(clients.complete()) <= clients.count

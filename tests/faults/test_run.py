@@ -41,8 +41,9 @@ def run(tmp_path, monkeypatch):
         [sys.executable, REPO / "scripts/serve.py", path],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | LOCAL,
     )  # fmt: skip
-    lines = []
-    reader = threading.Thread(target=lambda: lines.extend(started.stdout))
+    output, lines = started.stdout, []
+    assert output is not None
+    reader = threading.Thread(target=lambda: lines.extend(output))
     reader.start()
     try:
         yield started, lines
@@ -55,7 +56,7 @@ def run(tmp_path, monkeypatch):
                 started.send_signal(signal.SIGINT)
                 started.wait(30)
         reader.join()
-        started.stdout.close()
+        output.close()
 
 
 def test_it_says_ready_where_keys_are_asked_for_and_ends_when_the_raylet_dies(run):

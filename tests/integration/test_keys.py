@@ -128,7 +128,7 @@ def test_a_limit_is_told_and_kept(guarded):
         with pytest.raises(openai.RateLimitError) as caught:
             ask(one)
     error = caught.value
-    assert (error.code, error.body["type"]) == ("rate_limit_exceeded", "requests")
+    assert (error.code, error.type) == ("rate_limit_exceeded", "requests")
     assert error.response.headers["x-ratelimit-remaining-requests"] == "0"
     assert int(error.response.headers["retry-after"]) > 30
     eventually(lambda: guarded.records(tenant="limited", state="refused"))

@@ -140,7 +140,7 @@ async def test_who_finds_the_line_full_is_turned_away_and_priority_displaces(mod
     assert reasons == {"queue_full": 3, "displaced": 1}
     for error in shed:
         assert error.code == "engine_overloaded"
-        assert error.body["type"] == "invalid_request_error"
+        assert error.type == "invalid_request_error"
         assert int(error.response.headers["retry-after"]) >= 1
         assert int(error.response.headers["retry-after-ms"]) >= 1
         assert float(error.response.headers["x-queue-time-ms"]) >= 0

@@ -115,5 +115,6 @@ def test_goals_are_as_they_were_set(ours, other, met):
 def test_in_hindsight_the_cheapest_that_is_as_good_counts():
     rows = [row(OURS, 50, 5), row("Serve 40%", 90, 0), row("Serve 70%", 60, 5),
             row("Serve 100%", 40, 9), row("fixed", 10, 0)]  # fmt: skip
-    assert hindsight(rows).policy == "Serve 70%"
+    best = hindsight(rows)
+    assert best and best.policy == "Serve 70%"
     assert hindsight([rows[0], rows[3]]) is None

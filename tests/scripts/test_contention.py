@@ -167,7 +167,7 @@ def rows(priority=(0.1, 0.15), default_tokens=100.0, sheds=0, default_p50=2.0):
     return [
         row("idle", "priority", 0.1, 0.1, 5),
         row("alone", "default", 2, 3, 100),
-        row("together", "priority", *priority, 3, sheds),
+        row("together", "priority", priority[0], priority[1], 3, sheds),
         row("together", "default", default_p50, 3, default_tokens, 7),
     ]
 
@@ -220,7 +220,7 @@ class Server:
     """Answers at once; sheds the first default request of each kind that it is told to."""
 
     def __init__(self):
-        self.bodies, self.to_shed = [], 0
+        self.bodies, self.to_shed, self.url = [], 0, ""
 
     async def answer(self, request):
         body = await request.json()

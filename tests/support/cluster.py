@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -162,7 +163,7 @@ class Deployment:
         self._apps = {name: app for name, app in self._apps.items() if name not in names}
         self._submit()
         for name in names:
-            eventually(lambda name=name: self.entry(name) is None, why=f"{name} was not removed")
+            eventually(partial(self._lacks, name), why=f"{name} was not removed")
 
     def restore_ingress(self) -> None:
         """Have just the one ingress again that there is at first, and wait until it is alone."""
@@ -226,6 +227,9 @@ class Deployment:
             return None
         return answer.json() if answer.status_code == 200 else None
 
+    def _lacks(self, model: str) -> bool:
+        return self.entry(model) is None
+
     def serves(self, model: str) -> bool:
         """Whether the ingress that answers knows a replica of the model."""
         return bool((self.entry(model) or {}).get("service_tiers"))
@@ -234,7 +238,7 @@ class Deployment:
         """Wait until each model serves some tier."""
         for model in models:
             eventually(
-                lambda model=model: self.serves(model),
+                partial(self.serves, model),
                 timeout_s,
                 f"{model} is not ready; Serve says: {serve.status()}",
             )

@@ -49,7 +49,15 @@ def front_ingress() -> dict[str, Any]:
 
 
 class RayMachines:
-    """The cluster. Made by ``ray_machines``; the first machine is the head, without CPUs."""
+    """The cluster. Made by ``ray_machines``; the first machine is the head, without CPUs.
+
+    Attributes:
+        front: where the ingress and the Models run; set by the test, as is the other.
+        engines_node: where only engines run.
+    """
+
+    front: Machine
+    engines_node: Machine
 
     def __init__(self, network: Any, folder: Path) -> None:
         self._network = network

@@ -202,7 +202,7 @@ class SimulatedEngine:
 
     def _hang_up(self, scope: Any) -> None:
         for connection in self._server.server_state.connections:
-            if connection.scope is scope:
+            if getattr(connection, "scope", None) is scope:
                 connection.transport.abort()
 
     async def ended(self) -> None:
@@ -419,7 +419,7 @@ class World:
         """Send a request, and return when its answer or its connection has ended."""
         body, gone = orjson.dumps(fields), asyncio.Event()
         key = self._keys.texts.get(tenant, "none")
-        scope = {
+        scope: dict[str, Any] = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
             "scheme": "http", "path": f"/v1/{route.value}", "root_path": "", "query_string": b"",
             "headers": [

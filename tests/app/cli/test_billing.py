@@ -43,6 +43,7 @@ def run(url):
 def test_a_key_is_shown_once_and_works_until_it_is_revoked(run, engine):
     text = run("keys", "create", "--tenant", "acme", "--rpm", "60").strip()
     key = KeyStore(engine).table().find(text)
+    assert key is not None
     assert (key.tenant, key.limits.rpm) == ("acme", 60)
     listed = run("keys", "list")
     assert key.key_id in listed and text not in listed and key.secret_hash not in listed

@@ -25,9 +25,10 @@ def drawn(differs=None):
         ApplicationRow("lost", "DEPLOYING", "", (), LOST),
         ApplicationRow("served", "RUNNING", "all is well", (POOL,)),
     )
-    console = Console(file=io.StringIO(), width=160)
+    shown = io.StringIO()
+    console = Console(file=shown, width=160)
     console.print(render(ClusterStatus("10.0.0.1:6379", (HEAD, GPU), applications, differs)))
-    return console.file.getvalue()
+    return shown.getvalue()
 
 
 def test_nodes_and_pools_are_there_with_what_is_used_of_them():

@@ -40,9 +40,10 @@ MODEL = ModelFrame(
 
 
 def lines(*models, trouble="", width=120):
-    console = Console(file=io.StringIO(), width=width)
+    shown = io.StringIO()
+    console = Console(file=shown, width=width)
     console.print(render("127.0.0.1:6379", models, trouble))
-    return [line.split() for line in console.file.getvalue().splitlines() if line.strip()]
+    return [line.split() for line in shown.getvalue().splitlines() if line.strip()]
 
 
 def test_a_frame_tells_the_line_by_tier_the_credits_and_the_replicas():

@@ -44,7 +44,7 @@ def test_tiers_default_to_proved_priority():
 
 def test_settings_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
-        IngressSettings().auth = "keys"
+        IngressSettings().auth = "keys"  # type: ignore[misc]
 
 
 def test_yaml_reads_off_as_false_and_the_error_says_what_is_wanted():

@@ -151,6 +151,6 @@ def test_a_tier_that_is_withdrawn_while_a_request_waits_is_not_served(wanted, be
 def test_a_decision_never_changes_and_never_lowers_without_a_reason():
     decision = TierDecision(Tier.FLEX, Tier.FLEX, None, RateCard())
     with pytest.raises(AttributeError):
-        decision.served = Tier.DEFAULT
+        decision.served = Tier.DEFAULT  # type: ignore[misc]
     with pytest.raises(AssertionError):
         TierDecision(Tier.PRIORITY, Tier.DEFAULT, None, RateCard())

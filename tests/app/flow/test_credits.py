@@ -3,6 +3,7 @@
 import math
 import pickle
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -467,7 +468,7 @@ class CreditMachine(RuleBasedStateMachine):
         self.demands, self.grants = [], []
         self.requests = []
         self.floors = {}
-        self.allocator = None
+        self.allocator: Any = None
         self.down_since = self.now
         self.restart_model()
         for _ in range(2):

@@ -522,20 +522,26 @@ def usable(floor, request):
     return free if free_kept > floor.scheduler.credits.slot_table.headroom else free - kept
 
 
+class GateFloor(Floor):
+    """A floor with what the machine below keeps about grants and replicas."""
+
+    def __init__(self, mode, **values):
+        super().__init__(mode, **values)
+        self.fresh_until, self.gives_up_at = -math.inf, math.inf
+        self.suspended = {}
+        self.rests = False
+
+
 class GateMachine(RuleBasedStateMachine):
     @initialize(mode=st.sampled_from([PriorityMode.AUTO, PriorityMode.AUTO, PriorityMode.QUEUE]))
     def begin(self, mode):
-        self.floor = Floor(
+        self.floor = GateFloor(
             mode,
             starvation_every=3,
             priority={"max_waiting": 8, "max_wait_s": 20, "reserved": 0},
             default={"max_waiting": 6, "max_wait_s": 20, "starvation_age_s": 4, "reserved": 0},
             flex={"max_waiting": 4, "max_wait_s": 30, "starvation_age_s": 8, "reserved": 0},
         )
-        self.floor.fresh_until = -math.inf
-        self.floor.gives_up_at = math.inf
-        self.floor.suspended = {}
-        self.floor.rests = False
         self.names = 0
         self.number, self.changed_at = 0, math.inf
         self.requests = []

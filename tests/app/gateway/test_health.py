@@ -233,10 +233,10 @@ async def test_a_store_that_is_away_and_a_ledger_that_refuses(services, ask, tmp
         await ledger.close()
 
 
-async def test_background_work_that_failed_is_told_without_its_name(services, ask):
-    from app.gateway import health_route
-
-    health_route.PROCESS.failed("inner works", RuntimeError("/secret/path"))
+async def test_background_work_that_failed_is_told_without_its_name(services, ask, monkeypatch):
+    registry = supervision.Registry()
+    monkeypatch.setattr("app.gateway.health_route.PROCESS", registry)
+    registry.failed("inner works", RuntimeError("/secret/path"))
     code, body = await ask()
     assert (code, body["reasons"][0]) == (200, "background_failures")
     assert "inner" not in str(body) and "secret" not in str(body)

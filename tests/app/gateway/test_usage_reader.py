@@ -35,11 +35,17 @@ def records(url):
     engine.dispose()
 
 
+class HeldReader(UsageReader):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.let_go, self.threads = threading.Event(), set()
+
+
 @pytest.fixture
 def reader(url, records, monkeypatch):
     """A reader whose readings last until they are let go."""
-    reader = UsageReader(url, UsageSettings())
-    reader.let_go, reader.threads, real = threading.Event(), set(), reader._records.totals
+    reader = HeldReader(url, UsageSettings())
+    real = reader._records.totals
 
     def slow(*arguments):
         reader.threads.add(threading.current_thread().name)

@@ -1,5 +1,6 @@
 import json
 from decimal import Decimal
+from typing import Any
 
 import orjson
 import pytest
@@ -134,7 +135,10 @@ def test_an_amount_keeps_every_digit_and_has_no_exponent(amount):
 
 
 def test_an_answer_is_stamped_with_the_decision():
-    answer = {"service_tier": None, "usage": {"prompt_tokens": 1000, "completion_tokens": 250}}
+    answer: dict[str, Any] = {
+        "service_tier": None,
+        "usage": {"prompt_tokens": 1000, "completion_tokens": 250},
+    }
     stamp(answer, PRIORITY)
     assert answer["service_tier"] == "priority"
     assert orjson.dumps(answer["usage"]["estimated_cost"]) == b"0.000045"
@@ -146,10 +150,10 @@ def chunk(content):
 
 
 def test_an_error_as_first_event_is_found_and_ordinary_text_is_not():
-    first = Event(b'{"error": {"message": "queue full", "code": 503}}')
-    assert stream_error(first, Route.CHAT).status == 503
-    refused = Event(b'{"error": {"message": "bad", "code": 400}}')
-    assert stream_error(refused, Route.CHAT).status == 400
+    first = stream_error(Event(b'{"error": {"message": "queue full", "code": 503}}'), Route.CHAT)
+    assert first and first.status == 503
+    refused = stream_error(Event(b'{"error": {"message": "bad", "code": 400}}'), Route.CHAT)
+    assert refused and refused.status == 400
     assert stream_error(chunk('say "error"'), Route.CHAT) is None
     assert stream_error(Event(b'{"error": null, "choices": []}'), Route.CHAT) is None
 

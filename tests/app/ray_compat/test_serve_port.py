@@ -14,18 +14,22 @@ def bound(monkeypatch):
     return found
 
 
+def open_port(at):
+    replica.add_port_to_grpc_server(None, at)  # type: ignore[attr-defined]
+
+
 def test_the_port_between_deployments_is_opened_on_loopback(bound):
     for _ in range(3):
         keep_on_loopback()
-    replica.add_port_to_grpc_server(None, "[::]:0")
-    replica.add_port_to_grpc_server(None, "10.0.0.5:9000")
+    open_port("[::]:0")
+    open_port("10.0.0.5:9000")
     assert bound == ["127.0.0.1:0", "10.0.0.5:9000"]
 
 
 def test_it_stays_open_where_deployments_speak_that_way(bound, monkeypatch):
     monkeypatch.setattr(constants, "RAY_SERVE_USE_GRPC_BY_DEFAULT", True)
     keep_on_loopback()
-    replica.add_port_to_grpc_server(None, "[::]:0")
+    open_port("[::]:0")
     assert bound == ["[::]:0"]
 
 

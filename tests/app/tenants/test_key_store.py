@@ -1,4 +1,5 @@
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from sqlalchemy import make_url, text
@@ -40,7 +41,7 @@ def test_a_key_is_revoked_once(store):
     assert [each.revoked for each in store.all()] == [NOON]
 
 
-BAD = {
+BAD: dict[str, list[Any]] = {
     "secret_hash": ["x", "", b"bytes"],
     "tenant": ["", "x" * 101, "a\x00b", b"bytes\xff\x00"],
     "name": ["x" * 101, "\n"],

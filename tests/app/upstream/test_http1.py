@@ -62,7 +62,7 @@ async def engine(*answers: list[bytes | None]) -> AsyncIterator[tuple[Engine, Co
         await server.wait_closed()
 
 
-async def ask(running: Engine, connections: Connections) -> tuple[int, str, list[bytes]]:
+async def ask(running: Engine, connections: Connections) -> tuple[int, bytes, list[bytes]]:
     taken = await connections.take(running.url)
     try:
         response = await taken.send(HEAD, b"{}", 5.0)

@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.core.generated.autoscaler_pb2 import AutoscalingState
+from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[attr-defined]
 
 from app.config.model import ModelSettings
 from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Sleep

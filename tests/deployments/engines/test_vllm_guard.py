@@ -17,7 +17,7 @@ def guard(monkeypatch):
     module = importlib.import_module("frontline_vllm_guard")
     monkeypatch.setenv("FRONTLINE_ENGINE_KEY", "secret")
     vllm = ModuleType("vllm")
-    vllm.__version__ = "9.9"
+    monkeypatch.setattr(vllm, "__version__", "9.9", raising=False)
     monkeypatch.setitem(sys.modules, "vllm", vllm)
 
     async def engine(scope, receive, send):

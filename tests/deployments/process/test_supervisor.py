@@ -170,7 +170,7 @@ async def written_pids(path: Path, count: int = 3) -> list[int]:
 async def start(logs: Path, program: str, *arguments: str, **options: float) -> EngineProcess:
     command = [*PYTHON, program, *arguments]
     options = {"linger_s": 0.3, "owner_grace_s": 0.2} | options
-    return await EngineProcess.start(command, dict(os.environ), logs, name="engine", **options)  # type: ignore[arg-type]
+    return await EngineProcess.start(command, dict(os.environ), logs, name="engine", **options)
 
 
 async def start_stubborn(logs: Path, pids: Path) -> tuple[EngineProcess, list[int]]:
