@@ -29,7 +29,7 @@ from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 from deployments import replica
 from deployments.control.placement import PlacementWatch
-from deployments.control.pool_state import PoolState, Wakings, standing
+from deployments.control.pool_state import PoolPhase, Wakings, standing
 from deployments.control.wakeups import Wakeups
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
@@ -60,7 +60,7 @@ class Model:
         self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
         # What each pool was like when it last had a replica, and what those do that have none.
         self._seen: dict[str, ReplicaStatus] = {}
-        self._standings: dict[str, PoolState] = {}
+        self._standings: dict[str, PoolPhase] = {}
         self._wakings = Wakings()
         self._life = uuid.uuid4().hex
         self._changes = 0
@@ -177,12 +177,12 @@ class Model:
     def _sleep_state(self) -> Sleep | None:
         """Return how the model rests; ``None`` if a pool has replicas, or none rests."""
         standings = self._standings.values()
-        if any(self._replicas.values()) or all(one is PoolState.AWAY for one in standings):
+        if any(self._replicas.values()) or all(one is PoolPhase.AWAY for one in standings):
             return None
         native = not self._seen or any(s.dialect.native_priority for s in self._seen.values())
         return Sleep(
             tiers=served_tiers(self._settings.tiers, native=native),
-            waking=PoolState.WAKING in standings,
+            waking=PoolPhase.WAKING in standings,
             start_s=min(map(self._wakes_s, self._seen), default=None),
         )
 
@@ -200,10 +200,10 @@ class Model:
 
     async def _look(self, pool: str) -> None:
         replicas = await self._ask(pool)
-        now = PoolState.AWAY
+        now = PoolPhase.AWAY
         if replicas is None:
             # A Model that has just begun may not know yet who runs: nobody is turned away for that.
-            before = self._standings.get(pool, PoolState.WAKING)
+            before = self._standings.get(pool, PoolPhase.WAKING)
             now = await standing(self._application, pool, before)
         elif replicas:
             self._seen[pool] = max(replicas, key=lambda status: status.start_s)

@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 _TIMEOUT_S: Final = 2.0
 
 
-class PoolState(StrEnum):
+class PoolPhase(StrEnum):
     """What a pool without a replica does."""
 
     ASLEEP = "asleep"
@@ -44,14 +44,14 @@ class Wakings:
         self._since: dict[str, float] = {}
         self._took: dict[str, float] = {}
 
-    def note(self, pool: str, standing: PoolState | None, now: float) -> None:
+    def note(self, pool: str, standing: PoolPhase | None, now: float) -> None:
         """Take note of what a pool without a replica does; ``None``: it has one.
 
         A start that failed, or of which nobody told for a moment, counts with the next one.
         """
-        if standing is PoolState.WAKING:
+        if standing is PoolPhase.WAKING:
             self._since.setdefault(pool, now)
-        elif standing is PoolState.ASLEEP:
+        elif standing is PoolPhase.ASLEEP:
             self._since.pop(pool, None)
         elif standing is None and pool in self._since:
             self._took[pool] = now - self._since.pop(pool)
@@ -61,7 +61,7 @@ class Wakings:
         return self._took.get(pool, 0.0)
 
 
-async def standing(application: str, pool: str, before: PoolState) -> PoolState:
+async def standing(application: str, pool: str, before: PoolPhase) -> PoolPhase:
     """Ask Serve why no replica of a pool is known; where it does not answer, something is wrong.
 
     Args:
@@ -76,27 +76,27 @@ async def standing(application: str, pool: str, before: PoolState) -> PoolState:
             controller = await asyncio.to_thread(serve_controller)
             told = await deployment_status(controller, pool, application)
             if told is None:
-                return PoolState.AWAY
+                return PoolPhase.AWAY
             now = read_standing(told)
-            if now is PoolState.ASLEEP and before is not PoolState.ASLEEP:
+            if now is PoolPhase.ASLEEP and before is not PoolPhase.ASLEEP:
                 # It costs Serve three times as much, and a pool may sleep for days.
                 details = await controller.get_deployment_details.remote(application, pool)
                 return before if details.target_num_replicas else now
             return now
     except Exception as error:
         logger.info("cannot ask Serve about pool %s: %s", pool, type(error).__name__)
-        return PoolState.AWAY
+        return PoolPhase.AWAY
 
 
-def read_standing(told: DeploymentStatusInfo) -> PoolState:
+def read_standing(told: DeploymentStatusInfo) -> PoolPhase:
     """Return what Serve's status of a deployment means of which no replica is known.
 
     Serve calls a deployment healthy that has as many replicas as it ought to have, be it none;
     whether it is none, the status does not tell.
     """
     if told.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
-        return PoolState.ASLEEP
+        return PoolPhase.ASLEEP
     scaled = told.status_trigger is DeploymentStatusTrigger.AUTOSCALING
     if told.status is DeploymentStatus.UPSCALING and scaled:
-        return PoolState.WAKING
-    return PoolState.AWAY
+        return PoolPhase.WAKING
+    return PoolPhase.AWAY

@@ -11,7 +11,7 @@ from ray.serve._private.common import (
 )
 
 from deployments.control import pool_state
-from deployments.control.pool_state import PoolState, Wakings, read_standing
+from deployments.control.pool_state import PoolPhase, Wakings, read_standing
 
 pytestmark = pytest.mark.unit
 
@@ -22,13 +22,13 @@ EVENTS = DeploymentStatusInternalTrigger
 @pytest.mark.parametrize(
     ("events", "expected"),
     [
-        ([], PoolState.AWAY),  # it is being deployed
-        ([EVENTS.HEALTHY], PoolState.ASLEEP),
-        ([EVENTS.HEALTHY, EVENTS.AUTOSCALE_DOWN], PoolState.ASLEEP),
-        ([EVENTS.HEALTHY, EVENTS.AUTOSCALE_UP], PoolState.WAKING),
-        ([EVENTS.HEALTHY, EVENTS.HEALTH_CHECK_FAILED], PoolState.AWAY),
-        ([EVENTS.HEALTHY, EVENTS.AUTOSCALE_UP, EVENTS.REPLICA_STARTUP_FAILED], PoolState.AWAY),
-        ([EVENTS.HEALTHY, EVENTS.CONFIG_UPDATE], PoolState.AWAY),
+        ([], PoolPhase.AWAY),  # it is being deployed
+        ([EVENTS.HEALTHY], PoolPhase.ASLEEP),
+        ([EVENTS.HEALTHY, EVENTS.AUTOSCALE_DOWN], PoolPhase.ASLEEP),
+        ([EVENTS.HEALTHY, EVENTS.AUTOSCALE_UP], PoolPhase.WAKING),
+        ([EVENTS.HEALTHY, EVENTS.HEALTH_CHECK_FAILED], PoolPhase.AWAY),
+        ([EVENTS.HEALTHY, EVENTS.AUTOSCALE_UP, EVENTS.REPLICA_STARTUP_FAILED], PoolPhase.AWAY),
+        ([EVENTS.HEALTHY, EVENTS.CONFIG_UPDATE], PoolPhase.AWAY),
     ],
 )
 def test_what_has_happened_tells_why_nobody_is_there(events, expected):
@@ -39,7 +39,7 @@ def test_what_has_happened_tells_why_nobody_is_there(events, expected):
     assert read_standing(told) is expected
 
 
-@pytest.mark.parametrize("before", PoolState)
+@pytest.mark.parametrize("before", PoolPhase)
 @pytest.mark.parametrize("wanted", [0, 1])
 async def test_serve_hears_of_replicas_before_others_do(monkeypatch, wanted, before):
     """Healthy, and none known: it sleeps if there are to be none, or is as it was for a moment."""
@@ -50,7 +50,7 @@ async def test_serve_hears_of_replicas_before_others_do(monkeypatch, wanted, bef
         get_deployment_details=_answers(SimpleNamespace(target_num_replicas=wanted)),
     )
     monkeypatch.setattr(pool_state, "serve_controller", lambda: controller)
-    expected = before if wanted else PoolState.ASLEEP
+    expected = before if wanted else PoolPhase.ASLEEP
     assert await pool_state.standing("application", "vllm", before) is expected
 
 
@@ -66,10 +66,10 @@ def test_how_long_it_took_to_wake_counts_from_when_serve_was_told():
     wakings = Wakings()
     course = [
         (0.0, None),
-        (10.0, PoolState.ASLEEP),
-        (20.0, PoolState.WAKING),
-        (30.0, PoolState.AWAY),
-        (40.0, PoolState.WAKING),
+        (10.0, PoolPhase.ASLEEP),
+        (20.0, PoolPhase.WAKING),
+        (30.0, PoolPhase.AWAY),
+        (40.0, PoolPhase.WAKING),
         (320.0, None),
         (330.0, None),
     ]
@@ -79,9 +79,9 @@ def test_how_long_it_took_to_wake_counts_from_when_serve_was_told():
     assert wakings.took_s("sglang") == 0.0
     # Put to sleep again before it was ready: that is no start.
     for now, standing in (
-        (400.0, PoolState.WAKING),
-        (410.0, PoolState.ASLEEP),
-        (420.0, PoolState.WAKING),
+        (400.0, PoolPhase.WAKING),
+        (410.0, PoolPhase.ASLEEP),
+        (420.0, PoolPhase.WAKING),
         (425.0, None),
     ):
         wakings.note("vllm", standing, now)
