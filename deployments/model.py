@@ -1,4 +1,12 @@
-"""A model: the root of its own Serve application, and the registry's entry for it."""
+"""The ``Model`` actor: control plane of one model, and root of the model's Serve application.
+
+It polls the status of every engine replica twice a second and publishes it as a ``ModelSnapshot``.
+It shares out the slots of the replicas among the ingresses as credits. Every ingress calls
+``renew`` for its credits and for a snapshot that has changed, and ``wait_for_wakeup`` to learn at
+once that it should renew. Serve calls ``reconfigure`` with changed prices and tiers, and
+``record_autoscaling_stats`` for its autoscaling policy; the CLI calls ``board``. No inference
+request passes through this actor.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +46,22 @@ logger = logging.getLogger("ray.serve")
 
 _STATUS_PERIOD_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
-# Where no replica is known there may be none to answer.
+# Shorter while no replica is known: there may be none that could answer.
 _FIRST_TIMEOUT_S = 1.0
-# How long an ingress listens for a wake in one call. A Model that stops waits for calls to end.
+# How long one `wait_for_wakeup` call waits. It is short because a Model that stops waits for its
+# calls to end.
 _LISTEN_S = 2.0
 
 
 class Model:
-    """The control plane of one model: collects what its engine replicas can do now."""
+    """The control plane of one model: replica status, credits, and demand for autoscaling.
 
-    # Serve awaits it; until it returns, the Model is starting, and the one before it goes on.
+    Args:
+        args: the model's names and pools.
+        pools: the handle of each pool's deployment, by the pool's name.
+    """
+
+    # Serve awaits it. Until it returns, this Model is starting and the previous one keeps running.
     async def __init__(  # type: ignore[misc]
         self, args: ModelArgs, pools: dict[str, DeploymentHandle[Any]]
     ) -> None:
@@ -58,7 +72,8 @@ class Model:
         self._created = int(time.time())
         self._application = serve.get_replica_context().app_name
         self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
-        # What each pool was like when it last had a replica, and what those do that have none.
+        # Last known status of each pool; for pools without replicas, whether they are asleep,
+        # waking or away.
         self._seen: dict[str, ReplicaStatus] = {}
         self._standings: dict[str, PoolPhase] = {}
         self._wakings = Wakings()
@@ -71,16 +86,16 @@ class Model:
         self._demand = DemandBook()
         self._wakeups = Wakeups()
         self._probes: dict[str, asyncio.Task[None]] = {}
-        # An ingress that heard of no replicas would turn requests away, though some run.
+        # An ingress with a snapshot without replicas would refuse requests although some run.
         await asyncio.gather(*map(self._look, pools))
         self._watchers = [
             supervision.keep_running("pool watch", partial(self._watch, pool), about=pool)
             for pool in pools
         ]
 
-    # A plain one Serve would call on a thread, beside everything that goes on here.
+    # Async, because Serve would call a plain method on a thread, concurrently with the event loop.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over changed prices and tiers; requests already decided keep theirs.
+        """Apply changed prices and tiers. Requests that were already decided keep theirs.
 
         Raises:
             SettingsError: ``user_config`` has an unknown key or a bad value.
@@ -90,7 +105,16 @@ class Model:
         self._publish()
 
     async def renew(self, demand: Demand, report: QueueReport | None, known: str) -> Renewal:
-        """Renew an ingress's credits, and tell it what has changed since version ``known``."""
+        """Renew the credits of an ingress.
+
+        Args:
+            demand: what the ingress runs and queues, and the replicas that it suspects of hanging.
+            report: the statistics of its queue, if it sends any this time.
+            known: the version of the snapshot that it has.
+
+        Returns:
+            Its grant, and the snapshot if the version is no longer ``known``.
+        """
         version = f"{self._life}.{self._changes}"
         now = time.monotonic()
         self._reports.take(demand, report, now)
@@ -103,11 +127,10 @@ class Model:
         return Renewal(version, None if version == known else self._snapshot, grant)
 
     async def wait_for_wakeup(self, ingress: str) -> bool:
-        """Return ``True`` as soon as an ingress ought to renew, ``False`` after a while.
+        """Return ``True`` as soon as an ingress should renew, ``False`` after two seconds.
 
-        An ingress that has nothing to say renews once a second. Where priority waits at another,
-        it may hold slots that the other could have; and it is to hear at once which replicas have
-        come and gone.
+        An idle ingress renews once a second. That is too slow in two cases: it holds slots that
+        waiting priority requests at another ingress could use, or replicas have come or gone.
         """
         return await self._wakeups.wait(ingress, _LISTEN_S)
 
@@ -117,25 +140,25 @@ class Model:
             self._wakeups.wake(ingress, now)
 
     async def snapshot(self) -> ModelSnapshot:
-        """Return the model as it is now."""
+        """Return the current snapshot."""
         return self._snapshot
 
     async def board(self) -> ModelBoard:
-        """Return the model and its queue at every ingress, for people to look at."""
+        """Return the model and its queue at every ingress, for display by the CLI."""
         return ModelBoard(self._snapshot, self._reports.ingresses(time.monotonic()))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the demand by tier and the pools; Serve passes it on to ``app.autoscaling``.
 
-        Nothing while no ingress is known: then nobody knows the demand.
+        Empty while no ingress is known, because the demand is unknown then.
         """
         ingresses = self._reports.ingresses(time.monotonic())
         if not ingresses:
             return {}
         pools = {pool.name: self._pool_report(pool) for pool in self._args.pools}
         settings = self._settings
-        told = self._demand.report(ingresses, pools, settings.queue.headroom, settings.scaling)
-        return told.to_metrics()
+        report = self._demand.report(ingresses, pools, settings.queue.headroom, settings.scaling)
+        return report.to_metrics()
 
     def _pool_report(self, pool: PoolSettings) -> PoolReport:
         seen = self._seen.get(pool.name)
@@ -175,7 +198,7 @@ class Model:
         )
 
     def _sleep_state(self) -> Sleep | None:
-        """Return how the model rests; ``None`` if a pool has replicas, or none rests."""
+        """Return the sleep state; ``None`` if a pool has replicas, or no pool sleeps or wakes."""
         standings = self._standings.values()
         if any(self._replicas.values()) or all(one is PoolPhase.AWAY for one in standings):
             return None
@@ -187,7 +210,7 @@ class Model:
         )
 
     def _wakes_s(self, pool: str) -> float:
-        """Return how long a pool takes to wake, as it did the last time."""
+        """Return how long a pool took to wake the last time, in seconds."""
         return max(self._seen[pool].start_s, self._wakings.took_s(pool))
 
     def _without_replicas(self) -> list[str]:
@@ -202,7 +225,8 @@ class Model:
         replicas = await self._ask(pool)
         now = PoolPhase.AWAY
         if replicas is None:
-            # A Model that has just begun may not know yet who runs: nobody is turned away for that.
+            # A Model that has just started may not know yet which replicas run. No request is
+            # refused for that: the pool counts as waking.
             before = self._standings.get(pool, PoolPhase.WAKING)
             now = await standing(self._application, pool, before)
         elif replicas:
@@ -212,7 +236,7 @@ class Model:
         self._publish()
 
     def _probe(self, replica_id: str, route: str) -> None:
-        """Have a replica find out whether its engine hangs, unless it is doing so."""
+        """Have a replica probe whether its engine hangs, unless a probe of it is under way."""
         if replica_id in self._probes:
             return
         for status in self._snapshot.replicas:
@@ -224,7 +248,7 @@ class Model:
                 self._probes[replica_id] = task
 
     async def _ask(self, pool: str) -> tuple[ReplicaStatus, ...] | None:
-        """Return the replicas that are ready; ``None`` where Serve runs none."""
+        """Return the replicas that are ready; ``None`` if Serve runs none."""
         known = self._replicas.get(pool)
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S if known else _FIRST_TIMEOUT_S):
@@ -233,8 +257,8 @@ class Model:
         except DeploymentUnavailableError:
             return None
         except TimeoutError:
-            # One replica hangs; Serve will replace it. The others are as they were. Or there has
-            # never been one.
+            # One replica hangs, and Serve will replace it: keep the last known status of all. Or
+            # there has never been a replica.
             return known or None
         except (RayError, RayServeException) as error:
             supervision.PROCESS.failed("pool status", error, about=pool)
@@ -248,7 +272,7 @@ class Model:
 
 
 async def _have_probed(pool: DeploymentHandle[Any], replica_id: str, route: str) -> None:
-    # What comes of it is seen in the replicas' status.
+    # The result shows in the replica's status.
     try:
         await pool.broadcast("probe", replica_id, route).results_async(return_exceptions=True)
     except (RayError, RayServeException) as error:
@@ -257,26 +281,26 @@ async def _have_probed(pool: DeploymentHandle[Any], replica_id: str, route: str)
 
 _deployment = serve.deployment(
     name=MODEL_DEPLOYMENT,
-    # It answers a few small questions a second from each ingress, and computes nothing.
+    # It serves a few small calls a second from each ingress, and computes next to nothing.
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=10_000,
-    # There is always one. Only deployments that Serve could scale may report to a policy; it does
-    # so every second, and keeps no more than the latest numbers.
+    # There is always exactly one. It has an autoscaling configuration because Serve collects
+    # metrics only from autoscaled deployments; here every second, keeping only the latest.
     autoscaling_config={
         "min_replicas": 1,
         "max_replicas": 1,
         "metrics_interval_s": 1.0,
         "look_back_period_s": 5.0,
     },
-    # While it is away no credits move. Serve sees that a replica has died when it checks it.
+    # While it is down no credits move. Serve notices a dead replica only at a health check.
     health_check_period_s=2.0,
-    # In an update the new one knows its replicas before the old one goes.
+    # In an update the new Model knows its replicas before the old one stops.
     max_surge_percent=100,
 )(Model)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Return a model's application; the ``import_path`` in a Serve config file.
+    """Return a model's application. Serve config files name this function as ``import_path``.
 
     Args:
         args: the fields of ``ModelArgs``.
@@ -285,8 +309,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         SettingsError: ``args`` has an unknown key or a bad value; each is named.
     """
     settings = ModelArgs.load(args, "args")
-    for place, pool in enumerate(settings.pools):
-        _check_pool(("args", "pools", place), pool)
+    for index, pool in enumerate(settings.pools):
+        _check_pool(("args", "pools", index), pool)
     pools = {
         pool.name: replica.deployment.options(name=pool.name).bind(settings.id, pool)
         for pool in settings.pools
@@ -303,7 +327,7 @@ def _capacity(snapshot: ModelSnapshot, status: ReplicaStatus) -> Capacity:
 
 
 def _check_pool(where: Key, pool: PoolSettings) -> None:
-    """Refuse an engine or an engine argument that would only fail once a replica starts."""
+    """Reject an engine or engine argument now that would fail only when a replica starts."""
     launch = Launch(
         model=pool.model,
         served_name="",

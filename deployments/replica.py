@@ -1,4 +1,12 @@
-"""One engine replica: starts an engine's own OpenAI server, watches it, and ends it."""
+"""The ``EngineReplica`` actor: owns one engine process and its OpenAI server.
+
+Serve creates one actor per replica of a pool. The actor starts the engine as a child process, on
+several nodes if the pool says so, and counts as started only once the engine is ready. Serve calls
+``check_health`` every second and replaces the replica after three failures in a row. The model's
+``Model`` actor calls ``status`` twice a second, and ``probe`` when an ingress suspects that the
+engine hangs. Inference requests never pass through this actor: ingresses send them to the engine
+over HTTP, through the guard where there is one.
+"""
 
 from __future__ import annotations
 
@@ -41,22 +49,23 @@ logger = logging.getLogger("ray.serve")
 _READY_POLL_S: Final = 0.2
 _DRAIN_POLL_S: Final = 0.5
 _CHECKS_TO_FAIL: Final = 3
-"""Serve's own number, which cannot be set: so many failed checks in a row replace a replica."""
+"""Serve replaces a replica after this many failed checks in a row. The number is Serve's own and
+cannot be configured."""
 
 
 class EngineFailedToStart(RuntimeError):
-    """An engine ended, or did not become ready in time. The message has its last log lines."""
+    """An engine ended or did not become ready in time. The message has its last log lines."""
 
 
 class EngineUnhealthy(RuntimeError):
-    """A running engine has ended, or does not answer. Serve replaces the replica."""
+    """A running engine has ended or does not answer. Serve replaces the replica."""
 
 
 class LocalEngine:
-    """HTTP to the engine's own server on this machine, for starting and watching it.
+    """HTTP client for the engine's own server on this machine, used to start and monitor it.
 
-    Each request has a connection of its own: one that is kept open would look like somebody's
-    request to whoever counts them.
+    Each request opens its own connection. A connection kept open would be counted as a client's
+    when the replica drains.
     """
 
     def __init__(self, base_url: str, key: str) -> None:
@@ -64,17 +73,17 @@ class LocalEngine:
         self._key = key
 
     async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
-        """Return status and parsed body of a GET; see ``EngineHttp``."""
+        """Return the status and the parsed body of a GET; see ``EngineHttp``."""
         return await self._request("GET", path, None, authorized)
 
     async def post_json(
         self, path: str, body: Mapping[str, Any], *, authorized: bool = True
     ) -> tuple[int, Any]:
-        """Return status and parsed body of a POST; see ``EngineHttp``."""
+        """Return the status and the parsed body of a POST; see ``EngineHttp``."""
         return await self._request("POST", path, orjson.dumps(body), authorized)
 
     async def answers(self, path: str, timeout_s: float) -> bool:
-        """Whether a GET is answered with 200 in time."""
+        """Return whether a GET is answered with 200 within ``timeout_s`` seconds."""
         try:
             async with asyncio.timeout(timeout_s):
                 status, _ = await self.get_json(path)
@@ -94,9 +103,14 @@ class LocalEngine:
 
 
 class EngineReplica:
-    """Owns one engine process. It is ready, for Serve too, only once the engine is."""
+    """Owns one engine process. The replica becomes ready, for Serve too, when the engine does.
 
-    # Serve awaits it; until it returns, the replica is starting.
+    Args:
+        model_id: the name that the engine serves the model under.
+        pool: the settings of this replica's pool.
+    """
+
+    # Serve awaits it. Until it returns, the replica is starting.
     async def __init__(self, model_id: str, pool: PoolSettings) -> None:  # type: ignore[misc]
         began = time.monotonic()
         keep_on_loopback()
@@ -132,20 +146,20 @@ class EngineReplica:
 
     @staticmethod
     def plan(model_id: str, pool: PoolSettings) -> LaunchPlan:
-        """Return what a replica would start; see ``app.cli.plan``."""
+        """Return what a replica would start, without starting it; see ``app.cli.plan``."""
         return plan_launch(model_id, pool)
 
     async def status(self) -> ReplicaStatus | None:
-        """Return what the engine can do; ``None`` once it has ended, and while it may hang."""
+        """Return the engine's status; ``None`` once it has ended, and while it may hang."""
         alive = self._process.alive and (self._guard is None or self._guard.alive)
         return self._status if alive and not self._suspected else None
 
     async def probe(self, replica_id: str, route: str) -> None:
-        """Find out whether the engine hangs, if this replica is meant.
+        """Find out whether the engine hangs. Does nothing if ``replica_id`` is another replica's.
 
-        It has taken requests on this route and sent nothing to any for long, but its health route
-        may answer all the same: vLLM's does while the GPU stands still. So it is asked for a
-        single token, before all others. Any answer is a sign of life.
+        The engine has accepted requests on this route and sent nothing to any of them for long.
+        Its health route may still answer: vLLM's does while the GPU is stuck. So the probe requests
+        a single token, ahead of all other requests. Any answer proves that the engine is alive.
         """
         if replica_id != self._status.replica_id or self._suspected:
             return
@@ -159,16 +173,16 @@ class EngineReplica:
             self._hangs = True
             logger.error("%s hangs: not one token within %s s", self._status, timeout_s)
         except ConnectionLost:
-            pass  # it has ended, which shows by itself
+            pass  # the engine has ended: `status` and `check_health` see that by themselves
         self._suspected = self._hangs
 
     async def check_health(self) -> None:
-        """Called by Serve.
+        """Check the engine, its parts on other nodes, and its guard. Serve calls this.
 
         Raises:
             EngineUnhealthy: the engine has ended or hangs.
-            RankEnded: a part of it on another node has ended, or does not answer.
-            GuardFailed: its guard has ended or hangs.
+            RankEnded: a part of the engine on another node has ended or does not answer.
+            GuardFailed: the engine's guard has ended or hangs.
         """
         self._failed_checks += 1
         if self._ranks is not None:
@@ -220,20 +234,20 @@ class EngineReplica:
         )
 
     async def _drain(self) -> None:
-        """Return once nobody is connected to the engine, or it can serve nobody any more.
+        """Return when no connection to the engine is open, or the engine can serve none any more.
 
-        By now the Model has heard no more of this replica, and no ingress places anything on it;
-        Serve waits two seconds with this for that. The longest it may take is Serve's to say
-        (``graceful_shutdown_timeout_s``), which kills this actor then, and so the engine.
+        Serve waits two seconds before it stops the replica. By then the Model no longer reports it,
+        and no ingress places requests on it. If draining takes longer than Serve's
+        ``graceful_shutdown_timeout_s``, Serve kills this actor, and the engine with it.
         """
-        told = -1
+        logged = -1
         while not (self._hangs or self._failed_checks >= _CHECKS_TO_FAIL):
             connections = await asyncio.to_thread(count_connections, self._port.port)
             if not connections:
                 return
-            if connections != told:
+            if connections != logged:
                 logger.info("%s drains: %d connections", self._status, connections)
-                told = connections
+                logged = connections
             await asyncio.sleep(_DRAIN_POLL_S)
             with suppress(EngineUnhealthy, GuardFailed, RankEnded):
                 await self.check_health()
@@ -253,17 +267,18 @@ class EngineReplica:
 
 deployment = serve.deployment(
     name="EngineReplica",
-    # Requests go to the engine over HTTP; only control calls come here.
+    # Only control calls reach this actor; inference requests go to the engine over HTTP.
     max_ongoing_requests=1000,
-    # Three failures in a row replace the replica, so a dead engine is noticed in three seconds.
+    # Serve replaces a replica after three failures in a row: a dead engine is noticed in three
+    # seconds.
     health_check_period_s=1.0,
-    # Its streams may last as long as any request.
+    # The engine's streams may last as long as any request.
     graceful_shutdown_timeout_s=LONGEST_STOP_S,
-    # In a rolling update a quarter of the replicas more, and at least one, so that new ones serve
+    # A rolling update adds a quarter of the replicas, at least one, so that new replicas serve
     # before old ones stop.
     max_surge_percent=25,
 )(EngineReplica)
-"""The Serve deployment of a pool, to be given the pool's name."""
+"""The Serve deployment of a pool; ``options(name=...)`` sets it to the pool's name."""
 
 
 async def _start_guard(launch: Launch, pool: PoolSettings) -> EngineGuard | None:
