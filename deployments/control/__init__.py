@@ -1,1 +1,1 @@
-"""The Model's knowledge of its pools: what can be placed, what is away, whom to wake."""
+"""What a Model tracks of its pools: feasibility of placement, pool state, wakeups of ingresses."""

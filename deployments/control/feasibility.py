@@ -1,7 +1,7 @@
-"""Whether any node of a cluster offers what a replica asks for. Pure.
+"""Whether any node of a cluster could ever run a replica. Pure.
 
-It is judged by what nodes have in all, not by what is free: a replica that waits for others to
-end is starting, one that no node could ever take is not.
+The check uses the total resources of a node, not the free ones. A replica that waits for others to
+end is starting; a replica that no node could ever take is infeasible.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHOICE: Final = re.compile(r"(?P<not>!?)in\((?P<values>[^)]*)\)")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What one node has: its resources in all, as Ray counts them, and its labels."""
+    """One node: its total resources, as Ray counts them, and its labels."""
 
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -26,20 +26,21 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """What must be had on one node: resources, and labels in any one of several ways.
+    """Resources and labels that one node must have.
 
-    ``labels`` are Ray's label selectors (``value``, ``!value``, ``in(a, b)``, ``!in(a, b)``).
+    ``labels`` are alternatives, one of which has to match. Each is a Ray label selector (values
+    ``value``, ``!value``, ``in(a, b)``, ``!in(a, b)``).
     """
 
     resources: Mapping[str, float]
     labels: tuple[Mapping[str, str], ...] = ({},)
 
     def fits(self, node: Node) -> bool:
-        """Whether a node could take it if nothing else were there."""
+        """Return whether a node could take this bundle if the node were empty."""
         return not self._lacks(node)
 
     def missing(self, nodes: Iterable[Node]) -> str:
-        """Return what no node has; empty if some node could take it."""
+        """Return the requirements that no node meets; empty if some node could take the bundle."""
         lacks = [self._lacks(node) for node in nodes]
         if not all(lacks):
             return ""
@@ -70,17 +71,17 @@ class Bundle:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one replica asks for: a bundle, or those of its placement group and their strategy."""
+    """What one replica needs: one bundle, or its placement group's bundles and their strategy."""
 
     bundles: tuple[Bundle, ...]
     strategy: str = "PACK"
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Need:
-        """Return what a deployment's options ask for.
+        """Return what a replica with these deployment options needs.
 
         Args:
-            options: ``ray_actor_options`` and, beside them, Serve's ``placement_group_bundles``,
+            options: ``ray_actor_options``, merged with Serve's ``placement_group_bundles``,
                 ``placement_group_strategy`` and ``placement_group_bundle_label_selector``, as in a
                 config file.
         """
@@ -98,8 +99,8 @@ class Need:
     def missing(self, nodes: Iterable[Node]) -> str:
         """Return what the nodes do not offer; empty if they could take a replica.
 
-        Where several bundles may share a node, each is looked at for itself: what is found missing
-        is missing, but what is found may still not be enough.
+        Bundles that may share a node are checked one by one. So whatever is reported missing is
+        missing, but an empty result does not prove that all bundles fit together.
         """
         nodes = tuple(nodes)
         if self.strategy == _ON_ONE_NODE:
@@ -129,7 +130,7 @@ def _actor_bundle(options: Mapping[str, Any]) -> Bundle:
         "GPU": options.get("num_gpus"),
         "memory": options.get("memory"),
         **(options.get("resources") or {}),
-        # As Ray asks for it: the least amount there is.
+        # Ray itself requests this smallest possible amount.
         **({f"accelerator_type:{kind}": 0.001} if kind else {}),
     }
     others = (one.get("label_selector") or {} for one in options.get("fallback_strategy") or ())

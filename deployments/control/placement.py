@@ -1,6 +1,6 @@
-"""What of a model's pools no node of the cluster offers: asked of Serve and Ray, now and then.
+"""Polls Serve and Ray for pools that no node of the cluster can run.
 
-It is asked only for pools that have no replica, and never on the way of a request.
+It checks only pools without replicas, every two seconds, and never on a request's path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ _ANSWER_S: Final = 5.0
 
 
 class PlacementWatch:
-    """Watches whether the pools of one model could be placed at all."""
+    """Watches whether the pools of one model can be placed at all.
+
+    Args:
+        application: the model's Serve application.
+        without_replicas: returns the names of the pools without replicas.
+        changed: called after ``missing`` has changed.
+    """
 
     def __init__(
         self,
@@ -35,7 +41,7 @@ class PlacementWatch:
         changed: Callable[[], None],
     ) -> None:
         self.missing: Mapping[str, str] = {}
-        """By pool, what no node offers of what a replica of it asks for, in words."""
+        """For each pool that cannot be placed, the requirements that no node meets, as text."""
         self._application = application
         self._without_replicas = without_replicas
         self._changed = changed
@@ -50,7 +56,7 @@ class PlacementWatch:
             try:
                 async with asyncio.timeout(_ANSWER_S):
                     missing = await self._look(self._without_replicas())
-            # Nobody is turned away for what could not be found out.
+            # If the check fails, every pool counts as placeable: no request is refused for that.
             except (RayError, RayServeException, TimeoutError, ValueError) as error:
                 logger.debug("cannot look for nodes: %s", type(error).__name__)
                 missing = {}
@@ -80,22 +86,22 @@ class PlacementWatch:
         return missing
 
     async def _need(self, pool: str) -> Need:
-        # A new handle each time: the controller may have been started anew.
+        # A new handle each time, because the controller may have been restarted.
         controller = await asyncio.to_thread(serve_controller)
         return Need.of(await replica_options(controller, pool, self._application))
 
 
 def cluster_nodes() -> list[Node]:
-    """Return the nodes that are alive. Blocks for a question to Ray's head."""
+    """Return the nodes that are alive. Blocks for one call to Ray's head node."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(node["Resources"], node["Labels"]) for node in nodes if node["Alive"]]
 
 
 def can_grow(scaling: Any, need: Need) -> bool:
-    """Whether Ray's autoscaler may still bring a node for what is needed.
+    """Return whether Ray's autoscaler may still add a node that meets the need.
 
-    ``scaling`` is Ray's ``AutoscalingState``. There is an autoscaler (v2) if it has told its state,
-    which names the requests that fit no kind of node that it can bring.
+    ``scaling`` is Ray's ``AutoscalingState``. An autoscaler (v2) exists if it has reported its
+    state, which lists the requests that fit none of the node types that it can add.
     """
     if not scaling.autoscaler_state_version:
         return False

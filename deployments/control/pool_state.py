@@ -1,7 +1,4 @@
-"""Why a pool has no replica, and how long it took to wake.
-
-It sleeps, it wakes, or something is wrong.
-"""
+"""Why a pool has no replica (asleep, waking or away), and how long pools take to wake."""
 
 from __future__ import annotations
 
@@ -24,62 +21,64 @@ _TIMEOUT_S: Final = 2.0
 
 
 class PoolPhase(StrEnum):
-    """What a pool without a replica does."""
+    """Why a pool has no replica."""
 
     ASLEEP = "asleep"
-    """It was scaled to zero, as nobody had asked for a while."""
+    """It was scaled to zero, because it received no requests for a while."""
     WAKING = "waking"
-    """It was scaled up from zero, and its first engine starts."""
+    """It was scaled up from zero, and its first engine is starting."""
     AWAY = "away"
     """It is being deployed, or its engines have failed."""
 
 
 class Wakings:
-    """How long pools took to wake: from when Serve was told until a replica was ready.
+    """How long pools took to wake: from Serve's scaling up until a replica was ready.
 
-    That is more than its engine's start where the replica waited for a node.
+    That is longer than the engine's start if the replica waited for a node.
     """
 
     def __init__(self) -> None:
         self._since: dict[str, float] = {}
         self._took: dict[str, float] = {}
 
-    def note(self, pool: str, standing: PoolPhase | None, now: float) -> None:
-        """Take note of what a pool without a replica does; ``None``: it has one.
+    def note(self, pool: str, state: PoolPhase | None, now: float) -> None:
+        """Record the state of a pool at the monotonic time ``now``; ``None``: it has a replica.
 
-        A start that failed, or of which nobody told for a moment, counts with the next one.
+        A start that failed, or during which Serve did not answer, is counted together with the
+        next one.
         """
-        if standing is PoolPhase.WAKING:
+        if state is PoolPhase.WAKING:
             self._since.setdefault(pool, now)
-        elif standing is PoolPhase.ASLEEP:
+        elif state is PoolPhase.ASLEEP:
             self._since.pop(pool, None)
-        elif standing is None and pool in self._since:
+        elif state is None and pool in self._since:
             self._took[pool] = now - self._since.pop(pool)
 
     def took_s(self, pool: str) -> float:
-        """Return how long a pool took the last time; 0 if that was not seen."""
+        """Return how long a pool took to wake the last time, in seconds; 0 if unknown."""
         return self._took.get(pool, 0.0)
 
 
 async def standing(application: str, pool: str, before: PoolPhase) -> PoolPhase:
-    """Ask Serve why no replica of a pool is known; where it does not answer, something is wrong.
+    """Ask Serve why no replica of a pool is known; ``AWAY`` if Serve does not answer.
 
     Args:
-        application: the model's.
+        application: the model's Serve application.
         pool: the pool's name.
-        before: what the pool did when Serve was last asked. It does so still where Serve says that
-            replicas run: one that has just started is known in a moment, and of one that has just
-            died Serve hears when it next checks it.
+        before: the pool's state at the last poll. It is kept while Serve reports that replicas run:
+            a replica that has just started becomes known in a moment, and Serve notices one that
+            has just died at its next health check.
     """
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             controller = await asyncio.to_thread(serve_controller)
-            told = await deployment_status(controller, pool, application)
-            if told is None:
+            status = await deployment_status(controller, pool, application)
+            if status is None:
                 return PoolPhase.AWAY
-            now = read_standing(told)
+            now = read_standing(status)
             if now is PoolPhase.ASLEEP and before is not PoolPhase.ASLEEP:
-                # It costs Serve three times as much, and a pool may sleep for days.
+                # Only on a change: this call costs Serve three times as much as the status, and a
+                # pool may sleep for days.
                 details = await controller.get_deployment_details.remote(application, pool)
                 return before if details.target_num_replicas else now
             return now
@@ -89,10 +88,10 @@ async def standing(application: str, pool: str, before: PoolPhase) -> PoolPhase:
 
 
 def read_standing(told: DeploymentStatusInfo) -> PoolPhase:
-    """Return what Serve's status of a deployment means of which no replica is known.
+    """Return the state of a pool without known replicas from Serve's status of its deployment.
 
-    Serve calls a deployment healthy that has as many replicas as it ought to have, be it none;
-    whether it is none, the status does not tell.
+    Serve calls a deployment healthy when it has its target number of replicas, which may be zero.
+    The status does not show whether the target is zero.
     """
     if told.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
         return PoolPhase.ASLEEP

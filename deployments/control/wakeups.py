@@ -1,4 +1,4 @@
-"""Telling ingresses that they ought to renew now, on an event loop."""
+"""Wakes ingresses that should renew their credits now. Runs on an event loop."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from app.flow.credits import SILENCE_S
 
 
 class Wakeups:
-    """Who listens for wakeups, and who was woken while it did not listen. Kept by a Model actor."""
+    """The ingresses that wait for a wakeup, and wakeups sent while an ingress did not wait.
+
+    A Model actor owns it.
+    """
 
     def __init__(self) -> None:
         self._listeners: dict[str, asyncio.Future[None]] = {}
         self._missed: dict[str, float] = {}
 
     def wake(self, ingress: str, now: float) -> None:
-        """Tell an ingress to renew: at once, or as soon as it listens again."""
+        """Wake an ingress at once, or as soon as it waits again."""
         listener = self._listeners.pop(ingress, None)
         if listener is not None and not listener.done():
             listener.set_result(None)
             return
-        # Who has not listened for so long is not heard of any more.
+        # Drop wakeups of ingresses that have not waited for so long: they are gone.
         self._missed = {one: at for one, at in self._missed.items() if now - at < SILENCE_S}
         self._missed[ingress] = now
 
     def renewed(self, ingress: str) -> None:
-        """Note that an ingress renews, whatever it was woken for."""
+        """Clear the wakeup of an ingress that is renewing: that serves any reason to wake it."""
         self._missed.pop(ingress, None)
 
     async def wait(self, ingress: str, timeout_s: float) -> bool:
-        """Return ``True`` as soon as an ingress is woken, ``False`` after a while."""
+        """Return ``True`` as soon as an ingress is woken, ``False`` after ``timeout_s`` seconds."""
         if self._missed.pop(ingress, None) is not None:
             return True
         listener = self._listeners[ingress] = asyncio.get_running_loop().create_future()
