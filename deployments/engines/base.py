@@ -1,6 +1,6 @@
-"""The contract of an engine adapter: the only place that knows an engine's flags and quirks.
+"""The contract of an engine adapter, the only code that knows an engine's flags and quirks.
 
-Adding an engine is one module with a subclass of ``EngineAdapter`` and one line in
+To add an engine, add one module with a subclass of ``EngineAdapter`` and one line in
 ``deployments.engines.registry``.
 """
 
@@ -21,24 +21,24 @@ EngineArg = str | int | float | bool | None | list[str] | dict[str, Any]
 
 
 LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
-"""Priorities on engines that serve lower numbers first. vLLM always does; SGLang, told to do the
-same, preempts only at gaps above 10, so gaps of 100 leave one scale for both."""
+"""Priorities on engines that serve lower numbers first. vLLM always does. SGLang can be configured
+to; it preempts only at gaps above 10, so gaps of 100 let both use one scale."""
 
 METERED_STREAM: Final = {"include_usage": True, "continuous_usage_stats": True}
-"""The stream options by which an engine tells its usage on every chunk. vLLM heeds the second only
+"""The stream options that make an engine report usage on every chunk. vLLM applies the second only
 together with the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSpan:
-    """The nodes that one engine runs on together, and which of its processes this one is.
+    """The nodes that one engine runs on, and this node's position among them.
 
     Attributes:
         nodes: how many there are; the engine's ranks are spread over them evenly.
-        rank: the number of this node among them. Number 0 has the engine's HTTP server.
+        rank: the number of this node, from 0. Node 0 runs the engine's HTTP server.
         here: this node's address.
-        address: the address of number 0, at which all meet.
-        port: the port there, reserved for that.
+        address: the address of node 0, where all parts of the engine rendezvous.
+        port: the port on node 0 that is reserved for the rendezvous.
     """
 
     nodes: int = 1
@@ -49,25 +49,25 @@ class NodeSpan:
 
     @property
     def meeting_place(self) -> str:
-        """Where all of them meet, as ``HOST:PORT``."""
+        """The rendezvous address of all parts, as ``HOST:PORT``."""
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"{host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Everything an adapter needs to know to start one engine server.
+    """Everything that an adapter needs to start one engine server.
 
     Attributes:
         model: the folder or name of the model that the engine loads.
-        served_name: the model's id, by which requests name it.
+        served_name: the model's id, which requests use as the model name.
         host: the address to bind to; always loopback.
         port: a port reserved for this engine.
         slots: how many requests the engine runs at once.
         key: the secret that every request to the engine carries as a bearer token.
         python: the interpreter of the engine's environment.
-        engine_args: the operator's own engine arguments, by name, with underscores; they win
-            over an adapter's defaults, except for the address, the key and the served name.
+        engine_args: the operator's own engine arguments, by name, with underscores. They override
+            an adapter's defaults, except for the address, the key and the served name.
         span: the nodes that the engine runs on; just this one by default.
     """
 
@@ -83,18 +83,18 @@ class Launch:
 
     @property
     def base_url(self) -> str:
-        """Where the engine answers on its own machine."""
+        """The URL of the engine's server on its own machine."""
         return f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a running engine told about itself.
+    """What a running engine reported about itself.
 
     Attributes:
         version: the engine's version.
-        context_length: longest prompt and answer together, in tokens; ``None``: not known.
-        dialect: how to speak to it, with native priority only if it is really in force.
+        context_length: longest prompt and answer together, in tokens; ``None`` if unknown.
+        dialect: the engine's request format, with native priority only if it is really in force.
     """
 
     version: str
@@ -103,76 +103,76 @@ class EngineFacts:
 
 
 class EngineHttp(Protocol):
-    """A connection to a running engine, carrying its key."""
+    """HTTP requests to a running engine, with its key unless ``authorized`` is false."""
 
     async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
-        """Return status and parsed body (``None`` where it is not JSON) of a GET."""
+        """Return the status and the parsed body (``None`` if it is not JSON) of a GET."""
         ...
 
     async def post_json(
         self, path: str, body: Mapping[str, Any], *, authorized: bool = True
     ) -> tuple[int, Any]:
-        """Return status and parsed body (``None`` where it is not JSON) of a POST."""
+        """Return the status and the parsed body (``None`` if it is not JSON) of a POST."""
         ...
 
 
 class EngineAdapter(ABC):
-    """How to start one kind of engine and how to speak to it. Holds no state."""
+    """How to start one kind of engine and send it requests. Holds no state."""
 
     name: ClassVar[str]
     """The engine's name in configuration files."""
     ready_path: ClassVar[str]
-    """Answers 200 once requests will be served; cheap enough to ask several times a second."""
+    """Answers 200 once the engine serves requests; cheap enough for several polls a second."""
     health_path: ClassVar[str]
-    """Answers 200 while the engine is alive; cheap enough to ask every second."""
+    """Answers 200 while the engine is alive; cheap enough to poll every second."""
     port_stays_reserved: ClassVar[bool] = True
-    """Whether the engine's port can stay reserved for it while it starts, which takes a server
-    that binds with SO_REUSEADDR. If not, the port is free for a moment, for anyone to take."""
+    """Whether the engine's port can stay reserved while the engine starts. This requires a server
+    that binds with SO_REUSEADDR. Otherwise any process could take the port for a moment."""
 
     spans_nodes: ClassVar[bool] = False
-    """Whether the engine can run on several nodes together, which takes a ``command`` and an
-    ``environment`` that heed ``launch.span``."""
+    """Whether the engine can run on several nodes together. This requires a ``command`` and an
+    ``environment`` that use ``launch.span``."""
 
     @abstractmethod
     def command(self, launch: Launch) -> list[str]:
         """Return the command line that starts the engine's OpenAI server.
 
-        On a node that is not the engine's first it starts that node's part of the engine.
+        On a node other than the engine's first, it starts that node's part of the engine.
         """
 
     def environment(self, launch: Launch) -> dict[str, str]:
-        """Return environment variables to set for the engine, besides those it inherits."""
+        """Return environment variables to set for the engine, in addition to inherited ones."""
         return {}
 
     def files(self, launch: Launch) -> dict[str, str]:
-        """Return the text of each file that is made for the engine, by the option that names it."""
+        """Return the text of each file generated for the engine, by the option that names it."""
         return {}
 
     @abstractmethod
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
-        """Return the routes on which an engine that is started so ought to have native priority.
+        """Return the routes on which an engine with this launch should have native priority.
 
-        That is a plan; what counts for requests is what ``inspect`` finds in the running engine.
+        This is only the plan. Requests rely on what ``inspect`` finds in the running engine.
         """
 
     @abstractmethod
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
-        """Ask the engine, once it is ready, what it is and what it has in force.
+        """Query a ready engine for its facts and for the settings that are in force.
 
         Raises:
-            EngineContractError: the engine runs, but not as it must to be served from.
+            EngineContractError: the engine runs, but does not meet what Frontline relies on.
         """
 
 
 class EngineContractError(RuntimeError):
-    """A running engine does not do what its adapter relies on."""
+    """A running engine does not behave as its adapter requires."""
 
 
 async def prove_guarded(http: EngineHttp, engine: str, paths: Iterable[str]) -> None:
-    """Check that nothing but the key opens an engine: not even these paths.
+    """Check that an engine answers 401 without the key, also on these paths.
 
     Raises:
-        EngineContractError: one of them is answered without the key.
+        EngineContractError: one of the paths is answered otherwise without the key.
     """
     for path in paths:
         status, _ = await http.get_json(path, authorized=False)
@@ -189,10 +189,10 @@ def reserved_problems(args: Mapping[str, EngineArg], reserved: frozenset[str]) -
 
 
 def refuse_reserved(args: Mapping[str, EngineArg], reserved: frozenset[str]) -> None:
-    """Refuse engine arguments that Frontline sets itself.
+    """Reject engine arguments that Frontline sets itself.
 
     Raises:
-        SettingsError: there are such; each is named.
+        SettingsError: some are given; each is named.
     """
     if problems := reserved_problems(args, reserved):
         raise SettingsError(*problems)

@@ -13,7 +13,7 @@ ADAPTERS = {
     "tensorrt_llm": "deployments.engines.tensorrt_llm:TensorrtLlm",
     "simulated": "deployments.engines.simulated:Simulated",
 }
-"""Each adapter's module and class. A module is imported only when its engine is asked for."""
+"""Each adapter's module and class. A module is imported only when its engine is requested."""
 
 
 def adapter_named(name: str) -> EngineAdapter:

@@ -1,4 +1,7 @@
-"""SGLang: flags, sign of priority and facts of its OpenAI server (read in SGLang 0.5.23)."""
+"""SGLang's adapter: flags, sign of priority and facts of its OpenAI server.
+
+Based on the source of SGLang 0.5.23.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +24,20 @@ from deployments.engines.base import (
 )
 
 PRIORITY_ROUTES: Final = frozenset(Route) - {Route.RESPONSES}
-"""Its Responses route accepts a priority and drops it."""
+"""SGLang's Responses route accepts a priority and ignores it."""
 
 _PRIORITY_FLAGS: Final = {
     "enable_priority_scheduling": True,
     "schedule_low_priority_values_first": True,
-    # Otherwise a request without priority, as from its Responses route, comes last.
+    # Otherwise a request without priority, such as one on the Responses route, comes last.
     "default_priority_value": 0,
-    # Otherwise whoever has generated least makes room when the KV cache is full.
+    # Otherwise the request that has generated least is retracted when the KV cache is full.
     "retraction_policy": "priority",
 }
 
 _INSIDE: Final = Path(__file__).parent / "inside"
 _LAUNCHER: Final = "frontline_sglang"
-# Each of them would open a way around the ingress, or break what the ingress relies on.
+# Each of these would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
     {
         "admin_api_key",
@@ -63,7 +66,7 @@ class Sglang(EngineAdapter):
 
     name = "sglang"
     ready_path = "/ready"
-    # Its own /health takes a second, and has a token generated. This one asks the scheduler.
+    # SGLang's own /health takes a second and generates a token. This route queries the scheduler.
     health_path = "/server_info"
     spans_nodes = True
 
@@ -71,18 +74,18 @@ class Sglang(EngineAdapter):
         refuse_reserved(launch.engine_args, _RESERVED)
         args: dict[str, Any] = {
             "max_running_requests": launch.slots,
-            # Without priority scheduling SGLang refuses the other flags.
+            # Without priority scheduling SGLang rejects the other flags.
             **(_PRIORITY_FLAGS if _prioritized(launch) else {}),
             "enable_metrics": True,
             "enable_cache_report": True,
-            # Otherwise every request, our own to its health route included, is a line in its log.
+            # Otherwise SGLang logs every request, including the health checks.
             "log_level_http": "warning",
             **launch.engine_args,
             "model_path": launch.model,
             "host": launch.host,
             "port": launch.port,
             "served_model_name": launch.served_name,
-            # It comes over HTTP without a key; `inspect` does it with the key.
+            # SGLang's warmup sends HTTP requests without a key; `inspect` warms up with the key.
             "skip_server_warmup": True,
             **_span_args(launch.span),
         }
@@ -91,8 +94,8 @@ class Sglang(EngineAdapter):
     def environment(self, launch: Launch) -> dict[str, str]:
         return {
             "PYTHONPATH": str(_INSIDE),
-            # By environment and not by --api-key: other users can read a command line, and SGLang
-            # writes its arguments to its log.
+            # In the environment and not as --api-key: other users can read a command line, and
+            # SGLang logs its arguments.
             "FRONTLINE_ENGINE_KEY": launch.key,
             "SGLANG_HTTP_SERVER_APP_PATH": f"{_LAUNCHER}:app",
         }
@@ -133,12 +136,13 @@ def _span_args(span: NodeSpan) -> dict[str, Any]:
 
 
 def _low_goes_first(schedulers: object) -> bool | None:
-    """Whether low numbers go first; ``None`` where not every scheduler has priority in force.
+    """Return whether low numbers go first; ``None`` unless all schedulers have the same order.
 
-    ``schedulers`` is what the running schedulers told of their configuration.
+    A scheduler without priority scheduling in force has none. ``schedulers`` is the configuration
+    that each running scheduler reports.
     """
-    told = [_order(state) for state in schedulers] if isinstance(schedulers, list) else []
-    return told[0] if told and all(order is told[0] for order in told) else None
+    orders = [_order(state) for state in schedulers] if isinstance(schedulers, list) else []
+    return orders[0] if orders and all(order is orders[0] for order in orders) else None
 
 
 def _order(scheduler: object) -> bool | None:
@@ -152,7 +156,7 @@ def _order(scheduler: object) -> bool | None:
 
 
 async def _warm_up(launch: Launch, http: EngineHttp) -> None:
-    """Do with the key what SGLang does without it: one token, then leave the heap as it is now."""
+    """Do SGLang's warmup, which would lack the key: generate one token, then freeze the heap."""
     _, model = await http.get_json("/model_info")
     route, request = Route.COMPLETIONS, dict[str, Any](prompt="Hello", max_tokens=1)
     if isinstance(model, dict) and model.get("is_generation") is False:

@@ -55,7 +55,8 @@ class Simulated(EngineAdapter):
             SettingsError: ``engine_args`` has an unknown key or a bad value.
         """
         settings = _settings(launch).model_dump(mode="json", exclude_unset=True)
-        # -P: the module is found where ``environment`` says, not in the working directory.
+        # -P: Python finds the module through PYTHONPATH (``environment``), not in the working
+        # directory.
         return [
             *(launch.python, "-P", "-m", _SERVER),
             *("--host", launch.host, "--port", str(launch.port)),
@@ -65,19 +66,19 @@ class Simulated(EngineAdapter):
         ]
 
     def environment(self, launch: Launch) -> dict[str, str]:
-        """Return the key, and where the server's module is."""
+        """Return the key, and the path of the server's module."""
         inherited = os.environ.get("PYTHONPATH")
         path = os.pathsep.join(filter(None, [str(_ROOT), inherited]))
         return {KEY_VARIABLE: launch.key, "PYTHONPATH": path}
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
-        """Return those of the engine whose dialect it speaks."""
+        """Return the routes of the engine whose dialect is simulated."""
         settings = _settings(launch)
         in_force = settings.policy is Policy.PRIORITY and "priority" not in settings.lacking_fields
         return _PRIORITY_ROUTES[settings.dialect] if in_force else frozenset()
 
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
-        """Ask the running engine for its dialect and for the policy that it has in force."""
+        """Query the running engine for its dialect and for the policy in force."""
         status, report = await http.get_json("/simulate")
         if status != 200 or not isinstance(report, dict) or not report.get("simulated"):
             raise EngineContractError(f"not a simulated engine: /simulate answered {status}")

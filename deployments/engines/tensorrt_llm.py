@@ -1,8 +1,8 @@
-"""TensorRT-LLM: options, sign of priority and facts of its OpenAI server.
+"""TensorRT-LLM's adapter: options, sign of priority and facts of its OpenAI server.
 
-Read in its main branch of 2026 (``tensorrt_llm/commands/serve.py``, ``serve/openai_server.py``)
-and run against the simulated engine in its dialect; never against TensorRT-LLM itself, which
-needs a GPU.
+Based on the source of its main branch of 2026 (``tensorrt_llm/commands/serve.py``,
+``serve/openai_server.py``). It was run against the simulated engine in this dialect, and never
+against TensorRT-LLM itself, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from deployments.engines.tensorrt_llm_requests import (
 
 _STARTER: Final = Path(__file__).parent / "inside" / "frontline_trtllm_start.py"
 _POLICY: Final = "priority"
-# What Frontline sets itself, and what would make it another server than the ingress speaks to.
+# Options that Frontline sets itself, and `grpc`, which would start a server without HTTP routes.
 _RESERVED: Final = frozenset({"model", "host", "port", "served_model_name", "grpc"})
-# Two more ways to set what `config` sets: the policy in force must be read off one place.
+# Two more ways to set what `config` sets. The policy in force must be readable from one place.
 _SET_BY_CONFIG: Final = frozenset({"extra_llm_api_options", "set"})
 
 _PROMPTS: Final[Mapping[Route, Mapping[str, Any]]] = {
@@ -44,8 +44,8 @@ _PROMPTS: Final[Mapping[Route, Mapping[str, Any]]] = {
     Route.COMPLETIONS: {"prompt": "Hi"},
 }
 _STRANGER: Final = "frontline_no_such_field"
-# They are as old as the server, and null among others would hide what the answer is to tell:
-# max_completion_tokens is max_tokens by another name, logprobs are looked at before the rest.
+# Every build knows these fields. Sent as null, they would hide the list of unknown fields:
+# max_completion_tokens is an alias of max_tokens, and logprobs are validated before the rest.
 _NOT_ASKED_FOR: Final = frozenset({"max_completion_tokens", "logprobs", "top_logprobs"})
 
 
@@ -72,27 +72,27 @@ class TensorrtLlm(EngineAdapter):
 
     def environment(self, launch: Launch) -> dict[str, str]:
         return {
-            # By environment and not by flag: other users can read a command line.
+            # In the environment and not as a flag: other users can read a command line.
             "FRONTLINE_ENGINE_CONFIG": json.dumps(_config(launch)),
             "TRTLLM_NO_USAGE_STATS": "1",
         }
 
     def files(self, launch: Launch) -> dict[str, str]:
-        """Return the configuration file as ``frontline_trtllm_start`` makes it, in memory."""
+        """Return the configuration file that ``frontline_trtllm_start`` creates in memory."""
         config = copy.deepcopy(_config(launch))
         if _sets_policy(launch):
             config.setdefault("scheduler_config", {})["waiting_queue_policy"] = _POLICY
         return {"--extra_llm_api_options": json.dumps(config)} if config else {}
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
-        """Return its routes; builds without the ``priority`` field have fewer of them, or none."""
+        """Return the planned routes. Builds without the ``priority`` field have fewer, or none."""
         return PRIORITY_ROUTES if _policy(launch) == _POLICY else frozenset()
 
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
-        """Ask the engine for its version and, with requests of a token, what it takes.
+        """Query the engine for its version, and probe with one-token requests what it accepts.
 
-        The running server does not tell its waiting queue's policy: that is what it was started
-        with, and where that is not known, priority is not offered.
+        The running server does not report the policy of its waiting queue. The policy is taken from
+        the launch; if it is unknown there, priority is not offered.
         """
         status, answer = await http.get_json("/version")
         if status != 200 or not isinstance(answer, dict) or "version" not in answer:
@@ -139,13 +139,13 @@ def _config(launch: Launch) -> dict[str, Any]:
 
 
 def _sets_policy(launch: Launch) -> bool:
-    """Whether Frontline adds its policy, the operator having said nothing about it."""
+    """Return whether Frontline adds its policy, because the operator has set none."""
     scheduler = _config(launch).get("scheduler_config", {})
     return isinstance(scheduler, dict) and "waiting_queue_policy" not in scheduler
 
 
 def _policy(launch: Launch) -> object:
-    """The waiting queue's policy that the engine was started with, as far as it is known."""
+    """Return the policy of the waiting queue that the engine was started with, if known."""
     if _sets_policy(launch):
         return _POLICY
     scheduler = _config(launch).get("scheduler_config")
@@ -153,13 +153,13 @@ def _policy(launch: Launch) -> object:
 
 
 def _context_length(launch: Launch) -> int | None:
-    """Only what the operator has set: the server does not tell what it has made of the model."""
+    """Return the length that the operator has set; the server does not report its own."""
     length = _config(launch).get("max_seq_len", launch.engine_args.get("max_seq_len"))
     return length if isinstance(length, int) else None
 
 
 def _render_options(options: Mapping[str, EngineArg]) -> list[str]:
-    """Return options as trtllm-serve spells them: with underscores, and repeated for a list."""
+    """Return options in trtllm-serve's style: with underscores, and repeated for a list."""
     words: list[str] = []
     for name, value in options.items():
         for single in value if isinstance(value, list) else [value]:
@@ -171,7 +171,7 @@ def _render_options(options: Mapping[str, EngineArg]) -> list[str]:
 
 
 async def _takes_priority(http: EngineHttp, route: Route, model: str) -> bool:
-    """Whether this build takes a priority on this route: it does if it answers."""
+    """Return whether this build accepts a priority on this route: whether it answers 200."""
     asked = {"model": model, **_PROMPTS[route], "max_tokens": 1}
     status, _ = await http.post_json(
         route.path, {**asked, "priority": max(PRIORITY_VALUES.values())}
@@ -180,11 +180,11 @@ async def _takes_priority(http: EngineHttp, route: Route, model: str) -> bool:
 
 
 async def _known_fields(http: EngineHttp, route: Route, model: str) -> frozenset[str]:
-    """Return the fields that this build knows among those that clients may use.
+    """Return the fields that this build knows, among those that clients may use.
 
-    One request that no build can take, because it has a field that none knows, names them all:
-    the refusal says which the build does not know. An answer that does not even blame that field
-    tells nothing, and all are taken for known.
+    One request contains all of them and a field that no build knows, so every build rejects it. The
+    error lists the unknown fields. If it does not list even the extra field, the error is
+    inconclusive, and all fields count as known.
     """
     names = CLIENT_FIELDS[route]
     if route not in _PROMPTS:

@@ -1,7 +1,7 @@
-"""What TensorRT-LLM's server takes in a request, and how it says what it does not take.
+"""The request fields that TensorRT-LLM's server accepts, and how it reports unknown ones.
 
-Read in its main branch of 2026 (``tensorrt_llm/serve/openai_protocol.py``). The adapter and the
-simulated engine both stand on this module, so that they cannot disagree.
+Based on the source of its main branch of 2026 (``tensorrt_llm/serve/openai_protocol.py``). The
+adapter and the simulated engine both use this module, so that they cannot disagree.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from app.core.dialect import Route
 from app.core.tiers import Tier
 
 PRIORITY_VALUES: Final = {Tier.PRIORITY: 1.0, Tier.DEFAULT: 0.5, Tier.FLEX: 0.0}
-"""Between 0 and 1, higher first; 0.5 is what the engine takes where a request says nothing."""
+"""Between 0 and 1, higher first. The engine's default for requests without a priority is 0.5."""
 
 PRIORITY_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
 """The routes whose requests can carry a priority."""
@@ -43,23 +43,24 @@ REQUEST_FIELDS: Final[Mapping[Route, frozenset[str]]] = {
     Route.COMPLETIONS: _SAMPLING | _fields("prompt suffix return_context_logits detokenize"),
     Route.EMBEDDINGS: _fields("model input encoding_format dimensions user add_special_tokens"),
 }
-"""The fields of the request classes that forbid others; the class of ``/v1/responses`` does not."""
+"""The fields of the request classes that reject unknown fields. The class of ``/v1/responses`` does
+not reject them."""
 
 INTERNAL_FIELDS: Final = _fields(
     "prompt_token_ids_b64 injected_chat_template_kwargs disaggregated_params lora_request"
 )
-"""Fields that TensorRT-LLM's servers send each other, and one that names files on its host."""
+"""Fields that TensorRT-LLM's servers send to each other, and one that names files on its host."""
 
 CLIENT_FIELDS: Final[Mapping[Route, frozenset[str]]] = {
     route: names - INTERNAL_FIELDS for route, names in REQUEST_FIELDS.items()
 }
-"""The fields that may reach an engine from outside."""
+"""The fields that clients may send to an engine."""
 
-# The server's 400 quotes pydantic's problems as Python writes them, in a list or a line each.
+# The server's 400 quotes pydantic's errors in Python notation, as a list or one per line.
 _UNKNOWN_FIELD: Final = re.compile(r"'type': 'extra_forbidden', 'loc': \('body', '(\w+)'\)")
 
 
 def refused_fields(answer: object) -> frozenset[str]:
-    """Return the request fields that a 400 of the server says it does not know."""
+    """Return the request fields that the server's 400 reports as unknown."""
     error = answer.get("error") if isinstance(answer, dict) else None
     return frozenset(_UNKNOWN_FIELD.findall(error)) if isinstance(error, str) else frozenset()

@@ -1,4 +1,7 @@
-"""vLLM: flags, sign of priority and facts of its OpenAI server (read in vLLM 0.32 and 0.33)."""
+"""vLLM's adapter: flags, sign of priority and facts of its OpenAI server.
+
+Based on the source of vLLM 0.32 and 0.33.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _HEADLESS: Final = "frontline_vllm_headless"
 _INSIDE: Final = Path(__file__).parent / "inside"
 _POLICY: Final = "priority"
 _FACTS_PATH: Final = "/frontline/facts"
-# Each of them would open a way around the ingress, or break what the ingress relies on.
+# Each of these would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
     {
         "api_key",
@@ -69,13 +72,14 @@ class Vllm(EngineAdapter):
         }
         own = args.pop("middleware", [])
         if launch.span.rank:
-            # `python -m vllm.entrypoints.openai.api_server` starts no headless part.
+            # `python -m vllm.entrypoints.openai.api_server` cannot start a headless part.
             flags = render_flags(args | {"headless": True})
             return [launch.python, "-m", _HEADLESS, "serve", *flags]
         middlewares = [f"{_GUARD}.Guard", *([own] if isinstance(own, str) else own)]
-        # The `vllm` script looks for a distribution of that name, which its CPU build is not.
+        # Not the `vllm` script: it looks for a distribution named vllm, and the CPU build has
+        # another name.
         command = [launch.python, "-m", "vllm.entrypoints.openai.api_server", *render_flags(args)]
-        # vLLM puts the middleware that is named last outermost.
+        # In vLLM the middleware that is named last is the outermost.
         for middleware in reversed(middlewares):
             command += ["--middleware", middleware]
         return command
@@ -83,10 +87,10 @@ class Vllm(EngineAdapter):
     def environment(self, launch: Launch) -> dict[str, str]:
         return {
             "PYTHONPATH": str(_INSIDE),
-            # By environment and not by flag: other users can read a command line.
+            # In the environment and not as a flag: other users can read a command line.
             "FRONTLINE_ENGINE_KEY": launch.key,
             "VLLM_NO_USAGE_STATS": "1",
-            # Otherwise its parts look for each other where this machine's name leads.
+            # Otherwise the parts look for each other at the address of this machine's host name.
             **({"VLLM_HOST_IP": launch.span.here} if launch.span.nodes > 1 else {}),
         }
 

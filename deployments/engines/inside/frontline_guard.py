@@ -1,4 +1,4 @@
-"""Put around an engine's own HTTP application, inside the engine: nothing opens without the key.
+"""ASGI middleware inside an engine's server that rejects every request without the key.
 
 Runs under the engine's interpreter, where Frontline is not installed: standard library only.
 """
@@ -18,7 +18,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
-    """An ASGI application around the engine's: asks for the key on every route."""
+    """An ASGI application around the engine's. It requires the key on every route."""
 
     def __init__(self, app: Application) -> None:
         self._app = app
@@ -36,7 +36,7 @@ class Guard:
             await self.admit(scope, receive, send)
 
     async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer what has come with the key."""
+        """Answer a request that has the key."""
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:

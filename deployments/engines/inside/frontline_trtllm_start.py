@@ -2,15 +2,16 @@
 
 Runs under the engine's interpreter, where Frontline is not installed: standard library only.
 
-What follows ``--`` is trtllm-serve's own command line. Before it becomes that server (in the same
-process, so that signals and the exit status are the server's), it adds what not every build takes:
+The arguments after ``--`` are trtllm-serve's own command line. This program adds the options that
+not every build accepts, and then becomes the server: it stays the same process, so that signals and
+the exit status are the server's.
 
-- ``--policy`` is the waiting queue's policy. A build whose chat request has no ``priority`` is
-  started without it: the policy would mean nothing there, and some such builds refuse it.
+- ``--policy`` is the policy of the waiting queue. It is left out for a build whose chat request has
+  no ``priority``: the policy would have no effect there, and some such builds reject it.
 - ``--served-name`` is the model's id. Builds without the option answer to any name.
 
 The environment variable FRONTLINE_ENGINE_CONFIG holds the server's configuration file as JSON,
-which is YAML too. The file lives in memory and goes when the process does.
+which is also YAML. The file exists in memory only and disappears with the process.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _find_package() -> Path:
-    """Return the package's folder. It is not imported: that takes long and claims the GPU."""
+    """Return the package's folder without importing it: an import is slow and claims the GPU."""
     spec = importlib.util.find_spec("tensorrt_llm")
     if spec is None or not spec.submodule_search_locations:
         sys.exit(f"TensorRT-LLM is not installed for {sys.executable}")
@@ -60,8 +61,8 @@ def _find_package() -> Path:
 
 
 def takes_priority(package: Path) -> bool:
-    """Whether the build's chat request has a ``priority``; true where it cannot be told, so that
-    a policy is left out only where it certainly means nothing."""
+    """Return whether the build's chat request has a ``priority``; true if that is unknown, so that
+    the policy is left out only where it certainly has no effect."""
     requests = package / "serve" / "openai_protocol.py"
     source = requests.read_text() if requests.is_file() else ""
     if "class ChatCompletionRequest" not in source:
@@ -77,7 +78,7 @@ def _has_option(package: Path, name: str) -> bool:
 def _in_memory(config: dict[str, Any]) -> str:
     descriptor = os.memfd_create("config.yaml", 0)  # without CLOEXEC: the server inherits it
     os.write(descriptor, json.dumps(config).encode())
-    # By process and not by /proc/self: what the server starts can open it as well.
+    # By pid and not as /proc/self: child processes of the server can open it as well.
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 

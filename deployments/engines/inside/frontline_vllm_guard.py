@@ -1,10 +1,10 @@
-"""Loaded by vLLM's API server into itself, as a middleware (``--middleware``).
+"""A middleware that vLLM's API server loads (``--middleware``).
 
 Runs under the engine's interpreter, where Frontline is not installed: standard library only.
 
-It asks for the key on every route, which vLLM's own ``--api-key`` does not, and tells on
-``GET /frontline/facts`` what the running engine has in force: its configuration as it stands
-after every flag, file and default, not what it was asked to have.
+It requires the key on every route, which vLLM's own ``--api-key`` does not. On
+``GET /frontline/facts`` it reports the configuration that is in force in the running engine, after
+every flag, file and default, and not the requested one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FACTS_PATH = "/frontline/facts"
 
 
 class Guard(frontline_guard.Guard):
-    """An ASGI application around vLLM's."""
+    """The guard around vLLM's application, with the route for the facts."""
 
     async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == FACTS_PATH:
@@ -30,7 +30,7 @@ class Guard(frontline_guard.Guard):
 def _facts(app: Any) -> dict[str, Any]:
     import vllm
 
-    # Anything that is not found is told as null, and a null is never taken for a capability.
+    # Facts that are not found are reported as null, and null never counts as a capability.
     config = getattr(app.state, "vllm_config", None)
     scheduler = getattr(config, "scheduler_config", None)
     model = getattr(config, "model_config", None)

@@ -1,7 +1,7 @@
-"""Starts the part of vLLM that runs on a node without its HTTP server: ``vllm serve --headless``.
+"""Starts vLLM's part on a node without its HTTP server, as ``vllm serve --headless`` does.
 
-Runs under the engine's interpreter, where Frontline is not installed. The ``vllm`` script itself
-looks for a distribution of that name, which vLLM's CPU build is not.
+Runs under the engine's interpreter, where Frontline is not installed. It replaces the ``vllm``
+script, which looks for a distribution named vllm; the CPU build has another name.
 """
 
 from __future__ import annotations
