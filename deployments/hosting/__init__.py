@@ -1,1 +1,1 @@
-"""One engine replica: its launch, its other nodes, its guard, its ports."""
+"""What one engine replica needs on its nodes: launch, further nodes, guard, ports, draining."""

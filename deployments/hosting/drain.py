@@ -1,4 +1,4 @@
-"""Who is connected to an engine, as the kernel tells it. Linux only."""
+"""Counts the open connections to an engine, from the kernel's tables. Linux only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _ESTABLISHED: Final = "01"
 def count_connections(port: int) -> int:
     """Return how many connections the server on this port of this machine has open.
 
-    Connections that only one side has closed do not count. The engines' own figures would tell
-    requests and not connections, but each engine has others, under other names, and none of them
-    counts a request that has been sent and not been read yet. One that is kept open between two
-    requests counts, too; ingresses close theirs after three seconds.
+    Half-closed connections do not count. A connection kept open between two requests counts;
+    ingresses close theirs after three seconds. The engines' own metrics would count requests, but
+    their names differ by engine, and none counts a request that was sent and not read yet.
     """
     return sum(_count(_lines(table), port) for table in _TABLES)
 

@@ -1,9 +1,10 @@
-"""The guard of an engine replica: what other nodes of the cluster see of its engine.
+"""The guard of an engine replica: an HAProxy that exposes the engine to other nodes.
 
-An engine's own server listens on loopback, because its key does not close every route (TensorRT-LLM
-has none at all). Where ingresses may be on other nodes, an HAProxy beside the engine listens on the
-node's address. It admits the routes that Frontline sends, with the replica's secret, and nothing
-else. It is a process of its own, in C, so that no token waits for the replica's Python.
+An engine's own server listens on loopback, because its key does not protect every route
+(TensorRT-LLM has no key at all). Where ingresses may be on other nodes, an HAProxy next to the
+engine listens on the node's address. It admits only requests to the routes that Frontline uses, and
+only with the replica's secret. It is a separate process, in C, so that no token waits for the
+replica's Python.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LOOPBACK: Final = "127.0.0.1"
 """Where engines listen."""
 
 PATHS: Final = tuple(route.path for route in Route)
-"""What a guard lets in, by POST (``guard.cfg``)."""
+"""The paths that a guard admits, by POST (``guard.cfg``)."""
 
 _CONFIG: Final = Path(__file__).parent / "guard.cfg"
 _STARTS_WITHIN_S: Final = 10.0
@@ -36,11 +37,11 @@ _NOWHERE: Final = "/"
 
 
 class GuardFailed(RuntimeError):
-    """A guard did not start, or has ended, or does not guard. Serve replaces the replica."""
+    """A guard did not start, has ended, or admits what it must not. Serve replaces the replica."""
 
 
 def needs_guard(node_address: str) -> bool:
-    """Whether ingresses reach engines of this node by an address other than the engines' own.
+    """Return whether ingresses reach this node by another address than loopback.
 
     Ray keeps a cluster of one machine on 127.0.0.1 (``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0``).
     """
@@ -48,7 +49,7 @@ def needs_guard(node_address: str) -> bool:
 
 
 def plan_guard() -> OpenPort:
-    """Return what a guard lets in."""
+    """Return the port that a guard opens, and what it admits."""
     return OpenPort(
         name="guard",
         where=f"the node's address, as Ray has it, unless that is {LOOPBACK}",
@@ -70,17 +71,17 @@ class EngineGuard:
     async def start(
         cls, node_address: str, engine_port: int, key: str, log_dir: Path, *, name: str
     ) -> EngineGuard:
-        """Guard the engine at a port of loopback; return once it does.
+        """Start a guard for the engine at a loopback port; return once the guard is proven to work.
 
         Args:
-            node_address: the address of this node to listen on, by number.
-            engine_port: where the engine listens.
-            key: what to ask for as a bearer token; letters, digits, ``-`` and ``_`` only.
-            log_dir: the folder for what HAProxy has to say.
-            name: the replica's, for the log.
+            node_address: the IP address of this node to listen on.
+            engine_port: the loopback port that the engine listens on.
+            key: the required bearer token; letters, digits, ``-`` and ``_`` only.
+            log_dir: the folder for HAProxy's log.
+            name: the replica's name, for the log.
 
         Raises:
-            GuardFailed: it did not come up, or lets in what it must not.
+            GuardFailed: the guard did not start, or admits what it must not.
             EngineNotStarted: HAProxy could not be run.
             OSError: the address is not this machine's, or has no free port.
         """
@@ -106,11 +107,11 @@ class EngineGuard:
 
     @property
     def alive(self) -> bool:
-        """Whether its process runs."""
+        """Whether the guard's process runs."""
         return self._process.alive
 
     async def check(self, timeout_s: float) -> None:
-        """Check that it answers.
+        """Check that the guard answers within ``timeout_s`` seconds.
 
         Raises:
             GuardFailed: it has ended, or did not answer in time.
@@ -124,12 +125,12 @@ class EngineGuard:
             raise GuardFailed(f"the guard did not answer within {timeout_s} s") from None
 
     async def stop(self) -> None:
-        """End it, and cut whatever still goes through."""
+        """End the guard at once; connections through it are cut."""
         await self._process.stop(0.0)
         self._port.close()
 
     async def _prove(self) -> None:
-        """Wait until it answers, and see that it refuses whoever has no key, or goes elsewhere."""
+        """Wait until the guard answers; check that it refuses a missing key and other routes."""
         deadline = time.monotonic() + _STARTS_WITHIN_S
         while True:
             try:
@@ -145,7 +146,7 @@ class EngineGuard:
             raise GuardFailed(f"the guard answers {answers[0]} without the key, {answers[1]} with")
 
     async def _status(self, *, keyed: bool) -> int:
-        """The status of an answer to what is not a route."""
+        """Return the status of the answer to a request for a path that is no route."""
         key = self._key if keyed else None
         status, _ = await fetch(self.base_url, "GET", _NOWHERE, key=key)
         return status
@@ -154,7 +155,7 @@ class EngineGuard:
 async def _run(
     port: ReservedPort, engine_port: int, key: str, log_dir: Path, name: str
 ) -> EngineProcess:
-    # -db: in the foreground; -dS: without splice(), which scripts/haproxy tells about.
+    # -db: in the foreground; -dS: without splice(), for the reason given in scripts/haproxy.
     command = [_binary(), "-db", "-dS", "-f", str(_CONFIG)]
     environment = {
         "FRONTLINE_GUARD_ADDRESS": f"{port.host}:{port.port}",
@@ -166,5 +167,5 @@ async def _run(
 
 
 def _binary() -> str:
-    """Ray Serve's own HAProxy, not the script that stands before it where Serve starts it."""
+    """Return Ray Serve's own HAProxy, not the wrapper script that Serve starts it through."""
     return os.environ.get("FRONTLINE_HAPROXY") or get_haproxy_binary()

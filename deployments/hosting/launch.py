@@ -1,4 +1,4 @@
-"""How a pool's settings become the launch of one engine: for a replica, and for who asks before."""
+"""Builds the launch of one engine from a pool's settings, to start it or only to show it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK, plan_guard
 from deployments.process.supervisor import EngineProcess
 
-# Ray's actor has them for itself: the first is its share of CPUs, the second what suits an ingress.
+# Set for the Ray actor only: the first is its share of CPUs, the second is tuned for an ingress.
 _NOT_INHERITED: Final = ("OMP_NUM_THREADS", "MALLOC_ARENA_MAX")
 _MEETING_PLACE: Final = OpenPort(
     name="meeting place",
@@ -36,7 +36,9 @@ def make_launch(
     key: str | None = None,
     span: NodeSpan = NodeSpan(),  # noqa: B008 - frozen
 ) -> Launch:
-    """Return the launch of a replica, or of its part on this machine; with a new key by default.
+    """Return the launch of a replica, or of its part on this machine.
+
+    ``key`` is the engine's secret; by default a new one is generated.
 
     Raises:
         SettingsError: a path names an environment variable that is not set here.
@@ -72,27 +74,27 @@ async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSetting
 
 
 def environment(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> dict[str, str]:
-    """Return what is set in an engine's environment besides what it inherits."""
+    """Return the environment variables that an engine gets in addition to inherited ones."""
     return adapter.environment(launch) | pool.environment
 
 
 def log_folder() -> Path:
-    """The folder of the engines' logs on this machine."""
+    """Return the folder of the engines' logs on this machine."""
     return frontline_home() / "logs"
 
 
 def log_name(model_id: str, pool: PoolSettings, rank: int = 0) -> str:
-    """What the names of a pool's logs begin with."""
+    """Return the prefix of the names of a pool's logs."""
     part = f".rank{rank}" if rank else ""
     return re.sub(r"[^A-Za-z0-9._]+", "-", f"{model_id}.{pool.name}{part}")
 
 
 def plan_launch(model_id: str, pool: PoolSettings) -> LaunchPlan:
-    """Return what a replica of a pool would start, as far as it is known before.
+    """Return what a replica of a pool would start, as far as it is known without starting it.
 
-    Nothing is reserved or made: the port is 0, the key a word, and ``NODE_n`` the address of the
-    node of part n, where the engine has several. Paths are expanded as on this machine, but for
-    variables that are set on the replica's node alone.
+    Nothing is reserved or created. The port is 0 and the key is a placeholder; ``NODE_n`` stands
+    for the address of part n's node if the engine has several. Paths are expanded with this
+    machine's variables; a path whose variable is not set here stays as it is.
     """
     adapter = adapter_named(pool.engine)
     first, *others = (_planned(model_id, pool, rank) for rank in range(pool.nodes))
@@ -124,7 +126,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         port=0,
         slots=pool.slots,
         key="made anew for every replica",
-        # That of Ray's worker; which one that is only its node knows.
+        # The interpreter of Ray's worker, which is only known on its node.
         python=_expanded(pool.python) if pool.python else "python",
         engine_args=pool.engine_args,
         span=NodeSpan(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else NodeSpan(),

@@ -1,10 +1,10 @@
-"""An engine that is larger than a node: its parts on the other nodes, and their common fate.
+"""Engines that span several nodes: the parts on the other nodes, and their common end.
 
-An engine replica whose pool says ``nodes: 2`` runs one engine on two nodes. Serve reserves a
-placement group for each such replica (``placement_group_bundles``): the replica itself, with the
-engine's first part, takes the first bundle, and an actor of its own for each further part takes one
-of the others. Whatever ends, engine process, actor or node, ends the whole: parts that wait for one
-that has gone wait for ever, and hold their GPUs meanwhile.
+An engine replica whose pool has ``nodes: 2`` runs one engine on two nodes. Serve reserves a
+placement group for each such replica (``placement_group_bundles``). The replica itself, with the
+engine's first part, takes the first bundle. Each further part has an actor, which takes one of the
+other bundles. If an engine process, an actor or a node ends, the whole engine is ended: parts that
+wait for a lost one wait forever, and hold their GPUs.
 """
 
 from __future__ import annotations
@@ -35,21 +35,24 @@ _NAMED_RESOURCES: Final = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memo
 
 
 class RankEnded(RuntimeError):
-    """A part of an engine on another node has ended, or does not answer."""
+    """A part of an engine on another node has ended or does not answer."""
 
 
 class RankFailedToStart(RuntimeError):
-    """A part of an engine cannot be placed, or did not start."""
+    """A part of an engine cannot be placed or did not start."""
 
 
 def node_address() -> str:
-    """This node's address, as Ray has it."""
+    """Return this node's address, as Ray knows it."""
     address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     return address
 
 
 def lead(pool: PoolSettings) -> tuple[NodeSpan, ReservedPort | None]:
-    """Return the span of a replica whose engine's first part is here, and its meeting place."""
+    """Return the span of a replica whose first part runs here, and its rendezvous port.
+
+    The port is ``None`` for an engine on one node.
+    """
     if pool.nodes == 1:
         return NodeSpan(), None
     here = node_address()
@@ -58,13 +61,13 @@ def lead(pool: PoolSettings) -> tuple[NodeSpan, ReservedPort | None]:
 
 
 class Rank:
-    """The actor of one further part of an engine, on the node that the part runs on."""
+    """The actor of one further part of an engine, on that part's node."""
 
     async def start(self, model_id: str, pool: PoolSettings, key: str, span: NodeSpan) -> None:
         """Start this node's part of the engine.
 
         Raises:
-            SettingsError: one of the pool's paths has no meaning on this node.
+            SettingsError: a path of the pool names a variable that is not set on this node.
             EngineNotStarted: its command cannot be run.
             OSError: its log cannot be written.
         """
@@ -78,20 +81,20 @@ class Rank:
         self._process = await start_engine(adapter, launch, pool)
 
     async def ended(self) -> str:
-        """Return, once it has ended, what its log ends with."""
+        """Wait until the part has ended; return its exit status and its last log lines."""
         status = await self._process.wait()
         return f"status {status}; its last lines:\n{self._process.tail()}"
 
     async def answer(self) -> None:
-        """Return at once."""
+        """Return at once; a call that completes shows that this actor is alive."""
 
     async def stop(self) -> None:
-        """End this part and return when nothing of it is left."""
+        """End this part; return when no process of it is left."""
         await self._process.stop()
 
 
 class OtherRanks:
-    """The further parts of one engine, as the replica that owns them sees them."""
+    """The further parts of one engine, owned by its replica."""
 
     def __init__(self, actors: list[Any], on_end: Callable[[], None]) -> None:
         self._actors = actors
@@ -115,14 +118,14 @@ class OtherRanks:
         """Start every further part, each in its bundle of this replica's placement group.
 
         Args:
-            model_id: the model's.
+            model_id: the model's id.
             pool: the pool's settings.
-            key: the engine's.
-            span: that of the first part.
-            on_end: called, once, when one of them has ended, for whatever reason.
+            key: the engine's secret.
+            span: the span of the first part.
+            on_end: called once, when the first of the parts has ended for any reason.
 
         Raises:
-            RankFailedToStart: there is no bundle for each part, or one could not be started.
+            RankFailedToStart: there are fewer bundles than parts, or a part could not be started.
         """
         group = ray.util.get_current_placement_group()
         if group is None or group.bundle_count < span.nodes:
@@ -145,19 +148,19 @@ class OtherRanks:
 
     @property
     def alive(self) -> bool:
-        """Whether all run, as far as has been heard."""
+        """Whether no part is known to have ended."""
         return self._problem is None
 
     def check(self) -> None:
-        """Raise RankEnded if one of them has ended or does not answer."""
+        """Raise RankEnded if a part is known to have ended."""
         if self._problem is not None:
             raise RankEnded(self._problem)
 
     async def check_answers(self, timeout_s: float) -> None:
-        """Check that all are there.
+        """Check that the actors of all parts answer within ``timeout_s`` seconds.
 
         Raises:
-            RankEnded: one of them is not, or does not answer in time.
+            RankEnded: a part has ended, or its actor does not answer in time.
         """
         self.check()
         try:
@@ -169,9 +172,9 @@ class OtherRanks:
             ) from None
 
     async def stop(self) -> None:
-        """End all of them."""
+        """End all parts."""
         await supervision.stop(*self._watchers)
-        # Whichever has gone already, its process has too: its reaper saw to that.
+        # If an actor has ended already, its reaper has ended the engine process too.
         stopping = [actor.stop.remote() for actor in self._actors]
         await asyncio.gather(*stopping, return_exceptions=True)
         for actor in self._actors:
@@ -192,7 +195,7 @@ class OtherRanks:
 
 
 def _place(group: PlacementGroup, bundle: int) -> Any:
-    """Return an actor that has all of a bundle, so that it sees the bundle's GPUs."""
+    """Return an actor that takes all resources of a bundle, so that it sees the bundle's GPUs."""
     options: dict[str, Any] = {"num_cpus": 0}
     resources: dict[str, float] = {}
     for name, amount in group.bundle_specs[bundle].items():

@@ -1,4 +1,4 @@
-"""Ports for engines to listen on, handed over without a race. Linux only."""
+"""Reserves ports for engines to listen on, without a race. Linux only."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from types import TracebackType
 
 @dataclass(frozen=True)
 class ReservedPort:
-    """A TCP port nobody else is given while this is open, and on which a child can listen."""
+    """A TCP port that the kernel gives to no other process while this is open.
+
+    A child process can listen on it.
+    """
 
     host: str
     port: int
     _socket: socket.socket = field(repr=False)
 
     def close(self) -> None:
-        """Give the port up. A server that listens on it goes on."""
+        """Release the port. A server that listens on it keeps running."""
         self._socket.close()
 
     def __enter__(self) -> ReservedPort:
@@ -34,19 +37,21 @@ class ReservedPort:
 def reserve_port(host: str = "127.0.0.1") -> ReservedPort:
     """Reserve a free TCP port of ``host`` (an IP address) for a child process to listen on.
 
-    Asking for a free port, closing the socket and telling the child the number lets anyone take
-    the port in between. Here the socket stays bound, never listening, for as long as the
-    reservation is open, which on Linux leaves no such moment:
+    The usual way is to bind to port 0, close the socket and pass the number to the child. Another
+    process can take the port in between. Here the socket stays bound while the reservation is
+    open, and never listens. On Linux this closes the gap:
 
-    - while no socket of a port listens, several may be bound to it if all have SO_REUSEADDR; so
-      the child, which sets it as asyncio, uvicorn and the engines do, can bind and then listen;
-    - a port with any socket bound to it is given neither to a bind to port 0, with SO_REUSEADDR or
-      without, nor to an outgoing connection.
+    - While no socket listens on a port, several sockets may be bound to it if all have
+      SO_REUSEADDR. The child sets that option, as asyncio, uvicorn and the engines do, so it can
+      bind and then listen.
+    - The kernel gives a port with any bound socket neither to a bind to port 0, with or without
+      SO_REUSEADDR, nor to an outgoing connection.
 
-    What remains is a program that asks for this very number, which no reservation could prevent.
-    The reservation outlives the child, so that a child started again gets the same port.
+    A program that requests this very number can still take it; no reservation could prevent that.
+    The reservation outlives the child, so that a restarted child gets the same port.
 
-    Raises OSError if the address is not this machine's or no port is free.
+    Raises:
+        OSError: the address is not this machine's, or no port is free.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)

@@ -11,12 +11,12 @@ _TEXT: Final = "1"
 
 
 def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
-    """Return the body of a request for a single token, ahead of all others where that goes.
+    """Return the body of a request for a single token, with priority if the engine supports it.
 
     Args:
         model: the name that the engine serves the model under.
-        route: where it is to be sent.
-        dialect: how to speak to the engine.
+        route: the route that the request is for.
+        dialect: the engine's request format.
     """
     prompt: Any = [{"role": "user", "content": _TEXT}] if route is Route.CHAT else _TEXT
     request = {"model": model, route.prompt_field: prompt}
