@@ -1,1 +1,1 @@
-"""Engine processes: started, watched, logged, and ended to the last descendant."""
+"""Engine processes: starting, watching, logging, and ending them with all descendants."""

@@ -1,7 +1,7 @@
-"""The logs of engines: one file a start.
+"""The logs of engines: one file per start.
 
-The engine's own descriptor locks its file for as long as anything of it lives, so that no log is
-removed under it.
+The descriptor that an engine inherits keeps its log file locked while any of its processes lives,
+so that the log of a running engine is never removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 KEEP_LOGS = 10
-"""Logs kept of one name: enough to see a crash loop begin, little enough never to matter."""
+"""Logs kept per name: enough to see how a crash loop began, and few enough to need no space."""
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_COLUMNS = 500
@@ -22,13 +22,13 @@ _STYLING = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def open_log(log_dir: Path, name: str, keep: int) -> tuple[Path, int]:
-    """Make the log of a new start, and remove old ones. Returns its path and file descriptor."""
+    """Create the log of a new start, and remove old logs. Returns its path and descriptor."""
     log_dir.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^A-Za-z0-9._]+", "-", name)
     while True:
         path = log_dir / f"{stem}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.log"
         with contextlib.suppress(FileExistsError):  # another start in the same microsecond
-            # Only for this user: prompts may be in it.
+            # Readable by this user only, because it may contain prompts.
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
             break
     with contextlib.suppress(OSError):  # a file system without locks
@@ -47,7 +47,7 @@ def _prune_logs(log_dir: Path, stem: str, keep: int) -> None:
 
 
 def _is_written(path: Path) -> bool:
-    """Whether a living engine holds this log: it inherited the descriptor that locks the file."""
+    """Return whether a living engine has inherited the descriptor that locks this log."""
     with path.open("rb") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,6 +69,6 @@ def tail(path: Path, lines: int) -> str:
 
 
 def _readable(line: str) -> str:
-    """One log line without colours, progress bars at their last state, and cut if very long."""
+    """Return a log line without colours, with progress bars in their last state, cut if long."""
     shown = _STYLING.sub("", line.rstrip().rsplit("\r", 1)[-1])
     return shown if len(shown) <= _TAIL_COLUMNS else shown[:_TAIL_COLUMNS] + "…"

@@ -1,31 +1,31 @@
-"""The process between an owner (a Ray actor) and its engine: it leaves nothing of it behind.
+"""The process between an owner (a Ray actor) and its engine. It leaves no engine process behind.
 
 Linux only. Standard library only, and no import from this package, because it runs alone:
 
     python -I -S reaper.py --owner PID:START [--owner-grace S] [--linger S] -- COMMAND...
 
 Standard input is one end of a Unix socket pair whose other end only the owner holds; stdout and
-stderr are the engine's log. The first line read is the engine's environment, a JSON object. After
-it come orders:
+stderr are the engine's log. The first line read is the engine's environment, a JSON object. The
+following lines are orders:
 
     stop SECONDS    SIGTERM to the engine; SIGKILL to every descendant when SECONDS have passed
     kill            SIGKILL to every descendant now, as ``stop 0``
 
-End of file means that the owner has died, however it died. Written back to the owner:
+End of file means that the owner has died, for any reason. Reports written to the owner:
 
     started PID REAPER    the engine runs as PID; REAPER is this process, as PID:START
     failed ERRNO TEXT     the command could not be run
     exited STATUS         the engine's main process has ended: exit status, or minus a signal
-    gone                  nothing of the engine is left
+    gone                  no process of the engine is left
 
-Why it is built so:
+Reasons for this design:
 - Engines leave processes behind when their main process is killed, some in sessions of their own.
-  As child subreaper this process inherits every orphan, so "no child left" (ECHILD) proves that no
-  descendant is left.
+  This process is a child subreaper and inherits every orphan. So "no child left" (ECHILD) proves
+  that no descendant is left.
 - Ray SIGKILLs the direct children of an actor that exits or is killed, also those in another
-  session. So this process detaches: it is no child of its owner, and outlives it on purpose.
-- When this process itself is SIGKILLed, the engine's main process dies with it (PDEATHSIG) and the
-  environment marks below tell a later sweep what else to end.
+  session. So this process detaches: it is not a child of its owner, and outlives it on purpose.
+- If this process itself is SIGKILLed, the engine's main process dies with it (PDEATHSIG). A later
+  sweep finds the other processes by the environment marks below.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ REAPER_MARK = "FRONTLINE_REAPER"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 TIDY_S = 1.0
-"""How long a process that tidies up may outlive all others before it is sent SIGKILL too."""
+"""How long a process that cleans up may outlive all others before it gets SIGKILL too."""
 _ENDED = "ZX"
 """States in /proc/PID/stat of a process that has ended and waits to be reaped."""
 _KILL_AGAIN_S = 0.2
-"""Longest time between two passes over the tree while something survives SIGKILL. Deaths wake the
-loop at once; this is for what forked during a pass and for what is stuck in the kernel."""
+"""Longest time between two passes over the tree while a process survives SIGKILL. A death wakes the
+loop at once. This bound is for processes forked during a pass or stuck in the kernel."""
 
 
 class Identity(NamedTuple):
-    """One process and no other: its pid and its start time in clock ticks since boot."""
+    """The unique identity of a process: its pid and its start time in clock ticks since boot."""
 
     pid: int
     start: int
@@ -72,13 +72,13 @@ class Identity(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Identity:
-        """The identity written as ``PID:START``. Raises ValueError for anything else."""
+        """Return the identity written as ``PID:START``. Raises ValueError for anything else."""
         pid, start = text.split(":")
         return cls(int(pid), int(start))
 
     @classmethod
     def of(cls, pid: int) -> Identity:
-        """The identity of a process that exists. Raises ProcessLookupError if it does not."""
+        """Return the identity of a process. Raises ProcessLookupError if it does not exist."""
         stat = read_stat(pid)
         if stat is None:
             raise ProcessLookupError(f"no process {pid}")
@@ -86,7 +86,7 @@ class Identity(NamedTuple):
 
 
 class ProcessStat(NamedTuple):
-    """What /proc/PID/stat says of a process."""
+    """The fields used from /proc/PID/stat."""
 
     identity: Identity
     state: str
@@ -94,49 +94,49 @@ class ProcessStat(NamedTuple):
 
 
 def read_stat(pid: int) -> ProcessStat | None:
-    """The process's entry in /proc, None if it has vanished or may not be read."""
+    """Return the process's entry in /proc; None if it has vanished or may not be read."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
     except OSError:
         return None
-    # The name in parentheses may itself hold spaces and parentheses: count from the last one.
+    # The name in parentheses may itself contain spaces and parentheses: count from the last one.
     fields = text[text.rindex(b")") + 2 :].split()
     return ProcessStat(Identity(pid, int(fields[19])), fields[0].decode(), int(fields[1]))
 
 
 def is_running(identity: Identity) -> bool:
-    """Whether exactly this process still runs; one that only waits to be reaped does not."""
+    """Return whether exactly this process still runs. A zombie does not."""
     stat = read_stat(identity.pid)
     return stat is not None and stat.identity == identity and stat.state not in _ENDED
 
 
 def has_ended(identity: Identity) -> bool:
-    """Whether this process has certainly ended; not being able to look proves nothing."""
+    """Return whether this process has certainly ended. An unreadable entry proves nothing."""
     try:
         os.kill(identity.pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # another user's, so perhaps another process: /proc tells
+        pass  # another user's, so perhaps another process: check /proc
     stat = read_stat(identity.pid)
     return stat is not None and (stat.identity != identity or stat.state in _ENDED)
 
 
 def process_ids() -> Iterator[int]:
-    """The pids of all visible processes."""
+    """Return the pids of all visible processes."""
     return (int(entry) for entry in os.listdir("/proc") if entry.isdecimal())
 
 
 def descendants(root: int) -> list[ProcessStat]:
-    """Every process below ``root`` that has an entry in /proc, whatever its session or group."""
+    """Return every process below ``root`` that has an entry in /proc, in any session or group."""
     children: dict[int, list[ProcessStat]] = {}
     for stat in filter(None, map(read_stat, process_ids())):
         children.setdefault(stat.parent, []).append(stat)
     found: list[ProcessStat] = []
     frontier = [root]
     while frontier:
-        # Taking the entry out visits each parent once, though entries were read at different times.
+        # `pop` visits each parent only once, although the entries were read at different times.
         below = children.pop(frontier.pop(), [])
         found += below
         frontier += (stat.identity.pid for stat in below)
@@ -144,7 +144,7 @@ def descendants(root: int) -> list[ProcessStat]:
 
 
 def open_pidfd(pid: int) -> int | None:
-    """A pidfd; None if the process is gone, or the kernel (before 5.3) or its sandbox has none."""
+    """Return a pidfd; None if the process is gone, or the kernel (< 5.3) or a sandbox has none."""
     try:
         return os.pidfd_open(pid)
     except OSError:
@@ -152,10 +152,10 @@ def open_pidfd(pid: int) -> int | None:
 
 
 def signal_exactly(identity: Identity, signum: int) -> bool:
-    """Signal this process and never another one that got its pid since.
+    """Send a signal to this process, and never to another one that has reused its pid.
 
-    Returns whether the signal was sent. The pidfd is opened before the check, so the process
-    checked is the process signalled.
+    Returns whether the signal was sent. The pidfd is opened before the identity is checked, so the
+    checked process is the one that gets the signal.
     """
     pidfd = open_pidfd(identity.pid)
     try:
@@ -174,10 +174,11 @@ def signal_exactly(identity: Identity, signum: int) -> bool:
 
 
 def tidies_up(pid: int) -> bool:
-    """Whether this is a resource tracker of Python's multiprocessing.
+    """Return whether this is a resource tracker of Python's multiprocessing.
 
-    It unlinks the shared memory of an engine once all others of its processes have ended, then ends
-    itself. Killed along with them it leaves that memory (160 MiB for one vLLM) behind for good.
+    The tracker unlinks the engine's shared memory once all other processes of the engine have
+    ended, and then exits. If it is killed together with them, that memory (160 MiB for one vLLM)
+    is never freed.
     """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -187,7 +188,7 @@ def tidies_up(pid: int) -> bool:
 
 
 class Order(NamedTuple):
-    """What to run, for whom, and how patiently. Times are in seconds."""
+    """The command to run, its owner, and the grace periods in seconds."""
 
     command: Sequence[str]
     owner: Identity
@@ -196,19 +197,22 @@ class Order(NamedTuple):
 
 
 class Reaper:
-    """Runs one engine and ends the whole of it. One thread only: PDEATHSIG is tied to a thread."""
+    """Runs one engine and ends all its processes.
+
+    It has one thread only, because PDEATHSIG is tied to a thread.
+    """
 
     def __init__(self, order: Order, owner: socket.socket) -> None:
         self._order = order
         self._owner = owner
-        self._heard = b""
+        self._received = b""
         self._engine: subprocess.Popen[bytes] | None = None
         self._deadline = math.inf  # when SIGKILL starts
-        self._tidied_by = math.inf  # when it reaches those that tidy up
+        self._tidied_by = math.inf  # when it reaches processes that clean up
         self._selector = selectors.DefaultSelector()
 
     def run(self) -> None:
-        """Start the engine and return when nothing of it is left."""
+        """Start the engine; return when no process of it is left."""
         environment = self._read_environment()
         self._watch_signals()
         self._watch_owner()
@@ -216,26 +220,26 @@ class Reaper:
             return
         try:
             if self._start_engine(environment):
-                self._hear(b"")  # orders that came with the environment
+                self._handle_orders(b"")  # orders that came with the environment
                 while self._reap():
                     self._wait_and_react()
-                self._tell("gone")
+                self._report("gone")
         finally:
-            self._kill_all()  # finds nothing, unless a fault of our own ended the loop
+            self._kill_all()  # finds nothing, unless an error of our own ended the loop
 
     def _read_environment(self) -> dict[str, str] | None:
-        """The first line from the owner; None if it died before sending it."""
-        while b"\n" not in self._heard:
+        """Return the first line from the owner; None if the owner died before it sent one."""
+        while b"\n" not in self._received:
             received = self._receive()
             if not received:
                 return None
-            self._heard += received
-        line, self._heard = self._heard.split(b"\n", 1)
+            self._received += received
+        line, self._received = self._received.split(b"\n", 1)
         environment: dict[str, str] = json.loads(line)
         return environment
 
     def _watch_signals(self) -> None:
-        """Turn signals into bytes that the selector sees; nothing runs inside a handler."""
+        """Turn signals into bytes that the selector reads, so that no code runs in a handler."""
         woken, wakes = socket.socketpair()
         woken.setblocking(False)
         wakes.setblocking(False)
@@ -244,11 +248,14 @@ class Reaper:
         for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, lambda *_: None)
         signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-        # Neither the reaper nor the engine may inherit what the owner's thread had blocked.
+        # Neither the reaper nor the engine may inherit signals that the owner's thread blocked.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def _watch_owner(self) -> None:
-        """Besides end of file: a forked child of the owner may hold the socket open after it."""
+        """Watch for orders and for the owner's death.
+
+        End of file is not enough: a forked child of the owner may keep the socket open after it.
+        """
         self._selector.register(self._owner, selectors.EVENT_READ, self._on_orders)
         pidfd = open_pidfd(self._order.owner.pid)
         if pidfd is not None:
@@ -257,8 +264,8 @@ class Reaper:
     def _start_engine(self, environment: dict[str, str]) -> bool:
         identity = Identity.of(os.getpid())
         marks = {OWNER_MARK: str(self._order.owner), REAPER_MARK: str(identity)}
-        # setproctitle, which engines use, writes over the environment that /proc shows, marks
-        # included, unless this is set.
+        # Engines use setproctitle, which overwrites the environment that /proc shows, including
+        # the marks, unless this is set.
         marks["SPT_NOENV"] = "1"
         try:
             self._engine = subprocess.Popen(
@@ -269,13 +276,13 @@ class Reaper:
                 preexec_fn=_die_with(os.getpid()),
             )
         except OSError as error:
-            self._tell(f"failed {error.errno or 0} {error.strerror or error}")
+            self._report(f"failed {error.errno or 0} {error.strerror or error}")
             return False
-        self._tell(f"started {self._engine.pid} {identity}")
+        self._report(f"started {self._engine.pid} {identity}")
         return True
 
     def _reap(self) -> bool:
-        """Collect everything that has ended; whether any child, so any descendant, is left."""
+        """Reap all ended children; return whether any child, and so any descendant, is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -289,12 +296,13 @@ class Reaper:
     def _on_engine_end(self, status: int) -> None:
         assert self._engine is not None
         self._engine.returncode = status  # also keeps Popen from waiting for this pid again
-        self._tell(f"exited {status}")
-        # What is left may tidy up (Python's resource tracker unlinks shared memory), not live on.
+        self._report(f"exited {status}")
+        # The remaining processes may clean up (Python's resource tracker unlinks shared memory),
+        # but not keep running.
         self._deadline = min(self._deadline, time.monotonic() + self._order.linger)
 
     def _wait_and_react(self) -> None:
-        """Sleep until something happens; past the deadline, kill what is left first."""
+        """Kill what is left if the deadline has passed; then wait for the next event."""
         remaining = self._deadline - time.monotonic()
         if remaining <= 0:
             self._kill_descendants()
@@ -304,7 +312,7 @@ class Reaper:
             key.data(key.fileobj)
 
     def _kill_descendants(self) -> None:
-        """One pass of SIGKILL; those that tidy up come last, with a moment to do it in."""
+        """Send SIGKILL once to each process; processes that clean up get it ``TIDY_S`` later."""
         left = [stat.identity for stat in descendants(os.getpid()) if stat.state not in _ENDED]
         others = [identity for identity in left if not tidies_up(identity.pid)]
         if others or math.isinf(self._tidied_by):
@@ -328,19 +336,19 @@ class Reaper:
     def _on_orders(self, owner: socket.socket) -> None:
         received = self._receive()
         if received:
-            self._hear(received)
+            self._handle_orders(received)
         else:
             self._on_owner_death(owner)
 
     def _receive(self) -> bytes:
-        """What the owner sent; nothing when it has died."""
+        """Return what the owner sent; empty if it has died."""
         try:
             return self._owner.recv(65536)
         except ConnectionError:
             return b""
 
-    def _hear(self, received: bytes) -> None:
-        *lines, self._heard = (self._heard + received).split(b"\n")
+    def _handle_orders(self, received: bytes) -> None:
+        *lines, self._received = (self._received + received).split(b"\n")
         for line in lines:
             self._obey(line.decode(errors="replace").split())
 
@@ -357,15 +365,18 @@ class Reaper:
             print(f"reaper: {words} not understood: {error}", file=sys.stderr, flush=True)
 
     def _end_within(self, grace: float) -> None:
-        """Ask the engine to end, and set the deadline; a later call can only bring it forward."""
+        """Send SIGTERM and set the deadline in ``grace`` seconds.
+
+        A later call can only bring the deadline forward.
+        """
         asks = math.isinf(self._deadline) and grace > 0
         self._deadline = min(self._deadline, time.monotonic() + grace)
         if asks and self._engine is not None and self._engine.returncode is None:
             # Not reaped yet, so the pid is still the engine's.
             os.kill(self._engine.pid, signal.SIGTERM)
 
-    def _tell(self, word: str) -> None:
-        with contextlib.suppress(OSError):  # the owner may be gone; the work goes on
+    def _report(self, word: str) -> None:
+        with contextlib.suppress(OSError):  # the owner may be gone; the reaper continues
             self._owner.sendall(word.encode() + b"\n")
 
 
@@ -385,7 +396,7 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 def _detach() -> None:
-    """Leave the owner's process tree, session and group; the launched process ends at once."""
+    """Leave the owner's process tree, session and group. The launched process exits at once."""
     if os.fork():
         os._exit(0)
     os.setsid()

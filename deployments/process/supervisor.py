@@ -1,11 +1,11 @@
-"""Engine processes as their owner sees them: started, watched, and ended to the last descendant.
+"""The owner's side of engine processes: starts and watches them, and ends all descendants.
 
 Linux only. An owner (the Ray actor of an engine replica) starts each engine through
-``deployments.process.reaper``, which explains why. What can die, and who cleans up then:
+``deployments.process.reaper``, which explains why. What can die, and what cleans up then:
 
-- the engine's main process: the reaper ends its helpers;
-- the owner, however it dies: the reaper ends the engine;
-- the reaper: the owner ends what is left, or, if the owner died as well, ``sweep_orphans``.
+- the engine's main process: the reaper ends its helper processes;
+- the owner, for any reason: the reaper ends the engine;
+- the reaper: the owner ends what is left, or ``sweep_orphans`` if the owner died as well.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from deployments.process import logs, reaper
 from deployments.process.reaper import OWNER_MARK, REAPER_MARK, Identity
 
 _FIRST_WORD_S = 60.0
-"""Longest wait for the reaper's first word: a Python start, on a loaded node, from a slow disk."""
+"""Longest wait for the reaper's first report: a Python start on a loaded node, from a slow disk."""
 _AFTER_KILL_S = 10.0
-"""How long after SIGKILL a process may take to vanish: freeing a GPU's memory takes seconds."""
+"""How long a process may take to vanish after SIGKILL: freeing a GPU's memory takes seconds."""
 _LOOK_AGAIN_S = 0.02
 
 
 class EngineProcessError(Exception):
-    """Something is wrong with an engine's process. Subclasses survive pickling, as Ray needs."""
+    """Base of errors of an engine's process. Subclasses can be pickled, which Ray requires."""
 
 
 class EngineNotStarted(EngineProcessError):
-    """The engine's command could not be run at all."""
+    """The engine's command could not be run."""
 
 
 class EngineNotStopped(EngineProcessError):
-    """Processes of an engine are left, though they were sent SIGKILL (stuck in the kernel)."""
+    """Processes of an engine are left after SIGKILL, because they are stuck in the kernel."""
 
 
 class EngineEnded(EngineProcessError):
-    """An engine's main process has ended. ``log`` is the end of what it wrote."""
+    """An engine's main process has ended. ``log`` is the end of its log."""
 
     def __init__(self, name: str, returncode: int, log: str) -> None:
         super().__init__(name, returncode, log)
@@ -63,7 +63,7 @@ class EngineEnded(EngineProcessError):
 
 
 class _Reins(NamedTuple):
-    """What an owner holds of a running engine: the connection to its reaper, and their names."""
+    """The owner's connection to an engine's reaper, the engine's pid, and the reaper's identity."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -74,7 +74,7 @@ class _Reins(NamedTuple):
 class EngineProcess:
     """One engine with all its descendants. Create it with ``start``, in a running event loop.
 
-    It belongs to that loop: when the loop ends or the owner dies, the engine is ended too.
+    It belongs to that loop. When the loop ends or the owner dies, the engine is ended too.
     """
 
     def __init__(self, name: str, log_path: Path, reins: _Reins, stop_grace_s: float) -> None:
@@ -100,18 +100,25 @@ class EngineProcess:
         linger_s: float = 1.0,
         keep_logs: int = logs.KEEP_LOGS,
     ) -> EngineProcess:
-        """Run ``command`` with exactly the environment ``env`` (and marks of our own).
+        """Run ``command`` with exactly the environment ``env``, plus the marks of its owner.
 
-        Its output goes to a new file in ``log_dir``, of whose predecessors of the same ``name`` the
-        newest are kept, ``keep_logs`` in all, besides those still written to. Returns when the
-        command runs, which says nothing of its being ready.
+        Returns when the command runs; the engine need not be ready then. If the call is cancelled,
+        it leaves nothing running.
 
-        ``stop_grace_s``: what ``stop`` allows between SIGTERM and SIGKILL, unless told otherwise.
-        ``owner_grace_s``: the same when the owner has died; short, as the next replica waits for
-        the GPU. ``linger_s``: how long helpers may outlive the main process, to tidy up.
+        Args:
+            command: the program and its arguments.
+            env: the environment.
+            log_dir: the folder of the logs. Every start creates a new file there.
+            name: the prefix of the log's name.
+            stop_grace_s: the default time of ``stop`` between SIGTERM and SIGKILL.
+            owner_grace_s: the same time after the owner has died. It is short, because the next
+                replica waits for the GPU.
+            linger_s: how long helper processes may outlive the main process, to clean up.
+            keep_logs: how many logs of this name are kept, besides those still written to.
 
-        Raises EngineNotStarted if the command cannot be run, OSError if the log cannot be written.
-        Cancelled, it leaves nothing running.
+        Raises:
+            EngineNotStarted: the command cannot be run.
+            OSError: the log cannot be written.
         """
         log_path, log = logs.open_log(log_dir, name, keep_logs)
         graces = ("--owner-grace", str(owner_grace_s), "--linger", str(linger_s))
@@ -119,12 +126,13 @@ class EngineProcess:
             launcher, ours = _launch_reaper(graces, command, log)
         finally:
             os.close(log)
-        # It ends by itself once the reaper has detached; collected in a thread, cancelled or not.
+        # The launcher exits once the reaper has detached. A thread reaps it, also if this call is
+        # cancelled.
         asyncio.get_running_loop().run_in_executor(None, launcher.wait)
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         try:
             writer.write(json.dumps(dict(env)).encode() + b"\n")
-            first_word = await _hear_first_word(name, reader)
+            first_word = await _read_first_word(name, reader)
             pid, identity = _parse_first_word(first_word, name, command[0], log_path)
         except BaseException:
             writer.write(b"kill\n")
@@ -134,17 +142,17 @@ class EngineProcess:
 
     @property
     def pid(self) -> int:
-        """The pid of the engine's main process, also after its end."""
+        """The pid of the engine's main process, also after it has ended."""
         return self._reins.pid
 
     @property
     def returncode(self) -> int | None:
-        """The main process's exit status, minus a signal's number if that ended it, None before."""
+        """The main process's exit status, or minus the signal that ended it; None while it runs."""
         return self._returncode
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's main process runs, as far as its owner has heard."""
+        """Whether the engine's main process runs, according to the reaper's last report."""
         return self._returncode is None
 
     def check(self) -> None:
@@ -153,28 +161,29 @@ class EngineProcess:
             raise EngineEnded(self.name, self._returncode, self.tail())
 
     def tail(self, lines: int = 30) -> str:
-        """The last lines of the engine's log, long ones cut; empty if there is none."""
+        """Return the last lines of the engine's log, long ones cut; empty if there is no log."""
         return logs.tail(self.log_path, lines)
 
     async def wait(self) -> int:
         """Wait for the end of the main process and return its ``returncode``.
 
-        Its helpers may live on for ``linger_s``; ``stop`` waits for them as well.
+        Helper processes may run for another ``linger_s`` seconds; ``stop`` waits for them as well.
         """
         await self._ended.wait()
         assert self._returncode is not None
         return self._returncode
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Ask the engine to end and return when nothing of it is left.
+        """End the engine; return when no process of it is left.
 
-        SIGTERM to the main process first; SIGKILL to every descendant when ``grace_s`` seconds have
-        passed (at once for 0), ``reaper.TIDY_S`` later to those that tidy up after the others. May
-        be called at any time and again: a later call can only bring the end forward. Cancelling
-        the call does not take the order back: the reaper keeps the deadline.
+        The main process gets SIGTERM. After ``grace_s`` seconds (at once for 0) every descendant
+        gets SIGKILL; processes that clean up after the others get it ``reaper.TIDY_S`` later. It
+        may be called at any time and repeatedly: a later call can only bring the end forward.
+        Cancelling the call does not cancel the order: the reaper keeps the deadline.
 
-        Raises ValueError for a grace that is negative or not finite, EngineNotStopped if SIGKILL
-        has not removed everything.
+        Raises:
+            ValueError: ``grace_s`` is negative or not finite.
+            EngineNotStopped: processes are left after SIGKILL.
         """
         grace = self._stop_grace_s if grace_s is None else grace_s
         if not 0 <= grace < math.inf:
@@ -187,23 +196,23 @@ class EngineProcess:
             raise EngineNotStopped(f"engine {self.name!r}: processes survive SIGKILL") from error
 
     def kill(self) -> None:
-        """SIGKILL every process of the engine; returns before they have ended."""
+        """Send SIGKILL to every process of the engine. Returns before they have ended."""
         self._order("kill")
 
     async def _listen(self) -> None:
-        """Follow the reaper's reports to their end, which is the reaper's own."""
+        """Handle the reaper's reports until the reaper ends."""
         try:
             with contextlib.suppress(ConnectionError):
                 while report := await self._reins.reader.readline():
-                    self._heed(report.decode().split())
+                    self._handle_report(report.decode().split())
             if not self._gone.is_set():
                 await asyncio.to_thread(_kill_marked, _has_reaper(self._reins.reaper))
-                self._heed(["exited", str(-signal.SIGKILL)])
-                self._heed(["gone"])
+                self._handle_report(["exited", str(-signal.SIGKILL)])
+                self._handle_report(["gone"])
         finally:
             self._reins.writer.close()  # also when the loop ends first: the reaper sees it
 
-    def _heed(self, report: list[str]) -> None:
+    def _handle_report(self, report: list[str]) -> None:
         match report:
             case ["exited", status] if self._returncode is None:
                 self._returncode = int(status)
@@ -217,12 +226,12 @@ class EngineProcess:
 
 
 def sweep_orphans() -> list[int]:
-    """SIGKILL every engine process of this user whose owner exists no longer; return their pids.
+    """SIGKILL every engine process of this user whose owner no longer exists; return their pids.
 
-    For the start of an owner: it ends what is left when an owner and its reaper were killed both.
-    Blocks until they have ended, some milliseconds when there is nothing to do, up to ten seconds
-    when there is. An engine whose owner lives is never touched, nor are processes of another pid
-    namespace, whose owners' pids mean nothing here.
+    Called when an owner starts: it ends what is left after both an owner and its reaper were
+    killed. It blocks until those processes have ended: some milliseconds if there are none, up to
+    ten seconds otherwise. It never touches an engine whose owner lives, nor processes of another
+    pid namespace, whose owners' pids have no meaning here.
     """
     return _kill_marked(_has_dead_owner)
 
@@ -230,7 +239,7 @@ def sweep_orphans() -> list[int]:
 def _launch_reaper(
     graces: Sequence[str], command: Sequence[str], log: int
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a reaper; returns the process that detaches it, and the owner's end of its input."""
+    """Start a reaper; return the process that detaches it, and the owner's end of its input."""
     # -I and -S keep the reaper's start independent of the environment and of site-packages.
     program = (sys.executable, "-I", "-S", reaper.__file__)
     owner = ("--owner", str(Identity.of(os.getpid())))
@@ -245,7 +254,7 @@ def _launch_reaper(
         theirs.close()
 
 
-async def _hear_first_word(name: str, reader: asyncio.StreamReader) -> str:
+async def _read_first_word(name: str, reader: asyncio.StreamReader) -> str:
     try:
         async with asyncio.timeout(_FIRST_WORD_S):
             return (await reader.readline()).decode().strip()
@@ -256,7 +265,11 @@ async def _hear_first_word(name: str, reader: asyncio.StreamReader) -> str:
 
 
 def _parse_first_word(text: str, name: str, program: str, log_path: Path) -> tuple[int, Identity]:
-    """The engine's pid and its reaper. Raises EngineNotStarted if the command does not run."""
+    """Return the engine's pid and its reaper's identity.
+
+    Raises:
+        EngineNotStarted: the command does not run.
+    """
     match text.split(" ", 2):
         case ["started", pid, identity]:
             return int(pid), Identity.parse(identity)
@@ -279,7 +292,7 @@ def _describe_end(returncode: int) -> str:
         return f"killed by signal {-returncode}"
 
 
-# --- killing by mark: what no reaper can do any more ---
+# --- killing by mark, for engines whose reaper is gone ---
 
 Marks = Mapping[str, str]
 """The marks in one process's environment, by name."""
@@ -297,9 +310,9 @@ def _has_reaper(identity: Identity) -> Callable[[Marks], bool]:
 
 
 def _kill_marked(doomed: Callable[[Marks], bool]) -> list[int]:
-    """SIGKILL this user's processes with such marks until none is left or time is up.
+    """SIGKILL this user's processes with matching marks until none is left or time is up.
 
-    Those that tidy up (``reaper.tidies_up``) come last, if they have not ended by themselves.
+    Processes that clean up (``reaper.tidies_up``) come last, if they have not ended by themselves.
     """
     limit = time.monotonic() + _AFTER_KILL_S
     tidied_by = time.monotonic() + reaper.TIDY_S
@@ -315,7 +328,10 @@ def _kill_marked(doomed: Callable[[Marks], bool]) -> list[int]:
 
 
 def _running(killed: list[Identity], doomed: Callable[[Marks], bool]) -> list[Identity]:
-    """What is left. A process that ends shows no environment, but may hold a GPU still."""
+    """Return the processes that are left, including killed ones that have not ended yet.
+
+    A process that is ending shows no environment, but may still hold a GPU.
+    """
     return list({*filter(reaper.is_running, killed), *_marked(doomed)})
 
 
@@ -333,7 +349,7 @@ def _kill(identity: Identity) -> bool:
 
 
 def _read_marks(pid: int) -> Marks:
-    """Our marks in a process's environment; none if it is not ours, not readable or vanished."""
+    """Return our marks in a process's environment; empty if it is not ours, unreadable or gone."""
     entry = Path("/proc", str(pid))
     try:
         if entry.stat().st_uid != os.geteuid():
