@@ -1,4 +1,4 @@
-"""The HTTP application of an ingress: every route, and errors in OpenAI's shape."""
+"""The HTTP application of an ingress: all routes, and errors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from app.gateway.services import Services
 from app.gateway.usage_route import add_usage_route
 
 PREFIXES = ("/v1", "/v1/openai")
-"""Every route is served below both; the second is the base URL of DeepInfra's API."""
+"""Every route is served under both prefixes; the second is the path of DeepInfra's API."""
 
 
 class Front:
-    """The HTTP application: what engines answer at once, everything else by FastAPI.
+    """The HTTP application: dispatches inference requests itself, and all others to FastAPI.
 
-    FastAPI takes a request through a dozen layers before it finds its route.
+    FastAPI would pass every inference request through a dozen layers before it finds the route.
 
     Attributes:
-        routes: none that Serve could look through for every request, to name it in its metrics.
+        routes: empty, so that Serve does not search the routes for each request to label its
+            metrics.
     """
 
     routes: tuple[()] = ()
@@ -61,13 +62,13 @@ def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
     api = FastAPI(
         title="Frontline", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
-    # They are here as well for other methods, and for a root path.
+    # The inference routes are added here too, for other methods and for requests with a root path.
     for path, handler in handlers.items():
         api.router.routes.append(HttpRoute(path, handler, methods=["POST"]))
     for prefix in PREFIXES:
         add_model_routes(api, prefix, services)
         add_usage_route(api, prefix, services)
-        # Probes look for it at the root, whatever the API's version.
+        # Health probes expect the routes at the root, without the API's version.
         add_health_routes(api, "" if prefix == PREFIXES[0] else prefix, services)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(errors.ApiError, _answer_api_error)

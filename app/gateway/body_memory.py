@@ -1,7 +1,7 @@
-"""How much memory the request bodies in one ingress may take. Pure.
+"""Bounds the memory of the request bodies in one ingress. Pure.
 
-A body counts from before it is read until its request has ended: while it is read, waits in the
-queue, and runs.
+A body counts from before it is read until its request has ended: while it is read, queued, and
+run.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from app.core.holdings import Holding, Holdings
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED
 
 _PARSED_FACTOR: Final = 24
-"""Bytes that parsed JSON takes at the worst for each byte that it had (short arrays)."""
+"""Bytes of memory that parsed JSON takes per byte of its text, at worst (short arrays)."""
 _NOBODY: Final = ""
 
 
 class NoRoom(StrEnum):
-    """Why a body finds no room."""
+    """Why a body gets no memory."""
 
     TOO_LARGE = "too_large"
-    """It could not have room even if it were alone."""
+    """The body exceeds the limit even if there were no other."""
     TENANT = "tenant_request_memory"
-    """The bodies of its tenant take all that one tenant may."""
+    """The bodies of its tenant use up the tenant's limit."""
     INGRESS = "request_memory"
-    """The bodies in this ingress take all that there is."""
+    """The bodies in this ingress use up the ingress's limit."""
 
 
 class BodyMemory:
-    """What the bodies in one ingress take, together and by tenant."""
+    """The memory of the bodies in one ingress, in total and by tenant, in bytes."""
 
     def __init__(self) -> None:
         self._holdings: Holdings[NoRoom] = Holdings()
 
     @property
     def used(self) -> int:
-        """The bytes of all."""
+        """The bytes of all bodies."""
         return self._holdings.of(NoRoom.INGRESS)
 
     def used_by(self, tenant: str) -> int:
-        """Return the bytes of one tenant."""
+        """Return the bytes of one tenant's bodies."""
         return self._holdings.of(NoRoom.TENANT, tenant)
 
     def held(self, tenant: str) -> Holding[NoRoom]:
-        """Return the room of one request of a tenant, empty as yet."""
+        """Return a reservation for one request of a tenant, of 0 bytes at first."""
         return Holding(self._holdings, (NoRoom.TENANT, tenant), (NoRoom.INGRESS, ""))
 
 
 class HeldMemory:
-    """The room of one request in a ``BodyMemory``; ``release`` gives it back."""
+    """The memory reserved for one request in a ``BodyMemory``; ``release`` gives it back."""
 
     __slots__ = ("_held", "tenant")
 
@@ -59,10 +59,10 @@ class HeldMemory:
         self._held = memory.held(tenant)
 
     def hold(self, length: int, limits: BodyLimits) -> NoRoom | None:
-        """Hold room for a body of ``length`` bytes in all, or return why there is none.
+        """Reserve memory for a body of ``length`` bytes in total, or return why there is none.
 
-        It may be called again as a body grows; what it held before is part of it. Without keys
-        everybody is one tenant, for which only the bound of all holds.
+        It may be called again as the body grows; the new length includes the old one. Without API
+        keys all requests belong to one tenant, and only the limit of the ingress applies.
         """
         tenant = self.tenant
         if length > limits.longest_for(tenant):
@@ -75,7 +75,7 @@ class HeldMemory:
         return NoRoom.INGRESS if reason is NoRoom.TENANT and tenant == _NOBODY else reason
 
     def release(self) -> None:
-        """Give the room back. Calling it again has no effect."""
+        """Give the memory back. Calling it again has no effect."""
         self._held.give_back()
 
 
@@ -84,5 +84,5 @@ def _cost(length: int) -> int:
 
 
 def _allowed(limit: int) -> int:
-    # A body as long as the whole limit has room, with what is kept beside its bytes.
+    # A body as long as the limit must fit, including the parsed members kept beside its bytes.
     return limit + _PARSED_FACTOR * LONGEST_KEPT_PARSED

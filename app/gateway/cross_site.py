@@ -1,13 +1,13 @@
-"""Keeps web pages of other sites away from an ingress that asks for no key. The pure part.
+"""Protects an ingress without API keys from web pages of other sites. The pure part.
 
-A page in a browser can send two kinds of request to `http://127.0.0.1:8000` without asking first:
+A page in a browser can send two kinds of request to `http://127.0.0.1:8000` without a preflight:
 
-- a "simple" cross-origin `POST`, whose content type is one of a form's, or missing. JSON is not
-  among them: for it a browser asks with `OPTIONS`, which this API refuses. So JSON routes want a
-  JSON content type (``require_json``).
-- any request after DNS rebinding, where the page's own name resolves to 127.0.0.1. Such a request
-  is same-origin to the browser, and its `Host` header has the page's name. So where no key is
-  asked for, `Host` has to be a name that is known (``HostRule``).
+- A "simple" cross-origin `POST`, whose content type is one of a form's, or missing. JSON is not
+  among them: before a JSON request a browser sends `OPTIONS`, which this API rejects. So JSON
+  routes require a JSON content type (``require_json``).
+- Any request after DNS rebinding, where the page's own name resolves to 127.0.0.1. The browser
+  treats such a request as same-origin, and its `Host` header has the page's name. So where no key
+  is required, `Host` must be a known name (``HostRule``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _JSON_TYPE: Final = re.compile(rb"application/([a-z0-9!#$&^_.-]+\+)?json")
 
 
 def require_json(headers: Mapping[bytes, bytes]) -> None:
-    """Refuse a body that is not declared to be JSON.
+    """Reject a request whose content type is not JSON.
 
     Raises:
         UnsupportedMediaType: the content type is missing, or another one.

@@ -1,4 +1,4 @@
-"""An engine's answer on its way to the client: stamped, counted, and recorded at its end."""
+"""Forwards an engine's answer to the client: rewrites it, counts its tokens, and records it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from app.upstream.client import EngineBroke, StreamedAnswer, UnaryAnswer
 
 
 class Forwarding:
-    """Passes one answer on.
+    """Forwards one answer.
 
-    ``free_slot`` gives the request's slot back, and may be called again; ``suspect`` reports that
-    the replica sends nothing. A stream is broken off where its client has taken nothing for
-    ``slow_reader_s`` although a buffer of it waits.
+    Args:
+        inbound: the request.
+        reply: the connection to the client.
+        meter: the request's record.
+        slow_reader_s: a stream is aborted if its client reads nothing for this many seconds while
+            a full buffer waits for it.
+        free_slot: gives the request's slot back; may be called more than once.
+        suspect: reports that the replica sends nothing.
     """
 
     def __init__(
@@ -38,7 +43,7 @@ class Forwarding:
         self._slow_reader_s = slow_reader_s
         self._free_slot = free_slot
         self._suspect = suspect
-        # Whether a piece of a stream waits for the client.
+        # Whether a piece of a stream is being written to the client.
         self._writing = False
 
     async def forward(self, answer: UnaryAnswer | StreamedAnswer, place: Placement) -> None:
@@ -55,16 +60,16 @@ class Forwarding:
         _note_odd_usage(place, odd=counted.estimated)
         self._meter.first_byte()
         await self._meter.settle(State.COMPLETED)
-        # The engine has ended: its slot does not wait for a client that reads slowly.
+        # The engine is done, so the slot is freed now and not when a slow client has read.
         self._free_slot()
         length = (b"content-length", str(len(body)).encode())
         await self._reply.start((JSON, length), place)
         await self._reply.write(body, more=False)
 
     async def _unless_slow(self, answer: StreamedAnswer, place: Placement) -> None:
-        """Forward a stream, or break it off where its client does not read.
+        """Forward a stream, or abort it if its client does not read.
 
-        The client gets no error event: it would only wait behind what is not read.
+        The client gets no error event, because that would only queue behind the unread data.
         """
         stamper = stream_stamper(self._inbound, place.decision)
         try:
@@ -79,14 +84,14 @@ class Forwarding:
         except TimeoutError:
             if not patience.expired():
                 raise
-            # What was generated for it is billed, read or not.
+            # Generated tokens are billed whether or not the client has read them.
             stamper.feed(answer.waiting_events())
             await self._meter.settle(State.INTERRUPTED, "client_slow")
 
     def _engine_ended(self) -> None:
-        """Give the slot back where the client does not read, so that the last events have to wait.
+        """Give the slot back early if the client does not read and the last events have to wait.
 
-        A client that keeps up gets them at once, and then the usage is known.
+        A client that keeps up gets them at once. Then the slot is given back with known usage.
         """
         if self._writing:
             self._free_slot()
@@ -101,7 +106,7 @@ class Forwarding:
         try:
             while blocks := await answer.next_events():
                 if over:
-                    # Read to the end all the same: the connection is then good for another.
+                    # Keep reading to the end, so that the connection can be reused.
                     continue
                 piece = stamper.feed(blocks)
                 meter.progress(len(blocks))
@@ -114,7 +119,7 @@ class Forwarding:
                     await meter.settle(State.COMPLETED)
                 over = stamper.ended
                 if answer.complete:
-                    # Its slot does not wait for the client to read the rest.
+                    # The slot is freed now and not when the client has read the rest.
                     self._free_slot()
                 self._writing = True
                 await reply.write(piece, more=not over)

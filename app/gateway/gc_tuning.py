@@ -1,4 +1,4 @@
-"""How Python runs in an ingress's process, which serves requests and nothing else."""
+"""Tunes Python's garbage collector for the process of an ingress."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import gc
 from typing import Final
 
 YOUNG: Final = 10_000
-"""How many new objects the collector lets come together before it looks through them.
+"""The collector's threshold for the youngest generation, in new objects.
 
-Requests leave hardly any cycles: what it would find at Python's usual 700 is in use.
+Requests leave hardly any cycles. At Python's default of 700 the collector would find almost only
+objects that are still in use.
 """
 
 
 def settle_in() -> None:
-    """Prepare for requests, once everything is imported and known.
+    """Freeze the heap and set the threshold, once all modules are imported and models are known.
 
-    What is there by then stays, and is several hundred thousand objects of Ray and Serve: no
-    collection looks through them again, as every full one would while all requests wait.
+    By then there are several hundred thousand objects of Ray and Serve, which stay for good. Frozen
+    objects are not scanned again; otherwise every full collection would scan them while all
+    requests wait.
     """
     gc.collect()
     gc.freeze()

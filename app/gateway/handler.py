@@ -1,4 +1,4 @@
-"""A request as it comes in over HTTP: whose it is, its body, and its answer or error."""
+"""Handles an inference request over HTTP: identifies the caller, reads the body, answers it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Handler", "Receive", "Scope", "identify"]
 
 
 class Handler:
-    """The ASGI application of one route that an engine answers."""
+    """The ASGI application of one inference route."""
 
     def __init__(self, route: Route, services: Services) -> None:
         self._route = route
@@ -33,13 +33,13 @@ class Handler:
         except ClientGone:
             return
         except asyncio.CancelledError as error:
-            # The task keeps it.
+            # The task keeps a reference to the error.
             _forget_frames(error)
             raise
         except Exception:
             if not reply.started:
                 await reply.refuse(errors.ServerError(code="internal_error"))
-            # Serve writes it to its log.
+            # Serve logs it.
             raise
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
@@ -53,11 +53,11 @@ class Handler:
 
 
 def _forget_frames(error: BaseException) -> None:
-    """Let go of what an expected error passed through, and of those that it came from.
+    """Drop the frames and the causes that an expected error refers to.
 
-    Its traceback holds every frame, and so the request's body; a frame that knows the error as well
-    makes a cycle of it. Its room has been given back, but the collector counts objects and not
-    bytes: without this it may keep hundreds of bodies.
+    Its traceback refers to every frame, and so to the request's body. A frame that also refers to
+    the error makes a cycle. The body's memory has been given back by then, but the collector counts
+    objects and not bytes: without this, hundreds of bodies may stay in memory.
     """
     left = [error]
     while left:
@@ -68,11 +68,11 @@ def _forget_frames(error: BaseException) -> None:
 
 
 async def identify(services: Services, headers: Headers) -> Caller:
-    """Return who sends a request, once this ingress is ready and before its body is read.
+    """Return the caller of a request, before its body is read. Waits until this ingress is ready.
 
     Raises:
-        HostNotAllowed: it names a host that is not served here.
-        InvalidKey: keys are asked for, and it carries none that works.
+        HostNotAllowed: the request names a host that is not served here.
+        InvalidKey: keys are required, and the request has none that works.
     """
     if not services.ready.is_set():
         await services.ready.wait()

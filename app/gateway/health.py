@@ -1,8 +1,8 @@
-"""How an ingress is: decided from what it knows of itself. The pure part of ``GET /health``.
+"""The health of an ingress, computed from its own state. The pure part of ``GET /health``.
 
-An ingress is unavailable only where it cannot serve. Whatever else is wrong leaves it ready, and
-degraded: a cause that all ingresses share, such as a database or a sleeping model, would otherwise
-take every one of them away, and a model that no request reaches never wakes.
+An ingress is unavailable only if it cannot serve. Any other problem leaves it ready but degraded.
+Otherwise a cause that all ingresses share, such as the database or a sleeping model, would take all
+of them out of rotation, and a model that no request reaches never wakes.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Final
 from app.contracts.status import Availability
 
 STORE_AWAY_S: Final = 30.0
-"""How long the database may be away without a word: a restart of it takes less."""
+"""How long the database may be away before that is reported. A restart of it takes less."""
 
 
 class HealthReason(StrEnum):
-    """Why an ingress is not well. Clients and alerts rely on these codes."""
+    """Why an ingress is unavailable or degraded. Clients and alerts rely on these codes."""
 
     STARTING = "starting"
-    """It has not taken over its settings yet, or does not know its models."""
+    """It has not applied its settings yet, or does not know its models."""
     DRAINING = "draining"
-    """It was told to stop."""
+    """It is stopping."""
     KEYS_NEVER_READ = "keys_never_read"
-    """Keys are asked for, and none could be read since the start."""
+    """Keys are required, and could not be read once since the start."""
     LEDGER_UNAVAILABLE = "ledger_unavailable"
     """The journal is full or cannot be written; requests get 503 with the same code."""
 
     KEYS_AWAY = "keys_away"
-    """Keys could not be read the last time; those known go on working."""
+    """The last read of the keys failed; known keys keep working."""
     KEYS_UNREADABLE = "keys_unreadable"
-    """Some rows in the store are no keys; those keys do not work."""
+    """Some rows of keys in the store are invalid; those keys do not work."""
     LIMITS_AWAY = "limits_away"
-    """Limits are not shared; each ingress keeps to its own part of them."""
+    """Limits are not shared; each ingress applies its own part of them."""
     STORE_AWAY = "store_away"
     """The ledger's database has been away for ``STORE_AWAY_S``; records wait in the journal."""
     JOURNALS_SET_ASIDE = "journals_set_aside"
-    """Journals on this node hold something that cannot be read; they are kept for a person."""
+    """Journals on this node contain unreadable data; they are kept for an operator."""
     JOURNALS_FAILING = "journals_failing"
-    """Journals of dead ingresses on this node cannot be moved to the database; they stay."""
+    """Journals of dead ingresses cannot be moved to the database; they stay on this node."""
     BACKGROUND_FAILURES = "background_failures"
     """Background work has failed within the last minute."""
     NO_MODEL_READY = "no_model_ready"
@@ -56,11 +56,11 @@ CANNOT_SERVE: Final = frozenset(
         HealthReason.LEDGER_UNAVAILABLE,
     }
 )
-"""The reasons for 503."""
+"""The reasons for which ``GET /health`` answers 503."""
 
 
 class HealthStatus(StrEnum):
-    """The word for it."""
+    """The health of an ingress in one word."""
 
     OK = "ok"
     DEGRADED = "degraded"
@@ -69,18 +69,18 @@ class HealthStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What an ingress knows of itself at one moment; by default all is well.
+    """The state of an ingress at one moment. The defaults mean that everything works.
 
     Attributes:
-        started: whether its settings are taken over and its models known.
-        draining: whether it was told to stop.
-        keys_read: whether the keys have been read since the start; true where none are asked for.
-        keys_away: whether they could not be read the last time.
-        unreadable_keys: how many rows are no keys.
-        limits_away: whether the books of the limits did not answer the last time.
+        started: whether its settings are applied and its models known.
+        draining: whether it is stopping.
+        keys_read: whether the keys have been read since the start; true if none are required.
+        keys_away: whether the last read of the keys failed.
+        unreadable_keys: how many rows of keys are invalid.
+        limits_away: whether the ``Limits`` deployment did not answer the last call.
         has_room: whether the journal has room for another request.
         store_away_s: for how long the ledger's database has been away, in seconds.
-        journals_set_aside: how many journals of this node are kept for a person.
+        journals_set_aside: how many journals of this node are kept for an operator.
         journals_failing: how many dead ingresses' journals cannot be moved to the database.
         failures: how many kinds of background work have failed within the last minute.
         models: how many models there are, by state.
@@ -102,17 +102,17 @@ class Signs:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How an ingress is.
+    """The health of an ingress.
 
     Attributes:
-        reasons: why it is not well; those for 503 come first.
+        reasons: its problems; those that cause 503 come first.
     """
 
     reasons: tuple[HealthReason, ...]
 
     @property
     def status(self) -> HealthStatus:
-        """The word for it."""
+        """The health in one word."""
         if not self.reasons:
             return HealthStatus.OK
         return (
@@ -123,12 +123,12 @@ class Health:
 
     @property
     def code(self) -> int:
-        """The HTTP status: 503 only where it cannot serve."""
+        """The HTTP status: 503 only if the ingress cannot serve."""
         return 503 if self.status is HealthStatus.UNAVAILABLE else 200
 
 
 def judge(signs: Signs) -> Health:
-    """Return how an ingress with these signs is."""
+    """Return the health of an ingress with these signs."""
     found = {
         HealthReason.STARTING: not signs.started,
         HealthReason.DRAINING: signs.draining,

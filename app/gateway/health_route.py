@@ -1,4 +1,4 @@
-"""``GET /health``, whether this ingress can serve, and ``GET /livez``, whether it runs."""
+"""``GET /health`` (whether this ingress can serve) and ``GET /livez`` (whether it runs)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FRESH = {"cache-control": "no-store"}
 
 
 def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
-    """Add both routes. Neither asks for a key or a known host, or waits for anything."""
+    """Add both routes. Neither requires a key or a known host, or waits for anything."""
 
     @api.get(f"{prefix}/health")
     async def health(request: Request) -> Response:
@@ -39,7 +39,7 @@ def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
 
 
 def read_signs(services: Services, now: float) -> Signs:
-    """Return what an ingress knows of itself at the monotonic time ``now``, in seconds."""
+    """Return the state of an ingress at the monotonic time ``now``, in seconds."""
     accounts, ledger = services.access, services.ledger
     return Signs(
         started=services.ready.is_set(),
@@ -58,7 +58,7 @@ def read_signs(services: Services, now: float) -> Signs:
 
 
 def _may_see_models(services: Services, headers: Headers) -> bool:
-    """Return whether the models list would show a request the models."""
+    """Return whether ``GET /v1/models`` would list the models for this request."""
     if not services.ready.is_set() or not services.settings.host_rule.allows(headers):
         return False
     if services.access is None:

@@ -1,4 +1,4 @@
-"""The life of one request: charged, queued, placed, sent, stamped, recorded."""
+"""The lifecycle of one request: charged, queued, placed, sent, forwarded, recorded."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from app.upstream.client import EngineFailed, EngineUnreachable
 class Lifecycle:
     """One request to one model, from its arrival to the last byte of its answer.
 
-    Whatever happens on the way, its slot is given back, and once it has been placed on an engine
-    replica it has exactly one settled record.
+    In every case its slot is given back. A request that was placed on an engine replica gets
+    exactly one settled record.
     """
 
     def __init__(
@@ -56,11 +56,12 @@ class Lifecycle:
         self._inbound = inbound
         self._reply = reply
         self._engines = services.engines
-        # Those in force now hold for the whole request.
+        # The settings in force at the arrival apply to the whole request.
         self._settings = services.settings
         self._meter = Meter(services.current_ledger, self._origin())
         self._part: SharePart | None = None
-        # What counts against the key's limit where no usage becomes known, and what was used.
+        # The tokens that count against the key's limit if the usage stays unknown, and the tokens
+        # that were used.
         self._presumed_tokens = 0
         self._used_tokens: int | None = None
         self._waited_s = 0.0
@@ -68,11 +69,10 @@ class Lifecycle:
     async def run(self) -> None:
         """Answer the request.
 
-        Each step gives back what it has taken, in the reverse order, whatever becomes of the
-        others.
+        Each step releases what it has acquired, in reverse order, whether or not others fail.
 
         Raises:
-            ApiError: it is not answered; nothing has been sent yet.
+            ApiError: the request is not answered; nothing has been sent yet.
         """
         with self._counted_in_flight():
             self._require_engines()
@@ -93,7 +93,7 @@ class Lifecycle:
             raise
 
     def _require_engines(self) -> None:
-        """Turn the request away where no engine can serve it, and none is about to."""
+        """Refuse the request if no engine can serve it, and none is about to."""
         model, name = self._admission.snapshot, self._inbound.model
         if model.state is Availability.NOT_OFFERED:
             self._meter.turn_away(State.REFUSED, Availability.NOT_OFFERED.value)
@@ -104,9 +104,9 @@ class Lifecycle:
 
     @asynccontextmanager
     async def _charged(self) -> AsyncIterator[TierAdmission]:
-        """Take the request from its key's limits, and correct that by what it has used.
+        """Charge the request to its key's limits, and correct the charge by the tokens used.
 
-        Yields the tier that the model and the key allow it.
+        Yields the tier that the model and the key allow.
         """
         requested = self._inbound.requested_tier
         default_tier = self._caller.default_tier or self._settings.default_tier
@@ -131,7 +131,7 @@ class Lifecycle:
 
     @contextmanager
     def _priority_part(self, wanted: Tier) -> Iterator[TierRights]:
-        """Count the request in its key's share of priority; yields what the key may use."""
+        """Count the request in its key's priority share. Yields the tiers that the key may use."""
         assert self._access is not None
         rights, self._part = self._access.rights(self._caller, wanted)
         try:
@@ -142,7 +142,7 @@ class Lifecycle:
 
     @contextmanager
     def _queued(self, admitted: TierAdmission) -> Iterator[QueuedRequest]:
-        """Let the request go from the queue, or give its slot back, when it is over."""
+        """Yield the request for the queue; at the end remove it or give its slot back."""
         request = QueuedRequest(
             tier=admitted.tier,
             tenant=self._caller.tenant,
@@ -154,7 +154,7 @@ class Lifecycle:
         try:
             yield request
         finally:
-            # The slot comes back even where the count of tokens fails.
+            # The slot is given back even if counting tokens fails.
             try:
                 self._used_tokens = self._count_tokens()
             finally:
@@ -172,13 +172,13 @@ class Lifecycle:
 
     @asynccontextmanager
     async def _recorded(self) -> AsyncIterator[None]:
-        """Write down what has become of a placed request."""
+        """Record the outcome of a placed request."""
         try:
-            # Only now: those who wait need no room in the journal, and may be very many.
+            # Reserved only now: queued requests need no room in the journal, and may be very many.
             with self._meter.reserved():
                 yield
         except JournalFull:
-            # No engine has seen it, so there is no record yet that could be written off.
+            # No engine has received it, so there is no record yet to write off.
             refusal = unrecordable()
             self._meter.turn_away(State.REFUSED, reason_of(refusal))
             raise refusal from None
@@ -189,7 +189,7 @@ class Lifecycle:
         except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
             error = self._refusal(failure)
             if isinstance(error, errors.EngineRejected | errors.EngineBusy):
-                # The engine says that it has generated nothing.
+                # The engine's answer means that it has generated nothing.
                 self._presumed_tokens = 0
             await self._meter.settle(State.FAILED, reason_of(error))
             raise error from None
@@ -201,22 +201,22 @@ class Lifecycle:
             raise
 
     async def _answer(self, request: QueuedRequest, slot: Slot, admitted: TierAdmission) -> None:
-        """Have it answered, by another replica if the first is lost or fails beforehand."""
+        """Answer the request, on another replica if the first is lost or fails before an answer."""
         decision = self._decide(admitted, slot)
         try:
             await self._send(request, slot, decision)
             return
         except EngineUnreachable as lost:
-            # A replica that goes on serving others goes on getting them.
+            # A replica that still serves other requests keeps getting requests.
             suspend = lost.silent or not lost.timed_out
             slot = await self._admission.admit_again(request, suspend=suspend)
         except EngineFailed as failed:
-            # It may be the request that it cannot bear. So the replica goes on getting others,
-            # and where there is no other replica the failure is the answer.
+            # The request itself may cause the failure. So the replica keeps getting other requests,
+            # and if there is no other replica the failure is the answer.
             slot = await self._slot_after(request, failed)
         self._waited_s = slot.waited_s
         if not self._still_holds(decision, slot.replica):
-            # At the prices that it was decided for: what has become dearer since is not for it.
+            # The prices of the first decision stay: later increases do not apply to this request.
             decision = replace(self._decide(admitted, slot), rate_card=decision.rate_card)
         await self._send(request, slot, decision)
 
@@ -224,8 +224,8 @@ class Lifecycle:
         """Wait for a slot on a replica other than the one that failed the request.
 
         Raises:
-            EngineFailed: there is no other, or no longer.
-            Shed, ModelGone: as ``Admission.admit``.
+            EngineFailed: there is no other replica, or none any more.
+            Shed, ModelGone: as in ``Admission.admit``.
         """
         if not self._admission.has_another(request):
             raise failed
@@ -251,13 +251,13 @@ class Lifecycle:
         return decision
 
     def _still_holds(self, decision: TierDecision, replica: ReplicaStatus) -> bool:
-        """Whether a decision can stand on another replica than the one it was made for."""
+        """Return whether a decision stays valid on a replica other than the one it was made for."""
         in_queue = self._admission.snapshot.settings.tiers.priority is PriorityMode.QUEUE
         honoured = replica.honours_priority(self._inbound.route)
         return decision.served is not Tier.PRIORITY or in_queue or honoured
 
     async def _send(self, request: QueuedRequest, slot: Slot, decision: TierDecision) -> None:
-        """Send the request to the engine of its slot, and the answer to the client."""
+        """Send the request to the engine of its slot, and forward the answer to the client."""
         inbound, replica, settings = self._inbound, slot.replica, self._settings
         place = Placement(replica, decision, slot.waited_s)
         self._meter.place(place)
@@ -299,7 +299,7 @@ class Lifecycle:
         return None if usage is None else usage.prompt_tokens + usage.completion_tokens
 
     def _refusal(self, failure: Exception) -> errors.ApiError:
-        """Return what the client gets, with the header that says how long the request waited."""
+        """Return the error for the client, with the time that the request waited as a header."""
         if isinstance(failure, Shed):
             self._waited_s = time.monotonic() - failure.request.arrived
         error = error_of(failure, self._inbound.model)

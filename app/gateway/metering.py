@@ -1,4 +1,4 @@
-"""One request on its way to the ledger: what was decided, what it has used, what became of it."""
+"""The usage record of one request: its decision, its usage and its outcome, for the ledger."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING: Final = Counted(NOTHING_USED)
 
 
 class Metered(Protocol):
-    """A stream that tells its usage."""
+    """A stream that reports its usage."""
 
     def counted(self) -> Counted:
         """Return the tokens so far."""
@@ -27,14 +27,16 @@ class Metered(Protocol):
 
 
 class Meter:
-    """Keeps the one record of one request.
+    """Keeps the record of one request.
 
-    A request that is placed gets exactly one settled record, whichever of its callers is first to
-    settle it; later ones change nothing. One that is placed again, because its engine was lost
-    before it sent anything, has the record of its last place.
+    A placed request gets exactly one settled record. The first call that settles it counts; later
+    ones change nothing. If a request is placed again, because its engine was lost before it sent
+    anything, the record is that of the last placement.
 
-    ``current`` returns the ledger that is in force. A request keeps to the one that was in force
-    when room was reserved for it: only there is it waited for before that ledger is closed.
+    Args:
+        current: returns the ledger in force. A request keeps using the ledger in which its room
+            was reserved, because only that ledger waits for the request before it is closed.
+        origin: the request's identity, for its record.
     """
 
     def __init__(self, current: Callable[[], Ledger], origin: Origin) -> None:
@@ -52,7 +54,7 @@ class Meter:
 
     @property
     def counted(self) -> Counted | None:
-        """The tokens so far; ``None`` while nothing of an answer is there."""
+        """The tokens so far; ``None`` before the answer begins."""
         return self._counted if self._stream is None else self._stream.counted()
 
     @counted.setter
@@ -61,20 +63,20 @@ class Meter:
 
     @property
     def usage(self) -> TokenUsage | None:
-        """The same, without whether they are an estimate."""
+        """The tokens so far, without the flag of estimates; ``None`` before the answer begins."""
         return None if (counted := self.counted) is None else counted.usage
 
     def reserved(self) -> AbstractContextManager[None]:
-        """Keep room for the request's record in a block; to be entered before it is placed.
+        """Return a context that reserves room for the request's record. Enter it before placing.
 
         Raises, when entered:
-            JournalFull: there is no room.
+            JournalFull: the journal has no room.
         """
         self._ledger = self._current()
         return self._ledger.reserved()
 
     def place(self, place: Placement) -> None:
-        """Take note of where the request goes, and of the decision that everything reads from."""
+        """Create the record of a placement: the replica, and the decision used for all else."""
         replica = place.replica
         self._opening = None
         self._record = UsageRecord.open(
@@ -86,20 +88,21 @@ class Meter:
         )
 
     def open(self) -> None:
-        """Begin to write down that a stream begins, while its engine is asked.
+        """Start to write the opening record of a stream, while the engine works on the request.
 
-        The disk takes its time whether or not the engine works meanwhile.
+        The disk needs the same time either way, so both run in parallel.
         """
         assert self._record is not None, "only a placed request is answered"
         self._opening = self._ledger.open(self._record)
 
     async def opened(self, stream: Metered) -> None:
-        """Return once the record of a stream is durable, before its first byte leaves.
+        """Wait until the opening record of a stream is durable; call it before the first byte.
 
-        From then on the stream tells the usage.
+        From then on the usage is read from the stream.
 
         Raises:
-            DiskRefuses: it is not, so nothing may leave; ``write_off`` is to be called.
+            DiskRefuses: the record is not durable. The caller must send nothing and call
+                ``write_off``.
         """
         if self._opening is None:
             self.open()
@@ -109,14 +112,14 @@ class Meter:
         self._stream = stream
 
     def first_byte(self) -> None:
-        """Take note of the time to the first byte."""
+        """Record the time to the first byte."""
         self._ttft_s = time.monotonic() - self._began
 
     def progress(self, events: int) -> None:
-        """Take note that a stream has got so many events further.
+        """Record that a stream has sent this many more events.
 
-        The usage is read only now and then: what an ingress that is killed can lose of it is
-        bounded by what the ledger writes down, and that is less often.
+        The usage is read only every 50 ms or 64 events. That loses nothing: how much usage a killed
+        ingress loses depends on how often the ledger writes it, which is less often.
         """
         self._unlooked += events
         now = time.monotonic()
@@ -127,9 +130,9 @@ class Meter:
             self._ledger.progress(self._origin.request_id, *counted)
 
     async def settle(self, state: State, reason: str | None = None) -> None:
-        """Make it durable what became of a placed request, before the last byte leaves.
+        """Make the outcome of a placed request durable; call it before the last byte.
 
-        The record is written even where the wait for it is cancelled.
+        The record is written even if waiting for it is cancelled.
         """
         if self._record is None:
             return
@@ -146,9 +149,9 @@ class Meter:
         await self._ledger.settle(settled)
 
     def write_off(self, reason: str) -> None:
-        """Note that a placed request is not answered because the disk refused its record.
+        """Record that a placed request is not answered, because the disk refused its record.
 
-        It costs nothing, whatever the engine has done for it. Nobody waits for that.
+        The request is not billed, whatever the engine has computed. The call does not wait.
         """
         if self._record is None:
             return
@@ -157,7 +160,7 @@ class Meter:
         self._ledger.write_off(settled)
 
     def turn_away(self, state: State, reason: str) -> None:
-        """Count a request that no engine has seen. Nobody waits for that."""
+        """Count a request that no engine has received. The call does not wait."""
         waited_s = time.monotonic() - self._began
         self._current().count(
             UsageRecord.not_served(self._origin, state, reason, queue_s=waited_s, ended=now_utc())

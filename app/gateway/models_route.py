@@ -29,12 +29,12 @@ def add_model_routes(api: FastAPI, prefix: str, services: Services) -> None:
 
 
 def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
-    """Return a model as the models list shows it.
+    """Return a model's entry in the models list.
 
     ``metadata`` follows DeepInfra's models list (``tags``, ``context_length``, ``pricing`` with
     ``input_tokens``, ``output_tokens`` and ``cache_read_tokens`` in USD for a million tokens),
-    with the prices by tier; ``service_tiers`` follows Telnyx's. ``state`` is our own
-    (``Availability``).
+    with the prices by tier. ``service_tiers`` follows Telnyx's list. ``state`` is Frontline's own
+    field (``Availability``).
     """
     served = snapshot.service_tiers
     return {
@@ -68,7 +68,7 @@ def _pricing(snapshot: ModelSnapshot) -> dict[str, Any]:
         Tier.DEFAULT: True,
         Tier.FLEX: tiers.flex,
     }
-    # While nothing is ready the offer stands in for what would be served.
+    # While no replica is ready, show the prices of all offered tiers.
     shown = snapshot.service_tiers or [tier for tier in Tier if offered[tier]]
     return {
         tier.value: {

@@ -1,4 +1,4 @@
-"""Why a request is not answered, as its client and its record are told."""
+"""The errors and reasons of requests that are not answered, for clients and records."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from app.upstream.client import EngineFailed
 
 NOT_READY: Final = "engine_not_ready"
 
-# While an engine starts, or the store is away, nobody knows how long it will take: this is how
-# often asking is useful.
+# How long an engine's start or a store's outage takes is unknown; this is a useful retry interval.
 _TRY_AGAIN_S: Final = 5.0
-# Somebody has to bring a machine.
+# An operator has to add a machine.
 _NO_NODE_S: Final = 60.0
 
 
 def error_of(failure: Exception, model: str) -> errors.ApiError:
-    """Return what the client gets where a request for ``model`` was shed or has failed."""
+    """Return the error for the client of a request for ``model`` that was shed or failed."""
     match failure:
         case Shed():
             return _shed(failure.request.shed, failure.request.retry_after_s, model)
@@ -49,7 +48,7 @@ def _shed(reason: ShedReason | None, retry_after_s: float, model: str) -> errors
 
 
 def not_offered(model: str) -> errors.Unavailable:
-    """Return what a request gets for whose model there is no machine."""
+    """Return the error for a model that no machine can run."""
     return errors.Unavailable(
         f"No machine here can run the model `{model}` at the moment.",
         Availability.NOT_OFFERED.value,
@@ -58,7 +57,7 @@ def not_offered(model: str) -> errors.Unavailable:
 
 
 def not_ready(model: str) -> errors.Unavailable:
-    """Return what a request gets where no engine is ready and none is about to be."""
+    """Return the error for a model of which no engine is ready or about to be."""
     return errors.Unavailable(
         f"No engine of the model `{model}` is ready. Try again in a few seconds.",
         NOT_READY,
@@ -67,7 +66,7 @@ def not_ready(model: str) -> errors.Unavailable:
 
 
 def unrecordable() -> errors.Unavailable:
-    """Return what a request gets whose record cannot be written."""
+    """Return the error for a request whose record cannot be written."""
     return errors.Unavailable(
         "Usage cannot be recorded at the moment, so the request was not served. Try again in a "
         "few seconds.",
@@ -77,8 +76,8 @@ def unrecordable() -> errors.Unavailable:
 
 
 def reason_of(error: errors.ApiError) -> str:
-    """Return why a request was not answered, as its record says it."""
+    """Return the reason in the record of a request that was not answered."""
     if isinstance(error, errors.EngineRejected):
-        # Its code is the engine's own, of whatever length.
+        # Its code comes from the engine and may be of any length.
         return "engine_rejected"
     return error.headers.get("x-shed-reason") or error.code or error.type

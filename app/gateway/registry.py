@@ -1,4 +1,4 @@
-"""The models that requests can name: found among Serve's applications, by id and alias."""
+"""The models that requests can name, by id and alias, found among Serve's applications."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from app.flow.renewal import Renewals
 logger = logging.getLogger("ray.serve")
 
 _CALL_TIMEOUT_S = 5.0
-# A model that has not told its names for this long is none that a request can wait for.
+# A model that has not reported its names for this long no longer makes an unknown name retryable.
 _NAMELESS_S = 30.0
 _TRY_AGAIN_S = 1.0
 
@@ -42,22 +42,22 @@ class ModelRegistry:
 
     @property
     def ingress(self) -> str:
-        """The name of this ingress, never used again after a restart."""
+        """The name of this ingress; a restarted ingress gets another one."""
         return self._ingress
 
     @property
     def ingresses(self) -> int:
-        """How many ingresses there are, as the models said last; at least 1."""
+        """How many ingresses there are, as last reported by the models; at least 1."""
         return max((one.ingresses for one in self._admissions.values()), default=1)
 
     def start(self) -> None:
-        """Begin to follow the models. Call it on the running event loop."""
+        """Start to track the models. Call it on the running event loop."""
         self._discoverer = supervision.keep_running("model discovery", self._discover)
 
     async def wait_known(self, timeout_s: float) -> None:
-        """Return once every model is known, or after a time: one of them may be away.
+        """Wait until every model is known, for ``timeout_s`` seconds at most: one may be away.
 
-        An ingress that takes requests before would answer that there is no such model.
+        An ingress that accepted requests earlier would answer that there is no such model.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -70,7 +70,7 @@ class ModelRegistry:
         return self._discovered and next(self._nameless(), None) is None
 
     def _nameless(self) -> Iterator[str]:
-        """Yield the applications that were found and have not told their models' names."""
+        """Yield the applications that were found but have not reported their models' names."""
         for application in self._found:
             admission = self._admissions.get(application)
             if admission is None or not admission.known:
@@ -82,11 +82,11 @@ class ModelRegistry:
         await asyncio.gather(supervision.stop(self._discoverer), *stops)
 
     def set_interval(self, discover_s: float) -> None:
-        """Change how often models are looked for, from the next time on."""
+        """Change the interval of discovery, in seconds, from the next round on."""
         self._discover_s = discover_s
 
     def find(self, name: str) -> Admission | None:
-        """Return the model with this id or alias."""
+        """Return the model with this id or alias; ``None`` if there is none."""
         return self._by_name.get(name)
 
     def require(self, name: str) -> Admission:
@@ -94,7 +94,7 @@ class ModelRegistry:
 
         Raises:
             ModelNotFound: there is none.
-            Unavailable: it may be that of an application that has not told its names yet.
+            Unavailable: it may belong to an application that has not reported its names yet.
         """
         admission = self._by_name.get(name)
         if admission is not None:
@@ -117,7 +117,7 @@ class ModelRegistry:
                 async with asyncio.timeout(_CALL_TIMEOUT_S):
                     applications = await self._source.applications()
             except (SourceAway, TimeoutError) as error:
-                # Serve's controller is away; what is known goes on being served.
+                # Serve's controller is away. Known models are still served.
                 logger.warning("cannot list model applications: %s", str(error) or "no answer")
             else:
                 self._follow_only(applications)
@@ -151,8 +151,8 @@ class ModelRegistry:
 
     def _reindex(self) -> None:
         by_name: dict[str, Admission] = {}
-        # Ids come before aliases, and applications in the order of their names, so that every
-        # ingress gives a name that is claimed twice to the same model.
+        # Ids take precedence over aliases, and applications are sorted by name, so that every
+        # ingress assigns a name that is claimed twice to the same model.
         admissions = [one for _, one in sorted(self._admissions.items()) if one.known]
         for admission in admissions:
             _claim(by_name, [admission.snapshot.id], admission)

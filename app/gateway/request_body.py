@@ -1,8 +1,8 @@
-"""The bodies of requests: read within bounds of length, time and memory, and understood.
+"""Reads and parses request bodies within limits of length, time and memory.
 
-A body of up to ``LONGEST_WHOLE`` bytes is parsed at once, if it is a usual one. A longer one is
-kept in one piece of memory as it came, and scanned in slices (``app.protocol.json_body.scan``): one
-slice of all requests in each turn of the event loop.
+A body of up to ``LONGEST_WHOLE`` bytes is parsed at once, unless it is an unusual one. A longer
+body is kept as received in one piece of memory, and scanned in slices
+(``app.protocol.json_body.scan``). Each iteration of the event loop scans one slice of one request.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 _MIB: Final = 1024 * 1024
 _COPIED: Final = 256 * 1024
-"""Bytes that are copied at once: 0.1 ms."""
+"""Bytes copied at a time: 0.1 ms."""
 _FREED: Final = 2 * 1024 * 1024
-"""Bytes whose memory is given back at once: 0.3 ms. The kernel takes 6 ms for 64 MiB."""
+"""Bytes freed at a time: 0.3 ms. The kernel would take 6 ms for 64 MiB."""
 _TRY_AGAIN_S: Final = 2.0
-"""How long others keep their memory is not known; this is how often asking is useful."""
+"""A useful retry interval: how long other requests keep their memory is unknown."""
 _PARSED_FOR_S: Final = 0.1
-"""How long the parsed members of a body are kept beside its bytes. Most requests are sent on
-within that time, and need not parse it again."""
+"""How long the parsed members of a body are kept beside its bytes. Most requests are forwarded
+within that time and need not parse the body again."""
 _DIGITS: Final = 18
 
 
@@ -44,10 +44,10 @@ class ClientGone(Exception):
 
 
 class Bodies:
-    """The bodies in one ingress. Belongs to its event loop.
+    """The request bodies in one ingress. Belongs to its event loop.
 
     Attributes:
-        memory: what they take.
+        memory: the memory that they take.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,14 @@ class Bodies:
         self._turn = asyncio.Lock()
 
     def room_for(self, tenant: str, settings: IngressSettings) -> Room:
-        """Return the room for a request of a tenant."""
+        """Return the memory reservation for one request of a tenant."""
         return Room(self, tenant, settings)
 
     async def in_turns(self, steps: Steps[Inbound]) -> Inbound:
-        """Run a generator, one step of all of them in each turn of the event loop.
+        """Run a generator. Each iteration of the event loop runs one step of one generator.
 
-        Who steps keeps the lock until the next turn. It is fair: who waits for it gets it then.
+        The task that runs a step keeps the lock until the next iteration. The lock is fair: the
+        task that has waited longest gets it next.
         """
         while True:
             async with self._turn:
@@ -73,7 +74,7 @@ class Bodies:
                 await asyncio.sleep(0)
 
     def refuse(self, reason: NoRoom, longest: int) -> errors.ApiError:
-        """Return the error of a body without room; count it if the room is taken by others."""
+        """Return the error for a body without memory; count it if other bodies take the memory."""
         if reason is NoRoom.TOO_LARGE:
             return errors.BodyTooLarge(longest)
         used = self.memory.used // _MIB
@@ -89,10 +90,10 @@ def _declared_length(headers: Headers) -> int | None:
 
 
 class Room:
-    """The room for the body of one request: a context in which its memory is held.
+    """The memory of one request's body: a context that holds it.
 
-    Once it is left nobody may look at the request's fields any more: those of a long body are
-    views of memory that is given back then.
+    After the context has been left, the request's fields must not be used: the fields of a long
+    body are views of memory that has been freed.
     """
 
     def __init__(self, bodies: Bodies, tenant: str, settings: IngressSettings) -> None:
@@ -112,18 +113,19 @@ class Room:
     def __exit__(self, *_: object) -> None:
         self._held.release()
         if self._pages is not None:
-            # Sooner done than anybody could fill as much again.
+            # Freed in parts after the reservation is released; that is faster than another request
+            # can fill as much.
             _give_back(self._pages, 0)
 
     async def read(self, route: Route, headers: Headers, receive: Receive) -> Inbound:
         """Read a body and return the request.
 
         Raises:
-            BodyTooLarge: it is longer than may ever be read.
+            BodyTooLarge: the body exceeds the limit.
             Unavailable: other bodies take the memory that it needs.
-            RequestTimeout: it did not come in time.
-            InvalidRequest: it is not a request.
-            ClientGone: the client left.
+            RequestTimeout: the body did not arrive in time.
+            InvalidRequest: the body is not a valid request.
+            ClientGone: the client disconnected.
         """
         length = _declared_length(headers)
         if length is not None:
@@ -132,7 +134,7 @@ class Room:
         inbound = parse_plain_request(route, body) if isinstance(body, bytes) else None
         if inbound is None:
             return await self._bodies.in_turns(read_request(route, memoryview(body)))
-        # Not `isinstance`: an abstract class takes 0.4 us to answer that.
+        # Not `isinstance`, which takes 0.4 us for an abstract class.
         if type(inbound.fields) is Reparsed:
             loop = asyncio.get_running_loop()
             loop.call_later(_PARSED_FOR_S, inbound.fields.forget)
@@ -167,7 +169,11 @@ class Room:
         return b"".join(pieces) if memory is None else memory[:length]
 
     async def _receive(self, receive: Receive, begun: float, length: int) -> tuple[bytes, bool]:
-        """Return the next piece, and whether more follow, within the time for what has come."""
+        """Return the next piece, and whether more follow.
+
+        The deadline is ``body_timeout_s`` after the begin, extended by the time that the bytes
+        received so far take at ``body_min_rate_kb``.
+        """
         settings = self._settings
         patience_s = settings.body_timeout_s + length / (settings.body_min_rate_kb * 1024)
         try:
@@ -181,15 +187,15 @@ class Room:
 
 
 def _pages(size: int) -> mmap:
-    """Return private memory of a size, for which the kernel gives pages only as they are written.
+    """Return private memory of a size. The kernel allocates its pages only as they are written.
 
-    A ``bytearray`` that grows may be copied as a whole.
+    A growing ``bytearray`` would sometimes be copied as a whole.
     """
     return mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
 
 
 def _give_back(pages: mmap, start: int) -> None:
-    """Give memory back to the kernel, a part of it in each turn of the event loop."""
+    """Give memory back to the kernel, one part per iteration of the event loop."""
     pages.madvise(MADV_DONTNEED, start, min(_FREED, len(pages) - start))
     if start + _FREED < len(pages):
         asyncio.get_running_loop().call_soon(_give_back, pages, start + _FREED)
@@ -199,5 +205,5 @@ async def _copy(piece: bytes, memory: memoryview, at: int) -> None:
     for start in range(0, len(piece), _COPIED):
         part = piece[start : start + _COPIED]
         memory[at + start : at + start + len(part)] = part
-        # Others run in between, also where the next piece is there already.
+        # Let other tasks run in between, even if the next piece is there already.
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""What goes back to a client, and what every answer says about itself."""
+"""Sends answers and errors to a client, with the headers that every answer carries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from app.core.tiers import Tier
 
 _TIERS: Final = {tier: tier.value.encode() for tier in Tier}
 
-# An id is no secret, so it need not come from the operating system, which would cost a system call
-# for each, and the interpreter to whichever thread waits for it.
+# Ids are no secrets, so they need not come from the operating system. That would cost a system
+# call for each, and would release the interpreter to other threads.
 _random: Final = random.Random(secrets.randbits(256))
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -26,21 +26,21 @@ JSON: Final = (b"content-type", b"application/json")
 SSE: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # Proxies such as nginx hold a stream back without it.
+    # Without it, proxies such as nginx buffer a stream.
     (b"x-accel-buffering", b"no"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request is answered, and at which tier."""
+    """The replica and the tier of a request, and how long it was queued, in seconds."""
 
     replica: ReplicaStatus
     decision: TierDecision
     queue_s: float
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return what every answer says about itself."""
+        """Return the headers of an answer from this placement."""
         stamps = [
             (b"x-service-tier", _TIERS[self.decision.served]),
             (b"x-engine", self.replica.dialect.engine.encode()),
@@ -52,11 +52,13 @@ class Placement:
 
 
 class Reply:
-    """An answer on its way to the client.
+    """The answer to one client.
 
-    ``request_id`` is this request's own, which no other has. ``x-request-id`` is not it: Serve
-    adds that header itself, with the client's value if it sent one, and clients repeat values.
-    ``headers`` are sent with whatever answer there is. ``started`` says whether one has begun.
+    Attributes:
+        request_id: the unique id of this request. It differs from ``x-request-id``: Serve adds that
+            header itself, with the client's value if there is one, and clients reuse values.
+        headers: headers that are added to any answer or error.
+        started: whether an answer has begun.
     """
 
     def __init__(self, send: Send) -> None:
@@ -80,7 +82,7 @@ class Reply:
     async def refuse(self, error: errors.ApiError) -> None:
         """Send an error instead of an answer."""
         body = error.body()
-        # Until it stands in the queue a request has not waited.
+        # A request that was refused before it was queued has not waited.
         headers = {"x-queue-time-ms": milliseconds(0)} | dict(self.headers) | error.headers
         fields = [
             JSON,
@@ -93,15 +95,15 @@ class Reply:
 
 
 def new_request_id() -> str:
-    """Return an id that no request ever had or will have.
+    """Return a globally unique request id.
 
-    As in a UUID of version 7 (RFC 9562) the time comes first, in milliseconds, so that records come
-    at the end of the database's index. At 200,000 records SQLite takes almost twice as long for
-    random ones, and more with each that comes.
+    As in a UUID of version 7 (RFC 9562), the time in milliseconds comes first, so that new records
+    go to the end of the database's index. At 200,000 records SQLite takes almost twice as long for
+    random ids, and the cost grows with each record.
     """
     return f"req_{time.time_ns() // 1_000_000:012x}{_random.getrandbits(80):020x}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Return a time as headers tell it."""
+    """Return a time in milliseconds, as headers show it."""
     return f"{max(seconds, 0.0) * 1000:.1f}"

@@ -1,4 +1,4 @@
-"""What an ingress asks of Ray Serve: which models there are, and their Model actors."""
+"""The ingress's calls to Ray Serve: listing the models, and calling their Model actors."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from app.ray_compat.controller import serve_controller
 
 
 class ServeSource:
-    """Learns about models from Ray Serve."""
+    """Finds models in Ray Serve and calls their Model actors (a ``ModelSource``)."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
         self._controller: Any = None
 
     async def applications(self) -> set[str]:
-        # `serve.status()` tells this too, but it takes milliseconds of the ingress's event loop
-        # for every deployment, as it builds each one's whole configuration.
+        # `serve.status()` has this too, but it builds the whole configuration of each deployment,
+        # which takes milliseconds of the ingress's event loop per deployment.
         with _away_translated():
             if self._controller is None:
                 # Ray restarts it under the same handle.
@@ -57,16 +57,16 @@ class ServeSource:
 
 @contextmanager
 def _away_translated() -> Iterator[None]:
-    """Translate what Ray and Serve raise where somebody cannot be asked, or fails to answer."""
+    """Raise SourceAway for the errors that Ray and Serve raise if a call fails."""
     try:
         yield
-    # Of these Ray's `get_actor` raises the ValueError, where Serve does not run.
+    # Ray's `get_actor` raises the ValueError if Serve does not run.
     except (RayError, RayServeException, ConnectionError, ValueError) as error:
         raise SourceAway(type(error).__name__) from error
 
 
 async def serve_host() -> str | None:
-    """Return the address that Serve's HTTP front listens on; ``None`` for all of them."""
+    """Return the address that Serve's HTTP proxies listen on; ``None`` for all addresses."""
     controller = await asyncio.to_thread(serve_controller)
     options = await controller.get_http_config.remote()
     host: str | None = options.host

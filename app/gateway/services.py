@@ -1,4 +1,4 @@
-"""What every request in an ingress uses."""
+"""The objects that all requests in an ingress share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from app.upstream.client import EngineClient
 
 @dataclass(slots=True)
 class Services:
-    """What every request uses; owned by the ``Ingress`` deployment.
+    """The objects that all requests share; owned by the ``Ingress`` deployment.
 
-    ``ledger`` and ``usage``, where its records are read, are there once the settings are, which is
-    before the first request. ``access`` is there where keys are asked for. ``bodies`` reads
-    request bodies and bounds their memory. ``ready`` is set once all of it is there and the models
-    are known: Serve lets requests in before its first call of ``reconfigure``, and they wait for
-    that. ``draining`` is set when this ingress comes to its end.
+    Attributes:
+        registry: the models.
+        engines: the connections to engines.
+        settings: the settings in force.
+        ledger: the ledger in force. It is set together with the settings, before any request is
+            handled.
+        access: keys and limits; ``None`` if no keys are required.
+        usage: reads the ledger's records; set together with ``ledger``.
+        ready: set once all objects exist and the models are known. Serve admits requests before its
+            first call of ``reconfigure``; they wait for this event.
+        draining: set when this ingress is stopping.
+        bodies: reads request bodies and bounds their memory.
     """
 
     registry: ModelRegistry
@@ -36,6 +43,6 @@ class Services:
     bodies: Bodies = field(default_factory=Bodies)
 
     def current_ledger(self) -> Ledger:
-        """Return the ledger that is in force; a change of the settings replaces it."""
+        """Return the ledger in force. A change of the settings replaces it."""
         assert self.ledger is not None, "settings come before requests"
         return self.ledger

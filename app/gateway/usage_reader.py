@@ -1,4 +1,7 @@
-"""Reads usage for requests, within bounds, and apart from what records and keys need."""
+"""Reads usage for requests, within bounds.
+
+It has threads and database connections of its own, so that it delays neither records nor keys.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from app.store.database import connect
 
 
 class _Reader(Enum):
-    """Whose readings a bound counts."""
+    """Whose queries a bound counts."""
 
     TENANT = auto()
     INGRESS = auto()
 
 
 class UsageReader:
-    """The readings of one ingress; they have threads and database connections of their own."""
+    """The usage queries of one ingress, with their own threads and database connections."""
 
     def __init__(self, store: URL, settings: UsageSettings) -> None:
         self.settings = settings
@@ -35,39 +38,39 @@ class UsageReader:
         )
         self._records = RecordStore(self._engine)
         self._threads = ThreadPoolExecutor(settings.max_reads, "usage")
-        # Readings end on threads.
+        # Guards `_reading`: queries end on other threads.
         self._lock = Lock()
         self._reading: Holdings[_Reader] = Holdings()
 
     async def totals(self, wanted: Wanted, groups: Sequence[Grouping]) -> list[Total]:
         """Return totals of a tenant's records.
 
-        A reading goes on after its client has left, and counts until it has ended.
+        A query continues after its client has disconnected, and counts until it has ended.
 
         Raises:
-            UsageBusy: as many are under way as may be, here or for this tenant.
-            StoreTooSlow: the database was stopped, since it took too long.
+            UsageBusy: the maximum number of queries is running, here or for this tenant.
+            StoreTooSlow: the query took too long and was cancelled.
             StoreAway: the database cannot be read.
-            TooManyRows: there would be more groups than may be.
+            TooManyRows: there are more groups than ``max_rows``.
         """
-        place = self._enter(wanted.tenant or "")
+        holding = self._enter(wanted.tenant or "")
         reading = self._threads.submit(self._records.totals, wanted, groups, self.settings.max_rows)
-        reading.add_done_callback(lambda _: self._leave(place))
+        reading.add_done_callback(lambda _: self._leave(holding))
         return await asyncio.wrap_future(reading)
 
     def close(self) -> None:
-        """Wait for what is being read, and close the connections; may block."""
+        """Wait for running queries, and close the connections. May block."""
         self._threads.shutdown()
         self._engine.dispose()
 
     def _enter(self, tenant: str) -> Holding[_Reader]:
-        place = Holding(self._reading, (_Reader.TENANT, tenant), (_Reader.INGRESS, ""))
+        holding = Holding(self._reading, (_Reader.TENANT, tenant), (_Reader.INGRESS, ""))
         with self._lock:
             bounds = (self.settings.max_reads_per_tenant, self.settings.max_reads)
-            if place.grow(1, *bounds) is not None:
+            if holding.grow(1, *bounds) is not None:
                 raise errors.UsageBusy
-        return place
+        return holding
 
-    def _leave(self, place: Holding[_Reader]) -> None:
+    def _leave(self, holding: Holding[_Reader]) -> None:
         with self._lock:
-            place.give_back()
+            holding.give_back()

@@ -1,4 +1,4 @@
-"""``GET /v1/usage``: what the caller has used, in totals."""
+"""``GET /v1/usage``: totals of the caller's usage."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from app.ledger.usage import Grouping, usage_object
 from app.store.database import StoreAway, StoreTooSlow
 
 _DEFAULT_GROUPS = (Grouping.DAY, Grouping.MODEL, Grouping.TIER)
-# What a tenant may split by: its own name would be the same everywhere.
+# The groupings offered to a tenant. Its own name is left out: it is the same in every record.
 _GROUPS = tuple(one for one in Grouping if one is not Grouping.TENANT)
 _PARAMETERS = frozenset({"start", "end", "group_by"})
 
 
 def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
-    """Add the route. A tenant sees its own usage, whichever of its keys it was."""
+    """Add the route. A tenant sees its own usage, of all its keys."""
 
     @api.get(f"{prefix}/usage")
     async def usage(request: Request) -> Response:
@@ -56,12 +56,12 @@ def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
 
 
 def span(start: date | None, end: date | None, today: date, max_days: int) -> tuple[date, date]:
-    """Return the days that are asked for, from the first to the one after the last.
+    """Return the requested period: its first day, and the day after its last.
 
-    Without ``end`` they go on until today, and without ``start`` they are as many as may be.
+    The default end is today. The default start gives a period of ``max_days`` days.
 
     Raises:
-        InvalidRequest: there are more of them than ``max_days``.
+        InvalidRequest: the period is longer than ``max_days``.
     """
     tomorrow = today + timedelta(days=1)
     until = end or max(tomorrow, start or tomorrow)
