@@ -1,1 +1,1 @@
-"""HTTP out: the connections to engines."""
+"""The HTTP client and its connections to engines."""

@@ -1,8 +1,8 @@
-"""The HTTP passage from the ingress to an engine's own server.
+"""The HTTP client through which an ingress sends requests to the engines' own servers.
 
-An ``EngineClient`` opens a passage to one replica. It either fails before the first byte of an
-answer, as ``EngineUnreachable``, so that the request can go to another replica, or it has an
-answer: whole, streamed, or an error.
+``EngineClient.send`` sends a request to one replica. Either it raises ``EngineUnreachable`` before
+the first byte of an answer, so that the request can go to another replica, or it has an answer: a
+whole one, a stream, or an error.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ _EVENT_STREAM: Final = b"text/event-stream"
 
 
 class EngineUnreachable(Exception):
-    """The engine was lost before it sent any of an answer.
+    """The engine was lost before it sent any part of an answer.
 
-    ``timed_out``: it had taken the request, and no answer came in time. ``silent``: in all that
-    time nothing came from it to any other request here either.
+    Attributes:
+        timed_out: whether the engine accepted the request and did not answer in time.
+        silent: whether, in all that time, it sent nothing to any other request of this ingress
+            either.
     """
 
     def __init__(self, *, timed_out: bool = False, silent: bool = False) -> None:
@@ -41,9 +43,9 @@ class EngineUnreachable(Exception):
 
 
 class EngineFailed(Exception):
-    """The engine answered, but with a fault of its own, before it sent any of an answer.
+    """The engine answered with an error of its own, before any part of an answer.
 
-    Another replica may do better. ``error`` is what the client gets if there is none.
+    Another replica may succeed. ``error`` is what the client gets if there is no other.
     """
 
     def __init__(self, error: errors.ServerError) -> None:
@@ -52,7 +54,7 @@ class EngineFailed(Exception):
 
 
 class EngineBroke(Exception):
-    """The engine was lost in the middle of an answer; ``silent`` as above."""
+    """The engine was lost in the middle of an answer; ``silent`` as in ``EngineUnreachable``."""
 
     def __init__(self, *, silent: bool = False) -> None:
         super().__init__()
@@ -60,7 +62,7 @@ class EngineBroke(Exception):
 
 
 class _Pulse:
-    """When something came from a replica last, to any request that is there."""
+    """When a replica last sent anything, to any of this ingress's requests."""
 
     __slots__ = ("__weakref__", "_at")
 
@@ -71,12 +73,12 @@ class _Pulse:
         self._at = time.monotonic()
 
     def missed(self, error: ConnectionLost, read_timeout_s: float) -> bool:
-        """Whether a read failed because the replica as a whole was silent for so long.
+        """Return whether a read timed out because the whole replica was silent for as long.
 
-        One request that stands still while others get on is its own misfortune.
+        If one request stalls while others make progress, the replica is not at fault.
         """
         silent_s = time.monotonic() - self._at
-        # A little less: the two clocks began one after the other.
+        # A little less than the timeout, because the two clocks did not start at the same moment.
         return error.silent and silent_s > 0.9 * read_timeout_s
 
 
@@ -88,10 +90,10 @@ class UnaryAnswer:
 
 
 class StreamedAnswer:
-    """An answer with status 200 whose first events have come.
+    """An answer with status 200 whose first events have arrived.
 
-    It is to be read in a ``with`` block. Leaving that before the answer has ended closes the
-    connection, upon which the engine aborts.
+    Read it in a ``with`` block. Leaving the block before the answer has ended closes the
+    connection, and then the engine aborts the request.
     """
 
     def __init__(
@@ -118,25 +120,25 @@ class StreamedAnswer:
 
     @property
     def complete(self) -> bool:
-        """Whether the engine has sent all of it, though perhaps it has not been read yet."""
+        """Whether the engine has sent the whole answer, even if it has not been read yet."""
         return self._response.complete
 
     def watch(
         self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
     ) -> None:
-        """Say whom to call about a client that may be slow; see ``EngineConnection.watch``."""
+        """Set the callbacks for a slow client; see ``EngineConnection.watch``."""
         self._response.watch(slow_s, on_slow, on_complete)
 
     def waiting_events(self) -> list[bytes]:
-        """Return the events that have come and were not read yet, without waiting."""
+        """Return the events that have arrived and were not read yet, without waiting."""
         blocks, self._first = self._first, []
         return blocks + self._reader.blocks(self._response.take_piece())
 
     async def next_events(self) -> list[bytes]:
-        """Return the events that have come since the last call, or none at the end.
+        """Wait for events; return all that have arrived since the last call, or none at the end.
 
-        They are as they came (``EventReader.blocks``). What came together is returned together, so
-        that it leaves together.
+        They are unchanged (``EventReader.blocks``). Events that arrived together are returned
+        together, so that they are also sent together.
 
         Raises:
             EngineBroke: the connection ended before the HTTP message did.
@@ -160,7 +162,7 @@ class EngineClient:
         self._connections = Connections()
 
     async def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the idle connections."""
         self._connections.close()
 
     async def send(
@@ -174,13 +176,13 @@ class EngineClient:
     ) -> UnaryAnswer | StreamedAnswer:
         """Send a request to an engine and return its answer.
 
-        Only the headers named here reach the engine: none of the client's do. ``read_timeout_s``
-        is the longest pause between two reads.
+        The engine gets only the headers set here, and none of the client's. ``read_timeout_s`` is
+        the longest pause between two reads, in seconds.
 
         Raises:
-            EngineUnreachable: the engine was lost before it sent anything of an answer.
-            EngineFailed: it answered with a fault of its own.
-            ApiError: it refused the request.
+            EngineUnreachable: the engine was lost before it sent any part of an answer.
+            EngineFailed: the engine answered with an error of its own.
+            ApiError: the engine rejected the request.
         """
         url = replica.base_url
         own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (request_id.encode(), len(body))
@@ -212,7 +214,7 @@ class EngineClient:
 
 @lru_cache(1024)
 def _head(route: Route, base_url: str, key: str) -> bytes:
-    """Return what the heads of all requests to a route of an engine begin with."""
+    """Return the part of the request head that is the same for all requests to a route."""
     return request_head("POST", route.path, base_url, key) + b"content-type: application/json\r\n"
 
 
@@ -230,7 +232,7 @@ async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryA
 async def _read_first(
     response: Response, route: Route, pulse: _Pulse
 ) -> tuple[list[bytes], EventReader]:
-    """Return the first events of a stream that does not begin with an error."""
+    """Return the first events of a stream. Raises the error that a stream begins with, if any."""
     reader = EventReader()
     while piece := await response.next_piece():
         blocks = reader.blocks(piece)

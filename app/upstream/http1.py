@@ -1,8 +1,8 @@
-"""HTTP/1.1 to engines: one request at a time over a connection, kept or not, as plain as it can be.
+"""A minimal HTTP/1.1 client connection to engines: one request at a time, with keep-alive.
 
-A client library makes objects, timers and tasks for whatever an HTTP request may be. Engines get
-one kind of request, and their answers are read for every token: here a read from the socket is
-parsed (``httptools``, which uvicorn stands on too) and handed on as one piece.
+General client libraries create objects, timers and tasks for every feature of HTTP. Engines get
+only one kind of request, and their answers are read for every token. So here each read from the
+socket is parsed (by ``httptools``, which uvicorn uses too) and passed on as one piece.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from urllib.parse import urlsplit
 import httptools
 
 _MOST_UNREAD: Final = 256 * 1024
-"""Bytes of an answer that wait for a slow client before the engine has to wait, too. About a
-thousand tokens of a stream."""
+"""Bytes of an answer that may wait for a slow client before reading from the engine is paused.
+About a thousand tokens of a stream."""
 _MOST_HELD: Final = 64 * 1024 * 1024
-"""The same for all answers of an ingress together: 340 full buffers. Beyond it each answer may only
-keep ``_LEAST_UNREAD``, which is what one read from the socket brings at most."""
+"""The limit for all answers of an ingress together: 340 full buffers. Beyond it each answer may
+only buffer ``_LEAST_UNREAD``, the most that one read from the socket returns."""
 _LEAST_UNREAD: Final = 64 * 1024
-"""Bytes of an answer that are not counted in ``_MOST_HELD``. A client that keeps up has fewer."""
+"""Bytes per answer that do not count in ``_MOST_HELD``. A client that keeps up has fewer."""
 
 
 Body = bytes | Iterable[bytes | memoryview]
-"""A request's body, whole or in pieces, which can be gone through more than once."""
+"""A request's body, whole or in pieces that can be iterated more than once."""
 
 
 class ConnectionLost(Exception):
     """There is no connection, or it ended before the answer did.
 
-    ``silent``: it was closed from here, because nothing had come for too long.
-    ``stale``: it had been kept from an earlier request, and the engine closed it before it sent any
-    of this answer. Most likely the engine gave up an idle connection just as it was used again.
+    Attributes:
+        silent: whether this side closed it, because nothing had arrived for too long.
+        stale: whether the connection was kept from an earlier request, and the engine closed it
+            before it sent any part of this answer. Most likely the engine closed an idle connection
+            just as it was reused.
     """
 
     def __init__(self, message: str, *, silent: bool = False, stale: bool = False) -> None:
@@ -44,7 +46,7 @@ class ConnectionLost(Exception):
 
 
 class Response:
-    """An answer whose head has come.
+    """An answer whose head has arrived.
 
     Attributes:
         status: the HTTP status.
@@ -64,17 +66,17 @@ class Response:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it has come, though perhaps not been read yet."""
+        """Whether the whole answer has arrived, even if it has not been read yet."""
         return self._connection.complete
 
     def watch(
         self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
     ) -> None:
-        """Say whom to call about a reader that may be slow; see ``EngineConnection.watch``."""
+        """Set the callbacks for a slow reader; see ``EngineConnection.watch``."""
         self._connection.watch(slow_s, on_slow, on_complete)
 
     def take_piece(self) -> bytes:
-        """Return what has come of the body since the last call, or nothing, without waiting."""
+        """Return the part of the body received since the last call, without waiting."""
         return self._connection.take_piece()
 
     async def read(self) -> bytes:
@@ -92,7 +94,7 @@ class Response:
         return body
 
     async def next_piece(self) -> bytes:
-        """Return what has come of the body since the last call, as one, or nothing at its end.
+        """Wait for more of the body; return what was received, or nothing at the end of the body.
 
         Raises:
             ConnectionLost: the connection ended before the body did.
@@ -104,7 +106,7 @@ class Response:
 
 
 class Held:
-    """A number of bytes. On a class itself it would empty Python's method caches at each change."""
+    """A number of bytes. As a class attribute, each change would clear Python's method caches."""
 
     __slots__ = ("size",)
 
@@ -113,15 +115,14 @@ class Held:
 
 
 class EngineConnection(asyncio.Protocol):
-    """One connection to an engine. Its methods are for one request after the other.
-
-    ``held`` counts the bytes that wait for their readers, on all connections together, without the
-    first ``_LEAST_UNREAD`` of each.
+    """One connection to an engine, for one request at a time.
 
     Attributes:
-        complete: whether the whole answer has come.
-        kept: whether it has served a request before this one.
-        idle_since: when it was given back, by the event loop's clock.
+        held: the bytes that wait for their readers on all connections together, without the first
+            ``_LEAST_UNREAD`` of each connection.
+        complete: whether the whole answer has arrived.
+        kept: whether the connection has served an earlier request.
+        idle_since: when it was given back, by the event loop's clock, in seconds.
     """
 
     held: ClassVar[Held] = Held()
@@ -131,14 +132,14 @@ class EngineConnection(asyncio.Protocol):
         self._unread = self._counted = 0
         self._slow: asyncio.TimerHandle | None = None
         self._pieces: list[bytes] = []
-        # The parser calls it for each chunk of a stream.
+        # The parser calls this for each chunk of a stream.
         self.on_body = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._read_timeout_s = math.inf
-        self._heard = 0.0
+        self._received_at = 0.0
         self._may_write = True
         self.kept = False
         self.idle_since = 0.0
@@ -155,7 +156,7 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether another request can be sent over it."""
+        """Whether another request can be sent over this connection."""
         transport = self._transport
         return (
             self._keeps_alive
@@ -167,18 +168,19 @@ class EngineConnection(asyncio.Protocol):
         )
 
     async def send(self, head: bytes, body: Body, read_timeout_s: float) -> Response:
-        """Send a request and return its answer once the head of that has come.
+        """Send a request; return its answer once the head of the answer has arrived.
 
-        A body in pieces is written as fast as the engine reads it, until an answer comes.
+        A body in pieces is written as fast as the engine reads it, until an answer arrives.
 
         Raises:
-            ConnectionLost: the connection ended before, or nothing came for so long.
+            ConnectionLost: the connection ended first, or nothing arrived for ``read_timeout_s``
+                seconds.
         """
         transport = self._transport
         if transport is None or transport.is_closing():
             raise ConnectionLost("closed", stale=self.kept)
         self._begin()
-        self._heard = self._loop.time()
+        self._received_at = self._loop.time()
         if self._timer is not None and read_timeout_s < self._read_timeout_s:
             self._timer.cancel()
             self._timer = None
@@ -203,17 +205,17 @@ class EngineConnection(asyncio.Protocol):
             while not self._head_came and not self._may_write:
                 await self.news()
             if self._head_came:
-                # The engine refused the request, and may not read the rest: `reusable` is false.
+                # The engine rejected the request and may not read the rest: `reusable` is false.
                 return
             if self._lost:
                 raise self._end()
             transport.write(piece)
-            # Lets other requests run, also where the engine reads as fast as this writes.
+            # Let other requests run, even if the engine reads as fast as this writes.
             await asyncio.sleep(0)
         self._sending = False
 
     def take_piece(self) -> bytes:
-        """Return what has come of the body since the last call, or nothing."""
+        """Return the part of the body received since the last call; empty if there is none."""
         pieces = self._pieces
         if not pieces:
             return b""
@@ -229,7 +231,7 @@ class EngineConnection(asyncio.Protocol):
         return piece
 
     def close(self) -> None:
-        """Close it, upon which the engine aborts what it was doing for us."""
+        """Close the connection. The engine then aborts the request, if one is running."""
         self.unwatch()
         self._drop()
         self._shut()
@@ -237,24 +239,25 @@ class EngineConnection(asyncio.Protocol):
     def watch(
         self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
     ) -> None:
-        """Say whom to call about an answer whose reader may be slow.
+        """Set the callbacks for an answer whose reader may be slow.
 
         Args:
-            slow_s: how long the buffer may be full, and nothing taken from it.
-            on_slow: called once that was so, while there is more to come.
-            on_complete: called when all has come, read or not; not if it had come before.
+            slow_s: how long the buffer may stay full without a read, in seconds.
+            on_slow: called after that time, if the answer is not complete.
+            on_complete: called when the whole answer has arrived, read or not; not called if it had
+                arrived before.
         """
         self._slow_s, self._on_slow, self._on_complete = slow_s, on_slow, on_complete
         if self._paused:
             self._slow = self._loop.call_later(slow_s, on_slow)
 
     def unwatch(self) -> None:
-        """Call nobody any more. Whom it would call holds the whole request, its body too."""
+        """Drop the callbacks, because they refer to the whole request, including its body."""
         self._slow_s = math.inf
         self._on_slow = self._on_complete = _nothing
 
     def _drop(self) -> None:
-        """Forget what waits to be read."""
+        """Discard the bytes that wait to be read."""
         self._pieces.clear()
         self.held.size -= self._counted
         self._unread = self._counted = 0
@@ -263,7 +266,7 @@ class EngineConnection(asyncio.Protocol):
             self._slow = None
 
     def _count(self) -> None:
-        """Count what waits beyond ``_LEAST_UNREAD``; the engine waits, too, if it is too much."""
+        """Count the unread bytes beyond ``_LEAST_UNREAD``; pause reading if they are too many."""
         over = self._unread - _LEAST_UNREAD
         self.held.size += over - self._counted
         self._counted = over
@@ -285,7 +288,7 @@ class EngineConnection(asyncio.Protocol):
             self._transport.close()
 
     def news(self) -> asyncio.Future[None]:
-        """Return a future that is done when something has come of an answer.
+        """Return a future that is done when more of the answer has arrived.
 
         Raises:
             ConnectionLost: the connection has ended.
@@ -304,15 +307,15 @@ class EngineConnection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _look(self) -> None:
-        """Whether nothing has come for too long. One timer serves many reads."""
+        """Check whether nothing has arrived for too long. One timer serves many reads."""
         self._timer = None
         if self.complete or self._lost:
             return
-        left_s = self._heard + self._read_timeout_s - self._loop.time()
+        left_s = self._received_at + self._read_timeout_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._look)
         elif self._paused:
-            # It is the client that does not read.
+            # The client does not read; the engine is not at fault.
             self._timer = self._loop.call_later(self._read_timeout_s, self._look)
         else:
             self._silent = True
@@ -323,13 +326,13 @@ class EngineConnection(asyncio.Protocol):
         self._shut()
         self._wake()
 
-    # What the event loop calls
+    # Callbacks of the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._loop.time()
+        self._received_at = self._loop.time()
         self._answered = True
         try:
             self._parser.feed_data(data)
@@ -339,7 +342,7 @@ class EngineConnection(asyncio.Protocol):
         self._unread += len(data)
         if self._unread > _LEAST_UNREAD and not self._paused:
             self._count()
-        # As `_wake`: this is called for every event.
+        # Inlined `_wake`, because this runs for every event.
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -356,7 +359,7 @@ class EngineConnection(asyncio.Protocol):
         self._shut()
         self._wake()
 
-    # What the parser calls
+    # Callbacks of the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(name) == 12 and name.lower() == b"content-type":
@@ -368,11 +371,12 @@ class EngineConnection(asyncio.Protocol):
         self._head_came = self._parser.get_status_code() >= 200
 
     def on_message_complete(self) -> None:
-        # An interim answer (1xx) is a message of its own.
+        # An interim answer (1xx) is a separate message.
         self.complete = self._head_came
         self._keeps_alive = self.complete and bool(self._parser.should_keep_alive())
         if self.complete and self._on_complete is not _nothing:
-            # Not from within the parser, which would have to be told of what it raises.
+            # Not called within the parser, where an exception of the callback would be a parser
+            # error.
             self._loop.call_soon(self._on_complete)
 
 
@@ -381,6 +385,6 @@ def _nothing() -> None:
 
 
 def request_head(method: str, path: str, base_url: str, key: str | None) -> bytes:
-    """Return what the head of a request begins with; ``key`` is a bearer token."""
+    """Return the beginning of a request's head; ``key`` is a bearer token."""
     head = f"{method} {path} HTTP/1.1\r\nhost: {urlsplit(base_url).netloc}\r\n"
     return (head if key is None else f"{head}authorization: Bearer {key}\r\n").encode()

@@ -1,4 +1,4 @@
-"""The connections to engines: kept, reused, and replaced where they have gone stale."""
+"""The pool of connections to engines: keeps and reuses them, and replaces stale ones."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from app.upstream.http1 import (
 )
 
 CONNECT_TIMEOUT_S: Final = 5.0
-# Below the five seconds after which uvicorn, which the engines stand on, closes an idle
-# connection: the side that writes next must be the one that gives up first.
+# Below the five seconds after which uvicorn, the server of the engines, closes an idle connection:
+# the side that writes next must close first.
 KEEPALIVE_S: Final = 3.0
 _LONGEST_PAUSE_S: Final = 300.0
 
@@ -26,20 +26,20 @@ class Connections:
     """The connections of one ingress to the engines of all its models."""
 
     def __init__(self) -> None:
-        # As many as there are requests under way, which the engines' slots bound.
+        # Bounded by the number of concurrent requests, which the engines' slots bound.
         self._idle: dict[str, deque[EngineConnection]] = {}
         self._loop = asyncio.get_running_loop()
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def take(self, base_url: str) -> EngineConnection:
-        """Return a connection to an engine.
+        """Return an idle or a new connection to an engine.
 
         Raises:
-            ConnectionLost: there is none to be had.
+            ConnectionLost: no connection can be opened.
         """
         idle = self._idle.get(base_url)
         while idle:
-            # The one that was used last: those that are not needed grow old together.
+            # The most recently used one, so that surplus connections become old enough to close.
             connection = idle.pop()
             if connection.reusable:
                 return connection
@@ -49,13 +49,13 @@ class Connections:
     async def send(
         self, base_url: str, head: bytes, body: Body, read_timeout_s: float
     ) -> tuple[EngineConnection, Response]:
-        """Send a request; return its connection, to be given back, and its answer's head.
+        """Send a request; return its connection, which must be given back, and its answer.
 
-        A kept connection that the engine closes before it has sent a byte is replaced by a fresh
-        one, once. Nothing came back, so at most the engine computes an answer that nobody gets.
+        If the engine closes a kept connection before it sends a byte, the request is sent once more
+        on a new one. Nothing was received, so at worst the engine computes an answer in vain.
 
         Raises:
-            ConnectionLost: as ``take`` and ``EngineConnection.send``.
+            ConnectionLost: as in ``take`` and ``EngineConnection.send``.
         """
         connection = await self.take(base_url)
         try:
@@ -63,12 +63,12 @@ class Connections:
         except ConnectionLost as lost:
             if not lost.stale:
                 raise
-        # Other kept connections are likely to be as stale.
+        # Other kept connections are probably stale too.
         connection = await _connect(base_url)
         return connection, await _sent(connection, head, body, read_timeout_s)
 
     def give_back(self, base_url: str, connection: EngineConnection) -> None:
-        """Keep a connection for another request, or close it if its answer is not over."""
+        """Keep a connection for another request, or close it if its answer has not ended."""
         if not connection.reusable:
             connection.close()
             return
@@ -80,7 +80,7 @@ class Connections:
             self._sweeper = self._loop.call_later(KEEPALIVE_S / 4, self._sweep)
 
     def close(self) -> None:
-        """Close those that nobody uses."""
+        """Close the idle connections."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         for idle in self._idle.values():
@@ -89,7 +89,7 @@ class Connections:
         self._idle.clear()
 
     def _sweep(self) -> None:
-        """Close those that were idle for long."""
+        """Close connections that have been idle for 3/4 of ``KEEPALIVE_S``."""
         oldest = self._loop.time() - KEEPALIVE_S * 3 / 4
         for base_url, idle in list(self._idle.items()):
             while idle and idle[0].idle_since < oldest:
@@ -103,18 +103,18 @@ class Connections:
 async def fetch(
     base_url: str, method: str, path: str, *, key: str | None = None, json: bytes | None = None
 ) -> tuple[int, bytes]:
-    """Send one request over a connection of its own, and return the answer's status and body.
+    """Send one request over a new connection; return the answer's status and body.
 
     Args:
-        base_url: where to, without a trailing slash.
-        method: of HTTP.
-        path: from its slash on.
+        base_url: the engine's URL, without a trailing slash.
+        method: the HTTP method.
+        path: the path, with its leading slash.
         key: a bearer token.
         json: the body.
 
     Raises:
-        ConnectionLost: there is no connection, it ended before the answer did, or nothing came
-            for five minutes.
+        ConnectionLost: no connection can be opened, it ended before the answer did, or nothing
+            arrived for five minutes.
     """
     head = request_head(method, path, base_url, key) + b"connection: close\r\n"
     if json is not None:
@@ -130,7 +130,7 @@ async def fetch(
 async def _sent(
     connection: EngineConnection, head: bytes, body: Body, read_timeout_s: float
 ) -> Response:
-    """Send a request; the connection is closed unless the head of an answer comes."""
+    """Send a request; close the connection unless the head of an answer arrives."""
     try:
         return await connection.send(head, body, read_timeout_s)
     except BaseException:
