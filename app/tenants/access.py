@@ -1,8 +1,8 @@
-"""Whose request it is and what it may: keys and their limits, on an ingress's event loop.
+"""Authentication and limits of requests, on an ingress's event loop.
 
-``Access`` finds the key that a request carries (``app.tenants.key_cache``) and takes the request
-from the key's limits (``app.tenants.limiter``), which several ingresses share through the
-``Limits`` deployment. Where the ingress is open to all, every request is ``NOBODY``'s.
+``Access`` finds the key of a request (``app.tenants.key_cache``) and charges the request to the
+key's limits (``app.tenants.limiter``), which several ingresses share through the ``Limits``
+deployment. If the ingress requires no keys, the caller of every request is ``NOBODY``.
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ from app.tenants.priority_share import PriorityShares, SharePart
 from app.tenants.rate_limit import Ask, Given
 
 _PATIENCE_S: Final = 1.0
-"""How long a request waits for allowances. Longer than the books' deployment takes to answer."""
+"""How long a request waits for an allowance. Longer than the ``Limits`` deployment takes to
+answer."""
 _ANSWERS_S: Final = 3.0
-"""How long it goes on where answers come, none of them refuses, and others take what they bring."""
+"""How long a request keeps trying if answers arrive, none refuses, and other requests use up the
+allowances that they bring."""
 _IN_FLIGHT_S: Final = 1.0
-"""When to try again where too many requests are in flight: nobody knows when one of them ends."""
+"""The retry interval for too many requests in flight: when one of them ends is unknown."""
 
 _log = logging.getLogger("ray.serve")
 
 
 class LimitSource(Protocol):
-    """Where limits are shared out: ``app.tenants.deployment``."""
+    """The source of allowances: ``app.tenants.deployment``."""
 
     async def answer(self, asks: Mapping[str, Ask]) -> Mapping[str, Given]:
-        """Return what may be used of each limit."""
+        """Return the allowance for each ask, by the name of the limit."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sends a request.
+    """The sender of a request.
 
     Attributes:
-        tenant: who pays; empty where the ingress is open to all.
+        tenant: the tenant that is billed; empty if the ingress requires no keys.
         key_id: the public part of the key, or empty.
-        default_tier: the tier of requests that ask for none; ``None`` for the ingress's own.
-        key: the key itself, or ``None``.
+        default_tier: the tier of requests that name none; ``None`` for the ingress's default.
+        key: the key, or ``None``.
     """
 
     tenant: str = ""
@@ -63,13 +65,17 @@ class Caller:
 
 
 NOBODY: Final = Caller()
-"""Everybody, where the ingress is open to all."""
+"""The caller of every request to an ingress that requires no keys."""
 
 
 class Access:
     """The keys and limits that one ingress knows. Belongs to its event loop.
 
-    ``ingresses`` returns how many ingresses there are, for when the books of the limits are away.
+    Args:
+        ingress: the name of the ingress.
+        keys: where keys are read from.
+        limits: where allowances come from.
+        ingresses: returns how many ingresses there are. It is used while ``limits`` is away.
     """
 
     def __init__(
@@ -89,27 +95,27 @@ class Access:
         self._sooner = asyncio.Event()
         self._answered = asyncio.Event()
         self._away = False
-        self._heard_at = 0.0
+        self._answered_at = 0.0
 
     def start(self) -> None:
-        """Begin to read keys and to renew allowances."""
+        """Start to read keys and to renew allowances."""
         self._ring.start()
         self._asking = supervision.keep_running("limits", self._keep_asking)
 
     def read_keys_from(self, store: Keys) -> None:
-        """Read keys from another store; what has been used of their limits stays counted."""
+        """Read keys from another store. Usage that was counted for their limits is kept."""
         self._ring.read_from(store)
 
     async def stop(self) -> None:
-        """End both. A request that still waits for keys or limits is not answered."""
+        """Stop both tasks. A request that still waits for keys or limits is not answered."""
         await self._ring.stop()
         await supervision.stop(self._asking)
 
     async def identify(self, authorization: str | None) -> Caller:
-        """Return whose key an ``Authorization`` header holds.
+        """Return the caller whose key is in an ``Authorization`` header.
 
         Raises:
-            InvalidKey: it holds none, or one that does not work.
+            InvalidKey: the header has no key, or one that does not work.
         """
         text = bearer(authorization)
         key = await self._ring.find(text) if text else None
@@ -118,12 +124,12 @@ class Access:
         return Caller(key.tenant, key.key_id, key.default_tier, key)
 
     async def charge(self, caller: Caller, tokens: int) -> None:
-        """Take a request of so many expected tokens from its key's limits.
+        """Charge a request with this many expected tokens to its key's limits.
 
-        While the books are away, this ingress's own part of each limit holds.
+        While the ``Limits`` deployment is away, this ingress's own part of each limit applies.
 
         Raises:
-            RateLimited: it is over one of them.
+            RateLimited: the request exceeds one of the limits.
         """
         if caller.key is None:
             return
@@ -131,22 +137,23 @@ class Access:
         while over := self._allowances.take(caller.key, tokens, now := time.monotonic()):
             if self._away:
                 raise self._limited(caller.key, over)
-            # By the answers' clock: where the event loop stood still, none has come.
-            long_heard = self._heard_at > came + _ANSWERS_S
-            if self._allowances.is_refused(caller.key, tokens, now) or long_heard:
+            # Measured at the last answer and not now: if the event loop was blocked, no answer
+            # has arrived.
+            tried_long = self._answered_at > came + _ANSWERS_S
+            if self._allowances.is_refused(caller.key, tokens, now) or tried_long:
                 raise self._limited(caller.key, over)
             await self._ask_now()
 
     def knows(self, authorization: str | None) -> bool:
-        """Return whether a header holds a key that works, as far as is known without asking."""
+        """Return whether a header has a working key, without reading the store."""
         text = bearer(authorization)
         return text is not None and self._ring.known(text) is not None
 
     def flight(self, caller: Caller, bounds: FlightBounds) -> AbstractContextManager[None]:
-        """Count a request as in flight until the block that is returned has been left.
+        """Count a request as in flight until the returned context has been left.
 
         Raises:
-            TooManyInFlight: its key or tenant has as many as there may be; it is not counted.
+            TooManyInFlight: its key or tenant is at its limit; the request is not counted.
         """
         if caller.key is None:
             return nullcontext()
@@ -165,17 +172,17 @@ class Access:
 
     @property
     def keys_away(self) -> bool:
-        """Whether the keys could not be read the last time."""
+        """Whether the last read of the keys failed."""
         return self._ring.away
 
     @property
     def unreadable_keys(self) -> int:
-        """How many rows of keys could not be read the last time; those keys do not work."""
+        """How many rows of keys were invalid at the last read; those keys do not work."""
         return self._ring.unreadable
 
     @property
     def limits_away(self) -> bool:
-        """Whether the books of the limits did not answer the last time."""
+        """Whether the ``Limits`` deployment did not answer the last call."""
         return self._away
 
     def put_right(self, caller: Caller, expected: int, used: int, age_s: float) -> None:
@@ -184,9 +191,9 @@ class Access:
             self._allowances.put_right(caller.key, expected, used, age_s, time.monotonic())
 
     def rights(self, caller: Caller, wanted: Tier) -> tuple[TierRights, SharePart | None]:
-        """Return which tiers a request may have, and its part in its key's priority share.
+        """Return the tiers that a request may have, and its part in its key's priority share.
 
-        The part is to be told what is decided, and the end; there is none without a share.
+        The caller must call ``decide`` and ``end`` of the part. It is ``None`` without a share.
         """
         key = caller.key
         if key is None:
@@ -199,7 +206,7 @@ class Access:
         return TierRights(key.tiers, over_share=may_ask and not part.allowed), part
 
     def headers(self, caller: Caller) -> list[tuple[str, str]]:
-        """Return the headers that tell a client how it stands with its limits."""
+        """Return the headers that show a client the state of its limits."""
         return [] if caller.key is None else self._allowances.headers(caller.key, time.monotonic())
 
     def _limited(self, key: ApiKey, over: OverLimit) -> errors.RateLimited:
@@ -208,7 +215,7 @@ class Access:
         return error
 
     async def _ask_now(self) -> None:
-        """Wait until the books have answered once more, or have not in time."""
+        """Wait for the next answer of the ``Limits`` deployment, for one second at most."""
         answered = self._answered
         self._sooner.set()
         with suppress(TimeoutError):
@@ -234,14 +241,15 @@ class Access:
         except Exception as error:
             self._note_away(error)
         else:
-            # A fault of ours in here is no sign that the books are away: it is reported as ours.
-            self._heard_at = time.monotonic()
+            # Outside the `try`: an error of our own here does not mean that limits are away.
+            self._answered_at = time.monotonic()
             self._set_away(False)
-            self._allowances.receive(answers, self._heard_at)
+            self._allowances.receive(answers, self._answered_at)
         finally:
             self._answered.set()
             self._answered = asyncio.Event()
-        # Whoever waits takes from it before what seems to be needed by nobody is given up.
+        # Waiting requests take from the allowance first, before the next ask gives up the amount
+        # that seems unused.
         await asyncio.sleep(0)
 
     def _note_away(self, error: Exception) -> None:

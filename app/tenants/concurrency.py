@@ -1,7 +1,7 @@
-"""How many requests of a key, and of a tenant, are in flight at one ingress. Pure.
+"""Bounds the requests of a key, and of a tenant, that are in flight at one ingress. Pure.
 
-In flight is a request from its arrival until its answer has ended: waiting or running. Each ingress
-keeps to its own part of a bound, so that no message stands between a request and its place.
+A request is in flight from its arrival until its answer has ended, while it is queued and while it
+runs. Each ingress applies its own part of a bound, so that a request waits for no message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from app.tenants.rate_limit import split_limit
 
 
 class Holder(StrEnum):
-    """Whose requests a bound counts."""
+    """The kind of owner whose requests a bound counts."""
 
     KEY = "API key"
     TENANT = "tenant"
@@ -23,14 +23,14 @@ class Holder(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OverBound(Exception):
-    """A request is one too many: of whom, and how many there may be at this ingress."""
+    """A request exceeds a bound: the kind of its owner, and the bound at this ingress."""
 
     holder: Holder
     part: int
 
 
 class InFlight:
-    """The requests that are in flight at this ingress. Remembers nobody who has none."""
+    """The requests in flight at this ingress. It keeps no entry for owners without requests."""
 
     def __init__(self) -> None:
         self._holdings: Holdings[Holder] = Holdings()
@@ -38,16 +38,16 @@ class InFlight:
     def enter(
         self, key_id: str, tenant: str, bounds: FlightBounds, ingresses: int
     ) -> Holding[Holder]:
-        """Count a request until the block that is returned has been left.
+        """Count a request until the returned context has been left.
 
         Args:
-            key_id: the key's.
+            key_id: the id of the request's key.
             tenant: the key's tenant.
-            bounds: those in force now.
+            bounds: the bounds in force.
             ingresses: how many ingresses share them.
 
         Raises:
-            OverBound: there are as many as there may be; it is not counted.
+            OverBound: a bound is reached; the request is not counted.
         """
         parts = (split_limit(bounds.key, ingresses), split_limit(bounds.tenant, ingresses))
         flight = Holding(self._holdings, (Holder.KEY, key_id), (Holder.TENANT, tenant))
@@ -57,9 +57,9 @@ class InFlight:
         return flight
 
     def of(self, holder: Holder, name: str) -> int:
-        """Return how many requests somebody has in flight."""
+        """Return how many requests a key or tenant has in flight."""
         return self._holdings.of(holder, name)
 
     def __len__(self) -> int:
-        """Return how many keys and tenants it remembers."""
+        """Return how many keys and tenants have requests in flight."""
         return len(self._holdings)

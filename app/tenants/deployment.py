@@ -1,4 +1,4 @@
-"""The Serve deployment that shares limits out among the ingresses: one small actor."""
+"""The ``Limits`` deployment: one small actor that shares limits out among the ingresses."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from app.tenants.rate_limit import Ask, Given
 
 
 class Limits:
-    """Every limit that is used. What it knows is a minute old at most, and is lost with it."""
+    """All limits in use. Its state covers the last minute, and is lost when the actor ends."""
 
     def __init__(self) -> None:
         keep_on_loopback()
         self._books = LimitBooks()
 
     async def answer(self, asks: Mapping[str, Ask]) -> dict[str, Given]:
-        """Answer what an ingress asks."""
+        """Return the allowance for each ask of an ingress, by the name of the limit."""
         return self._books.answer(asks, time.monotonic())
 
 
 class ServeLimits:
-    """The same, reached from an ingress."""
+    """Calls the ``Limits`` deployment from an ingress."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -39,8 +39,8 @@ class ServeLimits:
 
 deployment = serve.deployment(
     name="Limits",
-    # A few small questions a second from each ingress, and nothing to compute.
+    # It serves a few small calls a second from each ingress, and computes next to nothing.
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=10_000,
 )(Limits)
-"""To be bound in the ingress's application."""
+"""The deployment, to be bound in the ingress's application."""

@@ -1,4 +1,5 @@
-"""The keys that an ingress knows: read from the store every so often, kept while it is away."""
+"""The keys that an ingress knows: read from the store every two seconds, and kept while the store
+is away."""
 
 from __future__ import annotations
 
@@ -13,29 +14,29 @@ from app.store.database import StoreAway
 from app.tenants.keys import ApiKey, KeyTable, key_id_of
 
 REFRESH_S: Final = 2.0
-"""How often the keys are read, and so how long a revoked one goes on working."""
+"""How often the keys are read, and so how long a revoked key keeps working."""
 SOONEST_S: Final = 0.25
-"""How often they are read at most, however many unknown keys come."""
+"""The shortest interval between two reads, however many unknown keys arrive."""
 
 _LOGGED: Final = 20
-"""Unreadable keys named in the log at one reading; the others are only counted."""
+"""How many unreadable keys are named in the log per read; the others are only counted."""
 
 _log = logging.getLogger("ray.serve")
 
 
 class Keys(Protocol):
-    """Where keys are read from: ``app.tenants.key_store.KeyStore``."""
+    """The source of keys: ``app.tenants.key_store.KeyStore``."""
 
     def table(self) -> KeyTable:
         """Return the keys that work now; may block, and raises ``StoreAway``."""
 
 
 class KeyCache:
-    """The keys that work, for one ingress and its event loop.
+    """The working keys, for one ingress and its event loop.
 
     Attributes:
-        read: whether they have been read at all.
-        away: whether they could not be read the last time.
+        read: whether the keys have been read at least once.
+        away: whether the last read failed.
     """
 
     def __init__(self, store: Keys) -> None:
@@ -48,33 +49,33 @@ class KeyCache:
         self._refreshing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to read the keys."""
+        """Start to read the keys."""
         self._refreshing = supervision.keep_running("key refresh", self._refresh)
 
     async def stop(self) -> None:
-        """Read them no more."""
+        """Stop reading the keys."""
         await supervision.stop(self._refreshing, self._reading)
 
     def read_from(self, store: Keys) -> None:
-        """Read the keys from another store from now on; those known work until it has been read.
+        """Read the keys from another store from now on. Known keys work until it has been read.
 
-        Whoever waits for a key waits for the new store.
+        A request that waits for a key waits for the new store.
         """
         self._store = store
 
     @property
     def unreadable(self) -> int:
-        """How many rows could not be read the last time; those keys do not work."""
+        """How many rows were invalid at the last read; those keys do not work."""
         return len(self._table.unreadable)
 
     def known(self, text: str) -> ApiKey | None:
-        """Return the key that a client has sent, as far as is known without asking the store."""
+        """Return the key that a client has sent, without reading the store."""
         return self._table.find(text)
 
     async def find(self, text: str) -> ApiKey | None:
         """Return the key that a client has sent, or ``None`` if it does not work.
 
-        For a key that is not known the store is asked first, since it may be new.
+        For an unknown key the store is read first, because the key may be new.
         """
         key = self.known(text)
         if key is not None or (key_id := key_id_of(text)) is None:
@@ -82,15 +83,15 @@ class KeyCache:
         for _ in range(2):
             if key_id in self._table.by_id:
                 break
-            # The first may be a reading that began before the key was made.
+            # Twice, because the first may join a read that began before the key was created.
             await self._read_again()
         return self.known(text)
 
     async def _read_again(self) -> None:
-        """Read the keys soon, or with others who wait for the same."""
+        """Read the keys soon, or join a read that is under way."""
         if self._reading is None or self._reading.done():
             self._reading = supervision.run_once("key reading", self._read)
-        # One that gives up waiting must not end it for the others.
+        # A caller that is cancelled must not cancel the read for the others.
         await asyncio.shield(self._reading)
 
     async def _refresh(self) -> None:
@@ -107,7 +108,7 @@ class KeyCache:
                 _log.error("keys cannot be read, those known go on working: %s", error)
             self.away = True
         except BaseException:
-            # A fault of ours, which is reported where this was started.
+            # An error of our own, which the supervision of this task reports.
             self.away = True
             raise
         else:
@@ -117,7 +118,7 @@ class KeyCache:
             self._read_at = time.monotonic()
 
     async def _read_table(self) -> KeyTable:
-        """Return what the store holds that is in force at the end of the reading."""
+        """Return the keys of the store that is in force when the read ends."""
         while True:
             store = self._store
             try:
@@ -130,7 +131,7 @@ class KeyCache:
                     return table
 
     def _report(self, unreadable: Mapping[str, str]) -> None:
-        """Log rows that cannot be read, once for each thing that is wrong with them."""
+        """Log invalid rows, once for each new error of a row."""
         new = {
             i: fault for i, fault in unreadable.items() if self._table.unreadable.get(i) != fault
         }

@@ -1,4 +1,4 @@
-"""API keys in the store."""
+"""API keys in the database."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from app.tenants.keys import MAX_NAME, ApiKey, KeyLimits, KeyTable
 class KeyStore:
     """The keys in a database.
 
-    Every method may block, and raises ``StoreAway`` where the database cannot be used.
+    Every method may block, and raises ``StoreAway`` if the database cannot be used.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -54,7 +54,7 @@ class KeyStore:
             connection.execute(insert(api_keys).values(values))
 
     def revoke(self, key_id: str, at: datetime) -> bool:
-        """Let a key work no more, and return whether there was one that did."""
+        """Revoke a key; return whether there was a working key with this id."""
         columns = api_keys.c
         working = (columns.key_id == key_id) & columns.revoked.is_(None)
         with translated(), self._engine.begin() as connection:
@@ -62,20 +62,20 @@ class KeyStore:
             return done.rowcount > 0
 
     def all(self) -> list[ApiKey]:
-        """Return every key that can be read, the revoked ones too, oldest first."""
+        """Return every valid key, including revoked ones, oldest first."""
         return self.listing()[0]
 
     def listing(self) -> tuple[list[ApiKey], dict[str, str]]:
-        """Return the same, and what is wrong with each row that cannot be read, by key id."""
+        """Return the keys as ``all`` does, and the error of each invalid row, by key id."""
         keys, unreadable = self._read(every=True)
         return sorted(keys, key=lambda key: (key.created, key.key_id)), unreadable
 
     def table(self) -> KeyTable:
-        """Return the keys that work now, and what is wrong with rows that cannot be read."""
+        """Return the working keys, and the errors of invalid rows."""
         return KeyTable.of(*self._read(every=False))
 
     def _read(self, *, every: bool) -> tuple[list[ApiKey], dict[str, str]]:
-        # As text, so that whatever a row holds, the database hands it over.
+        # Read as text, so that the database returns a row whatever it holds.
         columns: list[ColumnElement[Any]] = [
             cast(column, Text).label(column.name) for column in api_keys.c
         ]
@@ -96,15 +96,15 @@ class KeyStore:
 
 
 def _sqlite_text(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return a column as text; bytes, which SQLite takes anywhere, as text that no value may be."""
+    """Return a column as text. SQLite stores bytes in any column; they become an invalid text."""
     return case((func.typeof(column) == "blob", "bytes\n"), else_=cast(column, Text))
 
 
 def _key(row: Row[Any]) -> ApiKey:
-    """Return the key of a row, whose values are text.
+    """Return the key of a row of text values.
 
     Raises:
-        ValueError, ArithmeticError, TypeError, AttributeError: a value is not what it must be.
+        ValueError, ArithmeticError, TypeError, AttributeError: a value is invalid.
     """
     if not (row.key_id or "").isalnum():
         raise ValueError("a key has an id")

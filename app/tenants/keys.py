@@ -1,9 +1,9 @@
-"""API keys: what a key is, and how an ingress knows it. The pure part.
+"""API keys: their format and how an ingress verifies them. The pure part.
 
-A key reads ``fl-<key id>-<secret>``. The key id is public: it finds the key and stands in records
-and logs. Of the secret only a SHA-256 is stored. A slow password hash would add nothing: it makes
-guessing hard where people choose the secret, and this one is 256 random bits, which nobody
-guesses; but it would cost every request milliseconds of CPU.
+A key has the form ``fl-<key id>-<secret>``. The key id is public: it finds the key and appears in
+records and logs. Of the secret only a SHA-256 is stored. A slow password hash protects secrets that
+people choose. This secret is 256 random bits, which cannot be guessed, so a slow hash would only
+cost every request milliseconds of CPU.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ MAX_NAME: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """How much a key may use; ``None`` sets no limit.
+    """The limits of a key; ``None`` means no limit.
 
     Attributes:
         rpm: requests in any minute.
-        tpm: tokens, of prompts and answers, in any minute.
-        priority_share: which part of its requests may be served as priority, from 0 to 1; above
-            it they are served as default.
+        tpm: tokens of prompts and answers in any minute.
+        priority_share: the share of its requests that may be served as priority, from 0 to 1.
+            Requests above it are served as default.
     """
 
     rpm: int | None = None
@@ -63,18 +63,18 @@ class KeyLimits:
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as it is stored; it cannot be made into one that works.
+    """A key as it is stored. The secret cannot be recovered from it.
 
     Attributes:
-        key_id: its public part.
-        secret_hash: of the secret; kept out of ``repr``.
-        tenant: who pays, and who sees the usage.
-        name: what people call it.
-        default_tier: the tier of requests that ask for none.
+        key_id: the public part.
+        secret_hash: the SHA-256 of the secret, in hexadecimal; left out of ``repr``.
+        tenant: the tenant that is billed and sees the usage.
+        name: a name for people.
+        default_tier: the tier of requests that name none.
         tiers: the tiers that it may use; ``default`` is always among them.
-        limits: how much it may use.
-        created: in UTC.
-        revoked: in UTC; ``None`` while it works.
+        limits: its limits.
+        created: when it was created, in UTC.
+        revoked: when it was revoked, in UTC; ``None`` while it works.
     """
 
     key_id: str
@@ -107,10 +107,10 @@ def create_key(
     limits: KeyLimits | None = None,
     created: datetime,
 ) -> tuple[ApiKey, str]:
-    """Return a new key and the text that its owner sends, which nobody can find out later.
+    """Return a new key and the text that its owner sends. The text cannot be recovered later.
 
     Raises:
-        ValueError: a value is out of its bounds; the message says which.
+        ValueError: a value is out of its bounds; the message names it.
     """
     key_id, secret = secrets.token_hex(_ID_BYTES), secrets.token_hex(_SECRET_BYTES)
     allowed = frozenset(tiers) | {Tier.DEFAULT}
@@ -122,12 +122,12 @@ def create_key(
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """The keys that work, as they were at one moment.
+    """The working keys at one moment.
 
     Attributes:
-        by_id: those that work, by key id.
-        unreadable: what is wrong with each row that cannot be read, by key id; those keys do not
-            work. It names no secret.
+        by_id: the working keys, by key id.
+        unreadable: the error of each invalid row, by key id. Those keys do not work. The errors
+            contain no secret.
     """
 
     by_id: Mapping[str, ApiKey]
@@ -135,15 +135,15 @@ class KeyTable:
 
     @classmethod
     def of(cls, keys: Iterable[ApiKey], unreadable: Mapping[str, str] | None = None) -> KeyTable:
-        """Return a table of those keys that are not revoked."""
+        """Return a table of the keys that are not revoked."""
         by_id = {key.key_id: key for key in keys if key.revoked is None}
         return cls(by_id, unreadable or {})
 
     def find(self, text: str) -> ApiKey | None:
         """Return the key that a client has sent, or ``None`` if it does not work.
 
-        The secret is compared in constant time. That a key id exists can be found out, and is no
-        secret.
+        The secret is compared in constant time. A client can find out that a key id exists, which
+        is no secret.
         """
         match = _FORM.fullmatch(text)
         key = self.by_id.get(match[1]) if match else None
@@ -153,13 +153,13 @@ class KeyTable:
 
 
 def key_id_of(text: str) -> str | None:
-    """Return the public part of what a client has sent, or ``None`` if it is no key at all."""
+    """Return the key id in the text of a client, or ``None`` if the text is not a key."""
     match = _FORM.fullmatch(text)
     return match[1] if match else None
 
 
 def bearer(authorization: str | None) -> str | None:
-    """Return what an ``Authorization`` header holds for us, or ``None``."""
+    """Return the bearer token of an ``Authorization`` header, or ``None``."""
     scheme, _, text = (authorization or "").partition(" ")
     return text.strip() if scheme.lower() == "bearer" and text.strip() else None
 

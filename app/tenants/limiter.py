@@ -1,9 +1,10 @@
-"""The limits of all keys: at one ingress (``RateLimiter``), and where they are shared out
+"""The limits of all keys, at one ingress (``RateLimiter``) and in the actor that shares them out
 (``LimitBooks``). Pure: the time is passed in.
 
-Whoever wires them calls ``take`` for a request. If it is refused, ``asks`` are sent to the books
-at once and ``take`` is called once more with their answer; what is then refused gets 429. Beside
-that asks are sent whenever ``next_ask`` says. One ingress alone can have the books beside it.
+The caller calls ``take`` for each request. If it is refused, the caller sends ``asks`` to the books
+at once, passes the answer to ``receive`` and calls ``take`` again; a request that is refused then
+gets 429. The caller also sends asks at the times that ``next_ask`` returns. A single ingress can
+have the books in its own process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _FORGET_EVERY_S: Final = float(MINUTE_S)
 
 
 class Measure(StrEnum):
-    """What a limit is on."""
+    """The quantity that a limit bounds."""
 
     REQUESTS = "requests"
     TOKENS = "tokens"
@@ -36,7 +37,7 @@ class Measure(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OverLimit:
-    """Why a request is refused: the limit, and in how many seconds there is more of it."""
+    """Why a request is refused: the exceeded limit, and in how many seconds more is available."""
 
     measure: Measure
     limit: int
@@ -44,7 +45,7 @@ class OverLimit:
 
 
 class RateLimiter:
-    """What one ingress may still use of every limit of every key."""
+    """The allowances of one ingress, for every limit of every key."""
 
     def __init__(self, ingress: str) -> None:
         self._ingress = ingress
@@ -55,24 +56,23 @@ class RateLimiter:
         self._ingresses = 1
 
     def set_alone(self, alone: bool, ingresses: int = 1) -> None:
-        """Note whether the books are away, so that the ingress's own part of each limit holds.
+        """Set whether the books are away. Then the ingress's own part of each limit applies.
 
         Args:
-            alone: whether they are.
-            ingresses: how many ingresses there are, as far as is known here. A limit is split
-                among these, or among those that have used it where the books said that those are
-                more.
+            alone: whether the books are away.
+            ingresses: how many ingresses there are, as far as this one knows. A limit is split
+                among this many, or among as many as use it according to the books, if that is more.
         """
         self._alone, self._ingresses = alone, ingresses
 
     def take(self, key: ApiKey, tokens: int, now: float) -> OverLimit | None:
-        """Take a request of so many expected tokens, or say which limit it is over."""
+        """Charge a request with this many expected tokens, or return the limit that it exceeds."""
         if not key.limits.any_rate:
             return None
         taken: list[tuple[Allowance, int]] = []
         over: OverLimit | None = None
         for measure, allowance, amount in self._needed(key, tokens):
-            # Each is tried, so that all that is missing is asked for at once.
+            # All limits are tried, so that everything missing is requested in one ask.
             if allowance.take_alone(amount, now) if self._alone else allowance.take(amount, now):
                 taken.append((allowance, amount))
             elif over is None:
@@ -83,47 +83,47 @@ class RateLimiter:
         return over
 
     def is_refused(self, key: ApiKey, tokens: int, now: float) -> bool:
-        """Whether the books have said just now that one of its limits has not so much left."""
+        """Return whether the books have just reported that a limit of the key is exhausted."""
         needed = self._needed(key, tokens)
         return any(allowance.is_refused(amount, now) for _, allowance, amount in needed)
 
     def put_right(self, key: ApiKey, expected: int, used: int, age_s: float, now: float) -> None:
-        """Correct the tokens of a request that was taken ``age_s`` ago and has ended."""
+        """Correct the tokens of a request that was charged ``age_s`` ago and has ended."""
         allowance = self._of(key, Measure.TOKENS)
         if allowance is not None:
             allowance.put_right(used - min(expected, allowance.limit), age_s, now)
 
     def headers(self, key: ApiKey, now: float) -> list[tuple[str, str]]:
-        """Return the headers that tell a client how it stands."""
+        """Return the headers that show a client the state of its limits."""
         if not key.limits.any_rate:
             return []
         requests, tokens = (self._standing(key, measure, now) for measure in Measure)
         return rate_limit_headers(requests, tokens)
 
     def next_ask(self) -> float:
-        """Return when ``asks`` next has something to send; infinity if nothing is used."""
+        """Return when the next ask is due; infinity if no limit is used."""
         return min((each.asks_at() for each in self._allowances.values()), default=float("inf"))
 
     def asks(self, now: float) -> dict[str, Ask]:
-        """Return what to send to the books now, by the name of the limit."""
+        """Return the asks to send to the books now, by the name of the limit."""
         self._forget(now)
         due = {name: each for name, each in self._allowances.items() if each.asks_at() <= now}
         return {name: allowance.ask(now) for name, allowance in due.items()}
 
     def receive(self, answers: Mapping[str, Given], now: float) -> None:
-        """Take what the books have answered."""
+        """Apply the answers of the books."""
         for name, given in answers.items():
             if name in self._allowances:
                 self._allowances[name].receive(given, now)
 
     def _forget(self, now: float) -> None:
-        """Forget limits that have not been used for long, such as those of keys that are gone."""
+        """Drop limits that have not been used for long, such as those of revoked keys."""
         if now >= self._forget_at:
             self._forget_at = now + _FORGET_EVERY_S
             self._allowances = {n: a for n, a in self._allowances.items() if not a.is_idle(now)}
 
     def __len__(self) -> int:
-        """Return how many limits it remembers."""
+        """Return how many limits it keeps."""
         return len(self._allowances)
 
     def _needed(self, key: ApiKey, tokens: int) -> Iterator[tuple[Measure, Allowance, int]]:
@@ -143,7 +143,8 @@ class RateLimiter:
         name = f"{key.key_id}/{measure}"
         allowance = self._allowances.get(name)
         if allowance is None:
-            # The books take one that comes after another was forgotten for a new ingress.
+            # A new name each time: the books treat an allowance that replaces a dropped one as that
+            # of a new ingress.
             self._made += 1
             allowance = Allowance(f"{self._ingress}/{self._made}", limit)
             self._allowances[name] = allowance
@@ -153,14 +154,14 @@ class RateLimiter:
 
 
 class LimitBooks:
-    """Every limit that is used, by its name."""
+    """All limits in use, by name."""
 
     def __init__(self) -> None:
         self._books: dict[str, LimitBook] = {}
         self._forget_at = 0.0
 
     def answer(self, asks: Mapping[str, Ask], now: float) -> dict[str, Given]:
-        """Answer what an ingress asks."""
+        """Return the allowance for each ask of an ingress, by the name of the limit."""
         if now >= self._forget_at:
             self._forget_at = now + _FORGET_EVERY_S
             self._books = {n: book for n, book in self._books.items() if not book.is_idle(now)}

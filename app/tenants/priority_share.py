@@ -1,4 +1,4 @@
-"""The part of a key's requests that may be priority. Pure: the time is passed in."""
+"""The share of a key's requests that may be priority. Pure: the time is passed in."""
 
 from __future__ import annotations
 
@@ -11,33 +11,35 @@ _FORGET_EVERY_S: Final = float(MINUTE_S)
 
 
 class PriorityShares:
-    """The shares of all keys that have used them lately, at one ingress."""
+    """The priority shares of all recently used keys, at one ingress."""
 
     def __init__(self) -> None:
         self._shares: dict[str, PriorityShare] = {}
         self._forget_at = 0.0
 
     def enter(self, key_id: str, share: float, now: float, *, wants: bool) -> SharePart:
-        """Take in a request of a key, as ``PriorityShare.enter``."""
+        """Add a request of a key; see ``PriorityShare.enter``."""
         if now >= self._forget_at:
             self._forget_at = now + _FORGET_EVERY_S
             self._shares = {k: one for k, one in self._shares.items() if not one.is_idle(now)}
         return self._shares.setdefault(key_id, PriorityShare()).enter(share, now, wants=wants)
 
     def __len__(self) -> int:
-        """Return how many keys it remembers."""
+        """Return how many keys it keeps."""
         return len(self._shares)
 
 
 class PriorityShare:
-    """Keeps the part of a key's requests that are served as priority below its share.
+    """Keeps the share of a key's requests that are served as priority below its limit.
 
-    Each ingress keeps it for its own requests of the last minute, and then it holds for all of
-    them together, to within one request each. Only decided requests count, as what they are served
-    as. Undecided priority requests are held against the share and do not enlarge it, so those that
-    wait and leave win nothing. While decided requests stay within the last minute, one ingress
-    serves at most ``ceil(share * decided) + 1`` priority requests. A request that waits longer
-    keeps the right that it was given on arrival.
+    Each ingress enforces the share for its own requests of the last minute. So it holds for all
+    ingresses together, to within one request each. Only decided requests count, with the tier that
+    they are served as. Undecided priority requests count against the share and do not enlarge it,
+    so requests that wait and leave gain nothing.
+
+    While decided requests stay within the last minute, one ingress serves at most
+    ``ceil(share * decided) + 1`` priority requests. A request that waits longer keeps the right
+    that it got on arrival.
     """
 
     def __init__(self) -> None:
@@ -46,11 +48,11 @@ class PriorityShare:
         self._parts = 0
 
     def is_idle(self, now: float) -> bool:
-        """Whether it can be forgotten: no request has a part in it or counts any more."""
+        """Return whether it can be dropped: no request is open or counts any more."""
         return not (self._parts or self._all.used(now) or self._priority.used(now))
 
     def enter(self, share: float, now: float, *, wants: bool) -> SharePart:
-        """Take in a request, which may want to be priority."""
+        """Add a request; ``wants`` is whether it wants to be priority."""
         total = self._all.used(now) + 1
         priority = self._priority.used(now) + self._undecided_priority + 1
         allowed = wants and priority <= math.ceil(share * total)
@@ -86,7 +88,10 @@ class SharePart:
         self._ended = False
 
     def decide(self, now: float, *, priority: bool) -> None:
-        """Count what it is served as; once more where its engine was lost and it is lowered."""
+        """Count the tier that the request is served as.
+
+        It is called again if the engine was lost and the request is lowered.
+        """
         if self._served is None:
             self._book._leave(self)
             self._book._count(now, priority=priority)
@@ -95,7 +100,7 @@ class SharePart:
         self._served = priority
 
     def end(self) -> None:
-        """Forget it, if it has not been decided; to be called for every request."""
+        """End the request's part; undecided, it no longer counts. To be called for each request."""
         if self._ended:
             return
         if self._served is None:

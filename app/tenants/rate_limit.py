@@ -1,32 +1,32 @@
-"""Limits of keys, kept by several ingresses together. Pure: the time is passed in.
+"""Rate limits of keys, enforced by several ingresses together. Pure: the time is passed in.
 
-A limit is an amount (of requests, of tokens) in any minute. One ``LimitBook`` knows what all
-ingresses have used and hands out allowances; each ingress takes from its own (``Allowance``)
-without asking anybody. They speak in two messages: every ``RENEWAL_S``, and at once when a request
-finds no allowance, the ingress sends an ``Ask``, which says what it has used and still holds, and
-gets a ``Given``.
+A limit is an amount (of requests or tokens) in any minute. One ``LimitBook`` tracks the usage of
+all ingresses and hands out allowances. Each ingress takes from its own ``Allowance`` without a
+message. The protocol has two messages. An ingress sends an ``Ask`` every ``RENEWAL_S``, and at once
+when a request finds no allowance. It reports the amount used and the amount still held. The book
+answers with a ``Given``.
 
-What is used and what is held never exceeds the limit together: an amount counts as held until it
-is reported as used, and then for a minute. So the ingresses admit no more than the limit in any
-minute, whatever messages are late, lost or repeated:
+The used and the held amount together never exceed the limit: an amount counts as held until it is
+reported as used, and then for a minute. So the ingresses admit no more than the limit in any
+minute, even if messages are late, lost or repeated:
 
-- The ingress gives up what it does not need by itself, and says in its next ask what it then
-  holds. What it says is true: nothing that was given in answer to an earlier ask is taken after a
-  later one has been sent.
-- An allowance ends ``LEASE_S`` after the ask that it answers. The book counts what an ingress held
-  as used when it has heard nothing for longer than that.
+- An ingress gives up by itself the amount that it does not need, and reports in its next ask what
+  it then holds. The report is accurate: after a later ask has been sent, nothing that was given in
+  answer to an earlier one is accepted.
+- An allowance expires ``LEASE_S`` after the ask that it answers. If the book receives nothing from
+  an ingress for longer than that, it counts the held amount as used.
 
-A book knows of an ingress what it has heard itself. Where one is lost, with the process that has
-it, a key may use up to twice its limit in that minute: a fault of ours is not the client's.
+A book knows only what it has received itself. If a book is lost with its process, a key may use up
+to twice its limit in that minute: an error on our side must not hurt the client.
 
-Tokens are taken as expected and put right when the request has ended; where that is more than was
-expected the limit is exceeded by the difference, and as much less is given afterwards, over as many
-minutes as that takes. So whenever a request is let in, those that have ended have used no more on
-average than the limit in each minute since the first, and one limit beside.
+Tokens are charged as expected and corrected when the request has ended. If it used more, the limit
+is exceeded by the difference, and as much less is given afterwards, over as many minutes as that
+takes. So whenever a request is admitted, the ended requests have used on average no more than the
+limit in each minute since the first, plus one limit.
 
-What is not used is forgotten: by a book the ingresses that have been silent for longer than what
-they used counts, and by an ingress the limits that it has nothing to say of (``is_idle``). An ask
-says what of its figures was heard, so that a book that does not know the ingress counts the rest.
+Unused entries are dropped. A book drops ingresses that have been silent for longer than their usage
+counts. An ingress drops limits of which it has nothing to report (``is_idle``). An ask contains the
+figures of the last answered ask, so that a book that does not know the ingress counts the rest.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from typing import Final
 
 MINUTE_S: Final = 60
 RENEWAL_S: Final = 0.25
-"""How often an ingress asks for the limits that it used lately."""
+"""How often an ingress sends an ask for each recently used limit."""
 LEASE_S: Final = 3.0
-"""How long an allowance holds without being renewed."""
+"""How long an allowance is valid without renewal."""
 _SILENCE_S: Final = 2 * LEASE_S
 _GONE_S: Final = _SILENCE_S + 2 * MINUTE_S
 _AHEAD_S: Final = 2 * RENEWAL_S
 _RATE_MEMORY_S: Final = 2.0
 _URGENT_S: Final = RENEWAL_S / 10
 _LEAST_RATE: Final = 0.1
-_PATIENCE_S: Final = 1.0  # how long an answer is waited for
+_PATIENCE_S: Final = 1.0  # how long to wait for an answer
 
 
 class Window:
-    """What was used in the last minute.
+    """The amount used in the last minute.
 
-    It is counted by whole seconds and kept until the last moment of its second is a minute ago: it
-    may count an amount for a second too long, and never too short. A debt counts beside the minute
-    and takes, bit by bit, the place of what leaves it.
+    Amounts are counted by whole seconds and kept until the end of their second is a minute ago. So
+    an amount may count for up to a second too long, and never too short. A debt counts in addition
+    to the minute, and gradually replaces the amounts that leave it.
     """
 
     def __init__(self) -> None:
         self._seconds: deque[list[int]] = deque()
         self._total = 0
-        # There is none unless something is in the minute whose place it can take.
+        # There is a debt only while the minute contains amounts that it can replace.
         self._debt = 0
 
     def add(self, amount: int, now: float) -> None:
-        """Count an amount now; a negative one is taken back."""
+        """Count an amount now; a negative amount is subtracted."""
         if amount < 0:
             self.take_back(-amount)
             return
@@ -77,14 +77,14 @@ class Window:
         self._total += amount
 
     def overdraw(self, amount: int, now: float, limit: int) -> None:
-        """Count an amount that nobody was asked for: a debt where it is more than the limit."""
+        """Count an amount that was not approved before. What exceeds the limit becomes a debt."""
         self.used(now)
         fits = min(amount, max(0, limit - self._total))
         self.add(fits, now)
         self._debt += amount - fits
 
     def take_back(self, amount: int) -> None:
-        """Count so much less: of the debt, then of the oldest amounts, which would go first."""
+        """Subtract an amount: first from the debt, then from the oldest amounts."""
         paid = min(self._debt, amount)
         self._debt -= paid
         amount -= paid
@@ -95,7 +95,7 @@ class Window:
             amount -= taken
 
     def used(self, now: float) -> int:
-        """Return what was used in the last minute, with what is owed from before."""
+        """Return the amount used in the last minute, plus the debt."""
         while self._seconds and self._seconds[0][0] < math.floor(now) - MINUTE_S:
             second, gone = self._seconds.popleft()
             owed = min(self._debt, gone)
@@ -106,11 +106,11 @@ class Window:
         return self._total + self._debt
 
     def frees_at(self, amount: int, now: float) -> float:
-        """Return when so much will have gone from it, or all, whichever is first."""
+        """Return when this amount, or everything if that is less, will have left the minute."""
         amount = min(amount, self.used(now))
         if not self._total:
             return now
-        # A debt of a whole minute and more has the minute come again, as it is.
+        # A debt of a whole minute or more repeats the minute unchanged.
         again = min(max(amount - 1, 0), self._debt) // self._total
         amount, debt = amount - again * self._total, self._debt - again * self._total
         seconds = deque((second, used) for second, used in self._seconds)
@@ -127,19 +127,19 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What an ingress says of one limit.
+    """The report and request of an ingress for one limit.
 
     Attributes:
-        ingress: its name, never used again after a restart.
+        ingress: the name of the ingress; a restarted ingress gets another one.
         number: counts the asks of this ingress for this limit.
-        sent_at: when it was sent, by the ingress's own clock; only handed back.
-        limit: the limit, as the key has it now.
-        used: how much it has taken in its whole life.
-        returned: how much of that it has not needed after all.
-        held: how much it may still use.
-        wanted: how much more it would like to be given.
-        least: less than this is of no use to it.
-        overdrawn: how much of ``used`` was more than had been expected.
+        sent_at: when it was sent, by the ingress's own clock; only returned in the answer.
+        limit: the key's current limit.
+        used: the total amount taken since the allowance was created.
+        returned: the part of ``used`` that was not needed after all.
+        held: the amount that it may still use.
+        wanted: the additional amount that it requests.
+        least: the smallest useful additional amount.
+        overdrawn: the part of ``used`` beyond what had been expected.
         heard_used: ``used`` in the newest ask that was answered.
         heard_overdrawn: ``overdrawn`` in that ask.
     """
@@ -160,15 +160,15 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the book answers.
+    """The book's answer to an ask.
 
     Attributes:
         answers: the number of the ask.
         sent_at: the ask's ``sent_at``.
-        added: how much more the ingress may use.
-        remaining: how much of the limit is neither used nor held by others.
-        frees_in_s: in how many seconds more comes free.
-        reset_in_s: in how many seconds all of it is free, if nothing more is used.
+        added: the additional amount that the ingress may use.
+        remaining: the part of the limit that is neither used nor held by others.
+        frees_in_s: in how many seconds more becomes free.
+        reset_in_s: in how many seconds the whole limit is free, if nothing more is used.
         ingresses: how many ingresses use the limit.
     """
 
@@ -193,16 +193,16 @@ class _Holding:
 
 
 class LimitBook:
-    """One limit, as it is shared out."""
+    """One limit, shared out among the ingresses."""
 
     def __init__(self) -> None:
         self._window = Window()
         self._holdings: dict[str, _Holding] = {}
 
     def answer(self, ask: Ask, now: float) -> Given:
-        """Take in what an ingress says, and give it a share of what is free."""
+        """Record the report of an ingress, and give it an allowance from the free amount."""
         self._note_silent(now)
-        newest = self._hear(ask, now)
+        newest = self._record(ask, now)
         held = sum(holding.held for holding in self._holdings.values())
         free = ask.limit - self._window.used(now) - held
         speaking = sum(not holding.silent for holding in self._holdings.values())
@@ -222,15 +222,15 @@ class LimitBook:
         )
 
     def is_idle(self, now: float) -> bool:
-        """Whether nobody uses it, so that it can be forgotten."""
+        """Return whether no ingress uses the limit, so that it can be dropped."""
         self._note_silent(now)
         everyone_silent = all(holding.silent for holding in self._holdings.values())
         return everyone_silent and self._window.used(now) == 0
 
-    def _hear(self, ask: Ask, now: float) -> bool:
-        """Take in what an ask says, and return whether it is the newest of its ingress."""
-        # What one that is new here has used came from a book that is lost, or was forgotten; but
-        # what no book has heard of counts now.
+    def _record(self, ask: Ask, now: float) -> bool:
+        """Record the figures of an ask; return whether it is the newest of its ingress."""
+        # The usage of an ingress that is new here was counted by a lost book, or was dropped. Only
+        # usage that was never reported counts now.
         unknown = _Holding(
             used=ask.heard_used, returned=ask.returned, overdrawn=ask.heard_overdrawn
         )
@@ -238,7 +238,8 @@ class LimitBook:
         if ask.number <= holding.number:
             return False
         holding.number = ask.number
-        # Apart, since what is taken now stays for a minute, whatever is returned of older.
+        # Added and subtracted separately: the amount taken now stays for a minute, even if older
+        # amounts are returned.
         overdrawn = ask.overdrawn - holding.overdrawn
         self._window.add(ask.used - holding.used - overdrawn, now)
         self._window.overdraw(overdrawn, now, ask.limit)
@@ -251,12 +252,12 @@ class LimitBook:
     def _note_silent(self, now: float) -> None:
         for holding in self._holdings.values():
             if not holding.silent and now - holding.heard_at > _SILENCE_S:
-                # It may have used it before its lease ended. Should it speak again, its own
-                # figures put this right.
+                # The ingress may have used it before its lease expired. If it reports again, its
+                # own figures correct this.
                 self._window.add(holding.held, now)
                 holding.used += holding.held
                 holding.held, holding.silent = 0, True
-        # What it used counts no more, nor what it held.
+        # Neither their used nor their held amounts count any more.
         gone = [name for name, one in self._holdings.items() if now - one.heard_at > _GONE_S]
         for name in gone:
             del self._holdings[name]
@@ -264,7 +265,7 @@ class LimitBook:
 
 @dataclass(frozen=True, slots=True)
 class LimitState:
-    """How a key stands with one of its limits, for the headers of an answer."""
+    """The state of one limit of a key, for the headers of an answer."""
 
     limit: int
     remaining: int
@@ -273,13 +274,14 @@ class LimitState:
 
 
 class Allowance:
-    """What one ingress may still use of one limit, which may be changed at any time."""
+    """The amount that one ingress may still use of one limit. The limit may change at any time."""
 
     def __init__(self, ingress: str, limit: int) -> None:
         self.limit = limit
         self._ingress = ingress
         self._used = self._returned = self._held = self._number = 0
-        # More than was expected: of ``_used``, and of that at the last ask and the last answer.
+        # The amount beyond the expected one in ``_used``; and both figures at the last ask and at
+        # the last answered ask.
         self._overdrawn = 0
         self._asked = self._heard = (0, 0)
         self._until = self._asked_at = self._given_at = -math.inf
@@ -293,25 +295,25 @@ class Allowance:
         self.ingresses = 1
 
     def take_alone(self, amount: int, now: float) -> bool:
-        """Take an amount of this ingress's own part of the limit, while the book is away."""
+        """Take an amount from this ingress's own part of the limit, while the book is away."""
         part = self._part
         amount, used = min(amount, self.limit), self._own.used(now)
         if used + min(amount, part) > part:
             return False
-        # As in `put_right`: it may fall below zero, and is made up for when the book is back.
+        # As in `put_right`: it may fall below zero, which is corrected when the book is back.
         self._held -= amount
         self._count(amount, now)
         return True
 
     def take(self, amount: int, now: float) -> bool:
-        """Take an amount if it is there; if it is not, ``asks_at`` says when to ask for it.
+        """Take an amount if it is available. Otherwise ``asks_at`` returns when to ask for it.
 
-        A request that needs more than the whole limit gets by when all of it is there.
+        A request that needs more than the whole limit is admitted when the whole limit is free.
         """
         amount = min(amount, self.limit)
         if now >= self._until or self._held < amount:
             if not self.is_refused(amount, now):
-                # One of them at least must get by with the answer; all should.
+                # The answer must suffice for at least one of the requests, and should for all.
                 self._missed = min(self._missed or amount, amount)
                 self._missed_together += amount
             return False
@@ -326,7 +328,7 @@ class Allowance:
     def _count(self, amount: int, now: float) -> None:
         self._used += amount
         self._own.add(amount, now)
-        # What is refused is not counted: nothing is to be held for it.
+        # Refused amounts do not count, because nothing should be held for them.
         self._taken += amount
 
     def untake(self, amount: int) -> None:
@@ -337,15 +339,15 @@ class Allowance:
         self._held += amount
 
     def put_right(self, difference: int, age_s: float, now: float) -> None:
-        """Correct what was taken ``age_s`` ago, by what was used more, or less.
+        """Correct an amount that was taken ``age_s`` ago by the difference to the real usage.
 
-        What has left the last minute, or may have, is not given back.
+        An amount that has left the last minute, or may have, is not given back.
         """
         if difference < 0 and age_s > MINUTE_S - LEASE_S:
             return
         more = max(difference, 0)
         if self.alone:
-            # Its own part pays for it here; the book counts it for a minute.
+            # It is charged to the ingress's own part here; the book counts it for a minute.
             self._own.overdraw(more, now, self._part)
         else:
             self._own.add(more, now)
@@ -356,23 +358,23 @@ class Allowance:
         self._held -= difference
 
     def asks_at(self) -> float:
-        """Return when the next ask is due; infinity if there is nothing to say."""
+        """Return when the next ask is due; infinity if there is nothing to report."""
         if self._given.answers != self._number:
-            # A new ask would make the answer to this one worthless.
+            # A new ask would invalidate the answer to this one.
             return self._asked_at + _PATIENCE_S
         if self._missed or self._held > 2 * self._needed:
-            # What was given for one that then found too little is missing elsewhere.
+            # An amount that was given for a request and is not used is missing elsewhere.
             return self._asked_at + _URGENT_S
         said_all = self._net == self._net_before and self._held <= 0
         return math.inf if said_all else self._asked_at + RENEWAL_S
 
     def ask(self, now: float) -> Ask:
-        """Return what to send now, and give up what is more than needed."""
+        """Return the ask to send now, and give up the amount that is not needed."""
         if now >= self._until:
             self._held = 0
         self._measure(now)
         self._needed = math.ceil(self._rate * _AHEAD_S)
-        # What was used beyond the allowance is reported as used, and so made up for.
+        # Usage beyond the allowance is reported as used, and is corrected by that.
         self._held = max(0, min(self._held, self._needed))
         self._number += 1
         self._asked_at, self._net_before = now, self._net
@@ -386,7 +388,7 @@ class Allowance:
         )  # fmt: skip
 
     def receive(self, given: Given, now: float) -> None:
-        """Take what was given, unless it comes too late or again."""
+        """Apply an answer, unless it is late or repeated."""
         if given.answers != self._number or given.answers == self._given.answers:
             return
         self._held += given.added
@@ -395,17 +397,20 @@ class Allowance:
         self._heard = self._asked
 
     def is_idle(self, now: float) -> bool:
-        """Whether it can be forgotten: nothing of it counts, here or where it has been heard of."""
+        """Return whether it can be dropped: nothing of it counts here or in the book."""
         nothing_to_say = self.asks_at() == math.inf
         return nothing_to_say and now - self._asked_at > _GONE_S and not self._own.used(now)
 
     def is_refused(self, amount: int, now: float) -> bool:
-        """Whether the book has said just now that so much, the limit at most, is not left."""
+        """Return whether the book has just reported that less than ``amount`` is left.
+
+        ``amount`` is at most the limit.
+        """
         just_said = now < self._given_at + RENEWAL_S
         return just_said and amount > self.standing(now).remaining
 
     def standing(self, now: float) -> LimitState:
-        """Return what the headers of an answer say."""
+        """Return the state of the limit, for the headers of an answer."""
         given, elapsed = self._given, now - self._given_at
         if self.alone:
             part = self._part
@@ -436,7 +441,7 @@ class Allowance:
             rate = self._taken / elapsed
             self._rate += (1 - math.exp(-elapsed / _RATE_MEMORY_S)) * (rate - self._rate)
             if self._rate < _LEAST_RATE:
-                # Not worth holding anything for, and then nothing is left to say.
+                # Too low to hold anything for. Then nothing is left to report.
                 self._rate = 0.0
         self._taken = 0
 
@@ -444,7 +449,7 @@ class Allowance:
 def rate_limit_headers(
     requests: LimitState | None, tokens: LimitState | None
 ) -> list[tuple[str, str]]:
-    """Return OpenAI's ``x-ratelimit-*`` headers, for those limits that the key has."""
+    """Return OpenAI's ``x-ratelimit-*`` headers for the limits that the key has."""
     headers = []
     for name, standing in (("requests", requests), ("tokens", tokens)):
         if standing is not None:
@@ -457,7 +462,7 @@ def rate_limit_headers(
 
 
 def duration(seconds: float) -> str:
-    """Return a time as OpenAI's headers write it: ``17ms``, ``1.5s``, ``6m0s``."""
+    """Return a time in the format of OpenAI's headers: ``17ms``, ``1.5s``, ``6m0s``."""
     milliseconds = math.ceil(max(seconds, 0.0) * 1000)
     if milliseconds < 1000:
         return f"{milliseconds}ms"
@@ -467,5 +472,5 @@ def duration(seconds: float) -> str:
 
 
 def split_limit(limit: int, ingresses: int) -> int:
-    """Return an ingress's part of a limit while there is no book to ask."""
+    """Return one ingress's part of a limit, used while the book is away."""
     return max(1, limit // max(ingresses, 1))
