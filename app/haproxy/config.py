@@ -1,15 +1,15 @@
-"""Adds to the configuration that Ray Serve writes for HAProxy what Serve has no settings for.
+"""Adds to Ray Serve's HAProxy configuration what Serve has no settings for.
 
 Standard library only, because ``scripts/haproxy`` runs it alone at every start and reload:
 
     python3 -I -S haproxy_config.py BINARY FILE
 
-It adds a deadline for request heads, room for large heads, bounds of connections, and errors in
-OpenAI's shape. A configuration that does not look as Serve 2.60 writes it, or that HAProxy would
-not accept afterwards, stays as it is; the reason is on stderr and in ``keeper.log``.
+It adds a timeout for request heads, room for large heads, limits of connections, and errors in
+OpenAI's format. A configuration that differs from what Serve 2.60 writes, or that HAProxy would
+reject afterwards, stays unchanged; the reason is on stderr and in ``keeper.log``.
 
-HAProxy 2.8 answers two kinds of requests with HTML before it reads any rule: those that are not
-valid HTTP, or whose head exceeds its buffer (400), and those whose head never ends (408).
+HAProxy 2.8 answers two kinds of requests with HTML before it evaluates any rule: requests that are
+not valid HTTP or whose head exceeds its buffer (400), and requests whose head never ends (408).
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from pathlib import Path
 
 MARK = "# Completed by Frontline (app/haproxy/config.py)."
 HEAD_BYTES = 32 * 1024
-"""Longest request head that is passed on: four times nginx's usual buffer, for large cookies and
+"""Longest request head that is forwarded: four times nginx's default buffer, for large cookies and
 tokens. The OpenAI SDKs send less than 1 KiB."""
 MAX_HEADERS = 200
-"""Most headers that are passed on: twice what other proxies allow."""
+"""Most headers that are forwarded: twice what other proxies allow."""
 BAD_SETTING = 78
-"""Exit status where an environment variable has a bad value: HAProxy must not start then."""
+"""Exit status if an environment variable has a bad value: HAProxy must not start then."""
 _PARSED_HEADERS = 4096
-"""Headers that HAProxy reads at all: far more than it passes on, so that a rule can refuse them."""
+"""Headers that HAProxy parses: far more than it forwards, so that a rule can reject the request."""
 _OTHER_DESCRIPTORS = 200
-"""Listeners, event loops, logs, and what a reload inherits for a moment."""
+"""Open files for listeners, event loops, logs, and what a reload inherits for a moment."""
 _LEAST_CONNECTIONS = 100
 _UNLIMITED = 1 << 30
 
-# Serve's replica decodes these outside our application, as UTF-8. Where that fails it answers 500.
+# Serve's replica decodes these as UTF-8 outside our application, and answers 500 if that fails.
 _DECODED = ("x-request-id", "traceparent", "tracestate")
-# Serve obeys these: a client could end its request in plain text, or let it run on after leaving.
+# Serve obeys these headers: a client could get a timeout error in plain text, or keep its request
+# running after it disconnects.
 _OBEYED = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
-# Serve decodes these too and takes either separator. Frontline has no use for them.
+# Serve decodes these too and accepts either separator. Frontline does not use them.
 _UNUSED = "^(x[-_]session[-_]id|serve[-_]multiplexed[-_]model[-_]id)$"
 
 
 class UnknownConfig(Exception):
-    """The configuration is not one that Serve 2.60 writes; the message says what is missing."""
+    """The configuration is not one that Serve 2.60 writes; the message names what is missing."""
 
 
 class BadSetting(Exception):
@@ -58,11 +59,11 @@ class BadSetting(Exception):
 
 @dataclass(frozen=True)
 class ProxyBounds:
-    """What HAProxy may hold, from the environment.
+    """The limits of HAProxy, from the environment.
 
     Attributes:
-        head_timeout_s: how long a client may take to send a request's head.
-        client_connections: connections of one address at once; 0 for no bound.
+        head_timeout_s: how long a client may take to send a request's head, in seconds.
+        client_connections: concurrent connections of one address; 0 for no limit.
         trusted_proxies: networks whose ``X-Forwarded-For`` names the client.
         descriptors: how many files HAProxy may have open.
     """
@@ -74,10 +75,10 @@ class ProxyBounds:
 
     @classmethod
     def read(cls, environ: Mapping[str, str], descriptors: int) -> ProxyBounds:
-        """Return the bounds that environment variables set.
+        """Return the limits that environment variables set.
 
         Raises:
-            BadSetting: one of them has a bad value.
+            BadSetting: a variable has a bad value.
         """
         return cls(
             head_timeout_s=_number(environ, "FRONTLINE_HEAD_TIMEOUT_S", cls.head_timeout_s, 1),
@@ -105,28 +106,27 @@ def _networks(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
 
 
 def connections_for(requests: int) -> int:
-    """Return the ``maxconn`` for so many requests at once, with room to refuse further ones."""
+    """Return the ``maxconn`` for this many concurrent requests, with room to refuse others."""
     return requests + requests // 9 + _LEAST_CONNECTIONS
 
 
 def served_of(connections: int) -> int:
-    """Return how many connections are served before further ones get 429."""
+    """Return how many connections are served; requests on further ones get 429."""
     return connections - max(connections // 10, _LEAST_CONNECTIONS // 2)
 
 
 def descriptors_for(connections: int, servers: int) -> int:
-    """Return how many open files a ``maxconn`` takes: two a connection, one is to an ingress."""
+    """Return how many open files a ``maxconn`` needs: two per connection, one to an ingress."""
     return 2 * connections + 2 * servers + _OTHER_DESCRIPTORS
 
 
 def complete(text: str, bounds: ProxyBounds) -> tuple[str, list[str]]:
-    """Return a configuration of Serve's with what it lacks, and warnings for the operator.
+    """Return Serve's configuration with the additions, and warnings for the operator.
 
-    One that is complete already is returned as it is.
+    A configuration that already has them is returned unchanged.
 
     Raises:
-        UnknownConfig: it is not one that Serve 2.60 writes, or so few open files are allowed that
-            it cannot work.
+        UnknownConfig: it is not one that Serve 2.60 writes, or too few open files are allowed.
     """
     if text.startswith(MARK):
         return text, []
@@ -134,7 +134,7 @@ def complete(text: str, bounds: ProxyBounds) -> tuple[str, list[str]]:
     connections, warnings = _connections(config, bounds)
     config.replace("global", r"maxconn \d+", [
         f"    maxconn {connections}",
-        # HAProxy counts a pipe for every fourth connection otherwise, though splice() is off (-dS).
+        # Otherwise HAProxy counts a pipe for every fourth connection, though splice() is off (-dS).
         "    maxpipes 1",
         f"    tune.http.maxhdr {_PARSED_HEADERS}",
     ])  # fmt: skip
@@ -143,12 +143,13 @@ def complete(text: str, bounds: ProxyBounds) -> tuple[str, list[str]]:
     config.replace("defaults", r"errorfile 504 \S+", _own_errors())
     bind = config.line(FRONTEND, _BIND)
     config.replace(FRONTEND, _BIND, [
-        # One connection of HTTP/2 carries a hundred requests, which no bound here would count.
+        # One HTTP/2 connection carries a hundred requests, which no limit here would count.
         f"{bind} proto h1",
-        # Metrics and statistics take connections out of the same number.
+        # Metrics and statistics use connections of the same total.
         f"    maxconn {connections - _LEAST_CONNECTIONS // 10}",
         f"    timeout http-request {bounds.head_timeout_s}s",
-        # A connection without a single byte is closed without an answer: an SDK's pool makes such.
+        # A connection without a single byte is closed without an answer: the connection pools of
+        # SDKs open such connections.
         "    option http-ignore-probes",
         *_client_table(bounds),
     ])  # fmt: skip
@@ -167,7 +168,7 @@ _NOWHERE = r"http-request return status 404 .*"
 
 
 def _answer_without_routes(config: _Config) -> None:
-    """Answer 503, which clients retry, instead of 404 while Serve has not told its routes."""
+    """Answer 503, which clients retry, instead of 404 while Serve has not set its routes."""
     if config.has_routes:
         ours = _return("503", _NOT_READY, "if { var(txn.frontline) -m found }")
         lines = [f"    {ours}", config.line("backend default_backend", _NOWHERE)]
@@ -204,17 +205,17 @@ class _Config:
         return found[0]
 
     def line(self, section: str, pattern: str) -> str:
-        """Return the one line of a section that matches."""
+        """Return the only line of a section that matches."""
         place = self._find(section, pattern)
         return self._sections[section][place]
 
     def replace(self, section: str, pattern: str, lines: Sequence[str]) -> None:
-        """Put lines in the place of the one that matches."""
+        """Replace the only line that matches by other lines."""
         place = self._find(section, pattern)
         self._sections[section][place : place + 1] = lines
 
     def insert_before_routes(self, lines: Sequence[str]) -> None:
-        """Put lines where Serve has set its metrics' variables, and no route is chosen yet."""
+        """Insert lines after Serve sets the variables of its metrics, before it chooses a route."""
         last = self._find(FRONTEND, r"default_backend default_backend")
         frontend = self._sections[FRONTEND]
         place = next(n for n in range(last + 1) if _ROUTE.match(frontend[n]) or n == last)
@@ -222,7 +223,7 @@ class _Config:
 
     @property
     def has_routes(self) -> bool:
-        """Whether requests are passed on to any application."""
+        """Whether requests are forwarded to any application."""
         return any(_ROUTE.match(line) for line in self._sections[FRONTEND])
 
     @property
@@ -240,7 +241,7 @@ _ROUTE = re.compile(r"\s*use_backend ")
 
 
 def _connections(config: _Config, bounds: ProxyBounds) -> tuple[int, list[str]]:
-    """Return how many connections there may be: as many as Serve says, if open files last."""
+    """Return the limit of connections (Serve's, if enough files may be open) and warnings."""
     wanted = int(config.line("global", r"maxconn \d+").split()[1])
     needed = descriptors_for(wanted, config.servers)
     if needed <= bounds.descriptors:
@@ -256,7 +257,7 @@ def _connections(config: _Config, bounds: ProxyBounds) -> tuple[int, list[str]]:
 
 def _error(message: str, *, code: str, type: str = "server_error") -> str:
     error = {"message": message, "type": type, "param": None, "code": code}
-    # HAProxy has no way to write an apostrophe inside single quotes.
+    # HAProxy cannot escape an apostrophe inside single quotes.
     return json.dumps({"error": error}).replace("'", r"\u0027")
 
 
@@ -274,7 +275,7 @@ _ERRORS = {
     "503": _NOT_READY,
     "504": _FAILED,
 }
-"""What HAProxy answers by itself, and what Serve's replica does around our application."""
+"""The errors of HAProxy itself, and of Serve's replica around our application."""
 
 
 def _answer(status: str, body: str) -> str:
@@ -301,7 +302,7 @@ def _own_errors() -> list[str]:
 def _client_table(bounds: ProxyBounds) -> list[str]:
     if not bounds.client_connections:
         return []
-    # Of IPv6 a network of 64 bits is one client.
+    # For IPv6 a /64 network counts as one client.
     rules = ["stick-table type ipv6 size 100k expire 60s store conn_cur"]
     unless = ""
     if bounds.trusted_proxies:
@@ -309,7 +310,7 @@ def _client_table(bounds: ProxyBounds) -> list[str]:
         forwarded = "req.hdr_ip(x-forwarded-for,-1),ipmask(32,64)"
         unless = " if !from_proxy"
         rules.append(f"http-request track-sc0 {forwarded} if from_proxy")
-    # What is over the bound gets an answer by a rule; this is for heads that never end.
+    # A rule answers requests over the limit. This rejects connections whose heads never end.
     most = bounds.client_connections + bounds.client_connections // 4 + 4
     return _rules([
         rules[0],
@@ -335,7 +336,7 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
     )
     return [
         "http-request set-var(txn.frontline) str(1) if { path_beg /v1/ } or { path /v1 /health }",
-        # Of what is over, some connections get an answer, and are closed to make room.
+        # Connections over the limit get an answer and are closed, as far as there is room for them.
         _return("429", full, f"if {{ fe_conn gt {served} }}", close=True),
         *_client_rules(bounds),
         _return("414", too_long, f"if {{ url_len gt {head_bytes // 2} }}"),
@@ -346,13 +347,13 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
         *(f"http-request del-header {name}" for name in _OBEYED),
         *_decoded_rules(),
         f"http-request del-header {_UNUSED} -m reg",
-        # An upgrade, to WebSocket say, would be answered past our application.
+        # An upgrade, for example to WebSocket, would be answered without our application.
         "http-request del-header upgrade if { var(txn.frontline) -m found }",
     ]  # fmt: skip
 
 
 def _decoded_rules() -> list[str]:
-    """Leave out headers that Serve decodes, unless each is one value of printable ASCII."""
+    """Remove headers that Serve decodes, unless each has one value of printable ASCII."""
     rules = []
     for name in _DECODED:
         value = f"req.fhdr({name})"
@@ -375,9 +376,9 @@ def _client_rules(bounds: ProxyBounds) -> list[str]:
 
 
 def _response_rules() -> list[str]:
-    """Turn into JSON what Serve's replica, or its HTTP server, answers around our application.
+    """Convert errors of Serve's replica, or of its HTTP server, to JSON.
 
-    Our application answers no error in plain text.
+    They are recognised by their plain text: our application answers no error in plain text.
     """
     plain = "{ var(txn.frontline) -m found } { res.hdr(content-type) -m beg text/plain }"
     return [
@@ -397,12 +398,12 @@ def _log(folder: Path, message: str) -> None:
 
 
 def _accepted(binary: str, path: Path) -> bool:
-    """Return whether HAProxy would start with a configuration."""
+    """Return whether HAProxy would start with this configuration."""
     return os.spawnv(os.P_WAIT, binary, [binary, "-dS", "-c", "-f", str(path)]) == 0
 
 
 def main(binary: str, path: Path) -> None:
-    """Complete a file in place, or log why it stays as it is.
+    """Complete a file in place, or log why it stays unchanged.
 
     Raises:
         BadSetting: an environment variable has a bad value.

@@ -1,25 +1,25 @@
-"""Starts HAProxy for Ray Serve, and keeps the port answered while Serve replaces it.
+"""Starts HAProxy for Ray Serve, and keeps the port served while Serve replaces HAProxy.
 
 Linux only. Standard library only, because it runs alone, called by ``scripts/haproxy``:
 
     python3 -I -S haproxy_keeper.py BINARY ARGUMENTS...
 
-Serve notices that HAProxy, or the actor that manages it, has died when it has failed three health
-checks. It then starts a new actor and a new HAProxy, whose first configuration has no routes.
-Until then every request would be refused or get a 404. Three things close that gap:
+If HAProxy or the actor that manages it dies, Serve notices after three failed health checks. It
+then starts a new actor and a new HAProxy, whose first configuration has no routes. Until then every
+request would be refused or get a 404. Three mechanisms close that gap:
 
-- **A watcher**, a detached process of its own for each HAProxy. Where HAProxy ends without a
-  successor, the watcher starts a stand-in with the same configuration at once. The stand-in has an
-  admin socket of its own, so Serve's health checks go on failing and Serve still replaces it. It
-  ends when it has been replaced, with Ray's node process (raylet), or once none of the ingresses in
-  its configuration can be reached.
-- **Takeover**: the next HAProxy receives the listening sockets of the process that serves (``-x``)
-  and tells it to finish (``-sf``), as with Serve's own reloads. No connection is refused.
-- **Routes**: an HAProxy that Serve starts without routes gets those of its predecessor on the same
-  node. Without a predecessor it answers 503, which clients retry (``app/haproxy/config.py``).
+- **A watcher**: a detached process for each HAProxy. If HAProxy ends without a successor, the
+  watcher immediately starts a stand-in with the same configuration. The stand-in has its own admin
+  socket, so Serve's health checks keep failing and Serve still replaces it. The stand-in ends when
+  it has been replaced, when Ray's node process (raylet) ends, or once no ingress in its
+  configuration can be reached.
+- **Takeover**: the next HAProxy receives the listening sockets of the serving process (``-x``) and
+  signals it to finish (``-sf``), as in Serve's own reloads. No connection is refused.
+- **Routes**: an HAProxy that Serve starts without routes gets the routes of its predecessor on the
+  same node. Without a predecessor it answers 503, which clients retry (``app/haproxy/config.py``).
 
-Files are in HAProxy's own folder, one for each node: ``serving`` (which process serves, and its
-admin socket), ``kept.cfg`` (the last configuration that was proved good), ``keeper.log``.
+The files are in HAProxy's own folder, one per node: ``serving`` (the serving process and its admin
+socket), ``kept.cfg`` (the last configuration that was proven to work), ``keeper.log``.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ READY_S = 60.0
 """How long HAProxy may take to answer its admin socket; Serve itself gives up after 30 s."""
 READY_POLL_S = 0.05
 IDLE_POLL_S = 5.0
-"""How often a watcher looks whether its HAProxy has been replaced by a reload. Only its own end
+"""How often a watcher checks whether a reload has replaced its HAProxy. Only the watcher's own end
 waits for that."""
 ANSWER_S = 5.0
-"""How long the process that serves may take to answer its successor, which kills it otherwise. A
-healthy one takes milliseconds."""
+"""How long the serving process may take to answer its successor, which otherwise kills it. A
+healthy process takes milliseconds."""
 STAND_IN_POLL_S = 0.5
 UNREACHABLE_S = 5.0
 """A stand-in ends when no ingress has accepted a connection for this long: Serve was shut down."""
@@ -59,17 +59,17 @@ _SERVER = re.compile(r"^\s*server \S+ (\S+):(\d+)(.*)$", re.MULTILINE)
 
 
 def has_routes(config: str) -> bool:
-    """Return whether a configuration passes any request on to an application."""
+    """Return whether a configuration forwards requests to any application."""
     return _USES_BACKEND.search(config) is not None
 
 
 def keepable(config: str) -> bool:
-    """Return whether a stand-in may use it: it has routes, and the node is not being drained."""
+    """Return whether a stand-in may use a configuration: it has routes and is not draining."""
     return has_routes(config) and _DRAINING not in config
 
 
 def same_ports(one: str, other: str) -> bool:
-    """Return whether two configurations listen at the same addresses."""
+    """Return whether two configurations listen on the same addresses."""
     return _BIND.findall(one) == _BIND.findall(other)
 
 
@@ -85,13 +85,13 @@ def with_admin_socket(config: str, path: str) -> str:
 
 
 def ingresses(config: str) -> set[tuple[str, int]]:
-    """Return the addresses of the servers that requests go to; Serve's fallback is not one."""
+    """Return the addresses of the servers that get requests, without Serve's fallback server."""
     servers = (found.groups() for found in _SERVER.finditer(config))
     return {(host, int(port)) for host, port, rest in servers if " backup" not in rest}
 
 
 def first_configuration(config: str, kept: str | None) -> str:
-    """Return what an HAProxy starts with that replaces none: the kept routes if it has none."""
+    """Return the configuration for an HAProxy that replaces none; kept routes if it has none."""
     if kept is not None and not has_routes(config) and same_ports(config, kept):
         return with_admin_socket(kept, admin_socket(config))
     return config
@@ -106,14 +106,14 @@ class Serving(NamedTuple):
 
 
 def takeover(arguments: Sequence[str], serving: Serving | None) -> list[str]:
-    """Return arguments that take the listening sockets over from the process that serves."""
+    """Return arguments that take over the listening sockets of the serving process."""
     if serving is None or str(serving.pid) in arguments:
         return list(arguments)
     kept = list(arguments)
     if "-x" in kept:
         at = kept.index("-x")
         del kept[at : at + 2]
-    # The numbers after -sf may be many, so it comes last.
+    # -sf comes last, because any number of pids may follow it.
     return [*kept, "-x", serving.admin_socket, "-sf", str(serving.pid)]
 
 
@@ -127,7 +127,7 @@ class Folder:
 
     @property
     def serving(self) -> Serving | None:
-        """The process that was last known to serve, if it still runs."""
+        """The last known serving process, if it still runs."""
         try:
             pid, start, path = (self._path / "serving").read_text().split(maxsplit=2)
             found = Serving(int(pid), int(start), path)
@@ -136,11 +136,11 @@ class Folder:
         return found if start_time(found.pid) == found.start else None
 
     def claim(self, serving: Serving) -> None:
-        """Note that this process serves now."""
+        """Record that this process serves now."""
         self._write("serving", f"{serving.pid} {serving.start} {serving.admin_socket}")
 
     def is_serving(self, pid: int) -> bool:
-        """Whether nobody has claimed to serve since this process did; it may have ended."""
+        """Return whether this process was the last to claim to serve. It may have ended."""
         try:
             return (self._path / "serving").read_text().split()[0] == str(pid)
         except (OSError, IndexError):
@@ -155,11 +155,11 @@ class Folder:
             return None
 
     def stage(self, pid: int, config: str) -> None:
-        """Put a configuration aside until it has proved good."""
+        """Store a configuration until it is proven to work."""
         self._write(f"staged.{pid}", config)
 
     def keep_staged(self, pid: int) -> None:
-        """Keep the configuration of a process that has started with it."""
+        """Keep the configuration of a process that has started with it, if it is keepable."""
         staged = self._path / f"staged.{pid}"
         if keepable(staged.read_text()):
             staged.rename(self._path / "kept.cfg")
@@ -168,7 +168,7 @@ class Folder:
             (self._path / "kept.cfg").unlink(missing_ok=True)
 
     def drop_staged(self, pid: int) -> None:
-        """Forget the configuration of a process that did not start."""
+        """Delete the stored configuration of a process that did not start."""
         (self._path / f"staged.{pid}").unlink(missing_ok=True)
 
     def log(self, message: str) -> None:
@@ -204,7 +204,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def answering_pid(path: str) -> int:
-    """Return which HAProxy answers an admin socket; 0 if none does."""
+    """Return the pid of the HAProxy that answers on an admin socket; 0 if none does."""
     try:
         with socket.socket(socket.AF_UNIX) as admin:
             admin.settimeout(1.0)
@@ -218,7 +218,7 @@ def answering_pid(path: str) -> int:
 
 
 def reachable(addresses: set[tuple[str, int]]) -> bool:
-    """Return whether any of these accepts a connection."""
+    """Return whether any of these addresses accepts a connection."""
     for address in addresses:
         with suppress(OSError), socket.create_connection(address, timeout=1.0):
             return True
@@ -226,7 +226,7 @@ def reachable(addresses: set[tuple[str, int]]) -> bool:
 
 
 def start(binary: str, arguments: Sequence[str]) -> None:
-    """Become HAProxy, after a watcher has been started for it."""
+    """Start a watcher, and then become HAProxy."""
     if "-f" not in arguments:
         os.execv(binary, [binary, *arguments])
     path = Path(arguments[arguments.index("-f") + 1])
@@ -244,9 +244,9 @@ def start(binary: str, arguments: Sequence[str]) -> None:
 
 
 def predecessor(folder: Folder, arguments: Sequence[str]) -> Serving | None:
-    """Return the process that serves, to take its sockets over; one that does not answer is killed.
+    """Return the serving process, to take over its sockets. One that does not answer is killed.
 
-    HAProxy does not start where it is told to take sockets over and gets none.
+    HAProxy does not start if it should take over sockets and receives none.
     """
     serving = folder.serving
     if serving is None or str(serving.pid) in arguments:
@@ -259,7 +259,7 @@ def predecessor(folder: Folder, arguments: Sequence[str]) -> Serving | None:
     folder.log(
         f"HAProxy {serving.pid} does not answer; it is killed, and replaced by {os.getpid()}"
     )
-    # First, so that its watcher does not start another in its place.
+    # Claim before the kill, so that its watcher does not start a stand-in.
     folder.claim(Serving(os.getpid(), start_time(os.getpid()), ""))
     with suppress(ProcessLookupError):
         os.kill(serving.pid, signal.SIGKILL)
@@ -269,7 +269,7 @@ def predecessor(folder: Folder, arguments: Sequence[str]) -> Serving | None:
 def _start_watcher(
     folder: Path, raylet: int, admin: str, binary: str, arguments: Sequence[str]
 ) -> None:
-    """Start a process that is nobody's child: Ray kills an actor's children along with it."""
+    """Start the watcher as a detached process, because Ray kills an actor's children with it."""
     pid = os.getpid()
     words = [sys.executable, "-I", "-S", __file__, "--watch", str(folder)]
     words += [str(pid), str(raylet), admin, binary, *_common(arguments)]
@@ -284,7 +284,7 @@ def _start_watcher(
 
 
 def _common(arguments: Sequence[str]) -> Iterator[str]:
-    """Yield the arguments that a stand-in has too: no configuration, and nobody to replace."""
+    """Yield the arguments for a stand-in: all but the configuration and the replaced processes."""
     words = iter(arguments)
     for word in words:
         if word in ("-f", "-x"):
@@ -296,7 +296,7 @@ def _common(arguments: Sequence[str]) -> Iterator[str]:
 
 
 class Watcher:
-    """Looks after one HAProxy, and puts a stand-in in its place when it ends by itself."""
+    """Watches one HAProxy, and starts a stand-in if it ends without a successor."""
 
     def __init__(self, folder: Folder, pid: int, raylet: int, admin: str) -> None:
         self._folder = folder
@@ -307,7 +307,7 @@ class Watcher:
         self._raylet = os.pidfd_open(raylet)
 
     def run(self, command: Sequence[str]) -> None:
-        """Return once there is nothing more to look after."""
+        """Watch HAProxy, and any stand-in; return when neither has to be watched any more."""
         if not self._becomes_ready():
             self._folder.drop_staged(self._pid)
             return
@@ -326,7 +326,7 @@ class Watcher:
         return False
 
     def _ends_in_service(self) -> bool:
-        """Wait for the end of HAProxy; return whether it has left nobody in its place."""
+        """Wait for the end of HAProxy; return whether it has no successor and needs a stand-in."""
         while True:
             ended = _ended(IDLE_POLL_S, self._haproxy, self._raylet)
             if self._raylet in ended or not self._folder.is_serving(self._pid):
@@ -352,7 +352,7 @@ class Watcher:
                 return
 
     def _wait(self, child: int, servers: set[tuple[str, int]]) -> int:
-        """Wait for the stand-in's end, or end it; return its status, minus a signal."""
+        """Wait for the stand-in to end, or end it; return its exit status, or minus its signal."""
         process = os.pidfd_open(child)
         reached = time.monotonic()
         try:
@@ -374,7 +374,7 @@ class Watcher:
 
 
 def _ended(timeout_s: float, *processes: int) -> list[int]:
-    """Return which of these have ended, after waiting for one that does."""
+    """Wait until one of these processes ends, or for the timeout; return those that have ended."""
     poll = select.poll()
     for process in processes:
         poll.register(process, select.POLLIN)
@@ -382,7 +382,7 @@ def _ended(timeout_s: float, *processes: int) -> list[int]:
 
 
 def watch(folder: str, pid: str, raylet: str, admin: str, *command: str) -> None:
-    """The watcher's process. Whatever fails here is in the log: nobody reads its output."""
+    """Run the watcher's process. Errors go to the log, because its output is not read."""
     files = Folder(Path(folder))
     try:
         Watcher(files, int(pid), int(raylet), admin).run(command)
