@@ -1,1 +1,1 @@
-"""The ``frontline`` command: what runs in the operator's terminal."""
+"""The ``frontline`` command, for the operator's terminal."""

@@ -1,4 +1,4 @@
-"""``python -m app.cli``: the ``frontline`` command, where it is not installed."""
+"""``python -m app.cli``: the ``frontline`` command without an installation."""
 
 from app.cli.main import main
 

@@ -1,4 +1,4 @@
-"""The applications of a config file, built as Serve builds them."""
+"""Builds the applications of a config file as Serve does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def build_application(application: Mapping[str, Any]) -> Any:
 
 
 def builder(import_path: str) -> Callable[[dict[str, Any]], Any]:
-    """Return what an ``import_path`` names.
+    """Return the function that an ``import_path`` names.
 
     Raises:
         ImportError, AttributeError, ValueError: it names nothing.

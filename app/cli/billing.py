@@ -1,4 +1,4 @@
-"""The commands that work on the store: ``frontline keys``, ``usage`` and ``ledger``."""
+"""The commands that use the database: ``frontline keys``, ``usage`` and ``ledger``."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ Ledger = Annotated[
         "--ledger",
         envvar="FRONTLINE_LEDGER",
         show_default=DEFAULT_URL,
-        help="The database, as `ledger` in the ingress's user_config.",
+        help="The database, as in `ledger` of the ingress's user_config.",
     ),
 ]
 JournalFolder = Annotated[
-    str, typer.Option("--folder", help="`journal.folder` in the ingress's user_config.")
+    str, typer.Option("--folder", help="As `journal.folder` of the ingress's user_config.")
 ]
-JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, a line for each.")]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON, one line per entry.")]
 _JOURNALS = JournalSettings().folder
 _FILE_WIDTH = 240
 
 
 @contextmanager
 def _database(url: str) -> Iterator[Any]:
-    """Yield an engine for an up-to-date database; end the command with a word if there is none."""
+    """Yield an engine for an up-to-date database; print the error and exit if there is none."""
     from app.store.database import StoreAway, connect, migrate
     from app.store.database_url import resolve_url
 
@@ -80,24 +80,24 @@ def _fail(message: str) -> None:
 
 @keys.command("create")
 def create(
-    tenant: Annotated[str, typer.Option(help="Who pays, and sees the usage.")],
-    name: Annotated[str, typer.Option(help="What to call it.")] = "",
+    tenant: Annotated[str, typer.Option(help="The tenant that pays and sees the usage.")],
+    name: Annotated[str, typer.Option(help="A name for the key.")] = "",
     default_tier: Annotated[
-        Tier, typer.Option(help="The tier of requests that ask for none.")
+        Tier, typer.Option(help="The tier of requests that name none.")
     ] = Tier.DEFAULT,
     tiers: Annotated[
-        str, typer.Option(help="The tiers that it may use, separated by commas.")
+        str, typer.Option(help="The tiers that the key may use, separated by commas.")
     ] = ",".join(Tier),
     rpm: Annotated[int | None, typer.Option(min=1, help="Requests in any minute.")] = None,
     tpm: Annotated[int | None, typer.Option(min=1, help="Tokens in any minute.")] = None,
     priority_share: Annotated[
         str | None,
-        typer.Option(help="Part of its requests that may be priority, from 0 to 1."),
+        typer.Option(help="Share of its requests that may be priority, from 0 to 1."),
     ] = None,
     as_json: JsonOutput = False,
     url: Ledger = DEFAULT_URL,
 ) -> None:
-    """Make a key and print it, this once: what is stored cannot be made into a key again."""
+    """Create a key and print it. It is printed only once: the secret is not stored."""
     from app.tenants.key_store import KeyStore
 
     with _database(url) as engine:
@@ -120,7 +120,7 @@ def create(
 
 @keys.command("list")
 def list_keys(as_json: JsonOutput = False, url: Ledger = DEFAULT_URL) -> None:
-    """Show every key, without what is secret of it."""
+    """Show all keys, without their secrets."""
     from app.tenants.key_store import KeyStore
 
     with _database(url) as engine:
@@ -139,7 +139,7 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")],
     url: Ledger = DEFAULT_URL,
 ) -> None:
-    """Let a key work no more; ingresses know within a few seconds."""
+    """Revoke a key. Ingresses apply that within a few seconds."""
     from app.tenants.key_store import KeyStore
 
     with _database(url) as engine:
@@ -149,7 +149,7 @@ def revoke(
 
 
 class Format(StrEnum):
-    """How usage is printed."""
+    """The output formats of usage."""
 
     TABLE = "table"
     CSV = "csv"
@@ -161,26 +161,26 @@ class Format(StrEnum):
 
 def usage(
     by: Annotated[
-        str, typer.Option(help=f"What totals are split by, of {', '.join(Grouping)}.")
+        str, typer.Option(help=f"Groups of the totals: any of {', '.join(Grouping)}.")
     ] = "day,model,tier",
-    tenant: Annotated[str | None, typer.Option(help="Of this tenant.")] = None,
-    model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only this model.")] = None,
     since: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="From this day, in UTC.")
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The first day, in UTC.")
     ] = None,
     until: Annotated[
-        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Until before this day.")
+        datetime | None, typer.Option(formats=["%Y-%m-%d"], help="The day after the last.")
     ] = None,
     form: Annotated[
         Format,
-        typer.Option("--format", help="`csv` and `json` of totals, the others record by record."),
+        typer.Option("--format", help="`table`, `csv` and `json` show totals, others records."),
     ] = Format.TABLE,
     source: Annotated[
         str, typer.Option(help="`source` of CloudEvents; the same for every export.")
     ] = "frontline",
     url: Ledger = DEFAULT_URL,
 ) -> None:
-    """Show what was used and what it costs, to the last digit."""
+    """Show usage and its exact cost."""
     from app.ledger.record_store import RecordStore, Wanted
 
     with _database(url) as engine:
@@ -216,7 +216,7 @@ _OF_RECORDS: dict[Format, Callable[[Iterable[Any], str], None]] = {
 
 @ledger.command("migrate")
 def migrate_store(url: Ledger = DEFAULT_URL) -> None:
-    """Bring the tables up to date. Ingresses do that too, when they start."""
+    """Migrate the tables to the current version. Ingresses do that too, when they start."""
     with _database(url):
         typer.echo("the tables are up to date")
 
@@ -226,7 +226,10 @@ def adopt_journals(
     folder: JournalFolder = _JOURNALS,
     url: Ledger = DEFAULT_URL,
 ) -> None:
-    """Move what dead ingresses of this node left to the database. Living ones do that too."""
+    """Move the journals of this node's dead ingresses to the database.
+
+    Living ingresses do that too.
+    """
     from app.ledger.adoption import Adopter
     from app.ledger.record_store import RecordStore
 
@@ -245,13 +248,13 @@ def adopt_journals(
 @ledger.command("refused")
 def show_refused(
     retry: Annotated[
-        bool, typer.Option("--retry", help="Try to write them once more before.")
+        bool, typer.Option("--retry", help="First try to write them once more.")
     ] = False,
     folder: JournalFolder = _JOURNALS,
     as_json: JsonOutput = False,
     url: Ledger = DEFAULT_URL,
 ) -> None:
-    """Show the records that the database has refused for good, kept on this node."""
+    """Show the records on this node that the database has permanently rejected."""
     from app.ledger.dead_letter import refused_records, retry_refused
     from app.ledger.record_store import RecordStore
 
@@ -319,12 +322,12 @@ def _print_table(rows: list[dict[str, Any]], total: dict[str, Any] | None = None
         footer = "" if total is None else _cell(total.get(name, ""))
         table.add_column(name, footer, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        # Text, since names may hold what Rich takes for markup.
+        # `Text`, because names may contain Rich's markup.
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     if not rows:
         typer.echo("nothing")
         return
-    # In a file a row is a line; in a terminal it fits.
+    # In a file each row is one line; in a terminal the table fits the width.
     Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
 
 

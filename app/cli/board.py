@@ -1,4 +1,4 @@
-"""The numbers of one frame of ``frontline top``, out of what Models say. Pure."""
+"""The numbers of one frame of ``frontline top``, computed from the Models' reports. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from app.core.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class Sight:
-    """A model application at one look.
+    """A model application at one poll.
 
     Attributes:
-        state: what Serve says of it, such as ``RUNNING``.
-        board: what its Model says; ``None`` where it did not answer.
+        state: Serve's state of it, such as ``RUNNING``.
+        board: its Model's report; ``None`` if it did not answer.
     """
 
     state: str
@@ -25,16 +25,16 @@ class Sight:
 
 
 Look = Mapping[str, Sight]
-"""Every model application at one moment, by name."""
+"""All model applications at one moment, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sheds:
-    """Requests turned away for one reason.
+    """Requests that were shed for one reason.
 
     Attributes:
-        total: how many since the ingresses that are there now began.
-        per_s: how many a second between two looks; ``None`` where there is nothing to compare.
+        total: how many since the start of the present ingresses.
+        per_s: how many per second between two polls; ``None`` without an earlier poll.
     """
 
     total: int
@@ -48,11 +48,11 @@ class TierRow:
     Attributes:
         running: requests inside engines.
         waiting: requests in the queue.
-        oldest_s: how long the oldest of them has waited; 0 where none waits.
-        queued_s: how long those that were placed between two looks had waited, on average;
-            ``None`` where none was.
-        grants_per_s: requests that were given a slot lately, per second: the drain rate.
-        sheds: by reason, where there are any.
+        oldest_s: how long the oldest of them has waited, in seconds; 0 if none waits.
+        queued_s: the average wait of requests placed between two polls, in seconds; ``None`` if
+            none was placed.
+        grants_per_s: requests that recently got a slot, per second: the drain rate.
+        sheds: shed requests by reason; reasons without any are left out.
     """
 
     running: int
@@ -71,13 +71,13 @@ class ReplicaRow:
         replica_id: its name.
         pool: the pool that it belongs to.
         engine: its engine's name.
-        engine_version: as the engine told it.
-        native_priority: whether it has proved native priority on any route.
-        running: requests of all ingresses in it.
-        slots: how many it runs at once.
-        credits: how many of them ingresses hold.
-        draining: it was told to stop, and serves only what it has begun: it has no slots any more,
-            and nothing but its name and what runs is known of it.
+        engine_version: the version that the engine reported.
+        native_priority: whether native priority is in force on any route.
+        running: how many requests of all ingresses it runs.
+        slots: how many requests it can run at once.
+        credits: how many of its slots the ingresses hold credits for.
+        draining: whether it is stopping and only finishes its requests. Then it has no slots, and
+            only its name and its running requests are known.
     """
 
     replica_id: str
@@ -93,7 +93,7 @@ class ReplicaRow:
 
 @dataclass(frozen=True, slots=True)
 class IngressRow:
-    """One ingress's part in a model."""
+    """The share of one ingress in a model."""
 
     ingress: str
     running: int
@@ -108,16 +108,16 @@ class ModelFrame:
 
     Attributes:
         application: the name of its Serve application.
-        state: what Serve says of it; ``ASLEEP`` or ``WAKING`` where it was scaled to zero.
-        id: its name in requests; ``None`` where its Model did not answer, and then all that
-            follows is empty.
-        tiers: from the front of the queue to its end.
-        slots: of all replicas.
-        credits: how many of those the ingresses hold.
+        state: Serve's state of it; ``ASLEEP`` or ``WAKING`` if it was scaled to zero.
+        id: its name in requests; ``None`` if its Model did not answer. Then all following fields
+            are empty.
+        tiers: the tiers, from the front of the queue to its end.
+        slots: the slots of all replicas.
+        credits: how many of the slots the ingresses hold credits for.
         headroom: how many free slots the ingresses keep for priority.
-        replicas: those that are ready, then those that drain.
-        ingresses: those that are not silent.
-        missing: by pool, what no node of the cluster offers of what a replica of it asks for.
+        replicas: the ready replicas, then the draining ones.
+        ingresses: the ingresses that still report.
+        missing: for each pool that cannot be placed, the requirements that no node meets.
     """
 
     application: str
@@ -133,7 +133,7 @@ class ModelFrame:
 
 
 def make_frame(now: Look, before: Look) -> list[ModelFrame]:
-    """Return every model, by application; rates are those since the look ``before``."""
+    """Return every model, by application. Rates are measured since the poll ``before``."""
     return [
         _model(name, sight, earlier.board if (earlier := before.get(name)) else None)
         for name, sight in sorted(now.items())
@@ -175,7 +175,7 @@ class _Span:
 
 
 def _spans(board: ModelBoard, before: ModelBoard | None) -> list[_Span]:
-    """Pair the reports of each ingress; one that has not reported anew tells no rate."""
+    """Pair the reports of each ingress. An ingress without a new report yields no rate."""
     if before is None:
         return []
     earlier = {one.demand.ingress: one.report for one in before.ingresses}

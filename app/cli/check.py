@@ -1,4 +1,4 @@
-"""Checking a Serve config file before anything starts."""
+"""Checks a Serve config file without starting anything."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _USER_CONFIGS: Mapping[str, type[Settings]] = {
 }
 
 _SERVE_DELAYS = {"upscale_delay_s": 30, "downscale_delay_s": 600}
-"""What Serve waits before it follows a policy, where nothing else is set (ray.serve.config)."""
+"""Serve's default delays before it follows an autoscaling policy (ray.serve.config)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A problem and the line, counted from 1, on which it stands."""
+    """A problem and its line, counted from 1."""
 
     line: int
     problem: Problem
 
 
 def check_config(text: str) -> list[Finding]:
-    """Return everything that is wrong with a Serve config file of Frontline, by line."""
+    """Return all problems of a Serve config file of Frontline, by line."""
     try:
         root, config = yaml.compose(text), yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -87,7 +87,7 @@ def _application_problems(
 
 
 def _span_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
-    """An engine on several nodes has a bundle of resources reserved on each of them."""
+    """Check that an engine on several nodes reserves a bundle of resources on each of them."""
     deployments = {one["name"]: at for at, one in enumerate(application.get("deployments") or ())}
     for place, pool in enumerate((application.get("args") or {}).get("pools") or ()):
         nodes, at = pool.get("nodes", 1), deployments.get(pool["name"])
@@ -109,7 +109,7 @@ def _span_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Probl
 
 
 def _scaling_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check that our autoscaling policy has something to scale, and is not slowed down unasked."""
+    """Check that our autoscaling policy has a pool to scale, and no unintended default delays."""
     policy = application.get("autoscaling_policy") or {}
     if policy.get("policy_function") != POLICY_PATH:
         return
@@ -156,7 +156,7 @@ def _user_config_problems(
 
 
 def _line(node: yaml.Node, key: Key) -> int:
-    """Return the line of the value at ``key``, or of the innermost part of the way that exists."""
+    """Return the line of the value at ``key``, or of its innermost parent that exists."""
     line = node.start_mark.line + 1
     for part in key:
         step = _step(node, part)

@@ -1,4 +1,4 @@
-"""The Ray cluster that ``frontline top`` looks at. Nothing here is on the way of a request."""
+"""The Ray cluster that the CLI monitors. Nothing here is on the path of a request."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Cluster:
         self._handles: dict[str, Any] = {}
 
     async def look(self) -> Look:
-        """Return every model application as it is now.
+        """Return the current state of every model application.
 
         Raises:
-            NothingToShow: there is none, or Serve does not answer.
+            NothingToShow: there is no model application, or Serve does not answer.
         """
         status = await self._status()
         states = {
@@ -74,7 +74,7 @@ class Cluster:
                 board: ModelBoard = await handle.board.remote()
                 return board
         except Exception:
-            # It starts, restarts or hangs. The frame says that it does not answer.
+            # The Model is starting, restarting or hanging. The frame shows that it does not answer.
             self._handles.pop(application, None)
             return None
 
@@ -83,16 +83,16 @@ def connect(address: str | None) -> Cluster:
     """Connect to a Ray cluster; to the one on this machine if no address is given.
 
     Raises:
-        NothingToShow: there is none, or it does not let us in.
+        NothingToShow: there is no cluster, or it refuses the connection.
     """
     local = local_clusters()
     address = address or _only_one(local)
     if address in local or address.startswith(_LOOPBACK):
-        # A local cluster wants its user's token. Where an address is given Ray does not look for
-        # one by itself, lest it be sent to strangers; this one stays on the machine.
+        # A local cluster requires its user's token. If an address is given, Ray does not load the
+        # token by itself, so that it is not sent to strangers; here it stays on the machine.
         use_own_token()
     connecting = supervision.keep_thread("ray-connect", partial(_init_ray, address))
-    # Ray itself would go on for minutes where something else listens at that address.
+    # Ray itself would retry for minutes if another program listens at that address.
     connecting.join(_CONNECT_TIMEOUT_S)
     if connecting.is_alive() or not ray.is_initialized():
         raise NothingToShow(
@@ -103,7 +103,7 @@ def connect(address: str | None) -> Cluster:
 
 
 def _only_one(clusters: Sequence[str]) -> str:
-    # Ray's own "auto" takes any of several.
+    # Ray's own "auto" would pick any of several clusters.
     if not clusters:
         raise NothingToShow("no Ray cluster on this machine; --address names another")
     if len(clusters) > 1:
@@ -121,9 +121,10 @@ def _init_ray(address: str) -> None:
 
 
 def silence_ray() -> None:
-    """Keep Ray from writing across the screen, for as long as this process lives.
+    """Prevent Ray from writing to the terminal, for the rest of this process.
 
-    Parts of it write to the descriptor itself, and go on after a failure that we have reported.
+    Parts of Ray write to the descriptor directly, and continue after an error that we have
+    reported.
     """
     sys.stderr.flush()
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)

@@ -1,4 +1,4 @@
-"""In what a config file and what is deployed differ, key by key. Pure."""
+"""Compares a config file with the deployment, key by key. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ABSENT: Final = "(not set)"
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A key whose values differ. Entries of lists stand under their names.
+    """A key whose values differ. Entries of lists are keyed by their names.
 
     Attributes:
-        key: the way to it.
-        file: its value in the file, ``ABSENT`` if it is not there, without secrets.
-        deployed: the same of what is deployed.
+        key: the path of the key.
+        file: its value in the file, without secrets; ``ABSENT`` if it is missing.
+        deployed: its deployed value, likewise.
     """
 
     key: str
@@ -30,11 +30,11 @@ class Difference:
 
 
 def differences(config: Mapping[str, Any], details: Mapping[str, Any]) -> list[Difference]:
-    """Return where a config file differs from what Serve has been told.
+    """Return the differences between a config file and the deployment.
 
     Args:
         config: the file, in which ``app.cli.check`` has found nothing wrong.
-        details: Serve's own account of what it runs (``ServeInstanceDetails``).
+        details: Serve's report of what it runs (``ServeInstanceDetails``).
     """
     http = config.get("http_options") or {}
     running = details.get("http_options") or {}
@@ -49,7 +49,7 @@ def differences(config: Mapping[str, Any], details: Mapping[str, Any]) -> list[D
 
 
 def _normal(application: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an application's entry sets, in the one way in which Serve writes it."""
+    """Return an application's entry, normalised to the form in which Serve writes it."""
     schema = ServeApplicationSchema.model_validate(application)
     return schema.model_dump(mode="json", exclude_unset=True)
 
@@ -66,7 +66,7 @@ def _compare(where: Key, file: Any, deployed: Any) -> Iterator[Difference]:
 
 
 def _named(value: Any) -> Any:
-    """Return a list of entries that have names as a mapping by their names."""
+    """Return a list of named entries as a mapping by name."""
     if isinstance(value, list) and value and all(_has_name(entry) for entry in value):
         return {entry["name"]: entry for entry in value}
     return value
@@ -77,5 +77,5 @@ def _has_name(entry: Any) -> bool:
 
 
 def _brief(value: Any) -> Any:
-    # A whole application that is on one side only is named, not repeated.
+    # An application that exists on one side only is named, without its contents.
     return "(set)" if isinstance(value, Mapping) and value else value

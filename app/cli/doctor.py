@@ -1,7 +1,7 @@
-"""``frontline doctor``: what is open on this machine that need not be.
+"""``frontline doctor``: reports what is needlessly open on this machine.
 
-It looks at the processes of Ray clusters and engines here, at what they listen on, and at Ray's
-token, and starts and changes nothing.
+It reads the processes of Ray clusters and engines here, their listening sockets, and Ray's token.
+It starts and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MODE: Final = "RAY_AUTH_MODE"
 _TOKEN_PATH: Final = "RAY_AUTH_TOKEN_PATH"
 _DEFAULT_TOKEN: Final = Path(".ray/auth_token")
 _GUARDED: Final = frozenset({"raylet", "gcs_server"})
-"""Processes that ask for Ray's token, if they were started so."""
+"""Processes that require Ray's token if they are configured to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class TokenFile:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was found on this machine.
+    """The findings on this machine.
 
     Attributes:
-        listening: the sockets that listen.
-        unguarded: names of Ray processes that ask for no token.
-        tokens: the files that hold a token.
+        listening: the listening sockets.
+        unguarded: names of Ray processes that require no token.
+        tokens: the files that contain a token.
     """
 
     listening: Sequence[Listener] = ()
@@ -46,7 +46,7 @@ class Look:
 
 
 def findings(look: Look) -> list[str]:
-    """Return what is open that need not be, a sentence each; empty if all is well."""
+    """Return one sentence for each needless opening; empty if there is none."""
     found = []
     if look.unguarded:
         names = ", ".join(sorted(set(look.unguarded)))
@@ -69,7 +69,7 @@ def findings(look: Look) -> list[str]:
 
 
 def to_text(look: Look) -> str:
-    """Return a table of what listens, and what is found."""
+    """Return a table of the listening sockets, and the findings."""
     width = max((len(_where(one)) for one in look.listening), default=0)
     lines = [f"{_where(one):{width}}  {one.process}" for one in look.listening]
     if not lines:
@@ -80,11 +80,11 @@ def to_text(look: Look) -> str:
 
 
 def look_around(environment: Mapping[str, str], home: Path) -> Look:
-    """Return what there is on this machine.
+    """Inspect this machine.
 
     Args:
-        environment: where a token may be named.
-        home: where Ray keeps one otherwise.
+        environment: the environment variables, which may name a token.
+        home: the folder of Ray's default token.
     """
     ours = family(processes())
     return Look(
@@ -95,14 +95,14 @@ def look_around(environment: Mapping[str, str], home: Path) -> Look:
 
 
 def run() -> bool:
-    """Print what there is on this machine, and return whether all is well."""
+    """Print the state of this machine; return whether there is no finding."""
     look = look_around(os.environ, Path.home())
     print(to_text(look))
     return not findings(look)
 
 
 def _asks_for_nothing(view: ProcessView) -> bool:
-    # Where the environment may not be read, nothing can be said.
+    # Without permission to read a process's environment, nothing is known of it.
     return (
         view.name in _GUARDED
         and bool(view.environment)

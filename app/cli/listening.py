@@ -1,4 +1,4 @@
-"""Which TCP sockets of which processes listen on this machine."""
+"""Finds the listening TCP sockets on this machine, and their processes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _RAY: Final = frozenset({"raylet", "gcs_server", "serve"})
 
 @dataclass(frozen=True, slots=True, order=True)
 class Listener:
-    """A socket that listens.
+    """A listening socket.
 
     Attributes:
-        address: where.
+        address: its address.
         port: its port.
-        process: what the process is called.
-        pid: the process.
+        process: the name of its process.
+        pid: the id of its process.
     """
 
     address: str
@@ -35,7 +35,7 @@ class Listener:
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether it can be reached from this machine only."""
         return ip_address(_plain(self.address)).is_loopback
 
 
@@ -45,9 +45,9 @@ class ProcessView:
 
     Attributes:
         pid: its id.
-        parent: its parent's.
+        parent: its parent's id.
         words: its command line.
-        environment: what it was started with; empty where that may not be read.
+        environment: its environment at the start; empty if it may not be read.
     """
 
     pid: int
@@ -57,7 +57,7 @@ class ProcessView:
 
     @property
     def name(self) -> str:
-        """What people know it by: an actor's title, a program, or a script."""
+        """A name for display: an actor's title, a program, or a script."""
         if not self.words or self.words[0].startswith("ray::"):
             return self.words[0].strip() if self.words else str(self.pid)
         for option, word in zip(self.words, self.words[1:], strict=False):
@@ -68,7 +68,7 @@ class ProcessView:
 
     @property
     def is_rays_or_an_engines(self) -> bool:
-        """Whether it belongs to a Ray cluster or an engine of Frontline by itself."""
+        """Whether it is itself part of a Ray cluster or an engine of Frontline."""
         if not self.words:
             return False
         actor = self.words[0].startswith("ray::")
@@ -78,18 +78,18 @@ class ProcessView:
 
 
 def processes() -> dict[int, ProcessView]:
-    """Return every process that can be seen, by id."""
+    """Return all visible processes, by id."""
     views = (_view(process) for process in psutil.process_iter())
     return {view.pid: view for view in views if view is not None}
 
 
 def family(views: Mapping[int, ProcessView]) -> list[ProcessView]:
-    """Return those that belong to Ray clusters and engines here, with all below them."""
+    """Return the processes of Ray clusters and engines here, with all their descendants."""
     ours: dict[int, bool] = {}
 
     def belongs(pid: int) -> bool:
         if pid not in ours:
-            # For as long as its parents are looked at; entries were read at different times.
+            # Guards against a cycle of parents: the entries were read at different times.
             ours[pid] = False
             view = views.get(pid)
             ours[pid] = view is not None and (view.is_rays_or_an_engines or belongs(view.parent))
@@ -99,10 +99,10 @@ def family(views: Mapping[int, ProcessView]) -> list[ProcessView]:
 
 
 def listeners(views: Iterable[ProcessView]) -> list[Listener]:
-    """Return what these processes listen on, by address; of shared sockets one process each."""
+    """Return the listening sockets of these processes by address, one process per shared socket."""
     found: dict[tuple[str, int], Listener] = {}
     for view in views:
-        # It has ended, or is another user's.
+        # The process has ended or belongs to another user.
         with suppress(psutil.Error):
             for socket in psutil.Process(view.pid).net_connections("tcp"):
                 if socket.status == psutil.CONN_LISTEN:
@@ -112,7 +112,7 @@ def listeners(views: Iterable[ProcessView]) -> list[Listener]:
 
 
 def _plain(address: str) -> str:
-    """Return an IPv4 address that is written as an IPv6 one as itself."""
+    """Return the IPv4 address of an IPv4-mapped IPv6 address; other addresses unchanged."""
     parsed = ip_address(address)
     mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
     return str(mapped or parsed)

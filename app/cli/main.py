@@ -20,7 +20,7 @@ _Address = Annotated[
     str | None,
     typer.Option(
         envvar="RAY_ADDRESS",
-        help="The Ray cluster, as host:port. Without it: the one on this machine.",
+        help="The Ray cluster, as host:port. Default: the cluster on this machine.",
     ),
 ]
 
@@ -34,7 +34,7 @@ def frontline() -> None:
 def check(
     config: Annotated[Path, typer.Argument(help="A Serve config file.", exists=True)],
 ) -> None:
-    """Say what is wrong with a config file, with the key and the line."""
+    """Check a config file; report each problem with its key and line."""
     _checked(config)
     typer.echo(f"{config}: ok")
 
@@ -46,7 +46,7 @@ def plan(
 ) -> None:
     """Show what a config file would start: command lines, resources, replicas, priority.
 
-    Nothing is started, no cluster and no GPU is needed. Secrets are not shown.
+    It starts nothing and needs no cluster and no GPU. Secrets are not shown.
     """
     text = _checked(config)
     from app.cli.plan import make_plan, plan_front
@@ -59,8 +59,8 @@ def plan(
 
 
 def _checked(config: Path) -> str:
-    """Return the text of a config file, or end, saying what is wrong with it."""
-    # Ray is slow to import: commands that do without it should not wait for it.
+    """Return the text of a config file, or print its problems and exit."""
+    # Imported here because Ray is slow to import, and other commands do not need it.
     from app.cli.check import check_config
 
     text = config.read_text()
@@ -77,15 +77,13 @@ def status(
     address: _Address = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            exists=True, help="A Serve config file, to be compared with what is deployed."
-        ),
+        typer.Option(exists=True, help="A Serve config file to compare with the deployment."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Show nodes, applications, models, pools, replicas and lines of a running deployment.
+    """Show nodes, applications, models, pools, replicas and queues of a running deployment.
 
-    To be run on a node of the cluster. It only looks on: no request waits for it.
+    Run it on a node of the cluster. It only reads: no request waits for it.
     """
     if config is not None:
         _checked(config)
@@ -104,13 +102,11 @@ def top(
     address: _Address = None,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one frame as JSON.")] = False,
-    interval: Annotated[
-        float, typer.Option(min=0.2, help="Seconds from one frame to the next.")
-    ] = 1.0,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two frames.")] = 1.0,
 ) -> None:
-    """Show every model of a running deployment: line, credits, replicas. Ctrl-C ends it.
+    """Show every model of a running deployment: queue, credits, replicas. Ctrl-C ends it.
 
-    To be run on a node of the cluster. It only looks on: no request waits for it.
+    Run it on a node of the cluster. It only reads: no request waits for it.
     """
     from app.cli.cluster import NothingToShow
     from app.cli.top import run
@@ -126,9 +122,9 @@ def top(
 
 @main.command()
 def doctor() -> None:
-    """Show what listens on this machine, and what of it is open that need not be.
+    """Show the listening ports of this machine, and report those that are open needlessly.
 
-    Ends with status 1 where something is. It only looks on, and starts and changes nothing.
+    Exits with status 1 if it finds any. It only reads: it starts and changes nothing.
     """
     from app.cli.doctor import run
 

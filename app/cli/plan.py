@@ -1,7 +1,7 @@
-"""``frontline plan``: what a config file would start, before anything does.
+"""``frontline plan``: shows what a config file would start, without starting it.
 
-The applications are built as Serve builds them, and the deployments are asked themselves: whichever
-has a ``plan`` says what it would launch.
+The applications are built as Serve builds them. Each deployment class with a ``plan`` method
+reports what its replicas would launch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from app.haproxy.config import connections_for, descriptors_for
 from app.ray_compat.application import deployments_of
 
 _AUTO_MAX: Final = 100
-"""Serve's ``max_replicas`` where ``num_replicas`` is ``auto``."""
+"""Serve's ``max_replicas`` if ``num_replicas`` is ``auto``."""
 _INGRESS: Final = "Ingress"
 
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """How many replicas Serve keeps; both are the same where it does not scale."""
+    """How many replicas Serve keeps; both bounds are equal without autoscaling."""
 
     least: int
     most: int
@@ -41,12 +41,12 @@ class PoolPlan:
     """One pool.
 
     Attributes:
-        name: the pool's, and its deployment's.
-        slots: requests at once in each replica.
-        replicas: how many there are to be.
-        ray: what Ray must have for each replica: the options of its actor, and its placement group.
+        name: the name of the pool and of its deployment.
+        slots: how many requests each replica runs at once.
+        replicas: how many replicas Serve keeps.
+        ray: the Ray resources of each replica: its actor options and its placement group.
         launch: what each replica starts, without secrets.
-        priority: what becomes of priority requests that are placed here, in words.
+        priority: how priority requests are handled here, as text.
     """
 
     name: str
@@ -59,7 +59,7 @@ class PoolPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model: its application, its name in requests, its pools, how its requests wait."""
+    """One model: its application, its name in requests, its pools, and its queue's settings."""
 
     application: str
     id: str
@@ -69,7 +69,7 @@ class ModelPlan:
     queue: QueueSettings
 
     def most_requests(self, ingresses: int) -> int:
-        """Return how many requests may run or wait at once, at so many ingresses together."""
+        """Return how many requests may run or wait at once, over this many ingresses."""
         slots = sum(pool.slots * pool.replicas.most for pool in self.pools)
         full = max(self.queue.bounds(slots=slots, ingresses=ingresses).values())
         reserved = sum(self.queue.reserved(slots=slots, ingresses=ingresses).values())
@@ -78,13 +78,13 @@ class ModelPlan:
 
 @dataclass(frozen=True, slots=True)
 class FrontPlan:
-    """What the HAProxy of a node must hold if all requests come through it.
+    """The limits that the HAProxy of a node needs if all requests pass through it.
 
     Attributes:
-        requests: how many may run or wait at once, of all models.
-        maxconn: least ``RAY_SERVE_HAPROXY_MAXCONN`` for them.
-        descriptors: open files that it takes (``ulimit -Hn``).
-        maxconn_here: what it is set to in this environment.
+        requests: how many requests of all models may run or wait at once.
+        maxconn: the smallest sufficient ``RAY_SERVE_HAPROXY_MAXCONN``.
+        descriptors: the open files that it needs (``ulimit -Hn``).
+        maxconn_here: the value in this environment.
     """
 
     requests: int
@@ -94,13 +94,13 @@ class FrontPlan:
 
 
 def make_plan(text: str) -> list[ModelPlan]:
-    """Return every model of a config file in which ``app.cli.check`` has found nothing wrong."""
+    """Return every model of a config file that has passed ``app.cli.check``."""
     applications = yaml.safe_load(text).get("applications") or ()
     return [model for application in applications for model in _models(application)]
 
 
 def plan_front(text: str, models: Sequence[ModelPlan], maxconn_here: int) -> FrontPlan:
-    """Return what the models of a config file ask of HAProxy."""
+    """Return the limits that the models of a config file require of HAProxy."""
     applications = yaml.safe_load(text).get("applications") or ()
     ingresses = max(1, sum(_ingresses(application) for application in applications))
     requests = sum(model.most_requests(ingresses) for model in models)
@@ -153,7 +153,7 @@ def _replicas(options: Mapping[str, Any]) -> Replicas:
 
 def _ray(deployment: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     actor = options.get("ray_actor_options") or deployment.ray_actor_options or {}
-    # A replica takes one CPU unless something else is said.
+    # By default a replica takes one CPU.
     asked: dict[str, Any] = {"num_cpus": 1, **actor}
     grouped = {name: value for name, value in options.items() if name.startswith("placement_group")}
     return asked | grouped

@@ -1,4 +1,4 @@
-"""A plan as ``frontline plan`` shows it: as text that can be read and copied, and as JSON."""
+"""Renders a plan for ``frontline plan``: as text that can be copied, and as JSON."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from app.cli.plan import FrontPlan, ModelPlan, PoolPlan, Replicas
 from app.contracts.launch import OpenPort, RankPlan
 
 _NAMES: Final = 15
-"""Columns that the names of entries take."""
+"""Width of the names of entries, in columns."""
 
 
 def to_json(models: Sequence[ModelPlan], front: FrontPlan) -> dict[str, Any]:
-    """Return a plan as plain values; their meaning is told by ``app.cli.plan``."""
+    """Return a plan as plain values; ``app.cli.plan`` explains them."""
     plain = [asdict(model) for model in models]
     for one, model in zip(plain, models, strict=True):
         one["queue"] = model.queue.model_dump(mode="json")
@@ -24,7 +24,7 @@ def to_json(models: Sequence[ModelPlan], front: FrontPlan) -> dict[str, Any]:
 
 
 def to_text(models: Sequence[ModelPlan], front: FrontPlan | None = None) -> str:
-    """Return a plan as text, a paragraph for each model and pool, and one for HAProxy."""
+    """Return a plan as text: one paragraph per model and pool, and one for HAProxy."""
     lines = [line for model in models for line in _model(model)]
     if front is not None:
         lines += [*_front(front), ""]
@@ -93,7 +93,7 @@ def _entry(name: str, lines: Sequence[str]) -> Iterator[str]:
 
 
 def _command(words: Sequence[str]) -> list[str]:
-    """Return a command line with an option and its values on each line, for a shell to join."""
+    """Return a command line for a shell, with one option and its values per line."""
     lines: list[list[str]] = [[]]
     for word in words:
         if word.startswith("--"):

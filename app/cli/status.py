@@ -1,6 +1,6 @@
-"""``frontline status``: the whole deployment at one moment.
+"""``frontline status``: shows the whole deployment at one moment.
 
-Everything in it comes from Ray, Serve and the Models; nothing is asked of ingresses or engines.
+All data comes from Ray, Serve and the Models; ingresses and engines are not queried.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from app.ray_compat.cluster import available_resources
 from app.ray_compat.controller import serve_controller
 
 _APART_S: Final = REPORT_S + 0.5
-"""How far apart the two looks at the lines are: every ingress reports anew between them."""
+"""Time between the two polls of the queues: every ingress sends a new report in between."""
 _ANSWER_S: Final = 10.0
 _SHOWN: Final = ("CPU", "GPU")
 _OF_RAY: Final = ("node:", "memory", "object_store_memory", "accelerator_type:")
@@ -35,12 +35,12 @@ class NodeRow:
     """One node.
 
     Attributes:
-        id: Ray's name for it.
-        address: its own.
-        head: whether Ray's head is on it.
-        alive: whether Ray hears of it.
-        resources: what it has that replicas ask for, as pairs of what is used and what there is.
-        labels: those that somebody gave it.
+        id: Ray's id of it.
+        address: its address.
+        head: whether it is Ray's head node.
+        alive: whether Ray counts it as alive.
+        resources: the resources that replicas request, as pairs of the used and the total amount.
+        labels: its labels, without Ray's own.
     """
 
     id: str
@@ -56,12 +56,12 @@ class DeploymentRow:
     """One deployment: a pool, a Model, the ingresses.
 
     Attributes:
-        name: its own, which is a pool's too.
-        state: what Serve says of it, such as ``HEALTHY``.
-        running: replicas that run.
-        wanted: replicas that there are to be.
-        others: replicas in other states, such as ``STARTING``, by state.
-        message: what Serve has to say, if all is not well.
+        name: its name, which is also the pool's.
+        state: Serve's state of it, such as ``HEALTHY``.
+        running: how many replicas run.
+        wanted: the target number of replicas.
+        others: the numbers of replicas in other states, such as ``STARTING``, by state.
+        message: Serve's message, if there is a problem.
         nodes: the addresses of its replicas' nodes.
     """
 
@@ -76,7 +76,7 @@ class DeploymentRow:
 
 @dataclass(frozen=True, slots=True)
 class ApplicationRow:
-    """One application; ``model`` is there where it is a model that answers."""
+    """One application; ``model`` is set if it is a model whose Model actor answers."""
 
     name: str
     state: str
@@ -87,7 +87,7 @@ class ApplicationRow:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """The whole deployment; ``differs`` is ``None`` where no file was named."""
+    """The whole deployment; ``differs`` is ``None`` if no config file was given."""
 
     address: str
     nodes: tuple[NodeRow, ...]
@@ -99,8 +99,8 @@ def run(address: str | None, config: Path | None, *, as_json: bool) -> None:
     """Print the status of a cluster.
 
     Args:
-        address: the cluster's, as host and port; ``None``: the one on this machine.
-        config: a config file to compare with what is deployed.
+        address: the cluster's host and port; ``None`` for the cluster on this machine.
+        config: a config file to compare with the deployment.
         as_json: print it as JSON.
 
     Raises:
@@ -122,7 +122,7 @@ def run(address: str | None, config: Path | None, *, as_json: bool) -> None:
 
 
 async def take(cluster: Cluster, file: Mapping[str, Any] | None) -> ClusterStatus:
-    """Return the status now; ``file`` is a config to compare with.
+    """Return the current status; ``file`` is a config to compare with.
 
     Raises:
         NothingToShow: there is no Serve.

@@ -1,4 +1,4 @@
-"""The status of a deployment as ``frontline status`` draws it."""
+"""Renders the status of a deployment for ``frontline status``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WELL = ("RUNNING", "HEALTHY")
 
 
 def render(status: ClusterStatus) -> RenderableType:
-    """Return the whole status."""
+    """Return the rendered status."""
     parts: list[RenderableType] = [Text(f"Ray cluster {status.address}", style="dim")]
     parts += [_nodes(status.nodes), Text(), _deployments(status.applications)]
     for application in status.applications:

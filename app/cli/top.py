@@ -1,7 +1,7 @@
-"""``frontline top``: every model of a live deployment in the terminal.
+"""``frontline top``: shows every model of a running deployment in the terminal.
 
-It asks each Model what the ingresses told it (``app.contracts.stats``): it looks on, and no request
-ever waits for it.
+It queries each Model for the ingresses' reports (``app.contracts.stats``). It only reads, and no
+request ever waits for it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from app.contracts.stats import REPORT_S
 from app.core.shed_reason import ShedReason
 
 _RATE_S: Final = 5.0
-"""Over how long the live view measures rates: steady enough to be read, short enough to follow."""
+"""The period over which the live view measures rates: steady enough to read, short enough to
+follow changes."""
 _APART_S: Final = REPORT_S + 0.5
-"""How far apart the two looks for a single frame are: every ingress reports anew between them."""
+"""Time between the two polls of a single frame: every ingress sends a new report in between."""
 _MOST_REPLICAS: Final = 8
 
 
@@ -35,10 +36,10 @@ def run(address: str | None, *, once: bool, as_json: bool, interval_s: float) ->
     """Show the models of a cluster: one frame, or frame after frame until Ctrl-C.
 
     Args:
-        address: the cluster's, as host and port; ``None``: the one on this machine.
-        once: print one frame and return; that is all one can do where there is no terminal.
+        address: the cluster's host and port; ``None`` for the cluster on this machine.
+        once: print one frame and return, as always without a terminal.
         as_json: print one frame as JSON and return.
-        interval_s: seconds from one frame to the next.
+        interval_s: seconds between two frames.
 
     Raises:
         NothingToShow: there is no cluster, or no model on it.
@@ -91,12 +92,12 @@ async def show_live(cluster: Cluster, console: Console, *, interval_s: float) ->
 
 
 def to_json(address: str, models: Sequence[ModelFrame]) -> dict[str, Any]:
-    """Return a frame as plain values; their meaning is told by ``app.cli.board``."""
+    """Return a frame as plain values; ``app.cli.board`` explains them."""
     return {"address": address, "models": [asdict(model) for model in models]}
 
 
 def render(address: str, models: Sequence[ModelFrame], trouble: str = "") -> RenderableType:
-    """Return a frame as rich draws it; ``trouble`` says why there is no newer one."""
+    """Return a frame for rich; ``trouble`` is the reason why there is no newer one."""
     count = "1 model" if len(models) == 1 else f"{len(models)} models"
     parts: list[RenderableType] = [Text(f"Ray cluster {address}, {count}", style="dim")]
     if trouble:
@@ -107,7 +108,7 @@ def render(address: str, models: Sequence[ModelFrame], trouble: str = "") -> Ren
 
 
 def render_model(model: ModelFrame) -> list[RenderableType]:
-    """Return one model: what it is, its queue, its replicas."""
+    """Return the panel of one model: its summary, its queue, its replicas."""
     if model.id is None:
         return [_headline(model)]
     return [_headline(model), _tiers(model), _replicas(model.replicas)]
@@ -126,7 +127,7 @@ def _headline(model: ModelFrame) -> Text:
 
 
 def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
-    """Return an empty table without lines; numbers stand to the right."""
+    """Return an empty table without lines; numbers are right-aligned."""
     table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right")
@@ -176,7 +177,7 @@ def _replicas(replicas: Sequence[ReplicaRow]) -> RenderableType:
             continue
         proved = replica.native_priority
         table.add_row(
-            # As `Text`, because rich takes brackets in a `str` for markup.
+            # As `Text`, because rich parses brackets in a `str` as markup.
             Text(replica.replica_id),
             Text(replica.pool),
             Text(f"{replica.engine} {replica.engine_version}"),
