@@ -1,5 +1,5 @@
-"""The ledger: what every request cost, durably.
+"""The ledger: a durable record of the usage and cost of every request.
 
-Read ``record`` for what is recorded, ``ledger`` for how requests use it, then ``journal``,
-``frames`` and ``segments`` for how it is kept, and ``flusher`` for how it gets to the store.
+``record`` defines the record, and ``ledger`` is the interface for requests. ``journal``, ``codec``
+and ``segments`` store records on disk, and ``flusher`` moves them to the database.
 """

@@ -1,9 +1,9 @@
-"""Adoption: what dead ingresses of this node have left goes to the store.
+"""Adoption: moves the journals of this node's dead ingresses to the store.
 
-One journal never holds up another, nor the living ingress's own. A journal with something that
-cannot be read is kept, whole, under another ending, after everything else of it has been moved:
-``.unread`` where a newer version may know better, ``.damaged`` where a checksum is wrong. Those
-that are unread are tried once more by each process that starts, which may be of that version.
+A failing journal delays neither other journals nor the living ingress's own. If a part of a journal
+cannot be read, everything else is moved first. Then the whole journal is kept under another suffix:
+``.unread`` if a newer version may be able to read it, ``.damaged`` if a checksum is wrong. Each
+process that starts tries the unread ones once more, because it may be of that version.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BATCH: Final = 500
 """Records in one transaction: enough to make its cost small, few enough to end within
 milliseconds."""
 _AGAIN_S: Final = 60.0
-"""How long a journal is left alone that could not be moved: reading it may be much work."""
+"""The retry interval for a journal that could not be moved: reading it may be expensive."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +44,10 @@ class Adopter:
     """Adopts the journals of one folder.
 
     Attributes:
-        set_aside: how many journals it has found that hold something unreadable.
-        kept: how many lie there now, whoever has set them aside; a person may take them away.
-        failing: why journals could not be moved, by name; they stay, and are tried again.
+        set_aside: how many journals with unreadable parts it has found.
+        kept: how many such journals are in the folder now, from any process. An operator may remove
+            them.
+        failing: the errors of journals that could not be moved, by name. They stay and are retried.
     """
 
     def __init__(self, folder: Path, store: Records) -> None:
@@ -59,15 +60,15 @@ class Adopter:
         self._unread_too = True
 
     def adopt(self, now: float) -> int:
-        """Move what there is to the store, and count the records.
+        """Move the journals of dead ingresses to the store; return the number of records.
 
-        Streams that were open are settled as interrupted.
+        Open streams are settled as interrupted.
 
         Args:
-            now: the time by the monotonic clock.
+            now: the time by the monotonic clock, in seconds.
 
         Raises:
-            StoreAway: the rest has to wait.
+            StoreAway: the store is away; the rest has to wait.
         """
         moved = 0
         for journal in self._journals(now):
@@ -85,7 +86,7 @@ class Adopter:
 
     def _journals(self, now: float) -> Iterator[Path]:
         journals = sorted(self._folder.glob("*"))
-        # Another may have moved them, or a person.
+        # Another process or an operator may have moved them.
         for name in self.failing.keys() - {journal.name for journal in journals}:
             self._note_success(name)
         for journal in journals:
@@ -144,10 +145,10 @@ class Adopter:
 
 
 def adopt(folder: Path, store: Records) -> int:
-    """Adopt once, the journals that were set aside unread too, and count the records.
+    """Adopt once, including journals that were set aside as unread; return the number of records.
 
     Raises:
-        StoreAway: the rest has to wait.
+        StoreAway: the store is away; the rest has to wait.
     """
     return Adopter(folder, store).adopt(time.monotonic())
 

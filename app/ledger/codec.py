@@ -1,11 +1,11 @@
-"""Frames: how one entry of a journal is written down, and read again after anything. Pure.
+"""Frames: the encoding of one entry of a journal, readable after any crash. Pure.
 
-A frame is one line: its checksum, its length, its kind, and JSON, which holds no line break.
+A frame is one line: its checksum, its length, its kind, and JSON without line breaks.
 
     0f3a9c51 000252 s {"request_id":"req_…", …}
 
-The checksum (CRC-32) is over what follows it. A segment's file is as long as it will ever be from
-the beginning; where its frames end there are zeros.
+The checksum (CRC-32) covers everything after it. A segment's file has its full length from the
+start; zeros follow the last frame.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _MAX_BODY: Final = 0xFFFFFF
 
 
 class Kind(StrEnum):
-    """What a frame says."""
+    """The kind of a frame."""
 
     OPEN = "o"
-    """A stream begins: its open record."""
+    """The open record of a stream that begins."""
     PROGRESS = "p"
-    """An open stream has got so far."""
+    """The usage of an open stream so far."""
     ESTIMATE = "e"
-    """The same, where the tokens are Frontline's estimate. A kind of its own, since versions
-    without it then pass over it, and could not read a longer ``PROGRESS``."""
+    """As ``PROGRESS``, but the tokens are Frontline's estimate. It is a separate kind because older
+    versions skip unknown kinds, but could not read a longer ``PROGRESS``."""
     SETTLED = "s"
-    """A record that will not change any more."""
+    """A record that is final."""
 
 
 _KINDS: Final = {kind.value.encode(): kind for kind in Kind}
@@ -45,9 +45,9 @@ _PROGRESS: Final = [str, int, int, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame as it was read, and where the next one begins.
+    """One decoded frame, and the offset at which the next one begins.
 
-    Its kind is ``None`` where a newer version has written one that is unknown here.
+    The kind is ``None`` if it is unknown here, because a newer version has written it.
     """
 
     kind: Kind | None
@@ -57,12 +57,12 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an open stream has got.
+    """The progress of an open stream.
 
     Attributes:
-        request_id: the stream's.
+        request_id: the stream's request id.
         usage: its tokens so far.
-        at: when that was, in UTC.
+        at: the time of the count, in UTC.
         estimated: whether the tokens are Frontline's estimate and not the engine's count.
     """
 
@@ -77,17 +77,17 @@ class Progress:
         return Kind.ESTIMATE if self.estimated else Kind.PROGRESS
 
     def to_json(self) -> bytes:
-        """Return it as a JSON array."""
+        """Return the progress as a JSON array."""
         usage = self.usage
         tokens = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
         return orjson.dumps((self.request_id, *tokens, self.at))
 
     @classmethod
     def of(cls, found: Frame) -> Progress:
-        """Return the progress that a frame holds.
+        """Return the progress in a frame.
 
         Raises:
-            NotUnderstood: its body is something else.
+            NotUnderstood: the frame's body is no progress.
         """
         fields = load(found.body)
         if not isinstance(fields, list) or [type(field) for field in fields] != _PROGRESS:
@@ -110,9 +110,9 @@ def frame(kind: Kind, body: bytes) -> bytes:
 
 
 def read_frame(data: bytes, start: int) -> Frame | None:
-    """Return the frame that begins at ``start``, or ``None`` if no whole one does.
+    """Return the frame that begins at ``start``, or ``None`` if no whole frame does.
 
-    Its line break is not looked at: the checksum says that all else is there.
+    The final line break is not checked: the checksum proves that everything else is there.
     """
     header = data[start : start + _HEADER]
     try:
@@ -132,14 +132,14 @@ def _header(checksum: int, length: int, kind: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What a segment holds.
+    """The contents of a segment.
 
     Attributes:
-        frames: every whole frame.
-        damaged: whether something unreadable stands before a whole frame. What a killed writer
-            leaves half-written stands after all of them, and is not damage.
-        whole: whether it holds nothing but whole frames. Of a living writer everything does that
-            it has acknowledged.
+        frames: all whole frames.
+        damaged: whether unreadable bytes precede a whole frame. A frame that a killed writer left
+            incomplete follows all whole frames, and is not damage.
+        whole: whether there are only whole frames. That holds for everything that a living writer
+            has acknowledged.
     """
 
     frames: tuple[Frame, ...]
@@ -148,7 +148,7 @@ class Segment:
 
 
 def read_segment(data: bytes) -> Segment:
-    """Return every whole frame of a segment, whatever lies between them."""
+    """Return all whole frames of a segment, whatever bytes are between them."""
     frames: list[Frame] = []
     place, skipped, damaged = 0, False, False
     while 0 <= place < len(data):

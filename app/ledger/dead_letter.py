@@ -1,8 +1,9 @@
-"""Records that the database refuses for good: kept in files beside the journals, for a person.
+"""Records that the database permanently rejects: kept in files next to the journals.
 
     <folder>/refused/<request id>.json   {"why": …, "record": {…}}
 
-One of them must not hold up those behind it, and is not thrown away either: it is a bill.
+Such a record must not block the records behind it. It is not dropped either, because it is part of
+a bill; an operator has to handle it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _FOLDER: Final = "refused"
 
 
 class Records(Protocol):
-    """Where records go: ``app.ledger.record_store.RecordStore``."""
+    """The store of records: ``app.ledger.record_store.RecordStore``."""
 
     def prepare(self) -> bool:
-        """Bring the tables up to date, and return whether it is another store than before.
+        """Migrate the tables if needed; return whether this may be another store than before.
 
         Raises ``StoreAway``.
         """
@@ -37,16 +38,16 @@ class Records(Protocol):
 
 
 def add_or_set_aside(store: Records, bodies: Sequence[bytes], folder: Path) -> None:
-    """Write settled records to the store, all but those that it refuses for good.
+    """Write settled records to the store; set aside those that it permanently rejects.
 
     Args:
         store: the store.
         bodies: the records as JSON.
-        folder: that of the journals, where refused ones are kept.
+        folder: the folder of the journals, where rejected records are kept.
 
     Raises:
         StoreAway: the store cannot be used now.
-        OSError: a refused record cannot be kept.
+        OSError: a rejected record cannot be stored in its file.
     """
     try:
         store.add(bodies)
@@ -54,7 +55,7 @@ def add_or_set_aside(store: Records, bodies: Sequence[bytes], folder: Path) -> N
         if len(bodies) == 1:
             _set_aside(folder, bodies[0], str(refusal))
             return
-        # Which one it is the database does not tell.
+        # The database does not report which record it is, so halve the batch.
         middle = len(bodies) // 2
         add_or_set_aside(store, bodies[:middle], folder)
         add_or_set_aside(store, bodies[middle:], folder)
@@ -86,7 +87,7 @@ class RefusedRecord:
 
     Attributes:
         path: its file.
-        why: what the database said.
+        why: the database's error.
         body: the record as JSON.
     """
 
@@ -96,20 +97,20 @@ class RefusedRecord:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The record's fields, as JSON has them."""
+        """The record's fields, with JSON types."""
         fields: dict[str, Any] = orjson.loads(self.body)
         return fields
 
 
 def refused_records(folder: Path) -> Iterator[RefusedRecord]:
-    """Yield what was set aside on this node, by name."""
+    """Yield the records that were set aside on this node, by file name."""
     for path in sorted((folder / _FOLDER).glob("*.json")):
         kept = orjson.loads(path.read_bytes())
         yield RefusedRecord(path, kept["why"], orjson.dumps(kept["record"]))
 
 
 def retry_refused(store: Records, folder: Path) -> int:
-    """Write to the store what it takes by now, and count those records; the others stay.
+    """Retry all rejected records; return how many the store has accepted. The others stay.
 
     Raises:
         StoreAway: the store cannot be used now.

@@ -1,10 +1,10 @@
-"""The flusher: moves records from journals to the store, its own ingress's and dead ones'.
+"""The flusher: a thread that moves records from journals to the store.
 
-It reads what the journal's thread has written. Where it is it remembers only in memory: after a
-crash everything that the journal still holds is written to the store again, which changes nothing
-there. A journal's file goes once the store has all of its records, but for those that it refuses
-for good (``app.ledger.dead_letter``). One with a frame that cannot be read is kept aside. Dead
-ingresses' journals are ``app.ledger.adoption``'s.
+It reads the journal that the journal's thread writes. Its position is only in memory: after a crash
+all records in the journal are written to the store again, which changes nothing there. A segment is
+removed once the store has all its records, except those that it permanently rejects
+(``app.ledger.dead_letter``). A segment with an unreadable frame is also set aside. The journals of
+dead ingresses are handled by ``app.ledger.adoption``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from app.store.database import StoreAway
 from app.supervision import PROCESS, keep_thread
 
 LONGEST_RETRY_S: Final = 10.0
-"""How long it takes at most to notice that the store is back."""
+"""The longest time until the flusher notices that the store is back."""
 _THREAD: Final = "ledger-flusher"
 
 _log = logging.getLogger(__name__)
 
 
 class OwnJournal:
-    """How far the journal of this process has been moved to the store."""
+    """Moves the journal of this process to the store, and tracks the position."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
@@ -46,16 +46,16 @@ class OwnJournal:
         self._segment, self._offset = 1, 0
 
     def flush(self, store: Records) -> int:
-        """Move everything that is written, remove what is then not needed, and count the records.
+        """Move all written records, remove segments no longer needed; return the record count.
 
         Raises:
-            StoreAway: the rest has to wait.
+            StoreAway: the store is away; the rest has to wait.
         """
         moved = 0
         while True:
             written = self._journal.written
             behind = self._segment < written.segment
-            # One without an end was made and never used.
+            # A segment without an end was created and never used.
             end = self._journal.ends.get(self._segment, 0) if behind else written.size
             moved += self._flush_segment(store, end)
             if not behind:
@@ -64,7 +64,7 @@ class OwnJournal:
             self._remove_what_is_not_needed()
 
     def rewind(self) -> None:
-        """Begin again with what the journal still holds: the store that had it is gone."""
+        """Start again at the oldest kept segment: the store that had the records is gone."""
         self._segment, self._offset = self._first, 0
 
     def _remove_what_is_not_needed(self) -> None:
@@ -81,7 +81,7 @@ class OwnJournal:
         start, moved = self._offset, 0
         segment = read_segment(data)
         if not segment.whole:
-            # Before anything else of it is moved: the file may go then.
+            # Before its records are moved, because then the file may be removed.
             self._keep_damaged()
         settled = (f for f in segment.frames if f.kind is Kind.SETTLED)
         while batch := list(islice(settled, BATCH)):
@@ -103,7 +103,7 @@ class OwnJournal:
 class Flusher:
     """The thread that flushes and adopts.
 
-    ``freed`` is called on it after every round, since space may have come free.
+    ``freed`` is called on this thread after every round, because space may have become free.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Flusher:
         freed: Callable[[], None],
     ) -> None:
         self.away_since: float | None = None
-        """Since when records cannot be moved, by the monotonic clock, or ``None``."""
+        """Since when records cannot be moved, by the monotonic clock; ``None`` if they can."""
         self._own = OwnJournal(journal)
         self._turned = journal.turned
         self.adopter = Adopter(folder, store)
@@ -136,17 +136,17 @@ class Flusher:
 
     @property
     def away(self) -> bool:
-        """Whether records could not be moved to the store last time."""
+        """Whether the last attempt to move records to the store failed."""
         return self.away_since is not None
 
     def stop(self) -> None:
-        """End the thread, after what it is just doing."""
+        """End the thread after its current step."""
         self._stop.set()
         self._turned.set()
         self._thread.join()
 
     def finish(self) -> bool:
-        """Move the last of a closed journal, and return whether the store has all of it now."""
+        """Move the rest of a closed journal; return whether the store has all of it now."""
         try:
             self._own.flush(self._store)
         except (StoreAway, OSError) as error:
@@ -162,8 +162,8 @@ class Flusher:
             while not self._stop.is_set():
                 self._turned.clear()
                 self._retrying(self._round)
-                # Streams that write much progress fill segments faster than records come to be
-                # moved.
+                # Also woken by a new segment: streams with much progress fill segments faster than
+                # there are records to move.
                 self._turned.wait(self._settings.flush_interval_s)
         except Exception as error:
             self._note_failure(error)

@@ -1,19 +1,18 @@
-"""The journal: where a record is durable first. One thread writes, and many records at once;
-another takes the space for it beforehand.
+"""The journal: the write-ahead log that makes records durable. One thread writes records in
+batches; another allocates disk space in advance.
 
-Whatever arrives while a write is under way is written and synced together after it (group
-commit), so the disk sets the latency of a record and never the rate of records. A record is
-durable once it has been synced. What nobody waits for, the progress of streams and requests that
-were turned away, is written within ``LAZY_S`` and synced with the next record that somebody
-waits for.
+Entries that arrive during a write are written and synced together after it (group commit). So the
+disk determines the latency of a record, but not the rate of records. A record is durable once it
+has been synced. Entries without a waiter (progress of streams, and refused requests) are written
+within ``LAZY_S`` and synced with the next record that has a waiter.
 
-A new segment begins with all records that are still open and their progress. Segments before it
-are then needed for their settled records alone, and go as soon as the store has those. While so
-much is open that it would take more than half of a segment, segments follow without it, and stay.
+A new segment begins with all open records and their progress. Earlier segments are then needed only
+for their settled records, and are removed as soon as the store has those. If the open records would
+take more than half of a segment, new segments begin without them, and earlier ones stay.
 
-Both threads are restarted whatever they fail with (``app.supervision``). An entry is in the queue
-or in the batch at hand until it is durable, so a restart loses none. It may write a batch a second
-time; readers keep one record of a request. While the writing thread fails, ``failing`` is set.
+Both threads are restarted after any failure (``app.supervision``). An entry is in the queue or in
+the current batch until it is durable, so a restart loses none. A restart may write a batch a second
+time; readers keep one record per request. While the writing thread fails, ``failing`` is set.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ from app.supervision import PROCESS, keep_thread
 
 _MOST_UNSYNCED: Final = 1024 * 1024
 LAZY_S: Final = 0.05
-"""How soon what nobody waits for is written."""
+"""The longest time until an entry without a waiter is written, in seconds."""
 _RETRY_S: Final = (0.05, 1.0)  # first and longest pause after a failed write
-_REFUSED_S: Final = 0.1  # how long no space is asked for after there was none
+_REFUSED_S: Final = 0.1  # pause after a failed allocation of space
 _THREAD: Final = "ledger-journal"
 
 _log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something to write down: a frame, the request that it is about, and who waits for it."""
+    """An entry to write: a frame, the id of its request, and the waiter to notify, if any."""
 
     kind: Kind
     request_id: str
@@ -68,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Position:
-    """A place in a journal: so many bytes of a segment."""
+    """A position in a journal: a segment's number and an offset in bytes."""
 
     segment: int
     size: int
@@ -79,8 +78,8 @@ class _Batch:
     """Entries that were taken from the queue and are not known to be durable.
 
     Attributes:
-        entries: in the order in which they came.
-        placed: whether they are in the segment, and have only to be synced.
+        entries: the entries, in the order of their arrival.
+        placed: whether they are written to the segment and only have to be synced.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -88,15 +87,19 @@ class _Batch:
 
 
 class Journal:
-    """The journal of this process. ``durable`` is called, on its thread, with who has waited.
+    """The journal of this process.
 
-    ``refused`` is called there, too, each time a write has failed: with those who wait for open
-    records, which need not be served. Their entries are written all the same, later. When the
-    journal ends without some entries, it is called with everybody who waits for one of them.
+    Args:
+        folder: the folder of all journals of this node.
+        settings: the journal's settings.
+        durable: called on the journal's thread with the waiters of durable entries.
+        refused: called on the journal's thread after each failed write, with the waiters of open
+            records: their requests need not be served. Their entries are still written later. If
+            the journal ends without some entries, it is called with all waiters of those.
 
     Attributes:
         failing: whether entries cannot be written at present.
-        ended: whether it is closed, so that no entry is written any more.
+        ended: whether the journal is closed, so that no entry is written any more.
 
     Raises:
         OSError: the folder cannot be written, or there is no space for the first segment.
@@ -127,48 +130,49 @@ class Journal:
         self._overdrawn = False
         self._refused_until = 0.0
         self._trouble: str | None = None
-        # Held while a segment is made, so that they come in the order of their numbers.
+        # Held while a segment is created, so that segments are in the order of their numbers.
         self._making = threading.Lock()
         self._space_wanted = threading.Event()
         self.written = Position(1, 0)
-        """Up to here it can be read."""
+        """The journal can be read up to this position."""
         self.needed_from = 1
-        """The segment that began with all that was open: those before it hold nothing else."""
+        """The newest segment that begins with all open records. Earlier segments are needed only
+        for their settled records."""
         self.ends: dict[int, int] = {}
-        """Where the segments before the present one end, by number; their reader forgets them."""
+        """The end offsets of earlier segments, by number. Their reader removes the entries."""
         self.turned = threading.Event()
-        """Set when there is a segment more behind, which may not be needed any longer."""
+        """Set when another segment is complete; it may not be needed any longer."""
         self._allocate()
         self._thread = keep_thread(_THREAD, self._run, stop=self._stop)
         self._allocator = keep_thread("ledger-space", self._keep_space, stop=self._stop)
 
     @property
     def room(self) -> int:
-        """How many bytes can be written for sure: their space on the disk is taken."""
+        """How many bytes can certainly be written: their space on the disk is allocated."""
         if self.failing or self._overdrawn:
             return 0
         return self._segment.left + sum(spare.left for spare in tuple(self._spares))
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes can be written for sure. Asked for every request."""
+        """Return whether this many bytes can certainly be written. Called for every request."""
         if self.failing or self._overdrawn:
             return False
         return self._segment.left >= size or self.room >= size
 
     def reserve(self, reserved: int) -> None:
-        """Say how many bytes the requests under way may still need."""
+        """Set how many bytes the running requests may still need."""
         self._reserved = reserved
 
     def append(self, entry: Entry) -> None:
-        """Take an entry; entries are written in the order of the calls."""
+        """Queue an entry. Entries are written in the order of the calls."""
         self._entries.append(entry)
 
     def wake(self) -> None:
-        """Have what was taken written now, and space taken as far as it is needed."""
+        """Have queued entries written now, and space allocated as needed."""
         self._wakes.put(None)
 
     def close(self) -> None:
-        """Write what was taken, unless that fails, and no more. It stays locked."""
+        """Write the queued entries, unless that fails, and end. The journal stays locked."""
         self._stop.set()
         self._wakes.put(None)
         self._thread.join()
@@ -180,7 +184,7 @@ class Journal:
             self._spares.pop().discard()
 
     def _write_the_rest(self) -> None:
-        """Try once more to write what the thread has left; who waits for it is told if it fails."""
+        """Try once more to write the remaining entries. If that fails, notify their waiters."""
         try:
             self._write_batches()
         except Exception as error:
@@ -192,14 +196,14 @@ class Journal:
             self._refused([entry.waiter for entry in left if entry.waiter is not None])
 
     def release(self, *, remove: bool) -> None:
-        """Give up the lock of a closed journal; ``remove`` it if the store has all of it."""
+        """Release the lock of a closed journal. Set ``remove`` if the store has all of it."""
         if remove:
             remove_journal(self.path)
         os.close(self._lock)
 
     @property
     def unfinished(self) -> bool:
-        """Whether a record is open, or an entry has not been written for sure."""
+        """Whether a record is open, or an entry is not known to be written."""
         return bool(self._open or self._unwritten())
 
     def _run(self) -> None:
@@ -212,7 +216,7 @@ class Journal:
 
     def _keep_writing(self) -> None:
         while True:
-            # Read first: nothing is appended any more once it is set.
+            # Read before the write: once it is set, no entry is appended any more.
             ending = self._stop.is_set()
             self._write_batches()
             if ending:
@@ -228,7 +232,7 @@ class Journal:
                 self._wakes.get_nowait()
 
     def _write_batches(self) -> None:
-        """Write the batch that a failure has left, if there is one, and one of all that came."""
+        """Write the batch that a failure has left, if any, and then one of all queued entries."""
         if self._batch.entries and not self._write_until_done():
             return
         self._take()
@@ -239,7 +243,7 @@ class Journal:
             self._space_wanted.set()
 
     def _take(self) -> None:
-        """Move what came to the batch at hand; at no moment is an entry in neither."""
+        """Move queued entries to the batch; at any moment an entry is in at least one of them."""
         while self._entries:
             self._batch.entries.append(self._entries[0])
             self._entries.popleft()
@@ -248,14 +252,14 @@ class Journal:
         return [*self._batch.entries, *self._entries.copy()]
 
     def _write_until_done(self) -> bool:
-        """Write the batch, however long the disk refuses it: these requests have been served.
+        """Retry the batch until it is written, because its requests have been served.
 
         Returns:
-            Whether it is written; ``False`` only where the journal is being closed.
+            Whether it is written; ``False`` only while the journal is being closed.
         """
         pause, longest = _RETRY_S
         while not self._try_to_write(self._batch):
-            # Those that came meanwhile, too: what is appended from now on finds it failing.
+            # Also those that arrived meanwhile. Entries appended from now on see `failing`.
             self._refuse_open()
             if self._stop.wait(pause):
                 return False
@@ -266,7 +270,7 @@ class Journal:
         self._refused([one.waiter for one in self._unwritten() if one.kind is Kind.OPEN])
 
     def _try_to_write(self, batch: _Batch) -> bool:
-        """Take the batch through all of its steps; those that were done before change nothing."""
+        """Write and sync the batch. Steps that are already done are not repeated."""
         waiters = [entry.waiter for entry in batch.entries if entry.waiter is not None]
         try:
             if not batch.placed:
@@ -304,11 +308,11 @@ class Journal:
         self.written = Position(self._segment.number, self._segment.size)
 
     def _turn(self) -> None:
-        """Go on in a new segment, which begins with what is open unless that would fill it."""
+        """Switch to a new segment. It begins with the open records unless they are too many."""
         self._segment.sync()
         with self._making:
             if not self._spares:
-                # Entries were longer than what was kept for them. They are written all the same.
+                # Entries were longer than the reserved space. They are still written.
                 self._spares.append(self._create())
                 self._overdrawn = True
         following = self._spares[0]
@@ -335,20 +339,20 @@ class Journal:
             self._progress[request_id] = entry.line
 
     def _keep_space(self) -> None:
-        """Take space on a thread of its own: no record waits for the making of a segment."""
+        """Allocate space on a separate thread, so that no record waits for a new segment."""
         while not self._stop.is_set():
-            # First, since a restart must not wait to be asked once more.
+            # Allocate before waiting, because after a restart the event may be cleared already.
             self._space_wanted.clear()
             self._allocate()
             self._space_wanted.wait()
 
     @property
     def _wanted_room(self) -> int:
-        # A segment more than what requests under way may write.
+        # One segment more than twice the bytes that running requests may write.
         return self._settings.segment_bytes + 2 * self._reserved
 
     def _allocate(self) -> None:
-        """Take space ahead of need."""
+        """Allocate space ahead of need."""
         while (
             not self._stop.is_set()
             and self.room < self._wanted_room
@@ -365,7 +369,7 @@ class Journal:
             self._trouble = trouble
 
     def _take_segment(self) -> str | None:
-        """Take space for one more segment, or return why there is none."""
+        """Allocate one more segment, or return why that is not possible."""
         if self.failing:
             return "the disk is failing"
         if bytes_taken(self._folder) + self._settings.segment_bytes > self._settings.max_bytes:
@@ -377,7 +381,7 @@ class Journal:
         return None
 
     def _create(self) -> SegmentFile:
-        # By what is on the disk: a failure may have left a file that is never used, and readers
-        # pass over it; they would not pass over a number that is missing.
+        # The number follows the files on disk. A failure may have left an unused file, which
+        # readers skip; they would not skip a missing number.
         number = max(segment_numbers(self.path), default=self._segment.number) + 1
         return SegmentFile(self.path, number, self._settings.segment_bytes)

@@ -1,13 +1,13 @@
-"""The ledger: what every request cost, durable before its answer has left.
+"""The ledger: records the usage and cost of every request durably before its answer ends.
 
     reserve ─> open ─> progress … ─> settle      a stream
     reserve ─> settle                            a unary answer
     reserve ─> open ─> write_off                 a stream whose open record the disk refused
-    count                                        a request that was turned away
+    count                                        a request that was shed or refused
 
-Awaiting what ``open`` returns, and ``settle``, ends once the record survives the death of any
-process and a loss of power. None of it waits for the database (``app.ledger.flusher``) or costs a
-task.
+``settle``, and awaiting the result of ``open``, returns once the record survives the death of any
+process and a loss of power. None of these calls waits for the database (``app.ledger.flusher``) or
+creates a task.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ from app.ledger.record import State, UsageRecord, now_utc
 from app.ledger.record_store import RecordStore
 
 RESERVED_BYTES: Final = 4096
-"""Room that a request needs in the journal: two records, another open one where its engine was
-lost, a copy of that in the next segment, and a few steps of progress, 600 bytes a record with names
+"""Room that a request needs in the journal: two records, another open one if its engine was lost, a
+copy of that in the next segment, and a few steps of progress. A record takes 600 bytes with names
 of usual length."""
 MOST_OWED: Final = 4096
-"""Records of requests that were turned away, kept in memory while the journal has no room: less
-than 4 MiB, and minutes of a client that tries again as it is told."""
-_PAY_S: Final = 0.2  # how often room for them is looked for
+"""Records of shed and refused requests that are kept in memory while the journal has no room: less
+than 4 MiB, and minutes of a client that retries at the given interval."""
+_PAY_S: Final = 0.2  # how often to check for room for them
 _WAKE_EVERY: Final = 256
-# Space is taken ahead for twice as many requests as are under way: a burst must not outrun it.
+# Space is allocated ahead for twice the number of running requests, to keep up with bursts.
 
 _log = logging.getLogger(__name__)
 
 
 class Unrecordable(Exception):
-    """What a request costs cannot be written down, so it must not be served."""
+    """The cost of a request cannot be recorded, so the request must not be served."""
 
 
 class JournalFull(Unrecordable):
-    """There is no room for another record.
+    """The journal has no room for another record.
 
-    The store has been away for long, or the disk is full or fails.
+    The store has been away for long, or the disk is full or failing.
     """
 
 
 class DiskRefuses(Unrecordable):
-    """A record could not be written after there was room for it."""
+    """A record could not be written, although room was reserved for it."""
 
 
 class Opening:
-    """An open record on its way to the disk; awaited before the first byte of an answer leaves.
+    """An open record that is being written. Await it before the first byte of an answer is sent.
 
     Raises, when awaited:
-        DiskRefuses: the disk has refused it, or refuses everything now.
+        DiskRefuses: the write of the record failed, or all writes fail now.
     """
 
     __slots__ = ("_kept",)
@@ -80,7 +80,7 @@ class Opening:
 
 
 class _Room:
-    """Room for one request more, for as long as it is entered. It may be entered many times."""
+    """A context that reserves room for one request. It may be entered many times at once."""
 
     __slots__ = ("_release", "_reserve")
 
@@ -96,7 +96,7 @@ class _Room:
 
 
 class Ledger:
-    """The ledger of one ingress. To be made and used on its event loop; may block when made.
+    """The ledger of one ingress. Create and use it on the event loop; creating it may block.
 
     Raises:
         OSError: the journal's folder cannot be written.
@@ -104,7 +104,7 @@ class Ledger:
 
     def __init__(self, folder: Path, settings: JournalSettings, store: Records) -> None:
         self.uncounted = 0
-        """How many requests were turned away without a record: the journal had no room, and
+        """How many shed or refused requests have no record: the journal had no room and
         ``MOST_OWED`` others waited for it already, or the ledger was closed."""
         self._loop = asyncio.get_running_loop()
         self._settings = settings
@@ -113,27 +113,27 @@ class Ledger:
         self._idle.set()
         self._room = _Room(self._reserve, self._release)
         self._lazy_at: asyncio.TimerHandle | None = None
-        # Records of requests that were turned away, which wait for room in the journal.
+        # Records of shed and refused requests that wait for room in the journal.
         self._owed: deque[Entry] = deque()
         self._pay_at: asyncio.TimerHandle | None = None
-        # Tokens and time of the last step written down, by open stream.
+        # Tokens and time of the last written progress, by open stream.
         self._steps: dict[str, tuple[int, float]] = {}
         self._journal = Journal(folder, settings, self._durable, self._refused)
         self._flusher = Flusher(self._journal, folder, settings, store, self._journal.wake)
 
     @property
     def store_away(self) -> bool:
-        """Whether records could not be moved to the database last time. Service goes on."""
+        """Whether the last attempt to move records to the database failed. Service continues."""
         return self._flusher.away
 
     def store_away_s(self, now: float) -> float:
-        """Return for how long it has been so at the monotonic time ``now``, in seconds."""
+        """Return for how long the store has been away at the monotonic time ``now``, in seconds."""
         since = self._flusher.away_since
         return 0.0 if since is None else max(0.0, now - since)
 
     @property
     def journals_set_aside(self) -> int:
-        """How many journals of this node are set aside, since not all of them can be read."""
+        """How many journals of this node are set aside, because parts of them are unreadable."""
         return self._flusher.adopter.kept
 
     @property
@@ -142,10 +142,10 @@ class Ledger:
         return len(self._flusher.adopter.failing)
 
     def reserved(self) -> AbstractContextManager[None]:
-        """Keep room for a request's record in a block; to be entered before serving it.
+        """Return a context that reserves room for a request's record. Enter it before serving.
 
         Raises, when entered:
-            JournalFull: there is no room.
+            JournalFull: the journal has no room.
         """
         return self._room
 
@@ -168,14 +168,14 @@ class Ledger:
 
     @property
     def has_room(self) -> bool:
-        """Whether another request could be written down; without it requests are refused."""
+        """Whether another request can be recorded; if not, requests are refused."""
         return self._journal.has_room((self._in_flight + 1) * RESERVED_BYTES)
 
     def open(self, record: UsageRecord) -> Opening:
-        """Begin to write down that a stream begins; its engine can be asked meanwhile.
+        """Start to write the open record of a stream. The engine can be called meanwhile.
 
-        Whatever becomes of the stream, it is then to be settled. A request that is moved to another
-        replica is opened again, and that record takes the place of the first.
+        The stream must then be settled in every case. A request that moves to another replica is
+        opened again, and the new record replaces the first.
         """
         assert record.state is State.OPEN
         request_id = record.origin.request_id
@@ -186,12 +186,12 @@ class Ledger:
         return Opening(kept)
 
     def progress(self, request_id: str, usage: TokenUsage, estimated: bool = False) -> None:
-        """Take note of how far an open stream has got; written down now and then.
+        """Update the usage of an open stream; it is written after some tokens or seconds.
 
         Args:
-            request_id: the stream's.
+            request_id: the stream's request id.
             usage: its tokens so far.
-            estimated: whether they are Frontline's estimate and not the engine's count.
+            estimated: whether the tokens are Frontline's estimate and not the engine's count.
         """
         tokens, since = self._steps[request_id]
         generated = usage.completion_tokens
@@ -200,19 +200,19 @@ class Ledger:
             if generated == tokens or now - since < self._settings.progress_s:
                 return
         if not self._journal.has_room(self._in_flight * RESERVED_BYTES):
-            # What is left is kept for the records themselves.
+            # The remaining room is for the records themselves.
             return
         self._steps[request_id] = (generated, time.monotonic())
         step = Progress(request_id, usage, now_utc(), estimated)
         self._write_lazily(Entry.of(step.kind, request_id, step.to_json()))
 
     async def settle(self, record: UsageRecord) -> None:
-        """Write down what became of a request; its last byte may leave when this returns.
+        """Write the settled record of a request. Send the last byte only when this has returned.
 
-        The record is written even where the wait for it is cancelled.
+        The record is written even if waiting for it is cancelled.
 
         Raises:
-            DiskRefuses: the ledger was closed without it, which could not be written.
+            DiskRefuses: the record could not be written before the ledger was closed.
         """
         assert record.state is not State.OPEN
         request_id = record.origin.request_id
@@ -221,9 +221,9 @@ class Ledger:
             raise DiskRefuses
 
     def write_off(self, record: UsageRecord) -> None:
-        """Write down what became of a stream whose open record was refused; nobody waits for it.
+        """Record a stream whose open record was refused by the disk. The call does not wait.
 
-        Nothing of its answer has left, so whoever opens the journal without this finds the same.
+        No part of its answer has been sent. So a journal without this entry gives the same bill.
         """
         assert record.state.served and not record.cost
         request_id = record.origin.request_id
@@ -231,9 +231,9 @@ class Ledger:
         self._write_lazily(Entry.of(Kind.SETTLED, request_id, record.to_json()))
 
     def count(self, record: UsageRecord) -> None:
-        """Write down that a request was turned away; nobody waits for it.
+        """Record a request that was shed or refused. The call does not wait.
 
-        While the journal has no room, ``MOST_OWED`` of them are kept in memory until it has.
+        While the journal has no room, up to ``MOST_OWED`` of these records are kept in memory.
         """
         assert not record.state.served
         if self._journal.ended or len(self._owed) >= MOST_OWED:
@@ -244,23 +244,23 @@ class Ledger:
             self._pay()
 
     def _pay(self) -> None:
-        """Write the records that are owed, as far as there is room; look again for the rest."""
+        """Write the records kept in memory, as far as there is room; retry later for the rest."""
         self._pay_at = None
         room = self._journal.room - (self._in_flight + 1) * RESERVED_BYTES
         while self._owed and (room := room - len(self._owed[0].line)) >= 0:
             self._write_lazily(self._owed.popleft())
         if self._owed:
-            # Which asks for space, too.
+            # This also requests space.
             self._journal.wake()
             self._pay_at = self._loop.call_later(_PAY_S, self._pay)
 
     async def retire(self) -> None:
-        """Close it once the requests that it keeps room for have ended."""
+        """Close the ledger once all requests with reserved room have ended."""
         await self._idle.wait()
         await self.close()
 
     async def close(self) -> None:
-        """Write and move what there is. What cannot be moved is left to another ingress."""
+        """Write all entries and move them to the store. Another ingress moves what remains."""
         self._pay()
         for timer in (self._lazy_at, self._pay_at):
             if timer is not None:
@@ -278,12 +278,12 @@ class Ledger:
         self._journal.release(remove=done)
 
     def _write(self, kind: Kind, request_id: str, body: bytes) -> asyncio.Future[bool]:
-        """Have an entry written now; the result is whether it is durable, or was refused."""
+        """Have an entry written now; the result is whether it is durable or was refused."""
         waiter: asyncio.Future[bool] = self._loop.create_future()
         self._journal.append(Entry.of(kind, request_id, body, waiter))
         self._journal.wake()
         if self._journal.ended and not waiter.done():
-            # Nobody writes it any more.
+            # The journal has ended and will not write it.
             waiter.set_result(False)
         return waiter
 
@@ -298,21 +298,21 @@ class Ledger:
 
     def _durable(self, waiters: list[asyncio.Future[bool]]) -> None:
         """Called on the journal's thread."""
-        self._tell(waiters, True)
+        self._notify(waiters, True)
 
     def _refused(self, waiters: list[asyncio.Future[bool]]) -> None:
         """Called on the journal's thread."""
-        self._tell(waiters, False)
+        self._notify(waiters, False)
 
-    def _tell(self, waiters: list[asyncio.Future[bool]], durable: bool) -> None:
+    def _notify(self, waiters: list[asyncio.Future[bool]], durable: bool) -> None:
         if waiters:
-            # A closed loop raises it: nobody waits there any more.
+            # Raised if the loop is closed; then no task waits any more.
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(_resolve, waiters, durable)
 
 
 def open_ledger(store: Engine, settings: JournalSettings) -> Ledger:
-    """Return a ledger for a database, which need not be there yet, and stays the caller's.
+    """Return a ledger for a database, which may be away. The caller keeps owning ``store``.
 
     Raises:
         SettingsError: the journal's folder names a variable that is not set.

@@ -1,8 +1,8 @@
-"""What a dead ingress leaves: the records of its journal, as they go to the store. Pure.
+"""The records in the journal of a dead ingress, as they go to the store. Pure.
 
-An entry that cannot be read costs the others nothing. A stream that such an entry is about is not
-settled from its other entries: what is missing may be its end, and the store keeps the first
-record that it gets.
+An unreadable entry does not affect other requests. The request that it belongs to is not settled
+from its other entries: the missing entry may be its end, and the store keeps the first record that
+it gets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Leftovers:
     """The records of one journal.
 
     Attributes:
-        unread: why entries could not be read; complete once ``settled`` is exhausted.
+        unread: the errors of unreadable entries; complete once ``settled`` is exhausted.
     """
 
     def __init__(self) -> None:
@@ -32,9 +32,9 @@ class Leftovers:
         self._withheld: set[str] = set()
 
     def settled(self, frames: Iterable[Frame]) -> Iterator[bytes]:
-        """Yield the JSON of every record, in no order.
+        """Yield the JSON of every record, in no particular order.
 
-        Requests that were open are interrupted, with the progress that was written down last.
+        Open requests become interrupted, with the usage of their last written progress.
         """
         for found in frames:
             try:
@@ -51,7 +51,7 @@ class Leftovers:
                 self._withhold(request_id, why)
 
     def _read(self, found: Frame) -> bytes | None:
-        """Take in an entry, and return the record if it is a settled one."""
+        """Process an entry; return its body if it is a settled record."""
         if found.kind is None:
             raise NotUnderstood("it is of a kind that is unknown here")
         if found.kind in (Kind.PROGRESS, Kind.ESTIMATE):
@@ -74,7 +74,7 @@ class Leftovers:
             self._withheld.add(request_id)
 
     def _interrupted(self, request_id: str) -> UsageRecord:
-        """Return what an open record becomes when its ingress is lost."""
+        """Return the interrupted record of a request that was open when its ingress was lost."""
         record, step = self._opened[request_id], self._progress.get(request_id)
         return record.settle(
             State.INTERRUPTED,

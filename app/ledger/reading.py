@@ -1,7 +1,7 @@
-"""Reading records that another process, perhaps of another version, has written down. Pure.
+"""Reads records that another process, perhaps of another version, has written. Pure.
 
-A record's JSON carries a version. One without it is of version 1. A version is raised only where
-code of an older one would misread the record; that code then leaves it alone.
+A record's JSON has a version; without one it is version 1. The version is raised only if older code
+would misread the record. Older code then does not process it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
     **dict.fromkeys(("ttft_s", "duration_s"), (*_SECONDS, type(None))),
 }
 _AMOUNTS: Final = ("input_price", "cached_input_price", "output_price", "multiplier", "cost")
-# Bounded, so that nobody has to write out an amount with a billion zeros.
+# Bounded, so that no amount with a billion zeros has to be written out.
 _AMOUNT: Final = re.compile(r"[0-9]{1,40}(\.[0-9]{1,60})?")
 
 
 class NotUnderstood(ValueError):
-    """An entry cannot be read: it is of a newer version, or not what was agreed."""
+    """An entry cannot be read: it is of a newer version, or has an invalid format."""
 
 
 def load(body: bytes) -> Any:
-    """Return what a body of JSON holds.
+    """Return the parsed JSON of a body.
 
     Raises:
-        NotUnderstood: it is no JSON.
+        NotUnderstood: the body is no JSON.
     """
     try:
         return orjson.loads(body)
@@ -51,7 +51,7 @@ def load(body: bytes) -> Any:
 
 
 def read_record(body: bytes) -> UsageRecord:
-    """Return the record that ``UsageRecord.to_json`` has written, in this version or before.
+    """Return a record that ``UsageRecord.to_json`` has written, in this version or an older one.
 
     Raises:
         NotUnderstood: it is of a newer version, or its fields are not those of a record.
@@ -62,7 +62,7 @@ def read_record(body: bytes) -> UsageRecord:
     version = fields.pop("version", 1)
     if type(version) is not int or not 1 <= version <= VERSION:
         raise NotUnderstood(f"it is of version {str(version)[:20]}, and this is {VERSION}")
-    # Records from before there was the field.
+    # Older records lack this field.
     fields.setdefault("usage_estimated", False)
     _check_types(fields)
     try:
@@ -76,7 +76,7 @@ def read_record(body: bytes) -> UsageRecord:
 
 
 def request_of(body: bytes) -> str | None:
-    """Return which request an entry is about that cannot be read, if that can be told."""
+    """Return the request id of an unreadable entry, or ``None`` if it cannot be found."""
     try:
         found = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -96,7 +96,7 @@ def _check_types(fields: dict[str, Any]) -> None:
 
 
 def _converted(fields: dict[str, Any]) -> dict[str, Any]:
-    """Turn amounts and times into what they are, in place."""
+    """Convert amounts and times to their types, in place."""
     for name in _AMOUNTS:
         text = fields[name]
         if text is not None:

@@ -1,4 +1,4 @@
-"""The usage record: what one request was, got and costs. Pure."""
+"""The usage record: origin, outcome, usage and cost of one request. Pure."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _BEGIN: Final = b'{"version":%d,' % VERSION
 
 
 class State(StrEnum):
-    """What has become of a request."""
+    """The state of a request."""
 
     OPEN = "open"
-    """It is being answered. The only state that changes, and it does so once."""
+    """It is being answered. This is the only state that changes, and it changes once."""
     COMPLETED = "completed"
-    """The answer came to its end."""
+    """The answer is complete."""
     INTERRUPTED = "interrupted"
-    """The answer broke off: the client left, or the engine or the ingress was lost."""
+    """The answer was cut off: the client left, or the engine or the ingress was lost."""
     FAILED = "failed"
-    """It reached an engine, which answered with an error."""
+    """It reached an engine, and failed."""
     SHED = "shed"
-    """It was turned away from the queue."""
+    """It was refused by the queue."""
     REFUSED = "refused"
-    """It was turned away before the queue, for instance over a limit of its key."""
+    """It was refused before the queue, for example because of a limit of its key."""
 
     @property
     def served(self) -> bool:
@@ -52,16 +52,16 @@ _NOT_SERVED: Final = frozenset({State.SHED, State.REFUSED})
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a request came from and where it went; what is known of it from the beginning.
+    """What is known of a request at its arrival.
 
     Attributes:
-        request_id: names the request, and its record, for ever.
-        tenant: who pays; empty where the ingress is open to all.
+        request_id: the unique id of the request and its record.
+        tenant: the tenant that is billed; empty if the ingress requires no keys.
         key_id: the public part of the API key, or empty.
         model: the model's id.
         route: the path below ``/v1/``.
         stream: whether the answer is streamed.
-        requested: the tier that was asked for; ``None`` for none, or ``auto``.
+        requested: the requested tier; ``None`` for none, or ``auto``.
         arrived: when the request arrived, in UTC. Its day is the day on the bill.
     """
 
@@ -87,16 +87,16 @@ class UsageRecord:
     """One request on the bill.
 
     Attributes:
-        origin: what the request was.
-        state: what has become of it.
-        served: the tier that was echoed and is billed; ``None`` where it reached no engine.
+        origin: the request, as known at its arrival.
+        state: its state.
+        served: the tier that was echoed and is billed; ``None`` if it reached no engine.
         reason: why the served tier is not the requested one, or why there is no answer.
         engine: the name of the engine that answered, or empty.
         replica: the engine replica, or empty.
         usage: the tokens that it used.
-        prices: what it pays, from the rate card at its decision; ``None`` where it was not served.
+        prices: its prices, from the rate card at its decision; ``None`` if it was not served.
         rate_card: that card's version, or empty.
-        cost: what the tokens cost at the prices, in USD, exactly.
+        cost: the exact cost of the tokens at the prices, in USD.
         queue_s: how long it waited in the queue, in seconds.
         ttft_s: from arrival to the first byte of the answer, in seconds; ``None`` without one.
         ended: when it ended, in UTC; ``None`` while it is open.
@@ -148,7 +148,7 @@ class UsageRecord:
         queue_s: float,
         usage: TokenUsage = NOTHING_USED,
     ) -> Self:
-        """Return the record of a request that has its place on an engine replica."""
+        """Return the open record of a request that was placed on an engine replica."""
         if decision.requested is not origin.requested:
             raise ValueError("the decision is about another request")
         prices = decision.rate_card.at(decision.served)
@@ -162,7 +162,7 @@ class UsageRecord:
     def not_served(
         cls, origin: Origin, state: State, reason: str, *, queue_s: float, ended: datetime
     ) -> Self:
-        """Return the record of a request that was shed or refused, which costs nothing."""
+        """Return the record of a request that was shed or refused; its cost is 0."""
         return cls(
             origin, state, None, reason, "", "", NOTHING_USED, None, "", max(queue_s, 0.0), None,
             ended,
@@ -180,12 +180,12 @@ class UsageRecord:
     ) -> Self:
         """Return the settled form of an open record.
 
-        ``reason`` is why the answer broke off or failed; the tier's own reason stays without it.
-        ``estimated`` says that ``usage`` is not the engine's own final count.
+        ``reason`` is why the answer was cut off or failed; without it the tier's own reason stays.
+        ``estimated`` means that ``usage`` is not the engine's own final count.
         """
         if self.state is not State.OPEN or not state.served or state is State.OPEN:
             raise ValueError(f"a record that is {self.state} cannot become {state}")
-        # Not `replace`, which looks through the fields for every request.
+        # Not `replace`, which iterates over the fields for every request.
         return type(self)(
             self.origin, state, self.served, reason or self.reason, self.engine, self.replica,
             usage, self.prices, self.rate_card, self.queue_s, ttft_s,
@@ -198,7 +198,7 @@ class UsageRecord:
         return None if self.ended is None else (self.ended - self.origin.arrived).total_seconds()
 
     def to_fields(self) -> dict[str, Any]:
-        """Return the record as one flat mapping, by the names of the store's columns.
+        """Return the record as a flat mapping with the names of the store's columns.
 
         Amounts are ``Decimal`` and times ``datetime``; tiers and states are strings.
         """
@@ -267,7 +267,7 @@ class UsageRecord:
 def fields_from_json(line: bytes) -> dict[str, Any]:
     """Return the fields that ``UsageRecord.to_json`` wrote, with their types."""
     fields: dict[str, Any] = orjson.loads(line)
-    # Records from before there was the field.
+    # Older records lack this field.
     fields.setdefault("usage_estimated", False)
     for name in _AMOUNTS:
         if (text := fields[name]) is not None:
@@ -279,7 +279,7 @@ def fields_from_json(line: bytes) -> dict[str, Any]:
 
 
 def now_utc() -> datetime:
-    """Return the time, as records tell it."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -288,7 +288,7 @@ _AMOUNTS: Final = ("input_price", "cached_input_price", "output_price", "multipl
 
 @lru_cache(4096)
 def _amount(text: str) -> Decimal:
-    # Prices repeat from record to record.
+    # Cached, because prices repeat from record to record.
     return Decimal(text)
 
 
@@ -299,6 +299,6 @@ def _text_of_amount(value: object) -> str:
 
 
 def _check_texts(*texts: str) -> None:
-    # PostgreSQL takes no NUL in text, and a record that no store takes would stop the others.
+    # PostgreSQL rejects NUL in text, and a record that no store accepts would block the others.
     if max(map(len, texts)) > MAX_TEXT or "\0" in "".join(texts):
         raise ValueError(f"text in a record is at most {MAX_TEXT} characters, without NUL")

@@ -1,4 +1,4 @@
-"""Usage records in the store: written once each, read for bills."""
+"""Usage records in the database: each is written once, and read for bills."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from app.store.sqlite_file import MISSING, Identity, identity, path_of, was_repl
 
 READ_AT_ONCE: Final = 1000
 _SERVER: Final[Identity] = (-1, -1)
-"""In place of a file's identity where the store is a database server."""
+"""The identity of a store that is a database server and not a file."""
 
 
 class TooManyRows(Exception):
-    """There are more groups than may be read at once."""
+    """There are more groups than ``max_rows``."""
 
 
 class RecordStore:
     """The usage records in a database.
 
-    Every method may block, and raises ``StoreAway`` where the database cannot be used.
+    Every method may block, and raises ``StoreAway`` if the database cannot be used.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -38,14 +38,14 @@ class RecordStore:
         self._insert = _insert_statement(engine.dialect.name)
 
     def prepare(self) -> bool:
-        """Bring the tables up to date, unless they are.
+        """Migrate the tables if needed.
 
         Returns:
             Whether this may be another store than before: SQLite's file was replaced, the store
             was away, or nothing was prepared yet.
         """
         path = path_of(self._engine.url)
-        # Before the tables are made: what replaces the file meanwhile is found the next time.
+        # Read before the migration, so that a file replaced meanwhile is noticed the next time.
         store = _SERVER if path is None else identity(path)
         if store == self._prepared and store != MISSING:
             return False
@@ -56,8 +56,8 @@ class RecordStore:
     def add(self, bodies: Sequence[bytes]) -> None:
         """Write settled records, given as JSON (``UsageRecord.to_json``), in one transaction.
 
-        A request that has its record already keeps it, so that writing twice changes nothing.
-        The database itself reads the JSON: this thread shares its interpreter with requests.
+        A request that already has a record keeps it, so writing twice changes nothing. The database
+        itself parses the JSON, because this thread shares its interpreter with requests.
         """
         batch = b"[" + b",".join(bodies) + b"]"
         try:
@@ -65,7 +65,7 @@ class RecordStore:
         except StoreRefuses:
             raise
         except StoreAway:
-            # It may come back as another one: from a backup, or a standby.
+            # It may come back as another store: from a backup, or a standby.
             self._prepared = None
             raise
 
@@ -77,7 +77,7 @@ class RecordStore:
                 raise StoreAway("its file was replaced while it was written to")
 
     def each(self, wanted: Wanted) -> Iterator[UsageRecord]:
-        """Yield records by the time of their arrival, all of one moment's view."""
+        """Yield records in the order of their arrival, from one consistent snapshot."""
         query = select(usage_records).where(wanted.condition())
         order = (usage_records.c.arrived, usage_records.c.request_id)
         with translated(), self._engine.connect() as connection:
@@ -90,11 +90,11 @@ class RecordStore:
     ) -> list[Total]:
         """Return totals of records, in the order of their groups.
 
-        They add up to the records to the last digit: the database sums tokens, which are whole
-        numbers, of the same prices, and a cost is tokens times prices.
+        The totals equal the sum of the records exactly. The database sums whole numbers of tokens
+        per set of prices, and the cost is tokens times prices.
 
         Raises:
-            TooManyRows: the database would find more than ``max_rows`` groups, of a price each.
+            TooManyRows: there are more than ``max_rows`` groups, each with one set of prices.
         """
         groups = [_GROUPS[grouping].label(grouping.value) for grouping in groupings]
         sums = [func.count(), *(func.sum(column) for column in _TOKENS)]
@@ -154,13 +154,13 @@ _TOKENS: Final = (_columns.prompt_tokens, _columns.cached_tokens, _columns.compl
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which records are asked for; ``None`` restricts nothing.
+    """A filter of records; ``None`` does not restrict.
 
     Attributes:
-        tenant: of this tenant.
+        tenant: only this tenant.
         since: the first day.
         until: the day after the last.
-        model: of this model.
+        model: only this model.
     """
 
     tenant: str | None = None
@@ -169,7 +169,7 @@ class Wanted:
     model: str | None = None
 
     def condition(self) -> ColumnElement[bool]:
-        """Return what selects these records alone."""
+        """Return the SQL condition of the filter."""
         columns = usage_records.c
         conditions = [
             None if self.tenant is None else columns.tenant == self.tenant,
@@ -185,7 +185,7 @@ def _insert_statement(dialect: str) -> TextClause:
     if dialect == "sqlite":
         values = ", ".join(_or_default(name, f"json_extract(value, '$.{name}')") for name in names)
         source = f"{values}, substr(json_extract(value, '$.arrived'), 1, 10) FROM json_each(:batch)"
-        # SQLite cannot tell ON CONFLICT from a join's ON without a WHERE.
+        # Without a WHERE, SQLite parses ON CONFLICT as the ON of a join.
         source += " WHERE true"
     else:
         typed = ", ".join(f"{name} {_postgresql_type(name)}" for name in names)
@@ -201,7 +201,7 @@ def _insert_statement(dialect: str) -> TextClause:
 
 
 def _or_default(name: str, value: str) -> str:
-    # Records from before there was the field have none; NULL would be refused.
+    # Older records lack this field, and NULL would be rejected.
     return f"coalesce({value}, false)" if name == "usage_estimated" else value
 
 

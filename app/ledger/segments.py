@@ -1,10 +1,10 @@
-"""The files of a journal: one folder an ingress, one file a segment.
+"""The files of a journal: one folder per ingress, one file per segment.
 
     <folder>/<name of the journal>/lock               held by the ingress for as long as it lives
     <folder>/<name of the journal>/00000001.journal   its segments, in order
 
-The lock is the kernel's (``flock``): it goes with its process, however that dies, so whoever gets
-a journal's lock knows that its ingress is dead.
+The lock is the kernel's (``flock``). It is released when its process dies, for any reason. So a
+process that gets a journal's lock knows that the journal's ingress is dead.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Final
 _LOCK: Final = "lock"
 _SUFFIX: Final = ".journal"
 _ZEROS: Final = bytes(256 * 1024)
-# Not a journal's name: nobody may adopt a journal between its making and its locking.
+# Not a journal's name, so that no process adopts a journal before it is locked.
 _UNBORN: Final = ".new-"
 DAMAGED: Final = ".damaged"
-"""Ending of a journal's name that held bytes whose checksum is wrong: kept for a person."""
+"""Suffix of a journal that contains bytes with a wrong checksum: kept for an operator."""
 _OWN: Final = ".own"
 UNREAD: Final = ".unread"
-"""Ending of a journal's name that held entries of a newer version, or none that make sense."""
+"""Suffix of a journal that contains entries of a newer version, or invalid ones."""
 
 
 class SegmentFile:
-    """One segment, open for writing. Its space on the disk is taken when it is made.
+    """One segment, open for writing. Its disk space is allocated when it is created.
 
     Attributes:
         number: its place in the journal, counted from 1.
@@ -55,23 +55,23 @@ class SegmentFile:
 
     @property
     def left(self) -> int:
-        """How many bytes its space still takes."""
+        """How many bytes are still free in its allocated space."""
         return max(self._allocated - self.size, 0)
 
     def write(self, data: bytes) -> None:
-        """Write after what is there; what a failure leaves half-written is written over."""
+        """Append data. Bytes that a failed write has left are overwritten."""
         self._write_at(self.size, data)
         self.size += len(data)
         self._unsynced += data
 
     def sync(self) -> None:
-        """Return when all that was written survives a loss of power.
+        """Return when all written data survives a loss of power.
 
-        What a failed sync leaves on the disk is anybody's guess, and the kernel holds it for
-        written: so it is written once more before the next.
+        After a failed sync the state of the disk is unknown, and the kernel considers the data
+        written. So the data is written once more before the next sync.
         """
         if not self._written_again:
-            # A copy: what a failed write still refers to could not grow any more.
+            # A copy, because a `bytearray` cannot grow while a failed write still refers to it.
             self._write_at(self.size - len(self._unsynced), bytes(self._unsynced))
         self._written_again = False
         os.fdatasync(self._file)
@@ -90,30 +90,30 @@ class SegmentFile:
             place, rest = place + done, rest[done:]
 
     def _fill_with_zeros(self) -> None:
-        # Space that was taken and never written is marked so in the file system, and the first
-        # write to it changes that mark: each sync would then wait for the file system's own
-        # journal, and for whatever others on this disk have in it.
+        # The file system marks allocated space as unwritten, and the first write changes that mark.
+        # Each sync would then wait for the file system's own journal, including the changes of
+        # other processes on this disk.
         for place in range(0, self._allocated, len(_ZEROS)):
             self._write_at(place, _ZEROS[: self._allocated - place])
 
     def close(self) -> None:
-        """Write no more to it."""
+        """Close the file."""
         os.close(self._file)
 
     def discard(self) -> None:
-        """Close and remove it."""
+        """Close and remove the file."""
         self.close()
         with suppress(FileNotFoundError):
             self._path.unlink()
 
 
 def segment_path(journal: Path, number: int) -> Path:
-    """Return where a segment lies."""
+    """Return the path of a segment."""
     return journal / f"{number:08d}{_SUFFIX}"
 
 
 def segment_numbers(journal: Path) -> list[int]:
-    """Return the numbers of the segments that there are, in order."""
+    """Return the numbers of the existing segments, in order."""
     return sorted(int(path.stem) for path in journal.glob(f"*{_SUFFIX}"))
 
 
@@ -127,7 +127,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def bytes_taken(folder: Path) -> int:
-    """Return how much of the disk all journals of a folder take, those set aside left out."""
+    """Return the disk space of all journals in a folder, in bytes, without those set aside."""
     taken = 0
     for path in folder.glob(f"*/*{_SUFFIX}"):
         if path.parent.name.endswith((DAMAGED, UNREAD)):
@@ -138,7 +138,7 @@ def bytes_taken(folder: Path) -> int:
 
 
 def create_journal(folder: Path) -> tuple[Path, int]:
-    """Make a new journal's folder, and return it with the handle that holds its lock."""
+    """Create a new journal's folder; return it, and the handle that holds its lock."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     name = uuid.uuid4().hex
     unborn = folder / f"{_UNBORN}{name}"
@@ -155,16 +155,15 @@ def remove_journal(journal: Path) -> None:
     for number in segment_numbers(journal):
         segment_path(journal, number).unlink()
     (journal / _LOCK).unlink()
-    # Another may have found it without a lock meanwhile.
+    # Another process may have found it without a lock and removed it.
     with suppress(FileNotFoundError):
         journal.rmdir()
 
 
 def keep_segment(journal: Path, number: int) -> Path:
-    """Keep a segment of a living journal for a person, and return the folder.
+    """Keep a segment of a living journal for an operator; return the folder.
 
-    The file there is the same one, so it has what is written to it later, too, and outlives its
-    journal.
+    It is a hard link, so it also gets later writes, and outlives the journal.
     """
     kept = journal.with_name(f"{journal.name}{_OWN}{DAMAGED}")
     kept.mkdir(mode=0o700, exist_ok=True)
@@ -176,20 +175,21 @@ def keep_segment(journal: Path, number: int) -> Path:
 
 
 def count_kept(folder: Path) -> int:
-    """Return how many journals of a folder are set aside, for a person or a newer version."""
+    """Return how many journals of a folder are set aside for an operator or a newer version."""
     return sum(path.name.endswith((DAMAGED, UNREAD)) for path in folder.glob("*"))
 
 
 def lock_dead(journal: Path) -> int | None:
-    """Return the handle that holds the lock of a dead ingress's journal, or ``None`` if it lives.
+    """Lock the journal of a dead ingress; return the handle, or ``None`` if the ingress lives.
 
     Raises:
-        OSError: that cannot be found out.
+        OSError: whether it lives cannot be determined.
     """
     try:
         handle = os.open(journal / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        # Who removed it was killed before its last step: all else was gone by then.
+        # A process that removed the journal was killed before its last step; only the folder is
+        # left.
         with suppress(OSError):
             journal.rmdir()
         return None
@@ -197,7 +197,7 @@ def lock_dead(journal: Path) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another may have adopted and removed it in between.
+        # Another process may have adopted and removed it in between.
         os.stat(journal / _LOCK)
     except (BlockingIOError, FileNotFoundError):
         os.close(handle)

@@ -1,4 +1,4 @@
-"""Usage: what was used and what it costs, in totals and one by one."""
+"""Usage and its cost, as totals and as single records."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.ledger.record import UsageRecord
 
 
 class Grouping(StrEnum):
-    """What totals may be split by."""
+    """The fields by which totals can be grouped."""
 
     DAY = "day"
     TENANT = "tenant"
@@ -29,16 +29,16 @@ class Grouping(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What some requests used together.
+    """The total usage of a group of requests.
 
     Attributes:
-        group: what they have in common, by what the totals are split by. A tier is the one that
-            was served, and ``None`` for requests that were turned away.
-        requests: how many there were.
-        prompt_tokens: cached ones included.
-        cached_tokens: of the prompts.
-        completion_tokens: generated.
-        cost: in USD, exactly.
+        group: the common values of the group, by grouping. The tier is the served one, and ``None``
+            for requests that were shed or refused.
+        requests: the number of requests.
+        prompt_tokens: the prompt tokens, including cached ones.
+        cached_tokens: the cached prompt tokens.
+        completion_tokens: the generated tokens.
+        cost: the exact cost in USD.
     """
 
     group: dict[str, str | None]
@@ -49,13 +49,13 @@ class Total:
     cost: Decimal
 
     def to_fields(self) -> dict[str, Any]:
-        """Return it flat, with amounts as strings that have every digit."""
+        """Return the total as a flat mapping; amounts are strings with every digit."""
         counts = {f.name: getattr(self, f.name) for f in fields(self)[1:-1]}
         return {**self.group, **counts, "cost": plain(self.cost)}
 
 
 def add_up(totals: Iterable[Total]) -> Total:
-    """Return the total of totals, without a group."""
+    """Return the sum of totals, without a group."""
     requests = prompt = cached = completion = 0
     cost = Decimal(0)
     for total in totals:
@@ -68,13 +68,13 @@ def add_up(totals: Iterable[Total]) -> Total:
 
 
 def plain(amount: Decimal) -> str:
-    """Return an amount with every digit that counts, and no exponent."""
+    """Return an amount with every significant digit, and no exponent."""
     text = format(amount, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def usage_object(totals: Iterable[Total]) -> dict[str, Any]:
-    """Return what ``GET /v1/usage`` answers: totals, and their total.
+    """Return the answer of ``GET /v1/usage``: totals, and their sum.
 
     Amounts are strings in USD: a JSON number would lose digits in most clients.
     """
@@ -86,8 +86,8 @@ def usage_object(totals: Iterable[Total]) -> dict[str, Any]:
 def cloud_event(record: UsageRecord, source: str) -> dict[str, Any]:
     """Return a record as a CloudEvents 1.0 event in its JSON format.
 
-    ``source`` and the request id together are the event's identity: whoever takes the same event
-    twice can tell, and bills once. ``subject`` is the tenant.
+    ``source`` and the request id together identify the event, so that a consumer can detect
+    duplicates and bill once. ``subject`` is the tenant.
     """
     event = {
         "specversion": "1.0",
@@ -98,7 +98,7 @@ def cloud_event(record: UsageRecord, source: str) -> dict[str, Any]:
         "datacontenttype": "application/json",
         "data": record_fields(record),
     }
-    # The standard wants a subject that is not empty, or none.
+    # The standard requires a non-empty subject, or none.
     return event | ({"subject": record.origin.tenant} if record.origin.tenant else {})
 
 
@@ -106,7 +106,7 @@ EVENT_TYPE: Final = "frontline.usage.settled"
 
 
 def record_fields(record: UsageRecord) -> dict[str, Any]:
-    """Return a record's fields as JSON has them: times as ISO 8601, amounts as strings."""
+    """Return a record's fields with JSON types: times as ISO 8601, amounts as strings."""
     return {name: _value(value) for name, value in record.to_fields().items()}
 
 
@@ -117,13 +117,13 @@ def _value(value: object) -> object:
 
 
 def write_json_lines(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
-    """Write a line of JSON for each row."""
+    """Write each row as one line of JSON."""
     for row in rows:
         out.write(orjson.dumps(row).decode() + "\n")
 
 
 def write_csv(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
-    """Write rows as CSV, with a line of names first if there are any rows."""
+    """Write rows as CSV, with a header line if there are any rows."""
     writer = None
     for row in rows:
         if writer is None:
@@ -133,5 +133,5 @@ def write_csv(rows: Iterable[dict[str, Any]], out: TextIO) -> None:
 
 
 def _harmless(value: object) -> object:
-    # A spreadsheet takes text that begins so for a formula.
+    # A spreadsheet would parse text that begins with these characters as a formula.
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value
