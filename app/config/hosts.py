@@ -17,7 +17,7 @@ LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 HOST_NAME: Final = r"^(\*|[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*)$"
-"""What an allowed host may look like: a name or an address, without a port or brackets; or `*`."""
+"""Pattern of an allowed host: a name or an address, without a port or brackets; or `*`."""
 
 
 _HOST: Final = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<name>[^\[\]:/@\s]+))(?::\d{1,5})?")
@@ -40,10 +40,10 @@ class HostRule:
         return cls(None if ANY_HOST in names else names | LOOPBACK_NAMES)
 
     def require(self, headers: Mapping[bytes, bytes]) -> None:
-        """Refuse a request whose `Host` is not allowed, or missing.
+        """Reject a request whose `Host` is not allowed, or missing.
 
         Raises:
-            HostNotAllowed: it is.
+            HostNotAllowed: the header is missing or not allowed.
         """
         if not self.allows(headers):
             raise errors.HostNotAllowed

@@ -1,7 +1,7 @@
 """Every setting of Frontline, typed, validated and documented.
 
-Serve's own settings (replica counts, resources, autoscaling, HTTP options) are set where Serve
-wants them and are neither renamed nor repeated here.
+Serve's own settings (replica counts, resources, autoscaling, HTTP options) keep their place in
+Serve's config. They are neither renamed nor repeated here.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from app.store.database_url import DEFAULT_URL, StoreUrl
 HostName = Annotated[str, StringConstraints(pattern=HOST_NAME, max_length=253)]
 
 LONGEST_STOP_S = 3700.0
-"""How long a replica that was told to stop may go on serving what it has begun. Longer than any
-request: the config files let one take an hour (``request_timeout_s``)."""
+"""How long a stopping replica may go on serving requests that it has accepted, in seconds. Longer
+than any request: the config files allow a request an hour (``request_timeout_s``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlightBounds:
-    """How many requests may be in flight at once, at all ingresses together.
+    """Bounds on the requests in flight at once, over all ingresses.
 
     Attributes:
         key: of one key.
@@ -42,14 +42,14 @@ class FlightBounds:
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
-    """Bounds in bytes: of one body, of all of one tenant, and of all."""
+    """Bounds in bytes: on one body, on all bodies of one tenant, and on all bodies."""
 
     longest: int
     tenant: int
     total: int
 
     def longest_for(self, tenant: str) -> int:
-        """Return the length of the longest body that can ever have room.
+        """Return the length of the longest body that can ever fit, in bytes.
 
         ``tenant`` is empty where the ingress is open to all.
         """
@@ -61,121 +61,123 @@ class IngressSettings(Settings):
 
     auth: Literal["open", "keys"] = Field(
         default="open",
-        description="Who may call: `open` lets everyone in who reaches the port, and is for one's "
-        "own machine; `keys` asks for an API key (`frontline keys create`) on every route but "
-        "`/health` and `/livez`.",
+        description="Who may call. `open`: everyone who reaches the port; meant for a developer's "
+        "own machine. `keys`: every route except `/health` and `/livez` requires an API key "
+        "(`frontline keys create`).",
     )
     open_to_network: bool = Field(
         default=False,
-        description="Says again that everybody may come in: without it `auth: open` is refused "
-        "where Serve's `http_options.host` is not a loopback address, since whoever finds the "
-        "port would be served.",
+        description="Confirms that unauthenticated access from the network is intended. Without "
+        "it, `auth: open` is rejected unless Serve's `http_options.host` is a loopback address, "
+        "because anyone who finds the port would be served.",
     )
     allowed_hosts: tuple[HostName, ...] | None = Field(
         default=None,
-        description="Values of the `Host` header that are served beside `localhost` and loopback "
-        "addresses, without ports; `*` allows every host. Others get 403, so that a web page "
-        "whose name resolves to 127.0.0.1 (DNS rebinding) cannot use this ingress. If not set: "
-        "none with `auth: open` on loopback. With `auth: keys` every host, since such a page has "
-        "no key; with `open_to_network` every host too, since whoever reaches the port is served "
-        "and the names it is reached by are not known.",
+        description="Accepted values of the `Host` header besides `localhost` and loopback "
+        "addresses, without ports; `*` accepts every host. Other values get 403. This stops a web "
+        "page whose name resolves to 127.0.0.1 (DNS rebinding) from using this ingress. Not set, "
+        "with `auth: open` on loopback: no further host. Not set, with `auth: keys`: every host, "
+        "because such a page has no key. Not set, with `open_to_network`: every host, because "
+        "anyone who reaches the port is served and the names that it is reached by are unknown.",
     )
     max_concurrent_per_key: int = Field(
         default=2000,
         gt=0,
-        description="Requests of one API key that may be in flight at once, waiting or running; "
-        "one more gets 429. Each ingress keeps to its part of it: the bound divided by the number "
-        "of ingresses, at least 1. The default is for two clients of the OpenAI SDKs with as many "
-        "connections as those open (1,000): it stops loops that never wait, and nobody else.",
+        description="Most requests of one API key in flight at once, waiting or running; further "
+        "ones get 429. Each ingress enforces its part: the bound divided by the number of "
+        "ingresses, at least 1. The default fits two clients of the OpenAI SDKs with all their "
+        "connections open (1,000 each). It stops only loops that never wait.",
     )
     max_concurrent_per_tenant: int = Field(
         default=8000,
         gt=0,
-        description="The same for all keys of a tenant together: four keys at their bound.",
+        description="The same bound for all keys of one tenant together. The default is four keys "
+        "at their bound.",
     )
     default_tier: Tier = Field(
         default=Tier.DEFAULT,
-        description="The tier of requests without `service_tier`, or with `auto`.",
+        description="Tier of requests without `service_tier`, or with `auto`.",
     )
     max_body_bytes: int = Field(
         default=64 * 1024 * 1024,
         gt=0,
-        description="Longest request body; longer ones get 413. The default leaves room for "
-        "several images in one prompt.",
+        description="Longest request body, in bytes; longer ones get 413. The default leaves room "
+        "for several images in one prompt.",
     )
     body_timeout_s: float = Field(
         default=30.0,
         gt=0,
-        description="Longest time in which the whole body of a request has to arrive; after it the "
-        "client gets 408. Each `body_min_rate_kb` that has arrived adds a second, so that long "
-        "bodies get their time. Half a minute is more than a short body takes on any network.",
+        description="Longest time for the whole body of a request to arrive, in seconds; then the "
+        "client gets 408. Each `body_min_rate_kb` received adds a second, so that long bodies "
+        "have enough time. Half a minute is more than a short body takes on any network.",
     )
     body_min_rate_kb: int = Field(
         default=512,
         gt=0,
-        description="KiB of a body that add a second to `body_timeout_s`. The default is an upload "
-        "of 4 Mbit/s, which homes and phones have: a body of 64 MiB may take 158 s.",
+        description="KiB of received body that add a second to `body_timeout_s`. The default is "
+        "an upload of 4 Mbit/s, which home and phone networks reach: a body of 64 MiB may take "
+        "158 s.",
     )
     body_memory_mb: int = Field(
         default=1088,
         gt=0,
-        description="Most memory that the bodies of all requests may take in one ingress, in MiB, "
-        "while they are read, wait and run; further requests get 503. The default is sixteen of "
-        "the longest bodies, and some room for short ones. The first 4 KiB of each body count "
-        "25-fold, because a body of that length stays parsed.",
+        description="Most memory for the bodies of all requests in one ingress, in MiB, while "
+        "they are read, wait and run. Further requests get 503. The default fits sixteen of the "
+        "longest bodies and some short ones. The first 4 KiB of each body count 25-fold, because "
+        "a body of that length stays parsed.",
     )
     body_memory_tenant_mb: int = Field(
         default=512,
         gt=0,
-        description="Most of `body_memory_mb` that the bodies of one tenant may take, in MiB; its "
-        "further requests get 503. The default is less than half, so that two tenants with large "
-        "bodies leave room for others. It does not apply with `auth: open`, where there is only "
-        "one tenant.",
+        description="Most of `body_memory_mb` that the bodies of one tenant may take, in MiB; "
+        "further requests of the tenant get 503. The default is less than half, so that two "
+        "tenants with large bodies leave room for others. Without effect under `auth: open`, "
+        "which has only one tenant.",
     )
     engine_timeout_s: float = Field(
         default=600.0,
         gt=0,
-        description="Longest wait for an answer that is not streamed; then the request is sent "
-        "to another replica, once, or gets 503 if there is none. Ten minutes is what the OpenAI "
-        "SDKs wait by default.",
+        description="Longest wait for an answer that is not streamed, in seconds. Then the "
+        "request is sent to another replica, once, or gets 503 if there is none. Ten minutes is "
+        "what the OpenAI SDKs wait by default.",
     )
     stream_timeout_s: float = Field(
         default=120.0,
         gt=0,
-        description="Longest wait for the first or the next event of a stream. Before the first "
-        "the request then goes to another replica, once, or gets 503 if there is none; after it "
-        "the stream ends with an error. "
-        "Where the replica sent nothing at all in that time, to anybody, it is asked for a single "
-        "token, and replaced if it does not give one (`probe_timeout_s`). Two minutes is more than "
-        "a long prompt takes; raise it where prompts take longer.",
+        description="Longest wait for the first or the next event of a stream, in seconds. Before "
+        "the first event, the request then goes to another replica, once, or gets 503 if there is "
+        "none. After it, the stream ends with an error. A replica that sent nothing to any "
+        "request in that time is asked for a single token, and replaced if it does not produce "
+        "one (`probe_timeout_s`). Two minutes is more than a long prompt takes; raise it where "
+        "prompts take longer.",
     )
     slow_reader_s: float = Field(
         default=5.0,
         gt=0,
-        description="How long a client may take nothing of its stream once 256 KiB wait for it, "
-        "about a thousand tokens. Then the engine is stopped and the stream broken off, and billed "
-        "to there, so that clients that do not read cannot hold slots. Five seconds bridge a "
-        "network that hiccups. A stream whose engine has ended holds no slot, and waits for its "
-        "client.",
+        description="How long a client may read nothing of its stream once 256 KiB wait for it "
+        "(about a thousand tokens), in seconds. Then generation is stopped, and the stream is "
+        "broken off and billed to that point, so that clients that do not read cannot hold slots. "
+        "Five seconds bridge a network hiccup. A stream whose engine has finished holds no slot, "
+        "and waits for its client.",
     )
     discovery_interval_s: float = Field(
         default=2.0,
         gt=0,
-        description="How often the ingress asks Serve which model applications there are.",
+        description="How often the ingress asks Serve which model applications exist, in seconds.",
     )
     ledger: StoreUrl = Field(
         default=SecretStr(DEFAULT_URL),
-        description="The database of usage records and keys: `sqlite:///PATH`, which all "
-        "ingresses of one node share, or `postgresql://USER:PASSWORD@HOST/DATABASE` for a "
-        "cluster. Environment variables are replaced on the ingress's node, so that a password "
-        "need not stand here: `postgresql://frontline:${LEDGER_PASSWORD}@db/frontline`.",
+        description="Database of usage records and keys: `sqlite:///PATH`, shared by all "
+        "ingresses of one node, or `postgresql://USER:PASSWORD@HOST/DATABASE` for a cluster. "
+        "Environment variables are expanded on the ingress's node, so the password need not be "
+        "written here: `postgresql://frontline:${LEDGER_PASSWORD}@db/frontline`.",
     )
     journal: JournalSettings = Field(
         default=JournalSettings(),
-        description="Where records are kept until the database has them; see below.",
+        description="Where records are kept until they are in the database; see below.",
     )
     usage: UsageSettings = Field(
-        default=UsageSettings(), description="How much `GET /v1/usage` may read; see below."
+        default=UsageSettings(), description="Bounds on `GET /v1/usage`; see below."
     )
 
     @cached_property
@@ -188,31 +190,32 @@ class IngressSettings(Settings):
 
     @cached_property
     def body_limits(self) -> BodyLimits:
-        """How much memory request bodies may take."""
+        """How much memory request bodies may take, in bytes."""
         tenant, total = self.body_memory_tenant_mb, self.body_memory_mb
         mib = 1024 * 1024
         return BodyLimits(self.max_body_bytes, tenant * mib, total * mib)
 
     @cached_property
     def in_flight(self) -> FlightBounds:
-        """How many requests may be in flight at once."""
+        """Bounds on the requests in flight."""
         return FlightBounds(self.max_concurrent_per_key, self.max_concurrent_per_tenant)
 
     def check_open(self, host: str | None, *where: str | int) -> None:
-        """Refuse to let everybody in from a network, unless that is said twice.
+        """Reject unauthenticated access from the network unless it is confirmed.
 
         Args:
             host: the address that Serve listens on; ``None`` for all of them.
-            where: the place of these settings in what the problem is told about.
+            where: the key of these settings in the configuration, for the error.
 
         Raises:
-            SettingsError: ``auth`` is ``open``, and others than this machine can reach the port.
+            SettingsError: ``auth`` is ``open`` without ``open_to_network``, and other machines can
+                reach the port.
         """
         if self.auth != "open" or self.open_to_network or _is_loopback(host):
             return
         message = (
-            "`open` would serve everybody who reaches this port from the network; set `keys`, or "
-            "`open_to_network: true` as well"
+            "`open` would serve everyone who reaches this port from the network; set `keys`, or "
+            "confirm `open` with `open_to_network: true`"
         )
         raise SettingsError(Problem((*where, "auth"), message))
 
@@ -221,5 +224,5 @@ def _is_loopback(host: str | None) -> bool:
     try:
         return host == "localhost" or ip_address(host or "::").is_loopback
     except ValueError:
-        # A name may stand for any address.
+        # A name may resolve to any address.
         return False

@@ -27,11 +27,11 @@ class PoolSettings(Settings):
 
     name: PoolName = Field(description="Name of the pool and of its Serve deployment.")
     engine: str = Field(
-        description="The engine adapter: `vllm`, `sglang`, `tensorrt_llm` or `simulated`."
+        description="Engine adapter: `vllm`, `sglang`, `tensorrt_llm` or `simulated`."
     )
     model: str = Field(
-        description="Folder or name of the model that the engine loads. `~`, `${FRONTLINE_HOME}` "
-        "and other environment variables are expanded on the replica's node."
+        description="Folder or name of the model to load. `~`, `${FRONTLINE_HOME}` and other "
+        "environment variables are expanded on the replica's node."
     )
     slots: int = Field(
         default=8, gt=0, le=65536, description="Requests that one engine replica runs at once."
@@ -40,7 +40,7 @@ class PoolSettings(Settings):
         default=1,
         gt=0,
         le=64,
-        description="Nodes that one engine replica runs on, for tensor or pipeline parallelism "
+        description="Nodes that one engine replica spans, for tensor or pipeline parallelism "
         "larger than a node (vLLM, SGLang). With more than one, the pool's deployment needs "
         "`placement_group_bundles`, one for each node, and `placement_group_strategy: "
         "STRICT_SPREAD`.",
@@ -48,22 +48,23 @@ class PoolSettings(Settings):
     weight: float = Field(
         default=1.0,
         gt=0,
-        description="How much of the load the pool takes beside the model's other pools: with 2 "
-        "its replicas count as half as busy as they are.",
+        description="Share of the load relative to the model's other pools. With 2, the pool's "
+        "replicas count as half as busy as they are.",
     )
     cost_per_hour: float = Field(
         default=1.0,
         gt=0,
-        description="What one replica costs an hour, in whatever currency. Autoscaling grows the "
-        "pool whose slots are cheapest first; it is only compared with the model's other pools.",
+        description="Cost of one replica per hour, in any currency. Autoscaling first grows the "
+        "pool whose slots are cheapest. The value is only compared with those of the model's "
+        "other pools.",
     )
     python: str | None = Field(
         default=None,
-        description="Interpreter of the engine's environment, expanded like `model`; the one "
-        "that Ray's worker runs under if not set.",
+        description="Interpreter of the engine's environment, expanded like `model`. Not set: the "
+        "one that Ray's worker runs under.",
     )
     engine_args: dict[str, Any] = Field(
-        default={}, description="The engine's own arguments, by name, with underscores."
+        default={}, description="The engine's own arguments by name, with underscores."
     )
     environment: dict[str, str] = Field(
         default={}, description="Environment variables for the engine process."
@@ -71,31 +72,33 @@ class PoolSettings(Settings):
     startup_timeout_s: float = Field(
         default=1800.0,
         gt=0,
-        description="Longest time from start to ready; half an hour fits large models on slow "
-        "disks.",
+        description="Longest time from start to ready, in seconds. Half an hour is enough for "
+        "large models on slow disks.",
     )
     stop_grace_s: float = Field(
         default=10.0,
         ge=0,
-        description="Time that an engine gets to end by itself before its processes are killed.",
+        description="Time for an engine to exit by itself, in seconds, before its processes are "
+        "killed.",
     )
     health_timeout_s: float = Field(
         default=5.0,
         gt=0,
-        description="An engine that does not answer its health route in this time counts as "
-        "hung; three times in a row get the replica replaced.",
+        description="Longest wait for the engine's health route, in seconds. An engine that "
+        "exceeds it counts as hung; after three times in a row, the replica is replaced.",
     )
     probe_timeout_s: float = Field(
         default=30.0,
         gt=0,
-        description="How long an engine whose streams stand still, though its health route "
-        "answers, may take for a request for one token, before all others, until it counts as "
-        "hung and is replaced. Engines mix such a request in with a long prompt within seconds.",
+        description="An engine whose streams stall while its health route answers is sent a "
+        "request for one token, ahead of all others. If the token takes longer than this, in "
+        "seconds, the engine counts as hung and is replaced. Engines schedule such a request "
+        "beside a long prompt within seconds.",
     )
 
 
 class ModelArgs(Settings):
-    """``args`` of a model's application. A change restarts this model, and no other."""
+    """``args`` of a model's application. A change restarts this model only."""
 
     id: ModelId = Field(description="The model's name in requests and in the models list.")
     aliases: tuple[ModelId, ...] = Field(
@@ -103,7 +106,7 @@ class ModelArgs(Settings):
     )
     owned_by: str = Field(default="frontline", description="`owned_by` in the models list.")
     pools: tuple[PoolSettings, ...] = Field(
-        min_length=1, description="The engine deployments that serve it; see below."
+        min_length=1, description="Engine deployments that serve the model; see below."
     )
 
     @model_validator(mode="after")
@@ -121,26 +124,31 @@ class TierSettings(Settings):
 
     priority: PriorityMode = Field(
         default=PriorityMode.AUTO,
-        description="`auto`: on engine replicas that have proved native priority; `queue`: going "
-        "to the front of the queue counts as delivery; `off`: never.",
+        description="When `priority` is delivered. `auto`: on engine replicas that have proved "
+        "native priority. `queue`: always; going to the front of the queue counts as delivery. "
+        "`off`: never.",
     )
     flex: bool = Field(default=True, description="Whether `flex` is offered.")
 
     @cached_property
     def offer(self) -> TierOffer:
-        """The same as the value that decisions are made from."""
+        """These settings as the value that tier decisions use."""
         return TierOffer(self.priority, self.flex)
 
 
 class ModelSettings(Settings):
     """``user_config`` of a model's ``Model`` deployment. Changes need no restart."""
 
-    rate_card: RateCard = Field(default=RateCard(), description="Its prices; free if not set.")
-    tiers: TierSettings = Field(default=TierSettings(), description="The tiers that it offers.")
+    rate_card: RateCard = Field(
+        default=RateCard(), description="Prices of the model. Not set: free."
+    )
+    tiers: TierSettings = Field(default=TierSettings(), description="Tiers that the model offers.")
     queue: QueueSettings = Field(
-        default=QueueSettings(), description="Who waits, how long, and who is turned away."
+        default=QueueSettings(),
+        description="How many requests wait, for how long, and which are shed.",
     )
     scaling: ScalingSettings = Field(
         default=ScalingSettings(),
-        description="How many replicas it gets, where its application has our autoscaling policy.",
+        description="How many replicas the model gets, if its application uses Frontline's "
+        "autoscaling policy.",
     )

@@ -1,6 +1,6 @@
-"""What is left out of everything that is shown to people: values whose names say they are secret.
+"""Hides secrets in everything that is shown to people. Pure.
 
-It errs on the side of hiding. Pure.
+A value is secret if its name marks it as one. In doubt it is hidden.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SECRET: Final = re.compile(
     r"(?:^|[_\W])(?:\w*key|token|secret|passw(?:or)?d|passphrase|credentials?)(?:[_\W]|$)",
     re.IGNORECASE,
 )
-# The password of a URL: what stands between the first colon after the user and the last "@".
+# The password of a URL: everything from the first colon after the user to the last "@".
 _PASSWORD: Final = re.compile(r"(?P<user>\w+://[^/\s:@]*):[^/\s]+@")
 
 
@@ -30,7 +30,7 @@ def redact(value: Any, name: str = "") -> Any:
 
     Args:
         value: anything that YAML can hold.
-        name: the name that it has where it stands.
+        name: the setting, variable or option that holds it; empty if none does.
     """
     if value is not None and not isinstance(value, bool) and is_secret(name):
         return REDACTED
@@ -51,7 +51,7 @@ def redact_words(words: Iterable[str]) -> list[str]:
             shown.append(f"{name}={redact(value, name)}" if equals else word)
             option = "" if equals else word
         else:
-            # An option may have several values: all belong to it.
+            # An option may have several values.
             shown.append(redact(word, option))
     return shown
 

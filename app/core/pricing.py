@@ -102,10 +102,13 @@ class RateCard(Settings):
     input: Price = Field(default=Decimal(0), description="Prompt tokens.")
     cached_input: Price = Field(
         default=Decimal(0),
-        description="Prompt tokens that the engine had in its prefix cache; as `input` if not set.",
+        description="Prompt tokens found in the engine's prefix cache. Not set: the price of "
+        "`input`.",
     )
     output: Price = Field(default=Decimal(0), description="Generated tokens.")
-    multipliers: Multipliers = Field(default=Multipliers(), description="By tier; see below.")
+    multipliers: Multipliers = Field(
+        default=Multipliers(), description="Factor on all prices, by tier; see below."
+    )
 
     @model_validator(mode="before")
     @classmethod
