@@ -1,1 +1,1 @@
-"""Flow control of one model in one ingress: the queue, the slots, and credits for them."""
+"""Flow control of one model in one ingress: the queue, the slots, and the credits for slots."""

@@ -1,7 +1,7 @@
 """Admission of requests to one model in this ingress: the scheduler on an event loop.
 
-``Scheduler`` is a function of events and time; this gives it both: a future for each waiting
-request, a timer for its next tick, and a wake-up for renewals of credits.
+``Scheduler`` is a function of events and time. ``Admission`` supplies both: a future for each
+waiting request, a timer for the next tick, and a wakeup for renewals of credits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TICK_AGAIN_S: Final = 0.2
 
 
 class Shed(Exception):
-    """A request was turned away; its request says why."""
+    """A request was shed; ``request.shed`` has the reason."""
 
     def __init__(self, request: QueuedRequest) -> None:
         super().__init__(request.shed)
@@ -41,13 +41,13 @@ class Shed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The slot that a request was given.
+    """The slot that a request received.
 
     Attributes:
-        replica: the engine replica that it is on.
-        queued_as: the tier at which the request was queued: that which was asked for, or
-            ``default`` where priority could not be delivered to it when it arrived.
-        waited_s: how long the request waited for it, in seconds.
+        replica: the engine replica of the slot.
+        queued_as: the tier at which the request was queued: the requested one, or ``default`` if
+            priority could not be delivered to it when it arrived.
+        waited_s: how long the request waited for the slot, in seconds.
     """
 
     replica: ReplicaStatus
@@ -60,7 +60,7 @@ class ModelGone(Exception):
 
 
 class Admission:
-    """One model's scheduler. Belongs to the event loop on which it was made."""
+    """One model's scheduler, on the event loop that created it."""
 
     def __init__(self, ingress: str) -> None:
         self._scheduler = Scheduler(ingress, QueueSettings())
@@ -76,29 +76,29 @@ class Admission:
         self._woken = False
         self._waking = False
         self._suspects: dict[str, Route] = {}
-        self._suspects_told: frozenset[str] = frozenset()
+        self._suspects_sent: frozenset[str] = frozenset()
         self._closed = False
         self._tally = Tally()
         self._report_due = -math.inf
 
     @property
     def snapshot(self) -> ModelSnapshot:
-        """The model as it was told last."""
+        """The model's latest snapshot."""
         assert self._snapshot is not None, "nothing is admitted before the model is known"
         return self._snapshot
 
     @property
     def known(self) -> bool:
-        """Whether the model has been told."""
+        """Whether a snapshot of the model has arrived."""
         return self._snapshot is not None
 
     @property
     def ingresses(self) -> int:
-        """How many ingresses share the model, as its Model said last."""
+        """How many ingresses share the model, by the last grant."""
         return self._scheduler.credits.ingresses
 
     def update(self, snapshot: ModelSnapshot) -> None:
-        """Take over what the model reports now."""
+        """Apply a new snapshot of the model."""
         now = time.monotonic()
         self._snapshot = snapshot
         self._sleep_state(snapshot.sleep, now)
@@ -108,13 +108,13 @@ class Admission:
             self._scheduler.offer()
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
         offers = [_offer(status) for status in snapshot.replicas]
-        # The scheduler's replicas first: with its old ones it would place requests on some that
-        # have gone.
+        # Replicas before settings: with the old replicas, the scheduler would place requests on
+        # replicas that are gone.
         self._call(self._scheduler.set_replicas, offers, snapshot.settings.tiers.priority, now)
         self._call(self._scheduler.configure, snapshot.settings.queue, now)
 
     def _sleep_state(self, sleep: Sleep | None, now: float) -> None:
-        """Tell the scheduler whether the model is asleep, and since when it wakes."""
+        """Pass to the scheduler whether the model is asleep, and since when it wakes."""
         if sleep is None:
             self._scheduler.wake()
         elif not sleep.waking:
@@ -126,10 +126,10 @@ class Admission:
     async def admit(self, request: QueuedRequest) -> Slot:
         """Wait for a slot, and return it.
 
-        However this ends, ``end`` must be called for the request.
+        In every case ``end`` must be called for the request.
 
         Raises:
-            Shed: the request is turned away.
+            Shed: the request is shed.
             ModelGone: the model was removed.
         """
         self._call(self._scheduler.arrive, request, time.monotonic())
@@ -137,9 +137,9 @@ class Admission:
         return await self._slot_of(request)
 
     async def admit_again(self, request: QueuedRequest, *, suspend: bool = True) -> Slot:
-        """The same for a placed request whose replica failed; see ``Scheduler.lost``.
+        """Do the same for a placed request whose replica failed; see ``Scheduler.lost``.
 
-        It is shed at once where there is no other replica, and none is about to come.
+        The request is shed at once if there is no other replica and none is expected.
         """
         self._call(partial(self._scheduler.lost, suspend=suspend), request, time.monotonic())
         return await self._slot_of(request)
@@ -149,10 +149,7 @@ class Admission:
         return self._replicas.keys() - request.without - {request.replica_id} != set()
 
     def end(self, request: QueuedRequest, tokens: int | None) -> None:
-        """Let go of a request; ``tokens`` is what it took in all, if anybody knows.
-
-        Called again it has no effect.
-        """
+        """End a request; ``tokens`` is how many it used in all, ``None`` if unknown. Idempotent."""
         if request.state is RequestState.ENDED:
             return
         self._waiting.pop(request, None)
@@ -162,14 +159,14 @@ class Admission:
         self._call(self._scheduler.end, request, now, tokens)
 
     def close(self) -> None:
-        """Turn away whoever waits, or is to wait again, because the model was removed.
+        """Fail requests that wait, or would wait again, because the model was removed.
 
-        What runs goes on.
+        They get ``ModelGone``. Running requests go on.
         """
         self._closed = True
-        for called in self._waiting.values():
-            if not called.done():
-                called.set_exception(ModelGone())
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ModelGone())
         self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -178,18 +175,18 @@ class Admission:
         """Return the demand to send to the Model now."""
         self._renewed_at = time.monotonic()
         demand = self._scheduler.demand(self._renewed_at)
-        self._suspects_told = frozenset(self._suspects)
+        self._suspects_sent = frozenset(self._suspects)
         return replace(demand, suspects=dict(self._suspects)) if self._suspects else demand
 
     def suspect(self, replica_id: str, route: Route) -> None:
-        """Have the Model find out whether a replica hangs that gives no answers on a route."""
+        """Report a replica that does not answer on a route; the Model checks whether it hangs."""
         self._suspects[replica_id] = route
         self._hasten()
 
     def report(self) -> QueueReport | None:
-        """Return what to tell people now; ``None`` if that was done less than ``REPORT_S`` ago.
+        """Return the report that is due; ``None`` if the last one is less than ``REPORT_S`` old.
 
-        It goes with the demand that was returned last.
+        It is sent with the demand that was returned last.
         """
         now = self._renewed_at
         if now < self._report_due:
@@ -203,17 +200,17 @@ class Admission:
         )
 
     def receive(self, grant: Grant) -> None:
-        """Take a grant from the Model, which has heard the last demand."""
-        for replica_id in self._suspects_told:
+        """Apply a grant from the Model, which has received the last demand."""
+        for replica_id in self._suspects_sent:
             self._suspects.pop(replica_id, None)
         self._call(self._scheduler.receive, grant, time.monotonic())
 
     def renewal_failed(self, demand: Demand) -> None:
-        """Note that the Model could not be reached."""
+        """Record that the Model could not be reached."""
         self._call(self._scheduler.renewal_failed, demand, time.monotonic())
 
     def renew_now(self) -> None:
-        """Renew now: the Model says that another ingress needs credits, or that this one does."""
+        """Renew now: the Model reports that this ingress or another one needs credits."""
         self._woken = True
         self._renewal_sooner.set()
 
@@ -228,16 +225,16 @@ class Admission:
         self._woken = False
 
     def _renewal_at(self) -> float:
-        """Return when the next demand is due, for itself or for what goes along with it."""
+        """Return when the next demand is due, also for the report and the suspects it carries."""
         at = self._scheduler.renewal_at()
         if self._suspects:
             at = min(at, self._renewed_at + RENEWAL_S)
-        if self._tally.untold:
+        if self._tally.unreported:
             at = min(at, max(self._renewed_at + RENEWAL_S, self._report_due))
         return at
 
     def _hasten(self) -> None:
-        """Wake whoever waits for the next renewal if it has come to be due sooner."""
+        """Wake ``wait_for_renewal`` if the next renewal has become due sooner."""
         if self._renewal_at() < self._renewal_planned:
             self._renewal_sooner.set()
 
@@ -245,20 +242,20 @@ class Admission:
         if self._closed and request.state is not RequestState.PLACED:
             raise ModelGone
         if request.state is RequestState.WAITING:
-            called: asyncio.Future[Slot] = self._loop.create_future()
-            self._waiting[request] = called
-            return await called
+            future: asyncio.Future[Slot] = self._loop.create_future()
+            self._waiting[request] = future
+            return await future
         self._tally.count(request)
         if request.state is RequestState.SHED:
-            # Nothing else tells of it: it has changed neither the queue nor what runs.
+            # Nothing else reports it, as neither the queue nor a running request has changed.
             self._hasten()
             raise Shed(request)
         return _slot(request, self._replicas[request.replica_id])
 
     def _call(self, event: Callable[..., Iterable[QueuedRequest]], *arguments: Any) -> None:
-        """Pass an event to the scheduler, and tell waiting requests what it has made of them.
+        """Pass an event to the scheduler, and resolve the futures of requests that it changed.
 
-        They are told also where the scheduler fails: nobody else would.
+        They are resolved even if the scheduler fails, because nothing else would do it.
         """
         requests: Iterable[QueuedRequest] = ()
         try:
@@ -267,25 +264,25 @@ class Admission:
             requests = [t for t in self._waiting if t.state is not RequestState.WAITING]
             raise
         finally:
-            self._tell(requests)
+            self._resolve(requests)
             self._arm()
 
-    def _tell(self, requests: Iterable[QueuedRequest]) -> None:
+    def _resolve(self, requests: Iterable[QueuedRequest]) -> None:
         for request in requests:
-            called = self._waiting.pop(request, None)
-            if called is None or called.done():
-                # Its client has gone: `end` is about to give back what it was given.
+            future = self._waiting.pop(request, None)
+            if future is None or future.done():
+                # Its client has gone: `end` is about to free its slot.
                 continue
             self._tally.count(request)
             if request.state is RequestState.SHED:
-                called.set_exception(Shed(request))
+                future.set_exception(Shed(request))
             elif (status := self._replicas.get(request.replica_id)) is not None:
-                called.set_result(_slot(request, status))
+                future.set_result(_slot(request, status))
             else:
-                called.set_exception(LookupError("a request was placed on a replica unknown here"))
+                future.set_exception(LookupError("a request was placed on a replica unknown here"))
 
     def _arm(self) -> None:
-        """Set the timer to the scheduler's next tick; hasten the renewal if it is due sooner."""
+        """Set the timer to the scheduler's next tick; wake the renewal if it is due sooner."""
         at = self._scheduler.next_tick()
         if at != self._tick_at:
             self._set_timer(at)
@@ -303,7 +300,7 @@ class Admission:
         try:
             self._call(self._scheduler.tick, time.monotonic())
         except Exception as error:
-            # The next event sets the timer again; a fault that is due at once must not spin.
+            # The next event sets the timer again. A repeated fault must not spin.
             supervision.PROCESS.failed("queue timer", error, about=self.snapshot.id)
             self._set_timer(time.monotonic() + _TICK_AGAIN_S)
 

@@ -1,25 +1,27 @@
-"""Credits: what one ingress may place where. Pure: the time is passed in.
+"""Credits: how many requests one ingress may place on each replica. Pure: the time is passed in.
 
 A credit is an ingress's right to one slot of one replica. The Model actor's ``CreditAllocator``
-(``app.flow.allocation.allocator``) hands credits out; an ingress keeps them in ``Credits``. They
-speak in two messages: every ``RENEWAL_S``, or ``QUIET_S`` while it would only repeat itself, the
-ingress sends a ``Demand``, which says what it holds and wants, and gets a ``Grant``, which adds
-credits and says how many it may keep. The ingress gives up credits by itself, as soon as their
-slots are free, and says so in its next demand.
+(``app.flow.allocation.allocator``) grants credits; an ingress keeps them in ``Credits``. Two
+messages carry them:
 
-``app.flow.allocation.allocator`` says what these rules make sure of. The ingress's part in it:
+- The ingress sends a ``Demand`` with what it holds and wants, every ``RENEWAL_S``, or every
+  ``QUIET_S`` while nothing changes.
+- The Model answers with a ``Grant``, which adds credits and sets how many the ingress may keep.
+
+The ingress gives up credits by itself, as soon as their slots are free, and reports that in its
+next demand. ``app.flow.allocation.allocator`` states the invariant. The ingress keeps these rules:
 
 - A grant is applied at most once, and never after a later one.
-- What changes is told within ``RENEWAL_S``: of the demands that would be sent every ``RENEWAL_S``
-  only those are left out that would say the same as the one before, which the Model has answered.
-- A grant of another Model than the one known so far is applied only as the answer to the latest
-  demand: what that Model has learned from it is then what the ingress holds, or more.
-- Credits that are closed when such a grant comes are forgotten with it. The former Model may have
-  given them away, and the new one cannot know it. Credits that are still open are kept: the former
-  Model had ended by then, and would have given them away only once they are closed.
-- An ingress that has neither had an answer nor seen a renewal fail for ``SILENCE_S`` places
-  nothing, because its credits may have been given away. Failed renewals count as word that the
-  Model is down, while which nobody gives credits away; see ``Credits.renewal_failed``.
+- Changes are reported within ``RENEWAL_S``. Of the demands due every ``RENEWAL_S``, only those are
+  left out that would repeat the one before, which the Model has answered.
+- A grant from a new Model is applied only if it answers the latest demand. The new Model has then
+  learned from that demand what the ingress holds, or more.
+- Credits that are closed when such a grant arrives are forgotten. The former Model may have granted
+  them to others, which the new Model cannot know. Credits that are still open are kept: the former
+  Model would have granted them to others only after they had closed, and it ended before.
+- An ingress places nothing once it has received no answer and seen no failed renewal for
+  ``SILENCE_S``, because its credits may have been granted to others. A failed renewal is evidence
+  that the Model is down, and a Model that is down grants nothing; see ``Credits.renewal_failed``.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ from app.core.tiers import PriorityMode, Tier
 from app.flow.slots import Offer, ReplicaSlots, SlotTable
 
 RENEWAL_S = 0.25
-"""How often an ingress renews its credits while what it holds and wants changes."""
+"""How often an ingress renews its credits while what it holds or wants changes, in seconds."""
 URGENT_S = 0.025
-"""How soon it does so again while priority waits without a credit, or little headroom is left. The
-pause doubles while asking brings nothing, up to ``RENEWAL_S``. The first time it asks at once, and
-so it does when it has given up credits."""
+"""Shortest interval of renewals while priority waits without a credit, or headroom is low, in
+seconds. It doubles while renewals add no credits, up to ``RENEWAL_S``. The first such renewal is
+sent at once, and so is one after credits were given up."""
 SILENCE_S = 3.0
-"""After this long without word from an ingress its credits are given to others."""
+"""After this long without a demand from an ingress, its credits go to others, in seconds."""
 QUIET_S = SILENCE_S / 3
-"""How often an ingress renews its credits while it has nothing new to say: so often that it keeps
+"""How often an ingress renews its credits while nothing changes, in seconds. Often enough to keep
 them if one of its demands is lost."""
 
 
@@ -62,49 +64,54 @@ class Credits:
         self._urgency = 0
         self._urgent_pause = URGENT_S
         self._running: Counter[Tier] = Counter()
-        # Time as it was passed in last; when the next demand is due if nothing is urgent; and
-        # whether it will say something else than the last one.
+        # The time passed in last; when the next demand is due if nothing is urgent; and whether it
+        # will differ from the last one.
         self._now = -math.inf
         self._due = -math.inf
         self._changed = True
         self._waited = False
 
     def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode) -> None:
-        """Take over which replicas there are; credits on others are given up."""
+        """Apply which replicas there are; credits on others are given up."""
         self._note_change()
         self.slot_table.set_replicas(offers, mode)
 
-    def occupy(self, place: ReplicaSlots, tier: Tier) -> None:
-        """Put a request on a place that ``slot_table.find`` has returned."""
+    def occupy(self, replica: ReplicaSlots, tier: Tier) -> None:
+        """Place a request on a replica that ``slot_table.find`` has returned."""
         self._note_change()
         self._running[tier] += 1
-        self.slot_table.change(place, running=1, others=int(tier is not Tier.PRIORITY))
+        self.slot_table.change(replica, running=1, others=int(tier is not Tier.PRIORITY))
 
     def release(self, replica_id: str, tier: Tier) -> None:
-        """Take back the slot of a request that has ended, and give it up if there are too many."""
+        """Free the slot of a request that has ended; give up its credit if too many are held."""
         self._note_change()
         self._running[tier] -= 1
-        place = self.slot_table[replica_id]
-        self.slot_table.change(place, running=-1, others=-int(tier is not Tier.PRIORITY))
-        pool = place.kind.pool
-        if self._surplus(pool) > 0 and self.slot_table.give_up_at(place, self._keep):
+        replica = self.slot_table[replica_id]
+        self.slot_table.change(replica, running=-1, others=-int(tier is not Tier.PRIORITY))
+        pool = replica.kind.pool
+        if self._surplus(pool) > 0 and self.slot_table.give_up_at(replica, self._keep):
             self._gave_up = True
 
     def advance(self, now: float) -> bool:
-        """Let time pass, and return whether that may have opened slots.
+        """Apply the passing of time, and return whether that may have opened slots.
 
-        Suspensions end, and credits that may have been given away are closed.
+        Suspensions end. Credits that may have been granted to others are closed.
         """
         self._now = now
         self.slot_table.closed = now >= self._fresh_until
         return self.slot_table.resume(now)
 
     def next_change(self) -> float:
-        """Return when ``advance`` may next open a slot by itself; infinity if never."""
+        """Return when ``advance`` may next open a slot; infinity if never."""
         return self.slot_table.next_resume()
 
     def renewal_at(self, *, waits: bool, priority_waits: bool) -> float:
-        """Return when the next demand is due, by who waits: anybody, and priority."""
+        """Return when the next demand is due.
+
+        Args:
+            waits: whether any request waits.
+            priority_waits: whether a priority request waits.
+        """
         urgency = self._urgency_now(priority_waits)
         if self._gave_up or urgency > self._urgency:
             return self._sent_at
@@ -144,7 +151,7 @@ class Credits:
         )
 
     def receive(self, grant: Grant, now: float) -> None:
-        """Apply a grant; one that has come too late is ignored."""
+        """Apply a grant. One that arrives too late is ignored."""
         anew = grant.anew
         if grant.life == self._life:
             if grant.number <= self._applied:
@@ -169,33 +176,33 @@ class Credits:
             self._give_up(pool)
         if anew or grant.added:
             self._note_change()
-        # A Model that only listens says nothing of headroom; it is asked again until it does.
+        # A Model that still listens sends no headroom; demands go on until it does.
         elif grant.answers == self._number and grant.headroom is not None:
             self._be_quiet()
         self.advance(now)
 
     def renewal_failed(self, demand: Demand, now: float) -> None:
-        """Go on with the credits held, as the Model could not be reached.
+        """Keep using the credits held, because the Model could not be reached.
 
-        A Model that is down gives nothing away, and a new one first listens for ``SILENCE_S``. But
-        a renewal that was sent only after this ingress had been without word for ``SILENCE_S``
-        does not count: the Model may have given its credits away before it went down.
+        A Model that is down grants nothing, and a new one first listens for ``SILENCE_S``. A
+        renewal does not count if it was sent after ``SILENCE_S`` without an answer: the Model may
+        have granted the credits to others before it went down.
 
-        Only an ingress that is cut off from a Model that lives goes on with credits that may have
-        been given to others. There can be as many too many requests as it holds credits, and the
-        engine's own order absorbs them.
+        Only an ingress that is cut off from a live Model keeps using credits that others may hold
+        too. Excess requests are then at most as many as the credits it holds, and the engine's own
+        priority order absorbs them.
         """
         if demand.sent_at < self._fresh_until:
             self._fresh_until = max(self._fresh_until, demand.sent_at + SILENCE_S)
             self.advance(now)
 
     def _be_quiet(self) -> None:
-        """Leave out demands, unless the next one would not say the same as the last one."""
+        """Send the next demand after ``QUIET_S`` if it would repeat the last one."""
         if not (self._changed or self._waited):
             self._due = self._sent_at + QUIET_S
 
     def _note_change(self) -> None:
-        """Have the next demand sent when it would be due had none been left out."""
+        """Make the next demand due when it would be if none had been left out."""
         if not self._changed:
             self._changed = True
             pauses = (self._now - self._sent_at) // RENEWAL_S + 1

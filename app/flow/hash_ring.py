@@ -1,7 +1,7 @@
-"""Which replica a prompt's beginning belongs to: consistent hashing. Pure.
+"""Maps a prompt's prefix to a replica by consistent hashing. Pure.
 
-Every ingress finds the same replica for the same prefix without speaking to the others, and a
-replica that comes or goes moves only its own share of the prefixes.
+Every ingress finds the same replica for the same prefix without any messages. A replica that comes
+or goes moves only its own share of the prefixes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from zlib import crc32
 
-# Enough to spread prefixes; how evenly does not matter much, as load limits affinity anyway.
+# Points of each replica. Enough to spread prefixes; load limits affinity anyway.
 _POINTS = 8
 
 
@@ -20,17 +20,17 @@ class HashRing:
         self._points: list[tuple[int, str]] = []
 
     def add(self, replica_id: str) -> None:
-        """Put a replica on the ring."""
+        """Add a replica to the ring."""
         for point in _points(replica_id):
             insort(self._points, point)
 
     def remove(self, replica_id: str) -> None:
-        """Take a replica off the ring, where it must be."""
+        """Remove a replica, which must be on the ring."""
         for point in _points(replica_id):
             del self._points[bisect_left(self._points, point)]
 
     def after(self, prefix: int, steps: int) -> list[str]:
-        """Return the replicas at the next ``steps`` points of the ring, perhaps repeatedly."""
+        """Return the replicas at the next ``steps`` points of the ring, possibly repeatedly."""
         points = self._points
         start = bisect_left(points, (prefix, ""))
         found = points[start : start + steps]

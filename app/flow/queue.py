@@ -1,11 +1,14 @@
-"""The queue: the waiting room of one model in one ingress. Pure: the time is passed in.
+"""The queue: requests of one model that wait in one ingress. Pure: the time is passed in.
 
-Order: tier; then tenants, fairly; then arrival. Fairness follows VTC (Sheng et al., "Fairness in
-Serving Large Language Models", OSDI 2024): inside a tier the tenant that was given the fewest
-tokens comes first, and a tenant that comes back after idling is lifted to the least counter among
-the waiting ones, so that it can neither save up its idle time nor be made to pay for it.
+Each method handles one event (a request joins, a slot frees, time passes) and returns the requests
+that no longer wait because of it.
 
-With n waiting requests every operation takes O(log n) time, or O(1).
+Requests are served by tier, then fairly by tenant, then by arrival. Fairness follows VTC (Sheng et
+al., "Fairness in Serving Large Language Models", OSDI 2024). Inside a tier, the tenant that was
+given the fewest tokens comes first. A tenant that returns after idling is lifted to the lowest
+counter among the waiting tenants. Idle time thus neither earns credit nor costs anything.
+
+With n waiting requests, every operation takes O(log n) or O(1) time.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from app.core.tiers import Tier
 from app.flow.request import QueuedRequest
 
 Room = Callable[[QueuedRequest], bool]
-"""Whether a slot is free that the request, and every other of its tier and needs, may use."""
+"""Whether a slot is free that this request, and any other of its tier and needs, may use."""
 
 _TIERS = tuple(Tier)
 _FORGET_EVERY = 1024
@@ -30,10 +33,10 @@ _FORGET_EVERY = 1024
 class RequestQueue:
     """Waiting requests of one model in one ingress.
 
-    The queue never grants by itself: its owner asks with ``take`` whenever a slot may be free.
+    The queue never grants by itself. Its owner calls ``take`` whenever a slot may be free.
 
     Attributes:
-        settings: how it behaves.
+        settings: the model's queue settings.
         count: how many requests wait.
     """
 
@@ -48,9 +51,9 @@ class RequestQueue:
         self._passed_over = 0
 
     def configure(self, settings: QueueSettings, *, slots: int, ingresses: int) -> None:
-        """Take over changed settings, or another number of slots or ingresses.
+        """Apply changed settings, or another number of slots or ingresses.
 
-        Longest waits hold for those who wait already; a shorter queue only for newcomers.
+        Longest waits apply to waiting requests too; a shorter queue applies to new requests only.
         """
         if settings.drain_window_s != self.settings.drain_window_s:
             self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
@@ -68,17 +71,18 @@ class RequestQueue:
         return 0.0 if oldest is None else max(0.0, now - oldest.since)
 
     def starving(self, now: float) -> int:
-        """Return how many wait in those lower tiers whose oldest request is starving."""
+        """Return how many requests wait in lower tiers that are starving."""
         lower = (tier for tier in _TIERS[1:] if self._overdue_s(tier, now) >= 0)
         return sum(self.waiting(tier) for tier in lower)
 
     def join(self, request: QueuedRequest, now: float) -> QueuedRequest | None:
-        """Let a request wait, and return who is to be shed because of that.
+        """Add a request to the queue, and return the request to shed because of it, if any.
 
-        In a full queue that is the newest waiting request of the lowest tier below the
-        newcomer's, which is displaced, or else the newcomer itself. But as many as are reserved
-        for a tier get in and stay however full the queue is; and a replay always gets in, at the
-        front of its tenant's requests: it has been admitted once.
+        If the queue is full, the newest request of the lowest tier below the new one's is
+        displaced. If there is none, the new request itself is shed. Two exceptions hold however
+        full the queue is. Requests within their tier's reserved number are admitted, and are not
+        displaced. A replay is always admitted, at the front of its tenant's requests, because it
+        has been admitted before.
         """
         displaced: QueuedRequest | None = None
         if self.count >= self._bounds[request.tier] and not request.replayed:
@@ -94,21 +98,22 @@ class RequestQueue:
         return displaced
 
     def leave(self, request: QueuedRequest) -> None:
-        """Take a waiting request out of the queue."""
+        """Remove a waiting request from the queue."""
         self._lanes[request.tier].remove(request)
         self.count -= 1
 
     def take(self, room: Room, starving_room: Room, now: float) -> QueuedRequest | None:
-        """Take out and return the next request for which a slot is free, if there is one.
+        """Remove and return the next request for which a slot is free; ``None`` if there is none.
 
-        Starvation guard: once the oldest waiting request of a lower tier has waited for its
-        starvation age, it is next after every ``starvation_every - 1`` grants to higher tiers.
-        Where several starve, the one that is longest past its starvation age is served.
+        Starvation guard: a lower tier is starving once its oldest request has waited for the
+        starvation age. That request is then next after every ``starvation_every - 1`` grants to
+        higher tiers. If several tiers are starving, the request furthest past its starvation age
+        is served.
 
         Args:
-            room: whether a slot is free for this request in its turn.
-            starving_room: the same where the request is served out of turn.
-            now: seconds.
+            room: whether a slot is free for a request served in turn.
+            starving_room: the same for a request served out of turn.
+            now: the time, in seconds.
         """
         if not self.count:
             return None
@@ -122,7 +127,7 @@ class RequestQueue:
         return request
 
     def granted(self, request: QueuedRequest, now: float) -> None:
-        """Count a request that has been given a slot, from the queue or without waiting."""
+        """Count a request that has received a slot, from the queue or without waiting."""
         self._number(request)
         self._lanes[request.tier].charge(request.tenant, 0 if request.replayed else request.tokens)
         self._rates[request.tier].count(now)
@@ -136,12 +141,12 @@ class RequestQueue:
             self._passed_over += 1
 
     def settle(self, request: QueuedRequest, tokens: int) -> None:
-        """Put right what a tenant was charged, once the tokens it really took are known."""
+        """Correct a tenant's counter once the tokens that a request really used are known."""
         if tokens != request.tokens:
             self._lanes[request.tier].charge(request.tenant, tokens - request.tokens, served=False)
 
     def expire(self, now: float) -> Iterator[QueuedRequest]:
-        """Take out and yield the requests whose longest wait is over."""
+        """Remove and yield the requests that have waited for their tier's longest wait."""
         for tier in _TIERS:
             lane, limit = self._lanes[tier], self.settings.of(tier).max_wait_s
             while (oldest := lane.oldest) is not None and now - oldest.since >= limit:
@@ -149,14 +154,14 @@ class RequestQueue:
                 yield oldest
 
     def clear(self) -> Iterator[QueuedRequest]:
-        """Take out and yield every waiting request."""
+        """Remove and yield every waiting request."""
         for lane in self._lanes.values():
             while (oldest := lane.oldest) is not None:
                 self.leave(oldest)
                 yield oldest
 
     def next_expiry(self) -> float:
-        """Return when the next request will have waited too long; infinity if none waits."""
+        """Return the time at which the next request expires; infinity if none waits."""
         if not self.count:
             return math.inf
         return min(
@@ -169,15 +174,15 @@ class RequestQueue:
         )
 
     def grant_rate(self, tier: Tier, now: float) -> float:
-        """Return how many requests of a tier were given a slot lately, per second."""
+        """Return how many requests of a tier per second have received a slot recently."""
         return self._rates[tier].per_second(now)
 
     def retry_after(self, tier: Tier, now: float) -> float:
-        """Return in how many seconds trying again may help a request of this tier.
+        """Return after how many seconds a retry at this tier may succeed.
 
-        That is when the requests that would stand before it will have been granted, at the
-        rate at which such requests, of its tier and the higher ones, were granted lately. At
-        least ``min_retry_after_s``; at most ``max_retry_after_s``, also where nothing was granted.
+        By then, the requests ahead of it will have received slots, at the recent rate of grants
+        to its tier and higher ones. At least ``min_retry_after_s``; at most
+        ``max_retry_after_s``, which also applies if nothing was granted.
         """
         tiers = _TIERS[: tier.rank + 1]
         rate = sum(self.grant_rate(one, now) for one in tiers)
@@ -195,7 +200,7 @@ class RequestQueue:
         for lower in reversed(_TIERS[tier.rank + 1 :]):
             if self.waiting(lower) <= self._reserved[lower]:
                 continue
-            # Replays stay: they were admitted. There are at most a lost replica's slots of them.
+            # Replays stay: they were admitted before. They number at most a replica's slots.
             for request in reversed(self._lanes[lower].waiting):
                 if not request.replayed:
                     return request
@@ -229,11 +234,11 @@ class _Lane:
     """The waiting requests of one tier, and the counters of its tenants."""
 
     def __init__(self) -> None:
-        # In the order in which they began to wait, which only time decides.
+        # By the time at which they began to wait, replays included.
         self.waiting: OrderedDict[QueuedRequest, None] = OrderedDict()
         self._queues: dict[Hashable, _Queue] = {}
         self._counters: dict[str, float] = {}
-        # What newcomers are lifted to while nobody waits; never falls.
+        # Counter that new tenants are lifted to while no request waits. It never falls.
         self._floor = 0.0
         self._forget_at = _FORGET_EVERY
 
@@ -260,21 +265,21 @@ class _Lane:
             del self._queues[request.needs]
 
     def first(self, room: Room) -> QueuedRequest | None:
-        """Return the next in turn among those for whom a slot is free."""
+        """Return the next request in turn for which a slot is free."""
         heads = (queue.head for queue in self._queues.values())
         usable = [(key, request) for key, request in heads if room(request)]
-        # Keys end in the request's number, which no other has.
+        # Keys end in the request's number, which is unique.
         return min(usable)[1] if usable else None
 
     def charge(self, tenant: str, tokens: int, *, served: bool = True) -> None:
-        """Add to a tenant's counter; ``served`` if it was given a slot just now."""
+        """Add to a tenant's counter; ``served``: it has just received a slot."""
         counter = self._counters.get(tenant, 0.0)
         if counter < self._floor and not self._waits(tenant):
             counter = self._floor
         least = min(counter, self._least())
         self._counters[tenant] = counter = counter + tokens
         if served:
-            # Where nobody is left waiting all start anew from the one that was served last.
+            # If no request is left waiting, all tenants restart from the one served last.
             self._floor = max(self._floor, least if self._queues else counter)
         for queue in self._queues.values():
             queue.recount(tenant, counter)
@@ -285,13 +290,13 @@ class _Lane:
         return any(tenant in queue.requests for queue in self._queues.values())
 
     def _least(self) -> float:
-        """Return the least counter of those who wait; infinity if nobody does."""
+        """Return the lowest counter of a waiting tenant; infinity if no request waits."""
         if not self._queues:
             return math.inf
         return min(queue.head[0][0] for queue in self._queues.values())
 
     def _forget(self) -> None:
-        """Drop idle tenants that would be lifted anyway; seldom enough to cost nothing."""
+        """Drop idle tenants that would be lifted anyway. Runs rarely, so its cost is small."""
         self._counters = {
             tenant: counter
             for tenant, counter in self._counters.items()
@@ -304,7 +309,7 @@ _Key = tuple[float, int]
 
 
 class _Queue:
-    """Waiting requests of one tier that can use the same slots: by tenant, then arrival."""
+    """Waiting requests of one tier that can use the same slots, by tenant, then arrival."""
 
     def __init__(self) -> None:
         self.requests: dict[str, OrderedDict[QueuedRequest, None]] = {}
@@ -333,7 +338,7 @@ class _Queue:
         self.recount(request.tenant, counter)
 
     def recount(self, tenant: str, counter: float) -> None:
-        """Put a tenant in its right place after its counter or its first request has changed."""
+        """Reorder a tenant after its counter or its first request has changed."""
         requests = self.requests.get(tenant)
         key = (counter, next(iter(requests)).number) if requests else None
         old = self._keys.get(tenant)
@@ -348,11 +353,11 @@ class _Queue:
 
 
 class GrantRate:
-    """How many grants a second there were lately: an exponentially weighted mean.
+    """The recent rate of grants per second, as an exponentially weighted mean.
 
-    A grant counts 1/window when it happens, and that fades with e^(-age/window), so that the mean
-    falls towards 0 while nothing is granted. The first window is measured over the time that has
-    really passed, not over a whole window.
+    A grant counts 1/window when it happens, and decays with e^(-age/window). The mean thus falls
+    towards 0 while nothing is granted. During the first window, the rate is measured over the time
+    that has really passed.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -373,6 +378,6 @@ class GrantRate:
         if self._began == math.inf:
             return 0.0
         faded = self._weight * math.exp((self._last - now) / self._window_s)
-        # One second at least: a first burst is no rate.
+        # At least one second: a first burst is not a rate.
         seen = -math.expm1(-max(now - self._began, 1.0) / self._window_s)
         return faded / (self._window_s * seen)

@@ -1,4 +1,4 @@
-"""A request's place in the queue, and what becomes of it. Pure."""
+"""A request in the scheduler: its state, its order in the queue, and its outcome. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.core.tiers import Tier
 
 
 class RequestState(StrEnum):
-    """Where a request stands. It goes down this list; only a replay goes back to waiting."""
+    """State of a request. It moves down this list; only a replay goes back to WAITING."""
 
     NEW = "new"
     WAITING = "waiting"
@@ -22,29 +22,29 @@ class RequestState(StrEnum):
 
 @dataclass(eq=False, slots=True)
 class QueuedRequest:
-    """One request as the queue sees it.
+    """One request as the scheduler sees it.
 
-    The caller sets the first six; the scheduler and the queue keep the rest, for the caller to
-    read.
+    The caller sets the first six attributes. The scheduler and the queue maintain the rest; the
+    caller may read them.
 
     Attributes:
-        tier: the tier at which it stands in the queue. The scheduler lowers it from priority to
-        default where priority cannot be delivered to it.
-        tenant: who shares fairly with other tenants of the same tier.
-        tokens: how many tokens it will probably take, prompt and answer together, at least 1.
-            Put right when it ends.
-        route: what a replica must honour priority on for it to count as priority.
+        tier: the tier at which it is queued. The scheduler lowers it from priority to default if
+            priority cannot be delivered to it.
+        tenant: the tenant; tenants of the same tier share slots fairly.
+        tokens: estimate of its tokens, prompt and answer together, at least 1. The tenant's
+            counter is corrected when it ends.
+        route: the route on which a replica must honour priority for it to count as priority.
         prefix: a stable 32-bit hash of its leading messages, the same in every process; ``None``
             for no preference.
         fail_fast: whether it is shed at once when no slot is free.
-        state: where it stands.
+        state: its current state.
         arrived: when it arrived, in seconds.
         since: when it last began to wait, in seconds; later than ``arrived`` only for a replay.
-        placed: when it was last given a slot, in seconds.
+        placed: when it last received a slot, in seconds.
         replica_id: the replica whose slot it has, or last had.
-        shed: why it was shed.
-        retry_after_s: in how many seconds trying again may help, once it is shed.
-        without: replicas that lost it, where it is not placed again.
+        shed: why it was shed; ``None`` if it was not.
+        retry_after_s: after how many seconds a retry may succeed, once it is shed.
+        without: replicas that failed it; it is not placed there again.
     """
 
     tier: Tier

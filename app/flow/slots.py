@@ -12,7 +12,7 @@ from app.core.tiers import PriorityMode, Tier
 from app.flow.hash_ring import HashRing
 
 _AFFINITY_STEPS = 8
-"""How far along the ring to look for a replica with room, before taking the least loaded."""
+"""Points of the ring to search for a replica with room, before the least loaded one is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Offer:
         pool: the pool that it belongs to.
         slots: how many requests it runs at once.
         routes: the routes on which it honours priority.
-        weight: how much of the load its pool takes; of two replicas with weights 2 and 1 the
+        weight: share of the load that its pool takes; of two replicas with weights 2 and 1, the
             first counts as half as busy as it is.
     """
 
@@ -40,15 +40,15 @@ class ReplicaSlots:
 
     Attributes:
         replica_id: its name.
-        slots: how many requests it runs at once, of all ingresses together.
-        credit: how many of them this ingress may use.
-        running: how many of its requests run there; more than ``credit`` only after credits
-            were taken back under running requests.
-        others: how many of those are not priority.
+        slots: how many requests it runs at once, for all ingresses together.
+        credit: how many of these slots this ingress may use.
+        running: how many requests of this ingress run there; more than ``credit`` only after
+            credits were dropped while requests ran on them.
+        others: how many of the running requests are not priority.
         present: whether the model reports it as ready.
         suspended_until: nothing is placed on it before; minus infinity if it is not suspended.
         free: how many more requests may be placed on it now.
-        load: which share of the credits is in use, divided by the weight.
+        load: share of the credits in use, divided by the weight; infinity if none is free.
     """
 
     __slots__ = (
@@ -75,7 +75,7 @@ class ReplicaSlots:
 
     @property
     def ready(self) -> bool:
-        """Whether requests may be placed there, room permitting."""
+        """Whether requests may be placed there if there is room."""
         return self.present and self.suspended_until == -math.inf
 
 
@@ -88,21 +88,21 @@ class _Kind:
         self.weight = weight
         self.ready = 0
         self.kept = False
-        # By load. An entry holds as long as its place has that load and a free slot. A replica
-        # that went and came back is another place; the number keeps the two from being compared.
+        # A heap by load. An entry is valid while its replica has that load and a free slot. A
+        # replica that left and came back is a new object; ``id`` keeps the two from being compared.
         self._by_load: list[tuple[float, str, int, ReplicaSlots]] = []
         self._limit = 64
 
-    def add(self, place: ReplicaSlots) -> None:
-        """List a place with a free slot under its load."""
-        heapq.heappush(self._by_load, (place.load, place.replica_id, id(place), place))
+    def add(self, replica: ReplicaSlots) -> None:
+        """List a replica with a free slot under its load."""
+        heapq.heappush(self._by_load, (replica.load, replica.replica_id, id(replica), replica))
         if len(self._by_load) > self._limit:
             valid = {entry[1]: entry for entry in self._by_load if self._holds(entry)}
             self._by_load = sorted(valid.values())
             self._limit = 64 + 4 * len(valid)
 
     def least_loaded(self, without: frozenset[str]) -> ReplicaSlots | None:
-        """Return the place with the least load among those with a free slot."""
+        """Return the least loaded replica with a free slot; ``None`` if there is none."""
         by_load, aside = self._by_load, []
         found = None
         while by_load:
@@ -119,20 +119,20 @@ class _Kind:
         return found
 
     def _holds(self, entry: tuple[float, str, int, ReplicaSlots]) -> bool:
-        load, _, _, place = entry
-        return place.free > 0 and place.load == load and place.kind is self
+        load, _, _, replica = entry
+        return replica.free > 0 and replica.load == load and replica.kind is self
 
 
 class SlotTable:
     """Every replica of one model, by load and by prefix.
 
     Attributes:
-        headroom: how many free slots are kept for priority, on whichever replicas can deliver
-            it: a burst goes where room is, and an ingress that holds one or two credits on each
-            replica could not keep a share of each.
-        closed: nothing is placed at all while set.
-        slack: how much busier than the least busy replica, as a share of its credits, the one
-            that a prefix belongs to may be.
+        headroom: how many free slots are kept for priority, on any replicas that can deliver it.
+            A burst goes where room is, and an ingress with one or two credits on each replica
+            could not keep a share of each.
+        closed: nothing is placed while set.
+        slack: how much busier than the least busy replica a prefix's own replica may be, as a
+            share of its credits.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class SlotTable:
         self._credits: Counter[str] = Counter()
         self._ring = HashRing()
         self._suspended: dict[str, ReplicaSlots] = {}
-        # Over the replicas where headroom is kept, and over the others.
+        # Sums over the replicas where headroom is kept; the last one over the others.
         self._free = self._others = self._kept_credits = 0
         self._free_elsewhere = 0
 
@@ -160,7 +160,7 @@ class SlotTable:
 
     @property
     def free(self) -> int:
-        """How many slots are free, headroom and all."""
+        """How many slots are free, headroom included."""
         return 0 if self.closed else self._free + self._free_elsewhere
 
     @property
@@ -177,9 +177,9 @@ class SlotTable:
         return {p.replica_id: (p.credit, p.running) for p in self if p.credit or p.running}
 
     def delivers(self, route: Hashable) -> bool:
-        """Whether priority can be delivered on a route, as far as anybody can tell.
+        """Whether priority can be delivered on a route, as far as is known.
 
-        Replicas that are suspended do not count, busy ones do. Before one is ready it may.
+        Suspended replicas do not count; busy ones do. True while no replica is ready.
         """
         return bool(self._kinds_for_priority(route)) or not any(kind.ready for kind in self._all)
 
@@ -191,15 +191,15 @@ class SlotTable:
         without: frozenset[str] = frozenset(),
         out_of_turn: bool = False,
     ) -> ReplicaSlots | None:
-        """Return where a request may be placed now; ``None`` if there is no room for it.
+        """Return the replica for a request now; ``None`` if there is no room for it.
 
-        Priority goes to replicas that honour it on its route, if any but those ``without`` is
-        ready; where none is, it is placed like any other request. Others leave the headroom
-        free; one that is served ``out_of_turn``, because it starves, may go below it as long as
-        no more than the slots that are not headroom run requests like it.
+        A priority request goes to replicas that honour priority on its route. If none of these
+        is ready except those in ``without``, it is placed like any other request. Other requests
+        leave the headroom free. A starving request, served ``out_of_turn``, may use headroom, as
+        long as requests below priority run on no more than the slots that are not headroom.
 
-        Among the replicas with room the one that the prefix belongs to is taken if it is no more
-        than ``slack`` busier than the least loaded, else the least loaded.
+        Among the replicas with room, the prefix's own replica is chosen if it is at most ``slack``
+        busier than the least loaded one; otherwise the least loaded one.
         """
         if self.closed:
             return None
@@ -208,86 +208,90 @@ class SlotTable:
             kinds = self._kinds_for_others(out_of_turn)
         least: ReplicaSlots | None = None
         for kind in kinds:
-            place = kind.least_loaded(without)
-            if place is not None and (least is None or place.load < least.load):
-                least = place
+            replica = kind.least_loaded(without)
+            if replica is not None and (least is None or replica.load < least.load):
+                least = replica
         if least is None or prefix is None:
             return least
         for replica_id in self._ring.after(prefix, _AFFINITY_STEPS):
-            place = self._by_id[replica_id]
+            replica = self._by_id[replica_id]
             if (
-                place.free
-                and place.load <= least.load + self.slack
-                and place.kind in kinds
+                replica.free
+                and replica.load <= least.load + self.slack
+                and replica.kind in kinds
                 and replica_id not in without
             ):
-                return place
+                return replica
         return least
 
     def change(
-        self, place: ReplicaSlots, *, credit: int = 0, running: int = 0, others: int = 0
+        self, replica: ReplicaSlots, *, credit: int = 0, running: int = 0, others: int = 0
     ) -> None:
-        """Change what is held and used on a replica."""
-        place.credit += credit
-        place.running += running
-        place.others += others
-        assert place.credit >= 0 and place.running >= place.others >= 0, "slots are counted right"
+        """Change the credits and the running requests of a replica."""
+        replica.credit += credit
+        replica.running += running
+        replica.others += others
+        assert replica.credit >= 0 and replica.running >= replica.others >= 0, (
+            "slots are counted right"
+        )
         if credit:
-            self._credits[place.kind.pool] += credit
-        if place.kind.kept:
+            self._credits[replica.kind.pool] += credit
+        if replica.kind.kept:
             self._others += others
             self._kept_credits += credit
-        self._list(place)
-        if not (place.present or place.credit or place.running):
-            del self._by_id[place.replica_id]
+        self._list(replica)
+        if not (replica.present or replica.credit or replica.running):
+            del self._by_id[replica.replica_id]
 
     def add_credits(self, replica_id: str, added: int) -> None:
-        """Add credits on a replica, which need not be known yet."""
-        place = self._by_id.get(replica_id)
-        if place is None:
-            place = self._by_id[replica_id] = ReplicaSlots(replica_id, self._kind("", frozenset()))
-        self.change(place, credit=added)
+        """Add credits on a replica, which may be unknown so far."""
+        replica = self._by_id.get(replica_id)
+        if replica is None:
+            replica = self._by_id[replica_id] = ReplicaSlots(
+                replica_id, self._kind("", frozenset())
+            )
+        self.change(replica, credit=added)
 
     def forget_credits(self) -> None:
-        """Drop every credit; what runs goes on."""
-        for place in list(self):
-            self.change(place, credit=-place.credit)
+        """Drop every credit; running requests go on."""
+        for replica in list(self):
+            self.change(replica, credit=-replica.credit)
 
     def give_up(self, pool: str, most: int, keep: int = 0) -> int:
-        """Drop at most so many credits of a pool whose slots are free, and return how many.
+        """Drop up to ``most`` credits of a pool whose slots are free, and return how many.
 
         At least ``keep`` slots stay free where headroom is kept.
         """
         left = most
-        free = [place for place in self if place.free and place.kind.pool == pool]
-        # From the busiest on, so that what is left free is well spread.
-        for place in sorted(free, key=lambda place: (-place.load, place.replica_id)):
-            while left and self.give_up_at(place, keep):
+        free = [replica for replica in self if replica.free and replica.kind.pool == pool]
+        # The busiest first, so that the remaining free slots are well spread.
+        for replica in sorted(free, key=lambda replica: (-replica.load, replica.replica_id)):
+            while left and self.give_up_at(replica, keep):
                 left -= 1
         return most - left
 
-    def give_up_at(self, place: ReplicaSlots, keep: int) -> bool:
-        """Drop a credit on a replica if ``give_up`` could, and return whether it was dropped."""
-        if not place.free or (place.kind.kept and self._free <= keep):
+    def give_up_at(self, replica: ReplicaSlots, keep: int) -> bool:
+        """Drop a credit on a replica if ``give_up`` may; return whether it was dropped."""
+        if not replica.free or (replica.kind.kept and self._free <= keep):
             return False
-        self.change(place, credit=-1)
+        self.change(replica, credit=-1)
         return True
 
     def suspend(self, replica_id: str, until: float) -> None:
-        """Place nothing on a replica before a time."""
-        place = self._by_id.get(replica_id)
-        if place is not None and place.present:
-            self._alter(place, place.kind, present=True, suspended_until=until)
-            self._suspended[replica_id] = place
+        """Place nothing on a replica before ``until``."""
+        replica = self._by_id.get(replica_id)
+        if replica is not None and replica.present:
+            self._alter(replica, replica.kind, present=True, suspended_until=until)
+            self._suspended[replica_id] = replica
 
     def resume(self, now: float) -> bool:
-        """End the suspensions whose time is over, and return whether there were any."""
+        """End the suspensions that are over, and return whether there were any."""
         if not self._suspended:
             return False
-        over = [place for place in self._suspended.values() if place.suspended_until <= now]
-        for place in over:
-            del self._suspended[place.replica_id]
-            self._alter(place, place.kind, present=place.present)
+        over = [replica for replica in self._suspended.values() if replica.suspended_until <= now]
+        for replica in over:
+            del self._suspended[replica.replica_id]
+            self._alter(replica, replica.kind, present=replica.present)
         return bool(over)
 
     def next_resume(self) -> float:
@@ -297,21 +301,21 @@ class SlotTable:
         return min((p.suspended_until for p in self._suspended.values()), default=math.inf)
 
     def set_replicas(self, offers: Iterable[Offer], mode: PriorityMode) -> None:
-        """Take over which replicas there are, and when priority is delivered at all.
+        """Apply which replicas there are, and when priority is delivered.
 
         Credits on replicas that are gone are dropped.
         """
         offered = {offer.replica_id: offer for offer in offers}
-        for place in [place for place in self if place.replica_id not in offered]:
-            self._suspended.pop(place.replica_id, None)
-            self._alter(place, place.kind, present=False)
-            self.change(place, credit=-place.credit)
+        for replica in [replica for replica in self if replica.replica_id not in offered]:
+            self._suspended.pop(replica.replica_id, None)
+            self._alter(replica, replica.kind, present=False)
+            self.change(replica, credit=-replica.credit)
         for replica_id, offer in offered.items():
             kind = self._kind(offer.pool, offer.routes, offer.weight)
-            place = self._by_id.setdefault(replica_id, ReplicaSlots(replica_id, kind))
-            place.slots = offer.slots
-            if not place.present or place.kind is not kind:
-                self._alter(place, kind, present=True, suspended_until=place.suspended_until)
+            replica = self._by_id.setdefault(replica_id, ReplicaSlots(replica_id, kind))
+            replica.slots = offer.slots
+            if not replica.present or replica.kind is not kind:
+                self._alter(replica, kind, present=True, suspended_until=replica.suspended_until)
         self._mode = mode
         self._recount()
 
@@ -333,7 +337,7 @@ class SlotTable:
         if not without:
             return kinds
         excluded = Counter(
-            place.kind for place in map(self._by_id.get, without) if place and place.ready
+            replica.kind for replica in map(self._by_id.get, without) if replica and replica.ready
         )
         return [kind for kind in kinds if kind.ready > excluded[kind]]
 
@@ -344,44 +348,49 @@ class SlotTable:
             return self._all
         return self._not_kept
 
-    def _list(self, place: ReplicaSlots) -> None:
-        """Put a place in its right place among those with room, and on the ring."""
-        if place.on_ring is not (place.credit > 0):
-            place.on_ring = place.credit > 0
-            (self._ring.add if place.on_ring else self._ring.remove)(place.replica_id)
-        free = place.credit - place.running if place.ready else 0
+    def _list(self, replica: ReplicaSlots) -> None:
+        """Update a replica's free slots, its load, and its entry on the ring."""
+        if replica.on_ring is not (replica.credit > 0):
+            replica.on_ring = replica.credit > 0
+            (self._ring.add if replica.on_ring else self._ring.remove)(replica.replica_id)
+        free = replica.credit - replica.running if replica.ready else 0
         free = max(free, 0)
-        load = place.running / place.credit / place.kind.weight if free else math.inf
-        if place.kind.kept:
-            self._free += free - place.free
+        load = replica.running / replica.credit / replica.kind.weight if free else math.inf
+        if replica.kind.kept:
+            self._free += free - replica.free
         else:
-            self._free_elsewhere += free - place.free
-        relisted = free and (not place.free or load != place.load)
-        place.free, place.load = free, load
+            self._free_elsewhere += free - replica.free
+        relisted = free and (not replica.free or load != replica.load)
+        replica.free, replica.load = free, load
         if relisted:
-            place.kind.add(place)
+            replica.kind.add(replica)
 
     def _alter(
-        self, place: ReplicaSlots, kind: _Kind, *, present: bool, suspended_until: float = -math.inf
+        self,
+        replica: ReplicaSlots,
+        kind: _Kind,
+        *,
+        present: bool,
+        suspended_until: float = -math.inf,
     ) -> None:
-        """Change what a replica is, or whether it is ready."""
-        old, was_ready = place.kind, place.ready
-        place.present = False
-        self._list(place)
-        place.present, place.suspended_until = present, suspended_until
+        """Change a replica's kind, or whether it is ready."""
+        old, was_ready = replica.kind, replica.ready
+        replica.present = False
+        self._list(replica)
+        replica.present, replica.suspended_until = present, suspended_until
         if kind is not old:
-            place.kind = kind
-            self._credits[old.pool] -= place.credit
-            self._credits[kind.pool] += place.credit
-            self._others += place.others * (kind.kept - old.kept)
-            self._kept_credits += place.credit * (kind.kept - old.kept)
+            replica.kind = kind
+            self._credits[old.pool] -= replica.credit
+            self._credits[kind.pool] += replica.credit
+            self._others += replica.others * (kind.kept - old.kept)
+            self._kept_credits += replica.credit * (kind.kept - old.kept)
         old.ready -= int(was_ready)
-        kind.ready += int(place.ready)
+        kind.ready += int(replica.ready)
         self._honouring.clear()
-        self._list(place)
+        self._list(replica)
 
     def _recount(self) -> None:
-        """Sum up again where headroom is kept."""
+        """Recompute where headroom is kept, and the sums."""
         self._all = list(self._kinds.values())
         for kind in self._all:
             auto = self._mode is PriorityMode.AUTO and bool(kind.routes)
@@ -389,10 +398,10 @@ class SlotTable:
         self._not_kept = [kind for kind in self._all if not kind.kept]
         self._honouring.clear()
         self._free = self._free_elsewhere = self._others = self._kept_credits = 0
-        for place in self:
-            if place.kind.kept:
-                self._free += place.free
-                self._others += place.others
-                self._kept_credits += place.credit
+        for replica in self:
+            if replica.kind.kept:
+                self._free += replica.free
+                self._others += replica.others
+                self._kept_credits += replica.credit
             else:
-                self._free_elsewhere += place.free
+                self._free_elsewhere += replica.free

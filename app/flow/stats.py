@@ -1,4 +1,4 @@
-"""Counts what becomes of requests, for the report of one model in one ingress. Pure."""
+"""Counts outcomes of requests, for the report of one model in one ingress. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from app.flow.request import QueuedRequest, RequestState
 
 
 class Tally:
-    """Counts what becomes of the requests of one model in one ingress.
+    """Counts outcomes of the requests of one model in one ingress.
 
     Attributes:
-        untold: whether anything was counted since the last report.
+        unreported: whether anything was counted since the last report.
     """
 
     def __init__(self) -> None:
-        self.untold = False
+        self.unreported = False
         self._placed: Counter[Tier] = Counter()
         self._queued_s = dict.fromkeys(Tier, 0.0)
         self._sheds: Counter[tuple[Tier, ShedReason]] = Counter()
@@ -28,24 +28,24 @@ class Tally:
         self._served_s = dict.fromkeys(Tier, 0.0)
 
     def arrive(self, request: QueuedRequest) -> None:
-        """Count a request that has just come, at the tier at which it stands in the queue."""
-        self.untold = True
+        """Count a request that has just arrived, at the tier at which it is queued."""
+        self.unreported = True
         self._arrived[request.tier] += 1
 
     def end(self, request: QueuedRequest, now: float) -> None:
-        """Count a placed request that is over."""
-        self.untold = True
+        """Count a placed request that has ended."""
+        self.unreported = True
         self._finished[request.tier] += 1
         self._served_s[request.tier] += now - request.placed
 
     def count(self, request: QueuedRequest) -> None:
-        """Count a request that is told just now that it has been placed or shed."""
-        self.untold = True
+        """Count a request that has just been placed or shed."""
+        self.unreported = True
         if request.state is RequestState.SHED:
-            assert request.shed is not None, "who is shed is told why"
+            assert request.shed is not None, "a shed request has a reason"
             self._sheds[request.tier, request.shed] += 1
         elif not request.replayed:
-            # A replay has been counted once, and was with an engine for part of the time.
+            # A replay was counted before, and spent part of the time on an engine.
             self._placed[request.tier] += 1
             self._queued_s[request.tier] += request.placed - request.arrived
 
@@ -53,7 +53,7 @@ class Tally:
         self, at: float, *, headroom: int, grants_per_s: Mapping[Tier, float]
     ) -> QueueReport:
         """Return everything counted so far; see ``QueueReport``."""
-        self.untold = False
+        self.unreported = False
         return QueueReport(
             at=at,
             headroom=headroom,

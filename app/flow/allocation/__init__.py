@@ -1,1 +1,1 @@
-"""The Model's half of flow control: which ingress may use how many slots. Pure."""
+"""The Model's part of flow control: how many slots each ingress may use. Pure."""

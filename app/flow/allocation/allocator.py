@@ -1,30 +1,35 @@
-"""The Model's allocation of credits: who may hold which slots. Pure: the time is passed in.
+"""Allocates credits: which ingress may hold which slots. Pure: the time is passed in.
 
-``app.flow.allocation.fair_share`` and ``app.flow.allocation.rebalance`` decide how many credits
-each ingress ought to have; ``CreditAllocator`` moves credits towards that without ever giving one
-slot to two ingresses:
+Each demand of an ingress is one event; ``renew`` returns the grant that answers it. The invariant
+holds under any order, loss or delay of messages, crashes and restarts: **the credits that all
+ingresses together can use on a replica never exceed its slots plus the floor.** The floor is the
+smallest number per replica that lets every ingress have one slot for priority. It is 0 as long as
+the headroom has a slot for each ingress.
 
-- What an ingress may hold is what it reported last, plus what was granted to it since and not
-  yet reported back. A credit is added only on a replica where the sum of that over all ingresses
-  is below the replica's slots.
-- Nothing is taken from an ingress. It is told how many credits to keep; a credit that it gives up
-  is free once it reports not to hold it any more. It gives one up only with a free slot.
-- At most one grant to an ingress is under way; until it is acknowledged it is repeated.
-- An ingress that was not heard for ``SILENCE_S`` is forgotten, and its credits are free. By then
-  it has closed them itself (``app.flow.credits``). When it is back it holds nothing but the slots
-  of its running requests, which count as held until they end. That is so with every Model: this
-  one tells it to forget its credits; with a Model started since it forgets them by itself.
-- A Model that was just started adds nothing before it has listened for ``SILENCE_S``, and until
-  every ingress it heard has acknowledged a grant of this Model. What they report counts as held.
+``app.flow.allocation.fair_share`` and ``app.flow.allocation.rebalance`` compute how many credits
+each ingress should have. ``CreditAllocator`` moves credits towards that, and never gives one slot
+to two ingresses:
 
-What holds then, under any order, loss or delay of messages, crashes and restarts: **the credits
-that all ingresses together can use on a replica are never more than its slots plus the floor**,
-where the floor is the smallest number per replica that lets every ingress have one slot for
-priority: 0 as long as the headroom has a slot for each ingress. The requests that run on a
-replica are never more than that either, but for those that an ingress had running when it fell
-silent: while they last they come on top, because nobody can tell whether they still run. (A
-crashed ingress's requests end with its connections.) Neither holds for an ingress that believes
-the Model to be down while it is not; see ``Credits.renewal_failed``.
+- An ingress may hold what it reported last, plus what was granted since and not yet reported back.
+  A credit is added on a replica only if the sum of that over all ingresses is below the replica's
+  slots (plus the floor).
+- Nothing is taken from an ingress. A grant sets how many credits to keep. The ingress gives up a
+  credit only with a free slot. The credit is free once the ingress reports that it no longer holds
+  it.
+- At most one grant to an ingress is in flight. It is repeated until it is acknowledged.
+- An ingress is forgotten after ``SILENCE_S`` without a demand, and its credits are free. By then it
+  has closed them itself (``app.flow.credits``). When it returns, it holds only the slots of its
+  running requests, which count as held until they end. That is so with every Model: this one tells
+  it to forget its credits, and with a Model started since it forgets them by itself.
+- A Model that has just started adds nothing until it has listened for ``SILENCE_S`` and every
+  ingress that it received a demand from has acknowledged one of its grants. Credits that the
+  ingresses report count as held.
+
+The running requests on a replica obey the same bound, with one exception: requests that an ingress
+had running when it fell silent. They may exceed the bound while they run, because the Model cannot
+know whether they still run. (A crashed ingress's requests end with its connections.) Neither bound
+holds for an ingress that takes the Model to be down while it is not; see
+``Credits.renewal_failed``.
 """
 
 from __future__ import annotations
@@ -42,16 +47,16 @@ from app.flow.allocation.rebalance import IngressHoldings, Terms, balance
 from app.flow.credits import RENEWAL_S, SILENCE_S
 
 LOOK_AFTER_S = 1.1 * RENEWAL_S
-"""How long after a renewal ``wakeups`` is to be asked once more."""
-# An ingress that was not heard for so long had nothing to say: otherwise it would have come again,
-# messages taking what they take.
+"""How long after a renewal to call ``wakeups`` once more, in seconds."""
+# An ingress without a demand for this long has nothing to report, with a margin for the transport:
+# otherwise it would have renewed.
 _QUIET_AFTER_S = 1.05 * RENEWAL_S
 _TIERS = tuple(Tier)
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """An engine replica's slots; ``kept``: whether headroom is kept on it."""
+    """The slots of an engine replica; ``kept``: whether headroom is kept on it."""
 
     replica_id: str
     pool: str
@@ -67,33 +72,33 @@ class _Pool:
     slots: int = 0
     kept_slots: int = 0
     headroom: int = 0
-    # Credits that may be given on each replica beyond its slots.
+    # Credits that may be granted on each replica beyond its slots.
     floor: int = 0
-    # The parts of an ingress's requests, and of its priority requests, that fall to this pool.
+    # The shares of an ingress's requests, and of its priority requests, that belong to this pool.
     part: float = 1.0
     priority_part: float = 1.0
-    # Where credits can be added, and how many.
+    # How many credits can be added, by replica.
     room: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Account:
-    """One ingress: what it may hold by replica, and the grant under way to it."""
+    """One ingress: what it may hold by replica, and the grant in flight to it."""
 
     demand: Demand
-    heard: float
+    renewed_at: float
     known: bool = False
     pending: Grant | None = None
     held: dict[str, int] = field(default_factory=dict)
     # What it wants, may hold and uses, by pool.
-    standings: dict[str, IngressHoldings] = field(default_factory=dict)
-    # As its last grant found: whether it lacks slots for priority.
+    holdings: dict[str, IngressHoldings] = field(default_factory=dict)
+    # Whether it lacked slots for priority at its last grant.
     urgent: bool = False
     woken: bool = False
 
 
 class CreditAllocator:
-    """Who may hold which credits of one model. Kept by its Model actor."""
+    """Which ingress may hold which credits of one model. Owned by the Model actor."""
 
     def __init__(self, life: str, settings: QueueSettings, now: float) -> None:
         self._life = life
@@ -105,17 +110,17 @@ class CreditAllocator:
         self._held: Counter[str] = Counter()
         self._pools: dict[str, _Pool] = {}
         self._pool_of: dict[str, str] = {}
-        # Of every ingress, by pool, for as long as nothing has changed that they follow from.
-        self._struck: dict[str, dict[str, Terms]] = {}
+        # Cached terms of every ingress, by pool; dropped when their inputs change.
+        self._cached_terms: dict[str, dict[str, Terms]] = {}
 
     def configure(self, settings: QueueSettings) -> None:
-        """Take over changed settings."""
+        """Apply changed settings."""
         self._settings = settings
         for pool in self._pools.values():
             self._size(pool)
 
     def set_replicas(self, capacities: Iterable[Capacity]) -> None:
-        """Take over which replicas there are."""
+        """Apply which replicas there are."""
         self._pools, self._pool_of = {}, {}
         for capacity in capacities:
             pool = self._pools.setdefault(capacity.pool, _Pool())
@@ -137,7 +142,7 @@ class CreditAllocator:
         return [account.demand for account in self._accounts.values()]
 
     def renew(self, demand: Demand, now: float) -> Grant:
-        """Take note of what an ingress holds and wants, and return what it gets."""
+        """Record what an ingress holds and wants, and return its grant."""
         self._forget_silent(now)
         account = self._accounts.get(demand.ingress)
         if account is not None and demand.number > account.demand.number:
@@ -151,12 +156,12 @@ class CreditAllocator:
         return replace(account.pending, answers=demand.number, sent_at=demand.sent_at)
 
     def wakeups(self, now: float) -> list[str]:
-        """Return the ingresses that ought to renew now and not only when it is time.
+        """Return the ingresses that should renew now, before their next renewal is due.
 
-        They have slots to give up for others' priority, or lack some that are free now; or they
-        had nothing to say, and would have heard something by now had they said it. To tell them is
-        a kindness, not a duty: they renew soon enough by themselves. The book does not name them
-        again before they have.
+        Such an ingress has slots to give up for others' priority, or lacks slots that are free
+        now. Or it was quiet, and a renewal would have brought it changes by now. Waking them only
+        reduces latency; correctness does not depend on it. An ingress is not returned again before
+        it has renewed.
         """
         if self._listening:
             return []
@@ -164,45 +169,45 @@ class CreditAllocator:
         names = [
             name
             for name, account in self._accounts.items()
-            if not account.woken and self._ought_to_renew(account, now, urgent=urgent)
+            if not account.woken and self._should_renew(account, now, urgent=urgent)
         ]
         for name in names:
             self._accounts[name].woken = True
         return sorted(names)
 
-    def _ought_to_renew(self, account: _Account, now: float, *, urgent: bool) -> bool:
-        quiet = now - account.heard >= _QUIET_AFTER_S
-        told = account.pending
-        if quiet and told is not None and told.ingresses != len(self._accounts):
+    def _should_renew(self, account: _Account, now: float, *, urgent: bool) -> bool:
+        quiet = now - account.renewed_at >= _QUIET_AFTER_S
+        sent = account.pending
+        if quiet and sent is not None and sent.ingresses != len(self._accounts):
             return True
         return (urgent or quiet) and any(
-            self._ought_to_move(account, name, pool, urgent=urgent, quiet=quiet)
+            self._should_move(account, name, pool, urgent=urgent, quiet=quiet)
             for name, pool in self._pools.items()
         )
 
-    def _ought_to_move(
+    def _should_move(
         self, account: _Account, name: str, pool: _Pool, *, urgent: bool, quiet: bool
     ) -> bool:
         """Whether an ingress has credits to give up in a pool, or would be given some."""
-        held, terms = account.standings[name].held, self._terms(name, pool)[account.demand.ingress]
+        held, terms = account.holdings[name].held, self._terms(name, pool)[account.demand.ingress]
         if pool.room and held < terms.up_to and (terms.urgent or quiet):
             return True
-        # Who has been told to, but for urgent needs, gives them up as soon as it can.
-        told = account.pending.at_most.get(name) if account.pending else None
-        return held > terms.at_most and (urgent or terms.at_most != told)
+        # An ingress that already knows this limit gives credits up as soon as it can.
+        known = account.pending.at_most.get(name) if account.pending else None
+        return held > terms.at_most and (urgent or terms.at_most != known)
 
     def _open(self, demand: Demand, now: float) -> _Account:
         account = self._accounts[demand.ingress] = _Account(demand, now)
         self._resize()
-        # Where this Model does not listen any more the credits that it holds, if any, have been
-        # given away: its first grant says so, and only what runs counts.
+        # Once this Model has stopped listening, credits that a new ingress holds, if any, have been
+        # granted to others. Its first grant revokes them, and only running requests count.
         self._take_stock(account, forget=not self._listening)
         if not self._listening:
             self._grant(account, anew=True)
         return account
 
     def _update(self, account: _Account, demand: Demand, now: float) -> None:
-        account.demand, account.heard, account.woken = demand, now, False
+        account.demand, account.renewed_at, account.woken = demand, now, False
         pending = account.pending
         if pending is not None and demand.life == self._life and demand.applied >= pending.number:
             account.pending, account.known = None, True
@@ -210,11 +215,11 @@ class CreditAllocator:
 
     def _forget_silent(self, now: float) -> None:
         accounts = self._accounts
-        silent = [name for name, a in accounts.items() if now - a.heard >= SILENCE_S]
+        silent = [name for name, a in accounts.items() if now - a.renewed_at >= SILENCE_S]
         for name in silent:
             self._hold(accounts.pop(name), {})
         if silent:
-            self._struck.clear()
+            self._cached_terms.clear()
             self._resize()
 
     def _end_listening(self, now: float) -> None:
@@ -222,7 +227,7 @@ class CreditAllocator:
             self._listening = not all(account.known for account in self._accounts.values())
 
     def _next_grant(self, *, anew: bool) -> Grant:
-        # Numbers are never used again in one life, not even for an ingress that comes back.
+        # Numbers are never reused in one life, not even for an ingress that returns.
         self._numbers += 1
         return Grant(self._life, self._numbers, 0, 0.0, anew, ingresses=len(self._accounts))
 
@@ -236,7 +241,7 @@ class CreditAllocator:
             account.urgent = False
             for name, pool in self._pools.items():
                 terms = self._terms(name, pool)[account.demand.ingress]
-                lacking = terms.up_to - account.standings[name].held
+                lacking = terms.up_to - account.holdings[name].held
                 added |= self._pick(account, pool, lacking)
                 at_most[name] = terms.at_most
                 headroom += terms.headroom
@@ -248,7 +253,7 @@ class CreditAllocator:
             self._take_stock(account)
 
     def _take_stock(self, account: _Account, *, forget: bool = False) -> None:
-        """Count what an ingress may hold, by what it reported and what is under way to it."""
+        """Count what an ingress may hold: what it reported, plus the grant in flight to it."""
         pending = account.pending
         forget |= pending is not None and pending.anew
         held = {
@@ -276,16 +281,16 @@ class CreditAllocator:
             if (name := self._pool_of.get(replica_id)) is not None:
                 held[name] += count
                 running[name] += account.demand.held.get(replica_id, (0, 0))[1]
-        standings = {
+        holdings = {
             name: IngressHoldings(_part(account.demand, pool), held[name], running[name])
             for name, pool in self._pools.items()
         }
-        if standings != account.standings:
-            account.standings = standings
-            self._struck.clear()
+        if holdings != account.holdings:
+            account.holdings = holdings
+            self._cached_terms.clear()
 
     def _resize(self) -> None:
-        """Fit the floor to the number of ingresses."""
+        """Adjust the floor to the number of ingresses."""
         for pool in self._pools.values():
             if pool.floor != self._floor(pool):
                 self._size(pool)
@@ -299,7 +304,7 @@ class CreditAllocator:
         pool.kept_slots = sum(r.slots for r in pool.replicas.values() if r.kept)
         pool.headroom = self._settings.headroom_of(pool.kept_slots)
         pool.floor = self._floor(pool)
-        self._struck.clear()
+        self._cached_terms.clear()
         pool.room = {}
         for replica_id in pool.replicas:
             self._note_room(replica_id)
@@ -308,7 +313,7 @@ class CreditAllocator:
         name = self._pool_of.get(replica_id)
         if name is None:
             return
-        self._struck.clear()
+        self._cached_terms.clear()
         pool = self._pools[name]
         room = pool.replicas[replica_id].slots + pool.floor - self._held[replica_id]
         if room > 0:
@@ -318,20 +323,20 @@ class CreditAllocator:
 
     def _terms(self, name: str, pool: _Pool) -> dict[str, Terms]:
         """Return the terms of every ingress in a pool."""
-        if (struck := self._struck.get(name)) is not None:
-            return struck
+        if (terms_by_ingress := self._cached_terms.get(name)) is not None:
+            return terms_by_ingress
         terms = balance(
-            [account.standings[name] for account in self._accounts.values()],
+            [account.holdings[name] for account in self._accounts.values()],
             slots=pool.slots,
             headroom=pool.headroom,
             every=self._settings.starvation_every,
             room=sum(pool.room.values()),
         )
-        struck = self._struck[name] = dict(zip(self._accounts, terms, strict=True))
-        return struck
+        terms_by_ingress = self._cached_terms[name] = dict(zip(self._accounts, terms, strict=True))
+        return terms_by_ingress
 
     def _pick(self, account: _Account, pool: _Pool, wanted: int) -> dict[str, int]:
-        """Choose where to add credits: where the ingress has fewest, then where most is free."""
+        """Choose where to add credits: where the ingress has fewest, then where most are free."""
         added: Counter[str] = Counter()
         held = account.held
         order = sorted(pool.room, key=lambda r: (held.get(r, 0), -pool.room[r], r))
@@ -344,7 +349,7 @@ class CreditAllocator:
 
 
 def _part(demand: Demand, pool: _Pool) -> Want:
-    """Return what an ingress wants of a pool."""
+    """Return what an ingress wants of a pool; ``pool.part`` scales its demand."""
     parts = (pool.priority_part, pool.part, pool.part)
 
     def scaled(counts: Mapping[Tier, int]) -> tuple[int, ...]:

@@ -1,4 +1,7 @@
-"""How many credits each ingress ought to have in the long run. Pure."""
+"""Computes how many credits each ingress should have in the long run. Pure.
+
+``split`` is a function of what every ingress runs and waits for; it returns one share for each.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ _TIERS = tuple(Tier)
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What one ingress uses of a pool, and would use if it could.
+    """What one ingress uses of a pool, and what it would use if it could.
 
     Attributes:
         running: its running requests, by tier.
         waiting: its waiting requests, by tier.
-        oldest_s: how long the oldest of them has waited, by tier.
-        starving: how many wait in tiers that starve.
+        oldest_s: how long the oldest of them has waited, in seconds, by tier.
+        starving: how many requests wait in tiers that are starving.
     """
 
     running: tuple[int, ...] = (0,) * len(_TIERS)
@@ -34,13 +37,13 @@ class Want:
 
     @property
     def foremost(self) -> int:
-        """The rank of the highest tier that waits, or the number of tiers if nobody does."""
+        """The rank of the highest tier that waits; the number of tiers if no request waits."""
         return next((rank for rank, some in enumerate(self.waiting) if some), len(_TIERS))
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """How many credits one ingress ought to have in the long run; ``headroom`` of them free."""
+    """How many credits one ingress should have in the long run, ``headroom`` of them free."""
 
     credits: int
     headroom: int
@@ -49,11 +52,12 @@ class Share:
 def split(slots: int, headroom: int, every: int, wants: Sequence[Want]) -> list[Share]:
     """Return the share of each ingress in a pool.
 
-    The headroom is shared equally, so that everyone has room for a burst of priority: at least
-    one slot each, beyond the slots if there are too few (the floor). The other slots go by tier,
-    the highest first; where a tier's requests are more than what is left, in proportion to them.
-    What nobody asks for goes to all, so that newcomers find room. Before all that, if anyone
-    starves, one slot in ``every`` is for those who do.
+    - The headroom is shared equally, so that every ingress has room for a burst of priority. Each
+      gets at least one slot, beyond the pool's slots if there are too few (the floor).
+    - If requests are starving, one in ``every`` of the other slots is for them first.
+    - The remaining slots go by tier, the highest first. If a tier has more requests than slots are
+      left, they are shared in proportion to its requests.
+    - Slots without demand are shared among all ingresses, so that new requests find room.
 
     Args:
         slots: all slots, headroom included.
@@ -93,7 +97,7 @@ def _plus(shares: list[int], more: list[int]) -> list[int]:
 
 
 def _apportion(total: int, weights: Sequence[int], ages: Sequence[float] = ()) -> list[int]:
-    """Share out in proportion; what does not divide goes to the largest remainders, then ages."""
+    """Divide ``total`` in proportion; the rest goes to the largest remainders, then ages."""
     whole = sum(weights)
     if total <= 0 or not whole:
         return [0] * len(weights)

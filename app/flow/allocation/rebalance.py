@@ -1,17 +1,18 @@
-"""From what ingresses hold now towards what they ought to hold, with little movement. Pure.
+"""Moves credits from what ingresses hold to what they should hold, with few moves. Pure.
 
-A credit on its way from one ingress to another serves nobody, so moves need a reason:
+``balance`` returns the terms of every ingress. A credit in transit from one ingress to another
+serves no request, so each move needs a reason:
 
-- What is free goes to those who need it most.
-- An ingress whose priority requests wait, or that has less than half its headroom left, is lent
-  free slots by those that have most of them. Nobody lends the last half of its headroom but
-  where priority waits.
-- Where priority waits and nobody has a free slot, everyone without waiting priority gives up the
-  next slots that come free, as long as other requests than priority run there: the first one is
-  what the waiting request gets.
-- Otherwise only those give up credits that hold more than their share, while others have a use
-  for them: free ones beyond their headroom; and ones in use, as they come free, only for priority
-  or for requests that have waited clearly longer than their own.
+- Free credits go to the ingresses that need them most.
+- If priority waits at an ingress, or less than half of its headroom is left, the ingresses with
+  most free slots lend it some. An ingress lends the last half of its headroom only while priority
+  waits.
+- If priority waits and no ingress has a free slot, every ingress without waiting priority gives up
+  the next slots that become free, as long as requests below priority run there. The waiting
+  request gets the first of them.
+- Otherwise an ingress gives up credits only if it holds more than its share and others can use
+  them. It gives up free ones beyond its headroom. It gives up credits in use, as they become free,
+  only for priority or for requests that have waited clearly longer than its own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from app.core.tiers import Tier
 from app.flow.allocation.fair_share import Share, Want, split
 
 _TIERS = len(Tier)
-# How much longer requests must have waited at one ingress than at another of the same tier before
-# slots in use are moved: by so many seconds, or by a share of the wait if that is more.
+# How much longer requests of a tier must have waited at one ingress than at another before slots in
+# use are moved: this many seconds, by tier, or this share of the wait, whichever is more.
 _OLDER_S = (0.25, 1.0, 1.0)
 _OLDER_SHARE = 0.1
 
@@ -41,18 +42,18 @@ class IngressHoldings:
 
     @property
     def free(self) -> int:
-        """How many credits nobody uses."""
+        """How many credits are unused."""
         return self.held - self.in_use
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What an ingress gets now.
+    """What an ingress gets in one pool now.
 
     Attributes:
         up_to: credits are added up to this many.
         at_most: it gives up credits beyond this many, as far as their slots are free.
-        keep: how many free slots it keeps then.
+        keep: how many free slots it keeps when it gives up credits.
         headroom: how many free slots it keeps for priority.
         urgent: whether it lacks slots for priority.
     """
@@ -65,19 +66,19 @@ class Terms:
 
 
 def balance(
-    standings: Sequence[IngressHoldings], *, slots: int, headroom: int, every: int, room: int
+    holdings: Sequence[IngressHoldings], *, slots: int, headroom: int, every: int, room: int
 ) -> list[Terms]:
     """Return the terms of each ingress in a pool.
 
     Args:
-        standings: one for each ingress, at least one.
+        holdings: one for each ingress, at least one.
         slots: all slots of the pool, headroom included.
         headroom: how many of them are kept for priority.
         every: the queue's ``starvation_every``.
-        room: how many credits can be added to somebody's now.
+        room: how many credits can be added now, over all ingresses.
     """
-    shares = split(slots, headroom, every, [standing.want for standing in standings])
-    parties = [_Party(*pair) for pair in zip(standings, shares, strict=True)]
+    shares = split(slots, headroom, every, [one.want for one in holdings])
+    parties = [_Party(*pair) for pair in zip(holdings, shares, strict=True)]
     claims = [sum(party.lacks for party in parties if party.need is need) for need in _Need]
     priority_waits = claims[_Need.PRIORITY_WAITS] > 0
     urgent = claims[_Need.PRIORITY_WAITS] + claims[_Need.LOW_HEADROOM]
@@ -106,7 +107,7 @@ class _Need(IntEnum):
 
 
 class _Party:
-    """One ingress while the balance is struck: what it needs, lacks, lends and keeps."""
+    """One ingress during ``balance``: what it needs, lacks, lends and keeps."""
 
     def __init__(self, now: IngressHoldings, share: Share) -> None:
         self.now = now
@@ -132,9 +133,9 @@ class _Party:
         """Return how many credits it may keep.
 
         Args:
-            wanted: whether others have a use for more credits than are free.
+            wanted: whether others can use more credits than are free.
             priority_waits: whether priority waits at an ingress that lacks credits.
-            oldest_s: how long requests have waited at such ingresses at most, by tier.
+            oldest_s: the longest waits at ingresses that lack credits, in seconds, by tier.
         """
         held, share = self.now.held - self.lends, self.share.credits
         if self.lends == 0 and self.lacks and not self._waits_less(oldest_s[:1]):
@@ -154,7 +155,7 @@ class _Party:
         return min(held, max(share, self.now.in_use + self.keep))
 
     def _waits_less(self, oldest_s: Sequence[float]) -> bool:
-        """Whether requests have waited clearly longer elsewhere, in one of the first tiers."""
+        """Whether requests of one of these tiers have waited clearly longer elsewhere."""
         return any(
             there > here + max(margin, _OLDER_SHARE * here)
             for there, here, margin in zip(oldest_s, self.now.want.oldest_s, _OLDER_S, strict=False)
@@ -162,7 +163,7 @@ class _Party:
 
 
 def _oldest_s(parties: Sequence[_Party]) -> list[float]:
-    """Return how long requests have waited where credits lack, by the highest tier that waits."""
+    """Return the longest waits where credits lack, by the highest tier that waits there."""
     oldest_s = [0.0] * _TIERS
     for party in parties:
         want = party.now.want
@@ -172,7 +173,7 @@ def _oldest_s(parties: Sequence[_Party]) -> list[float]:
 
 
 def _lend(parties: Sequence[_Party], lacking: int, priority_waits: bool) -> None:
-    """Decide who lends slots for priority, one by one, from where most are free."""
+    """Choose which ingresses lend slots for priority: one by one, where most are free."""
     lenders: list[tuple[int, int]] = []
     for index, party in enumerate(parties):
         party.keep = 0 if priority_waits else (party.share.headroom + 1) // 2

@@ -168,7 +168,7 @@ def test_nobody_is_nudged_in_peace_or_for_what_it_has_been_told():
     assert allocator.wakeups(now + LOOK_AFTER_S) == []
 
 
-def test_terms_are_struck_again_whenever_what_they_follow_from_changes():
+def test_terms_are_computed_again_whenever_their_inputs_change():
     slots = {"a": 8, "b": 4}
     allocator, one, two = book_of(slots), ingress("one", slots), ingress("two", slots)
     now = settle_down(allocator, one, two)
@@ -177,7 +177,7 @@ def test_terms_are_struck_again_whenever_what_they_follow_from_changes():
         (pool,) = allocator._pools
         kept = allocator._terms(pool, allocator._pools[pool])
         assert kept is allocator._terms(pool, allocator._pools[pool])
-        allocator._struck.clear()
+        allocator._cached_terms.clear()
         return kept, allocator._terms(pool, allocator._pools[pool])
 
     def check():
@@ -684,8 +684,8 @@ class CreditMachine(RuleBasedStateMachine):
     def terms_are_up_to_date(self):
         allocator = getattr(self, "allocator", None)
         if allocator is not None:
-            for name, kept in list(allocator._struck.items()):
-                del allocator._struck[name]
+            for name, kept in list(allocator._cached_terms.items()):
+                del allocator._cached_terms[name]
                 assert allocator._terms(name, allocator._pools[name]) == kept
 
     @invariant()
