@@ -1,1 +1,1 @@
-"""What processes say to each other, as plain values."""
+"""Messages between processes, as plain values."""

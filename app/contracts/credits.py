@@ -1,4 +1,4 @@
-"""What an ingress and a Model say to each other about credits."""
+"""Messages between an ingress and a Model about credits."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ class Demand:
     """What an ingress holds and wants.
 
     Attributes:
-        ingress: its name, never used again after a restart.
+        ingress: the ingress's name, never reused after a restart.
         number: counts the demands of this ingress.
-        sent_at: when it was sent, by the ingress's own clock; only handed back.
-        life: the Model whose grant was applied last; empty if none was.
+        sent_at: when it was sent, in seconds by the ingress's own clock; the grant returns it.
+        life: the life of the Model whose grant was applied last; empty if none was.
         applied: the number of that grant.
         held: credits and running requests, by replica; replicas with neither are left out.
-        running: how many of its requests run, by tier.
-        waiting: how many wait, by tier.
-        oldest_s: how long the oldest of them has waited, by tier; 0 where none waits.
-        starving: how many wait in tiers that starve.
-        suspects: replicas that have taken requests and sent nothing to any for too long, each with
-            the route of one of those. No credits depend on it.
+        running: how many requests of the ingress run, by tier.
+        waiting: how many of its requests wait, by tier.
+        oldest_s: how long the oldest of them has waited, in seconds, by tier; 0 if none waits.
+        starving: how many requests wait in tiers that are starving.
+        suspects: replicas that have accepted requests and sent nothing to any for too long, each
+            with the route of one of these requests. Credits do not depend on it.
     """
 
     ingress: str
@@ -43,19 +43,19 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What the Model gives an ingress.
+    """Credits that the Model grants to an ingress.
 
     Attributes:
-        life: this Model's life; a restarted Model has another.
-        number: counts the grants to this ingress in this life.
+        life: identifies this Model process; a restarted Model has another.
+        number: grows with every grant of this life.
         answers: the number of the demand that it answers.
-        sent_at: that demand's ``sent_at``.
-        anew: forget every credit held so far: they have been given away.
+        sent_at: the ``sent_at`` of that demand.
+        anew: drop every credit held so far, because they were granted to others.
         added: new credits, by replica.
         at_most: how many credits to keep, by pool; a pool that is not named has no limit.
-        headroom: how many of its free slots to keep for priority; ``None``: as before.
-        keep: how many of its free slots it keeps when it gives up credits: its headroom, or less
-            where others lack slots for priority.
+        headroom: how many free slots to keep for priority; ``None``: as before.
+        keep: how many free slots to keep when giving up credits: the headroom, or less if others
+            lack slots for priority.
         ingresses: how many ingresses share the model now.
     """
 
@@ -76,9 +76,9 @@ class Renewal:
     """A Model's answer to an ingress that renews its credits.
 
     Attributes:
-        version: of what there is to know about the model.
-        snapshot: the model as it is now; ``None`` if the ingress knows that version.
-        grant: the credits that the ingress gets.
+        version: the version of the model's snapshot.
+        snapshot: the model as it is now; ``None`` if the ingress has that version.
+        grant: the credits granted to the ingress.
     """
 
     version: str

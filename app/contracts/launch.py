@@ -1,4 +1,4 @@
-"""What a pool says that a replica of it would start."""
+"""What a replica of a pool would start: processes, files and ports."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """A further part of an engine on several nodes; the replica itself starts part 0.
+    """One rank of an engine that spans several nodes; the replica itself starts rank 0.
 
     Attributes:
-        rank: its number.
-        command: its command line.
-        environment: what is set besides what is inherited.
-        log: where its output goes; a pattern, on its own node.
+        rank: the rank's number.
+        command: the rank's command line.
+        environment: variables set in addition to the inherited ones.
+        log: pattern of the path of its log, on its own node.
     """
 
     rank: int
@@ -25,15 +25,15 @@ class RankPlan:
 
 @dataclass(frozen=True, slots=True)
 class OpenPort:
-    """A port that a replica opens on its node's own address; everything else is on loopback.
+    """A port that a replica opens on its node's address; all other ports are on loopback.
 
     Attributes:
         name: what listens there.
-        where: at which address, in words.
-        lets_in: who comes in, in words.
-        method: the only HTTP method that does; empty where it is not HTTP.
-        paths: the only paths that do.
-        port: 0, which stands for a free one.
+        where: the address, in words.
+        lets_in: which callers are admitted, in words.
+        method: the only HTTP method admitted; empty if it is not HTTP.
+        paths: the only paths admitted.
+        port: 0, for any free port.
     """
 
     name: str
@@ -46,18 +46,18 @@ class OpenPort:
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """What one replica starts. Secrets are in it.
+    """What one replica starts. It contains secrets.
 
     Attributes:
         engine: the adapter's name.
-        command: the command line, the interpreter first. Port 0 stands for a free one, ``NODE_n``
-            for the address of the node that part n of the engine runs on.
-        environment: what is set besides what is inherited.
-        files: the text of each file that is made for it, by the option that names the file.
-        log: where its output goes; a pattern.
-        priority_routes: where it ought to have native priority, started so.
-        ranks: its further parts, where the engine runs on several nodes.
-        opens: what other nodes reach of it.
+        command: the command line, the interpreter first. Port 0 means any free port, ``NODE_n`` the
+            address of the node that rank n of the engine runs on.
+        environment: variables set in addition to the inherited ones.
+        files: the text of each file created for it, by the option that names the file.
+        log: pattern of the path of its log.
+        priority_routes: the routes on which it should have native priority when started this way.
+        ranks: the further ranks, if the engine spans several nodes.
+        opens: the ports that other nodes can reach.
     """
 
     engine: str

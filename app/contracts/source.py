@@ -1,4 +1,4 @@
-"""Where an ingress learns about models: the interface of it."""
+"""The interface through which an ingress receives news of models."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from app.contracts.stats import QueueReport
 
 
 class SourceAway(Exception):
-    """Serve's controller or a Model cannot be asked now; what is known stands meanwhile."""
+    """Serve's controller or a Model cannot be reached now; the last known state applies."""
 
 
 class ModelSource(Protocol):
-    """Where a registry learns about models.
+    """Supplies a registry with the models and their snapshots.
 
-    Every method raises ``SourceAway`` or ``TimeoutError`` where it cannot be asked; anything else
-    that it raises is a fault.
+    Every method raises ``SourceAway`` or ``TimeoutError`` if the source cannot be reached. Any
+    other exception is a fault.
     """
 
     async def applications(self) -> set[str]:
@@ -29,16 +29,16 @@ class ModelSource(Protocol):
         """Renew the credits of this ingress.
 
         Args:
-            application: the model's.
+            application: the model's application.
             demand: what the ingress holds and wants.
-            report: what it has to tell people, where that is due.
-            known: the version of the last snapshot.
+            report: the ingress's report; ``None`` if none is due.
+            known: the version of the last snapshot; empty for none.
         """
         ...
 
     async def wait_for_wakeup(self, application: str, ingress: str) -> bool:
-        """Wait until this ingress ought to renew at once; ``False`` if nothing came up.
+        """Wait until this ingress should renew at once; ``False`` if that did not occur.
 
-        It returns after a few seconds at the latest, so that a Model can end.
+        It returns within a few seconds, so that a Model can shut down.
         """
         ...

@@ -1,9 +1,9 @@
-"""What ingresses tell a Model about its queue. Pure: the time is passed in.
+"""Reports of ingresses to a Model about its queue. Pure: the time is passed in.
 
-People look at it, and rates for autoscaling are made of it; credits go by demands alone
-(``app.flow.credits``). A report rides along with a demand, and repeats nothing that stands in it.
-Counts only grow while an ingress lives, so whoever compares two reports of it gets true rates,
-however many were lost between them.
+Reports serve monitoring and the rates for autoscaling; credits depend on demands alone
+(``app.flow.credits``). A report is sent with a demand, and repeats none of its fields. Counts only
+grow while an ingress lives. Two reports of it thus yield true rates, however many were lost between
+them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
 
 REPORT_S = 1.0
-"""How long at least between two reports of an ingress. Renewals are four a second under load, and
-forty where priority waits; people read no faster than once a second."""
+"""Shortest interval between two reports of an ingress, in seconds. Renewals are four a second under
+load, and forty while priority waits; people read no faster than once a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueReport:
-    """The queue of one model in one ingress. Counts are since the ingress began to follow it.
+    """The queue of one model in one ingress. Counts start when the ingress begins to follow it.
 
     Attributes:
         at: when it was made, in seconds by the ingress's own clock.
         headroom: how many free slots the ingress keeps for priority.
-        grants_per_s: how many requests were given a slot lately, by tier; see
-            ``Line.grant_rate``.
-        placed: how many requests were placed, by tier, replays not counted.
-        queued_s: how long those had waited, all together, by tier.
-        sheds: how many requests were turned away, by tier and reason; pairs without any are
-            left out.
-        arrived: how many requests have come, by tier.
-        finished: how many that were placed have ended, by tier, whatever came of them.
-        served_s: for how long those had been placed, all together, by tier.
+        grants_per_s: how many requests per second received a slot recently, by tier; see
+            ``RequestQueue.grant_rate``.
+        placed: how many requests were placed, by tier, without replays.
+        queued_s: the sum of their waits, in seconds, by tier.
+        sheds: how many requests were shed, by tier and reason; pairs without any are left out.
+        arrived: how many requests have arrived, by tier.
+        finished: how many placed requests have ended, by tier, with whatever outcome.
+        served_s: the sum of the times that these held a slot, in seconds, by tier.
     """
 
     at: float
@@ -60,11 +59,11 @@ class IngressBoard:
 
 @dataclass(frozen=True, slots=True)
 class ModelBoard:
-    """Everything there is to see of one model.
+    """Everything that monitoring shows of one model.
 
     Attributes:
-        snapshot: the model as it is served now. The keys of its engines are in it.
-        ingresses: those that are not silent, by name.
+        snapshot: the model as it is served now. It contains the keys of its engines.
+        ingresses: the ingresses that are not silent, sorted by name.
     """
 
     snapshot: ModelSnapshot

@@ -1,6 +1,7 @@
-"""What a model and its engine replicas can do at one moment, as plain values.
+"""The status of a model and of its engine replicas at one moment, as plain values.
 
-``EngineReplica`` makes ``ReplicaStatus``, ``Model`` makes ``ModelSnapshot``, ingresses read them.
+``EngineReplica`` creates ``ReplicaStatus`` and ``Model`` creates ``ModelSnapshot``. Ingresses read
+both.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ class ReplicaStatus:
     """One engine replica that is ready to serve.
 
     Attributes:
-        replica_id: its name, never used again after a restart.
+        replica_id: the replica's name, never reused after a restart.
         pool: the pool that it belongs to.
-        base_url: where the engine's own server listens, without a trailing slash.
-        key: the secret that the engine wants as a bearer token. Never shown.
+        base_url: the URL of the engine's own server, without a trailing slash.
+        key: the secret that the engine requires as a bearer token. Never shown.
         slots: how many requests it runs at once.
-        engine_version: the engine's version as it told it.
-        context_length: longest prompt and answer together, in tokens; ``None``: not known.
-        dialect: how to speak to it.
-        weight: its pool's, which says how much of the load it takes.
-        start_s: how long it took from its start until its engine was ready.
+        engine_version: the version that the engine reports.
+        context_length: longest prompt and answer together, in tokens; ``None``: unknown.
+        dialect: the engine's HTTP dialect.
+        weight: the weight of its pool, which sets its share of the load.
+        start_s: how long it took from its start until its engine was ready, in seconds.
     """
 
     replica_id: str
@@ -56,20 +57,20 @@ class Availability(StrEnum):
 
     READY = "ready"
     ASLEEP = "asleep"
-    """Nobody had asked for it; the first request wakes it."""
+    """It has no replica because it had no requests; the first request wakes it."""
     STARTING = "starting"
     NOT_OFFERED = "engine_not_offered"
-    """No node of the cluster offers what its engines ask for, and none is about to."""
+    """No node of the cluster offers what its engines require, and none is expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """That a model has no replica because nobody had asked. Requests wait, and so wake it.
+    """A model without replicas because it had no requests. A waiting request wakes it.
 
     Attributes:
-        tiers: the tiers at which it will serve, as far as anybody can tell.
+        tiers: the tiers at which it will serve, as far as is known.
         waking: whether an engine is starting.
-        start_s: how long that took the last time; ``None`` if nobody knows.
+        start_s: how long the last start took, in seconds; ``None`` if unknown.
     """
 
     tiers: tuple[Tier, ...]
@@ -88,10 +89,10 @@ class ModelSnapshot:
         created: when the model's application was started, in Unix seconds.
         settings: rate card and tiers in force.
         replicas: the engine replicas that are ready.
-        sleep: set where there are none because the model sleeps or wakes; not where its engines
-            are being deployed or have failed.
+        sleep: set if it has no replicas because it sleeps or wakes; ``None`` if its engines are
+            being deployed or have failed.
         pools: the names of its pools.
-        missing: by pool, what a replica of it asks for and no node of the cluster offers, in words.
+        missing: by pool, the resources that a replica requires and no node offers, in words.
     """
 
     id: str
@@ -118,7 +119,7 @@ class ModelSnapshot:
     def service_tiers(self) -> tuple[Tier, ...]:
         """The tiers at which a request could be served now.
 
-        Those to come while the model rests; otherwise none while no replica is ready.
+        While the model sleeps, those that it will serve. Otherwise none until a replica is ready.
         """
         if not self.replicas:
             return self.sleep.tiers if self.sleep is not None else ()
@@ -127,7 +128,7 @@ class ModelSnapshot:
 
     @property
     def context_length(self) -> int | None:
-        """The shortest context of its replicas: what every one of them can take."""
+        """The shortest context of its replicas, in tokens, which all of them accept."""
         lengths = [replica.context_length for replica in self.replicas]
         return min((length for length in lengths if length is not None), default=None)
 
@@ -138,7 +139,7 @@ class ModelSnapshot:
 
 
 def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
-    """Return what is served, by what is offered and whether an engine has native priority."""
+    """Return the tiers served, given the tiers offered and whether native priority is in force."""
     auto = tiers.priority is PriorityMode.AUTO
     delivered = tiers.priority is PriorityMode.QUEUE or (auto and native)
     offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
