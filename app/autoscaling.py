@@ -1,13 +1,13 @@
 """The autoscaling policy of a model application, as Ray Serve calls it.
 
-An application's ``autoscaling_policy`` names ``app.autoscaling:priority_aware``. Serve makes one
-for each application, in its controller, and calls it ten times a second for all deployments that
-have an ``autoscaling_config``. The Model reports demand once a second, and its operator's settings
-with it (``record_autoscaling_stats``); only then is anything decided, by ``app.scaling``, and
-nothing here ever waits for anything.
+An application's ``autoscaling_policy`` names ``app.autoscaling:priority_aware``. Serve creates one
+policy per application, in its controller. It calls the policy ten times a second for all
+deployments that have an ``autoscaling_config``. The Model reports its demand and its settings once
+a second (``record_autoscaling_stats``). ``app.scaling`` decides only on a new report. Nothing here
+blocks.
 
-Serve pickles this module by value and imports what it imports: ``app`` must be importable where
-Serve's controller runs.
+Serve pickles this module by value, but not its imports: ``app`` must be importable where Serve's
+controller runs.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class PriorityAware:
 
     def __init__(self, **refused: Any) -> None:
         if refused:
-            # Raised here it would bring down Serve's controller, and every application with that.
+            # An exception here would bring down Serve's controller, and with it every application.
             logger.error("policy_kwargs are not used: set `scaling` in the user_config of Model")
         self._scaler = Scaler()
-        self._heard: tuple[Any, float] | None = None
+        self._latest: tuple[Any, float] | None = None
         self._decision: Decision | None = None
         self._metrics = _Metrics()
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
-        """Return how many replicas each deployment is to have.
+        """Return how many replicas each deployment should have.
 
         Args:
             contexts: Serve's ``AutoscalingContext`` by ``DeploymentID``.
@@ -52,9 +52,9 @@ class PriorityAware:
         models = (c for c in contexts.values() if c.deployment_name == MODEL_DEPLOYMENT)
         for model in models:
             try:
-                self._hear(model, pools)
+                self._receive(model, pools)
             except Exception:
-                # An error from here would end Serve's care for every application.
+                # An exception from here would stop Serve's control loop for every application.
                 logger.exception("cannot decide how %s is scaled", model.app_name)
         decided = self._decision.replicas if self._decision is not None else {}
         replicas = {
@@ -63,15 +63,15 @@ class PriorityAware:
         }
         return replicas, {}
 
-    def _hear(self, model: Any, pools: Mapping[str, Any]) -> None:
-        """Decide anew where the Model has told something new."""
-        heard, metrics = _latest(model.raw_metrics or {})
-        if heard is None or heard == self._heard:
+    def _receive(self, model: Any, pools: Mapping[str, Any]) -> None:
+        """Decide again if the Model has sent a new report."""
+        latest, metrics = _latest_report(model.raw_metrics or {})
+        if latest is None or latest == self._latest:
             return
         report = ScalingReport.from_metrics(metrics)
         if report is None:
             return
-        self._heard = heard
+        self._latest = latest
         bounds = {
             name: ReplicaBounds(
                 context.target_num_replicas,
@@ -84,11 +84,11 @@ class PriorityAware:
         decision = self._decision = self._scaler.decide(report, bounds, time.monotonic())
         if decision.replicas != before:
             logger.info("%s is scaled: %s", model.app_name, decision.why)
-        self._metrics.tell(model.app_name, before, decision)
+        self._metrics.record(model.app_name, before, decision)
 
 
-def _latest(series: Mapping[str, Mapping[Any, Any]]) -> tuple[tuple[Any, float] | None, Any]:
-    """Return who told something last, and when, and what that was."""
+def _latest_report(series: Mapping[str, Mapping[Any, Any]]) -> tuple[tuple[Any, float] | None, Any]:
+    """Return the replica and the time of the latest report, and its metrics."""
     points = [
         (points[-1].timestamp, replica)
         for replica, points in series.get("headroom", {}).items()
@@ -97,17 +97,17 @@ def _latest(series: Mapping[str, Mapping[Any, Any]]) -> tuple[tuple[Any, float] 
     if not points:
         return None, {}
     when, replica = max(points, key=lambda point: point[0])
-    told = {name: of[replica][-1].value for name, of in series.items() if of.get(replica)}
-    return (replica, when), told
+    values = {name: of[replica][-1].value for name, of in series.items() if of.get(replica)}
+    return (replica, when), values
 
 
 class _Metrics:
-    """The same for Prometheus."""
+    """Decisions as metrics of Prometheus."""
 
     def __init__(self) -> None:
         self._wanted = Gauge(
             "frontline_scaling_replicas",
-            description="How many replicas a pool is to have, and why not fewer.",
+            description="How many replicas a pool should have, and why not fewer.",
             tag_keys=("application", "pool", "reason"),
         )
         self._changes = Counter(
@@ -115,16 +115,16 @@ class _Metrics:
             description="How often a pool was given more or fewer replicas, and why.",
             tag_keys=("application", "pool", "direction", "reason"),
         )
-        self._told: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
 
-    def tell(self, application: str, before: Mapping[str, int], decision: Decision) -> None:
-        """Tell a decision."""
+    def record(self, application: str, before: Mapping[str, int], decision: Decision) -> None:
+        """Record a decision."""
         for pool, reason in decision.reasons.items():
             tags = {"application": application, "pool": pool}
             replicas = decision.replicas[pool]
-            if (told := self._told.get(pool)) not in (None, reason):
-                self._wanted.set(0, {**tags, "reason": str(told)})
-            self._told[pool] = reason
+            if (shown := self._shown.get(pool)) not in (None, reason):
+                self._wanted.set(0, {**tags, "reason": str(shown)})
+            self._shown[pool] = reason
             self._wanted.set(replicas, {**tags, "reason": str(reason)})
             if replicas != before[pool]:
                 direction = "up" if replicas > before[pool] else "down"
@@ -132,5 +132,5 @@ class _Metrics:
 
 
 priority_aware = PriorityAware
-"""By this name config files know the policy."""
+"""The policy under the name that config files use."""
 POLICY_PATH = "app.autoscaling:priority_aware"

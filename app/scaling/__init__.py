@@ -1,7 +1,11 @@
-"""How many engine replicas a model ought to have. Pure: values in, values out, the time passed in.
+"""Computes how many engine replicas a model needs. Pure: the time is passed in.
 
-``queueing`` has the formulas, ``forecast`` the rates, ``starts`` what it takes until a replica
-that was ordered serves. ``plan`` decides from one state of the
-model, ``scaler`` remembers what must be remembered between decisions, and ``report`` is how the
-Model tells the policy. The policy that Ray Serve calls is ``app.autoscaling``.
+- ``queueing``: the queueing formulas.
+- ``forecast``: arrival rates and their trend.
+- ``starts``: how long replicas take from the decision until they serve.
+- ``plan``: the decision from one state of the model.
+- ``scaler``: decisions over time, with the state kept between them.
+- ``report``: the Model's report to the policy.
+
+The policy that Ray Serve calls is ``app.autoscaling``.
 """

@@ -1,4 +1,4 @@
-"""A model's demand, put together from what its ingresses tell. Kept by its Model actor. Pure."""
+"""Sums a model's demand from the reports of its ingresses. Owned by the Model actor. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.scaling.report import PoolReport, ScalingReport, TierReport
 
 
 class DemandBook:
-    """Adds up the demand of all ingresses. What an ingress has counted stays when it is gone."""
+    """Sums the demand of all ingresses. The counts of an ingress remain after it is gone."""
 
     def __init__(self) -> None:
         self._known: dict[str, QueueReport] = {}
@@ -27,11 +27,11 @@ class DemandBook:
         headroom: float,
         settings: ScalingSettings,
     ) -> ScalingReport:
-        """Return the demand of all ingresses that are not silent, and what goes with it."""
+        """Return the report: demand of all ingresses that are not silent, pools and settings."""
         boards = list(ingresses)
         known = {board.demand.ingress: board.report for board in boards}
         for name, report in known.items():
-            # What it counted before this Model was started, it counted for another.
+            # Counts from before this Model's start belong to the Model before it.
             self._add(report, self._known.get(name, report))
         self._known = known
         tiers = {tier: self._tier(tier, boards) for tier in Tier}

@@ -1,9 +1,9 @@
-"""Arrival rates, and what they will be when an engine that is started now is ready. Pure.
+"""Measures arrival rates, and forecasts them for when an engine started now is ready. Pure.
 
-Counts come in, each with its time; they only grow. A rate is measured over a window. Three such
-windows beside each other tell a trend, which is followed as far ahead as an engine takes to start,
-if both steps rise by more than chance, which is the root of the number of arrivals: a trend lasts,
-a burst does not.
+The input is a growing count with the time of each value. A rate is measured over a window. Three
+adjacent windows give a trend. It is extrapolated by the time that an engine takes to start, but
+only if both steps rise by more than chance, which is the square root of the number of arrivals. A
+trend lasts; a burst does not.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
-# A sudden rise must be more than chance by so many standard deviations: once in 40 it is chance.
+# Standard deviations that are subtracted from a count: a sudden rise is chance once in 40.
 _SIGMAS = 2.0
-# Windows in which a sudden rise is looked for. One that is no chance shows in five seconds.
+# Windows in which a sudden rise is detected. One that is not chance shows in five seconds.
 _SUDDEN_S = (5.0, 15.0, 30.0)
-# Whatever the trend says, a rate is not believed to more than triple until an engine has started.
+# Whatever the trend, a rate is forecast to triple at most until an engine has started.
 _MOST_GROWTH = 3.0
-# So many arrivals in a window leave an eighth of them to chance.
+# With this many arrivals in a window, chance is an eighth of them.
 _ENOUGH = 64
-# By so much a window is widened at a time.
+# Factor by which a window is widened per step.
 _WIDER = 1.2
-# Two counts are of different rates if that makes them likelier by this, in standard deviations.
-# Some sixty pairs of them are tried at each decision, so two would often be chance.
+# Two counts have different rates if that is likelier by this many standard deviations. Some sixty
+# pairs are tried at each decision, so two standard deviations would often be chance.
 _CHANGED_SIGMAS = 3.5
-# A window is compared with what was before it, over so many times as long: little tells more beside
-# much, and a short time before it is of one rate where a long one is of several.
+# A window is compared with spans before it of these multiples of its length. A long span is more
+# precise; a short one is less likely to mix several rates.
 _BEFORE = (0.5, 1.0, 2.0, 4.0)
 _EVERY_S = 1.0
 _TRIM = 256
 
 
 class CountedDemand:
-    """How a count has grown, over a bounded time."""
+    """The history of a growing count, over a bounded time."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
@@ -41,7 +41,7 @@ class CountedDemand:
         self._last = self._before = 0.0
 
     def add(self, now: float, count: float) -> None:
-        """Take note of a count. One that is lower than the last has begun anew."""
+        """Add a count. A count below the last one has restarted from 0."""
         if count < self._last:
             self._before += self._last
         self._last = count
@@ -54,29 +54,29 @@ class CountedDemand:
             del times[: _TRIM - 1], counts[: _TRIM - 1]
 
     def grown(self, start: float, end: float) -> float:
-        """Return by how much it grew between two times, as far back as is known."""
+        """Return by how much the count grew between two times, as far back as is known."""
         return max(0.0, self._at(end) - self._at(start))
 
     @property
     def began(self) -> float:
-        """The time of the earliest count known; infinity before there is one."""
+        """The time of the earliest known count; infinity if there is none."""
         return self._times[0] if self._times else math.inf
 
     def _at(self, when: float) -> float:
         times, counts = self._times, self._counts
-        place = bisect_right(times, when)
-        if place == 0:
+        index = bisect_right(times, when)
+        if index == 0:
             return counts[0] if counts else 0.0
-        if place == len(times):
+        if index == len(times):
             return counts[-1]
-        share = (when - times[place - 1]) / (times[place] - times[place - 1])
-        return counts[place - 1] + share * (counts[place] - counts[place - 1])
+        share = (when - times[index - 1]) / (times[index] - times[index - 1])
+        return counts[index - 1] + share * (counts[index] - counts[index - 1])
 
 
 def window_for(counted: CountedDemand, now: float, *, least_s: float, most_s: float) -> float:
-    """Return over how long a rate is to be measured, so that chance does not rule it.
+    """Return the window over which to measure a rate, in seconds, so that chance is small.
 
-    It is not measured back beyond a time at which it has clearly changed.
+    The window does not extend back beyond a time at which the rate has clearly changed.
     """
     window_s = least_s
     while window_s < most_s and counted.grown(now - window_s, now) < _ENOUGH:
@@ -87,7 +87,7 @@ def window_for(counted: CountedDemand, now: float, *, least_s: float, most_s: fl
 
 
 def _changed(counted: CountedDemand, now: float, window_s: float) -> bool:
-    """Return whether the rate of a window is another than that before it, and not by chance."""
+    """Return whether the rate of a window differs from that before it by more than chance."""
     middle = now - window_s
     newer = counted.grown(middle, now)
     spans_s = (min(share * window_s, middle - counted.began) for share in _BEFORE)
@@ -99,11 +99,11 @@ def _changed(counted: CountedDemand, now: float, window_s: float) -> bool:
 
 
 def _differ(one: float, one_s: float, other: float, other_s: float) -> bool:
-    """Return whether two counts, each over its time, are of different rates, and not by chance.
+    """Return whether two counts, each over its time, have rates that differ by more than chance.
 
-    Twice the logarithm of by how much likelier two rates make them than one does is distributed as
-    the square of a normal variable (S. S. Wilks, Annals of Mathematical Statistics 9, 1938). Unlike
-    the difference of the rates, it goes for a handful of arrivals as well.
+    This is a likelihood ratio test of two rates against one. Twice the logarithm of the ratio is
+    distributed as the square of a normal variable (S. S. Wilks, Annals of Mathematical Statistics
+    9, 1938). Unlike the difference of the rates, it is valid for a handful of arrivals as well.
     """
     gain = _log_likelihood(one, one_s) + _log_likelihood(other, other_s)
     gain -= _log_likelihood(one + other, one_s + other_s)
@@ -111,19 +111,19 @@ def _differ(one: float, one_s: float, other: float, other_s: float) -> bool:
 
 
 def _log_likelihood(count: float, seconds: float) -> float:
-    """Return that of a count at the rate that suits it best, but for what all rates share."""
+    """Return the log likelihood of a count at its best rate, without the terms common to all."""
     return count * math.log(count / seconds) if count > 0 else 0.0
 
 
 def forecast(counted: CountedDemand, now: float, *, window_s: float, ahead_s: float) -> float:
-    """Return the rate a second at which a count will grow, some seconds from now.
+    """Return the rate per second at which a count will grow ``ahead_s`` from now.
 
     Args:
-        counted: what was counted so far.
-        now: seconds.
-        window_s: over how long a rate is measured. Where less is known, over that.
-        ahead_s: how far from now. A falling trend is not followed: what it would save, a late
-            scale-down saves a little later.
+        counted: the counts so far.
+        now: the time, in seconds.
+        window_s: the window over which a rate is measured; the known time if that is shorter.
+        ahead_s: how far to extrapolate a rising trend, in seconds. A falling trend is not followed:
+            a late scale-down saves nearly as much.
     """
     known_s = now - counted.began
     if not 0 < known_s < math.inf:
@@ -143,9 +143,9 @@ def forecast(counted: CountedDemand, now: float, *, window_s: float, ahead_s: fl
 
 
 def sudden(counted: CountedDemand, now: float, *, window_s: float) -> float:
-    """Return the highest rate that has certainly been reached just now, within a window or less.
+    """Return the highest rate per second reached for certain just now, within ``window_s``.
 
-    That is what remains of a short window's count when chance is taken off.
+    It is the count of a short window less chance, divided by the window.
     """
     rate = 0.0
     for short_s in _SUDDEN_S:

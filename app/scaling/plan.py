@@ -1,14 +1,14 @@
-"""From a model's demand to its replicas. A function of one state; see ``app.scaling.state``.
+"""Computes replicas from a model's demand: a function of one state; see ``app.scaling.state``.
 
-- **Priority** gets as many slots, on pools that honour it, that no more than a set part of its
-  requests finds none free (``app.scaling.queueing``), and never less than it uses now and the
-  headroom besides, nor less than it has needed lately, where engines start slowly.
-- **Default** gets as many, on whatever pool, that it waits no longer than a set time on the
-  average; what waits counts the more, the longer it has waited.
-- **Flex** fills what is idle. Alone it keeps a set number of replicas at the most, and adds
-  another to what the others need.
-- Where no pool honours priority it is served as default, and counts as such.
-- The cheapest pools come first, by the cost of a slot.
+- **Priority** gets slots on pools that honour it, so that at most a set share of its requests
+  finds none free (``app.scaling.queueing``). It gets at least what it uses now plus the headroom,
+  and, where engines start slowly, at least what it has needed recently.
+- **Default** gets slots on any pool, so that its average wait is at most a set time. Waiting
+  requests count more, the longer they have waited.
+- **Flex** fills idle slots. Alone it keeps at most a set number of replicas, and it may add another
+  set number to what the others need.
+- If no pool honours priority, priority requests are served as default, and count as such.
+- Pools with the cheapest slots grow first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from app.core.tiers import Tier
 from app.scaling.queueing import Crowd, crowd
 from app.scaling.state import ModelState, Plan, PoolState, ScalingReason, TierDemand
 
-# How long flex may wait on the average, where replicas may be added for it: half of its longest
-# wait in the queue, so that few have to be turned away.
+# How long flex may wait on average if replicas may be added for it, in seconds: half of its longest
+# wait in the queue, so that few requests are shed.
 _FLEX_WAIT_S = 300.0
 
 
 def plan(state: ModelState, settings: ScalingSettings) -> Plan:
-    """Return how many replicas each pool ought to have, by what is known now alone."""
+    """Return how many replicas each pool needs, from the current state alone."""
     honouring = [pool for pool in state.pools if pool.honours]
     priority = state.tiers[Tier.PRIORITY] if honouring else TierDemand()
     default, flex = state.tiers[Tier.DEFAULT], state.tiers[Tier.FLEX]
@@ -47,7 +47,7 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
     fleet.keep(int(state.awake), ScalingReason.AWAKE)
     reasons = {
         f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
-        f"priority needed {lately} lately": int(lately > for_priority),
+        f"priority recently needed {lately}": int(lately > for_priority),
         f"default needs {for_default} slots ({_describe(default)})": for_default,
         f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
         f"with flex all need {beside} slots": beside,
@@ -64,11 +64,11 @@ def _for_priority(
     flex: TierDemand,
     settings: ScalingSettings,
 ) -> int:
-    """Return how many slots of pools that honour it priority needs."""
+    """Return how many slots priority needs on pools that honour it."""
     if not priority.present and not priority.rate:
         return 0
     others = default.load + _flex_load(flex)
-    # Other requests use the other pools as well, by what these have.
+    # Other requests are spread over all pools in proportion to their slots.
     elsewhere = sum(pool.replicas * pool.slots for pool in state.pools if not pool.honours)
 
     def enough(slots: int) -> bool:
@@ -86,8 +86,8 @@ def _for_priority(
 def _flex_load(flex: TierDemand) -> float:
     """Return how many slots flex fills of those that it may use.
 
-    Flex that has waited for as long as one keeps a slot fills all of them, however little of it
-    comes. One that waits for a moment is what its load has in it.
+    If the oldest flex request has waited for a service time, there is a backlog: every flex request
+    present fills a slot, however few arrive. A shorter wait is part of the normal load.
     """
     backlog = flex.waiting and flex.oldest_s >= (flex.service_s or 0.0)
     return max(flex.load, flex.present) if backlog else flex.load
@@ -96,12 +96,12 @@ def _flex_load(flex: TierDemand) -> float:
 def _for_default(
     state: ModelState, priority: TierDemand, default: TierDemand, settings: ScalingSettings
 ) -> int:
-    """Return how many slots default needs beside priority."""
+    """Return how many slots default needs in addition to priority's load."""
     if not default.present and not default.rate:
         return 0
     service_s = default.service_s or settings.default_wait_s
     aged = min(1.0, default.oldest_s / settings.default_wait_s)
-    # A new engine helps only once it has started; what waits now has until then, too.
+    # A new engine helps only once it has started, so the backlog has that time as well.
     backlog = aged * default.waiting * service_s / (settings.default_wait_s + state.start_s)
 
     def enough(slots: int) -> bool:
@@ -114,7 +114,7 @@ def _for_default(
 
 
 def _for_flex(state: ModelState, flex: TierDemand, settings: ScalingSettings) -> int:
-    """Return how many replicas flex may keep running by itself."""
+    """Return how many replicas flex alone may keep running."""
     if not flex.present and not (flex.rate and state.awake):
         return 0
     cheapest = _cheapest_first(state.pools)[0]
@@ -124,12 +124,12 @@ def _for_flex(state: ModelState, flex: TierDemand, settings: ScalingSettings) ->
 def _beside_others(
     state: ModelState, priority: TierDemand, default: TierDemand, flex: TierDemand
 ) -> int:
-    """Return how many slots all need so that flex, which is served last, is served in time."""
+    """Return how many slots all tiers need so that flex, served last, is served in time."""
     if not flex.load:
         return 0
     load = default.load + flex.load
     work_s = default.load * (default.service_s or 0.0) + flex.load * (flex.service_s or 0.0)
-    # On the average of both; nearly all of the waiting is flex's.
+    # Averages over both tiers; nearly all of the waiting is flex's.
     service_s, wait_s = work_s / load, _FLEX_WAIT_S * flex.load / load
 
     def enough(slots: int) -> bool:
@@ -144,7 +144,7 @@ def _crowd(state: ModelState, slots: int, priority: float, others: float) -> Cro
 
 
 def _together(one: TierDemand, other: TierDemand) -> TierDemand:
-    """Return two tiers' demand as one's."""
+    """Return the demand of two tiers as one."""
     rate, load = one.rate + other.rate, one.load + other.load
     known = one.service_s is not None and other.service_s is not None
     return TierDemand(
@@ -157,7 +157,7 @@ def _together(one: TierDemand, other: TierDemand) -> TierDemand:
 
 
 def _least(enough: Callable[[int], bool], most: int) -> int:
-    """Return the least number of slots that is enough, or all that there may be."""
+    """Return the smallest number of slots that is enough, at most ``most``."""
     few, many = 0, 1
     while many < most and not enough(many):
         few, many = many, 2 * many
@@ -177,7 +177,7 @@ def _cheapest_first(pools: Iterable[PoolState]) -> list[PoolState]:
 
 
 class _Fleet:
-    """Replicas by pool, while they are planned, and why each pool has as many."""
+    """Replicas by pool during planning, and the reason for each number."""
 
     def __init__(self, pools: Iterable[PoolState]) -> None:
         self._pools = _cheapest_first(pools)
@@ -191,7 +191,7 @@ class _Fleet:
         reason: ScalingReason,
         at_most: float = math.inf,
     ) -> None:
-        """Add replicas, the cheapest first, until these pools have so many slots."""
+        """Add replicas, the cheapest slots first, until these pools have ``slots``."""
         pools = _cheapest_first(pools)
         missing = slots - sum(self.replicas[pool.name] * pool.slots for pool in pools)
         for pool in pools:
@@ -202,7 +202,7 @@ class _Fleet:
                 at_most -= added
 
     def keep(self, replicas: int, reason: ScalingReason) -> None:
-        """Add replicas, the cheapest first, until there are so many in all."""
+        """Add replicas, the cheapest slots first, until there are ``replicas`` in all."""
         missing = replicas - sum(self.replicas.values())
         for pool in self._pools:
             if missing > 0:

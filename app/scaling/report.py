@@ -1,4 +1,4 @@
-"""What a Model tells the policy, in the only shape that Ray Serve carries: numbers by name."""
+"""A Model's report to the policy, in the only form that Ray Serve carries: numbers by name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from app.core.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class TierReport:
-    """One tier, at all ingresses together. Counts are since the Model was started.
+    """One tier, over all ingresses. Counts start when the Model starts.
 
     Attributes:
         waiting: how many requests wait in the queue.
         running: how many run on engines.
-        oldest_s: how long the oldest has waited; 0 where none waits.
-        arrived: how many have come.
-        finished: how many that had a slot have given it back.
-        served_s: for how long those had it, all together.
+        oldest_s: how long the oldest has waited, in seconds; 0 if none waits.
+        arrived: how many requests have arrived.
+        finished: how many requests that had a slot have ended.
+        served_s: the sum of the times that these held a slot, in seconds.
     """
 
     waiting: float = 0.0
@@ -32,16 +32,16 @@ class TierReport:
 
 @dataclass(frozen=True, slots=True)
 class PoolReport:
-    """What a Model knows of one pool.
+    """A Model's view of one pool.
 
     Attributes:
         slots: how many requests each replica runs at once.
         ready: how many replicas are ready.
-        honours: 1 if priority is delivered there, 0 if not. A pool of which no replica was seen
-            yet counts as honouring.
-        cost: what a replica costs an hour; only compared.
-        start_s: how long its engine took to start, once its replica had a place; the longest of
-            those that are ready, or were last; 0 if none was seen.
+        honours: 1 if priority is delivered there, 0 if not. A pool without a replica so far counts
+            as honouring.
+        cost: cost of a replica per hour; only compared.
+        start_s: how long an engine takes to start once its replica is scheduled, in seconds: the
+            longest of the replicas that are ready, or were last; 0 if there was none.
     """
 
     slots: float
@@ -53,15 +53,16 @@ class PoolReport:
 
 @dataclass(frozen=True, slots=True)
 class ScalingReport:
-    """A model's demand and pools, and how its operator wants it scaled.
+    """A model's demand, pools and scaling settings.
 
-    The settings come this way as Serve restarts an application whose policy's own change.
+    The settings are part of the report because Serve restarts an application whose policy
+    arguments change.
 
     Attributes:
-        tiers: the demand by tier; every tier is there.
-        pools: by name.
+        tiers: the demand by tier, for every tier.
+        pools: the pools by name.
         headroom: the share of slots that the queue keeps for priority.
-        settings: the Model's ``scaling``.
+        settings: the Model's ``scaling`` settings.
     """
 
     tiers: Mapping[Tier, TierReport]
@@ -70,7 +71,7 @@ class ScalingReport:
     settings: ScalingSettings = field(default_factory=ScalingSettings)
 
     def to_metrics(self) -> dict[str, float]:
-        """Return the same as numbers by name."""
+        """Return the report as numbers by name."""
         metrics = {"headroom": float(self.headroom)}
         metrics |= {f"settings/{name}": float(value) for name, value in self.settings}
         for tier, one in self.tiers.items():
@@ -81,7 +82,7 @@ class ScalingReport:
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, float]) -> ScalingReport | None:
-        """Return what was told; ``None`` if it is not complete."""
+        """Return the report that ``metrics`` hold; ``None`` if it is incomplete."""
         pools = {name.split("/")[1] for name in metrics if name.startswith("pool/")}
         try:
             return cls(

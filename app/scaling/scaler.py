@@ -1,9 +1,9 @@
-"""Decides a model's replicas again and again, with what must be remembered. Pure.
+"""Decides a model's replicas over time, with the state kept between decisions. Pure.
 
-``plan`` knows one moment; this adds time. Rates are measured and looked ahead by what an engine
-takes to start. Growth happens at once. A replica is stopped only once no plan of the last while
-had a use for it, and none is while priority waits. Nothing is stopped before this has looked on for
-so long itself, so that a controller that was restarted does no harm.
+``plan`` knows one moment; ``Scaler`` adds time. Rates are measured, and forecast by the time that
+an engine takes to start. A pool grows at once. A replica is stopped only if no plan within the
+scale-down window needed it, and never while priority waits. Nothing is stopped until the scaler
+itself has observed a whole window, so that a restart of Serve's controller does no harm.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from app.scaling.report import PoolReport, ScalingReport, TierReport
 from app.scaling.starts import Starts
 from app.scaling.state import ModelState, Plan, PoolState, ScalingReason, TierDemand
 
-# Rates are measured over longer where engines start slowly or few requests come, up to so many
-# times ``smoothing_s``.
+# Longest window for rates, in multiples of ``smoothing_s``. Windows are longer where engines start
+# slowly or few requests arrive.
 _MOST_WINDOWS = 20
 _KEEP_S = 3600.0
-# Default's, over as long as so many starts of an engine: it may wait to see whether a rise lasts.
+# Shortest window below priority, in starts of an engine: these tiers can wait until a rise lasts.
 _DEFAULT_STARTS = 2.0
 _STARTS_REMEMBERED = 30.0
-# Service times are averaged over so many seconds, once so many requests have finished in them.
+# Service times are averaged over this window, once this many requests have finished in it.
 _SERVICE_WINDOW_S = 600.0
 _FINISHED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaBounds:
-    """What Serve knows of a pool: its target number of replicas, and between which it may be."""
+    """Serve's values of a pool: its target number of replicas, and the bounds of it."""
 
     target: int
     least: int
@@ -44,7 +44,7 @@ class ReplicaBounds:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many replicas each pool is to have now, why, and the same in one line for people."""
+    """How many replicas each pool should have now, the reasons, and a summary in one line."""
 
     replicas: Mapping[str, int]
     reasons: Mapping[str, ScalingReason]
@@ -52,7 +52,7 @@ class Decision:
 
 
 class Scaler:
-    """Decides for one model."""
+    """Decides the replicas of one model."""
 
     def __init__(self) -> None:
         self._settings = ScalingSettings()
@@ -67,13 +67,13 @@ class Scaler:
     def decide(
         self, report: ScalingReport, bounds: Mapping[str, ReplicaBounds], now: float
     ) -> Decision:
-        """Return what to do on a Model's report.
+        """Return the decision on a Model's report.
 
         Args:
-            report: what the Model told last. Pools that it does not know stay as they are.
-            bounds: the pools that Serve scales, by name. Others have as many replicas as are
-                ready, which serve all the same.
-            now: seconds, of a clock that does not go back.
+            report: the Model's latest report. Pools that are not in it keep their replicas.
+            bounds: the pools that Serve scales, by name. Other pools of the report have as many
+                replicas as are ready, and these serve requests too.
+            now: the time, in seconds, of a monotonic clock.
         """
         self._settings = report.settings
         if self._started is None:
@@ -103,11 +103,11 @@ class Scaler:
     def _start_s(
         self, report: ScalingReport, bounds: Mapping[str, ReplicaBounds], name: str, now: float
     ) -> float:
-        """Return how long a replica takes until it serves, from the decision that there be one."""
+        """Return how long a replica takes from the decision until it serves, in seconds."""
         pool = report.pools[name]
         starts = self._starts.setdefault(name, Starts())
         starts.note(now, bounds[name].target, round(pool.ready))
-        # Before one was seen to start, its engine's own time is known.
+        # Before any start was observed, only the engine's own start time is known.
         return max(pool.start_s, starts.took_s)
 
     def _state(
@@ -120,7 +120,7 @@ class Scaler:
         arrived = sum(tier.arrived for tier in report.tiers.values())
         present = any(tier.waiting or tier.running for tier in report.tiers.values())
         if present or arrived != self._arrived:
-            # A first report only tells what came before anybody looked.
+            # The arrivals in a first report may lie far back.
             self._asked = self._asked if math.isnan(self._arrived) and not present else now
             self._arrived = arrived
         tiers = {
@@ -133,14 +133,14 @@ class Scaler:
         tiers = _with_service(tiers)
         awake = now - self._asked <= self._settings.sleep_after_s
         if not awake:
-            # Rates fade slowly; but nobody has asked for long.
+            # Rates decay slowly, but there have been no requests for long.
             tiers = dict.fromkeys(Tier, TierDemand())
         memory_s = min(self._settings.priority_memory_s, _STARTS_REMEMBERED * start_s)
         remembered = self._for_priority.since(now - memory_s)
         return ModelState(tiers, states, report.headroom, awake, start_s, remembered)
 
     def _keep(self, pool: PoolState, planned: int, start_s: float, now: float) -> int:
-        """Return how many replicas a pool keeps, by the plans of the last while."""
+        """Return how many replicas a pool keeps, by the plans of the scale-down window."""
         window_s = max(self._settings.scale_down_after_s, start_s)
         plans = self._plans.setdefault(pool.name, _Highest())
         plans.add(now, planned)
@@ -151,21 +151,21 @@ class Scaler:
 
 
 class _Highest:
-    """The highest of the numbers that came lately."""
+    """The highest of recent numbers."""
 
     def __init__(self) -> None:
-        # Those that could still become the highest, the highest first.
+        # Numbers that can still become the highest, the highest first.
         self._numbers: deque[tuple[float, int]] = deque()
 
     def add(self, now: float, number: int) -> None:
-        """Take note of a number."""
+        """Add a number."""
         numbers = self._numbers
         while numbers and numbers[-1][1] <= number:
             numbers.pop()
         numbers.append((now, number))
 
     def since(self, start: float) -> int:
-        """Return the highest that came since a time, and forget those before; 0 if none did."""
+        """Return the highest number since a time, and drop older ones; 0 if there is none."""
         numbers = self._numbers
         while numbers and numbers[0][0] < start:
             numbers.popleft()
@@ -173,7 +173,7 @@ class _Highest:
 
 
 class _Counts:
-    """What is counted of one tier."""
+    """The counts of one tier, and the demand computed from them."""
 
     def __init__(self) -> None:
         self._arrived = CountedDemand(_KEEP_S)
@@ -219,7 +219,7 @@ class _Counts:
 
 
 def _with_service(tiers: Mapping[Tier, TierDemand]) -> dict[Tier, TierDemand]:
-    """Return the demand, where a tier of which too few have finished is taken to be like others."""
+    """Return the demand; a tier without a known service time gets the mean of the others'."""
     known = [one.service_s for one in tiers.values() if one.service_s is not None]
     if not known:
         return dict(tiers)

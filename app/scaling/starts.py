@@ -1,34 +1,34 @@
-"""How long the replicas of a pool take from the decision that orders them until they serve. Pure.
+"""Measures how long the replicas of a pool take from the decision until they serve. Pure.
 
-An engine can tell how long it took once its process was there. Its replica may have waited for a
-node before that, which a cluster's own autoscaler has to bring up first: minutes that whoever
-decides has to look ahead, too. Only whoever decides knows when it did.
+An engine reports only how long it took once its process existed. Before that, its replica may have
+waited minutes for a node that the cluster's autoscaler had to add. The forecast must cover that
+time too, and only the scaler knows when it decided.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
-# So many starts are remembered, of which three quarters took no longer than what is told: a single
-# node that did not come up for an hour is not what to look ahead by, a cluster that has to grow is.
+# This many starts are remembered. The result is their third quartile: one node that took an hour
+# should not set the forecast, but a cluster that has to grow should.
 _REMEMBERED = 16
 _PART = 0.75
 
 
 class Starts:
-    """What has been ordered of one pool and is not ready yet, and how long the last ones took."""
+    """The replicas of one pool that are starting, and how long the last ones took."""
 
     def __init__(self) -> None:
         self._ready: int | None = None
-        # When each was ordered that is missing, the earliest first; None if nobody saw that.
+        # When each missing replica was ordered, the earliest first; None if that was not observed.
         self._missing: deque[float | None] = deque()
         self._took: deque[float] = deque(maxlen=_REMEMBERED)
 
     def note(self, now: float, target: int, ready: int) -> None:
-        """Take note of how many replicas there are to be, and how many are ready.
+        """Record how many replicas are wanted, and how many are ready.
 
-        One that has failed counts as ordered anew when it is missed, as Serve does that. One that
-        is not wanted any more is the last that was ordered.
+        A failed replica counts as ordered again when it is first missing, because Serve restarts
+        it then. If fewer are wanted, the last ones ordered are dropped.
         """
         missing, first = self._missing, self._ready is None
         for _ in range(min(ready - (self._ready or 0), len(missing))):
@@ -43,6 +43,6 @@ class Starts:
 
     @property
     def took_s(self) -> float:
-        """How long a replica takes, as the last ones did; 0 while nobody knows."""
+        """How long a replica takes, by the last starts, in seconds; 0 while unknown."""
         took = sorted(self._took)
         return took[int(_PART * len(took))] if took else 0.0

@@ -1,4 +1,4 @@
-"""What the number of replicas is decided from, as plain values."""
+"""Input and output of a scaling decision, as plain values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from app.core.tiers import Tier
 
 @dataclass(frozen=True, slots=True)
 class TierDemand:
-    """The demand of one tier, at all ingresses together.
+    """The demand of one tier, over all ingresses.
 
     Attributes:
         waiting: how many requests wait in the queue.
         running: how many run on engines.
-        oldest_s: how long the oldest has waited; 0 where none waits.
-        rate: how many will arrive a second, by the time that a replica started now is ready.
-        service_s: how long one keeps a slot, on the average; ``None`` while nobody knows.
+        oldest_s: how long the oldest has waited, in seconds; 0 if none waits.
+        rate: forecast of arrivals per second, for when a replica started now is ready.
+        service_s: how long a request holds a slot on average, in seconds; ``None`` while unknown.
     """
 
     waiting: int = 0
@@ -29,12 +29,12 @@ class TierDemand:
 
     @property
     def present(self) -> int:
-        """How many requests there are, waiting or running."""
+        """How many requests are waiting or running."""
         return self.waiting + self.running
 
     @property
     def load(self) -> float:
-        """How many slots they keep busy in the long run, in Erlangs."""
+        """How many slots its requests keep busy in the long run, in Erlangs."""
         return self.present if self.service_s is None else self.rate * self.service_s
 
 
@@ -43,12 +43,12 @@ class PoolState:
     """One pool of engine replicas.
 
     Attributes:
-        name: the pool's.
+        name: the pool's name.
         slots: how many requests each replica runs at once.
-        replicas: how many it is to have, by the last decision.
-        least, most: the operator's bounds.
+        replicas: how many replicas it should have, by the last decision.
+        least, most: the operator's bounds of ``replicas``.
         honours: whether priority is delivered there.
-        cost: what a replica costs an hour, in whatever currency; only compared.
+        cost: cost of a replica per hour, in any currency; only compared.
     """
 
     name: str
@@ -61,7 +61,7 @@ class PoolState:
 
     @property
     def slot_cost(self) -> float:
-        """What a slot costs an hour."""
+        """Cost of a slot per hour."""
         return self.cost / self.slots
 
 
@@ -70,12 +70,12 @@ class ModelState:
     """A model at one moment.
 
     Attributes:
-        tiers: its demand, by tier; every tier is there.
+        tiers: its demand by tier, for every tier.
         pools: its pools, at least one.
         headroom: the share of slots that its queue keeps for priority.
-        awake: whether somebody has asked lately, so that it may not sleep.
-        start_s: how long a replica takes from the decision until it serves.
-        remembered: how many slots priority has needed lately, and so may need again at once.
+        awake: whether it has had requests recently, so that it may not sleep.
+        start_s: how long a replica takes from the decision until it serves, in seconds.
+        remembered: how many slots priority has needed recently, and so may need again at once.
     """
 
     tiers: Mapping[Tier, TierDemand]
@@ -87,33 +87,33 @@ class ModelState:
 
 
 class ScalingReason(StrEnum):
-    """Why a pool has so many replicas and not fewer."""
+    """Why a pool does not have fewer replicas."""
 
     LEAST = "least"
-    """The operator wants no fewer."""
+    """The operator's lower bound."""
     PRIORITY = "priority"
     """Priority needs them, headroom included."""
     DEFAULT = "default"
-    """Default would wait for too long."""
+    """Default would wait too long with fewer."""
     FLEX = "flex"
-    """Flex may keep them."""
+    """Flex may keep these replicas."""
     AWAKE = "awake"
-    """Somebody has asked lately, so the model does not sleep yet."""
+    """The model has had requests recently, so it does not sleep yet."""
     PRIORITY_WAITS = "priority_waits"
-    """They have become needless, but priority waits."""
+    """They are no longer needed, but priority waits."""
     NOT_YET = "not_yet"
-    """They have become needless only lately."""
+    """They have not been unneeded for long enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How many replicas a model ought to have.
+    """How many replicas a model needs.
 
     Attributes:
-        replicas: by pool.
-        reasons: why a pool has as many and not fewer, by pool.
-        why: the same, in one line for people.
-        for_priority: how many slots priority needs now, by itself.
+        replicas: the number of replicas, by pool.
+        reasons: why a pool does not have fewer, by pool.
+        why: a summary in one line, for operators.
+        for_priority: how many slots priority alone needs now.
     """
 
     replicas: Mapping[str, int]
