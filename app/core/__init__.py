@@ -1,1 +1,1 @@
-"""The words that all others use: tiers, prices, errors, settings. Imports no other package."""
+"""Vocabulary of all packages: tiers, prices, errors, settings. Imports no other package."""

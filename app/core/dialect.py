@@ -1,7 +1,7 @@
-"""What the ingress must know about an engine's HTTP dialect, as plain values.
+"""An engine's HTTP dialect as the ingress needs it, as plain values.
 
-An engine adapter (``deployments.engines``) makes a ``Dialect``; the ingress reads it. So the
-ingress depends on this contract and never on an engine's module.
+An engine adapter (``deployments.engines``) creates a ``Dialect``; the ingress reads it. The ingress
+thus depends on this contract and never on an engine's module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Route(StrEnum):
 
     @property
     def path(self) -> str:
-        """The path at the engine's own server."""
+        """The path on the engine's own server."""
         return f"/v1/{self.value}"
 
     @property
@@ -43,17 +43,17 @@ _PROMPT_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How to speak to one engine.
+    """How to send requests to one engine.
 
     Attributes:
         engine: the engine's name as users know it, such as ``vllm``.
-        simulated: whether it stands in for a real engine.
-        priority_values: what the request's ``priority`` field carries for each tier, in the
+        simulated: whether it simulates an engine.
+        priority_values: the value of the request's ``priority`` field for each tier, in the
             engine's own sign and scale.
-        priority_routes: the routes on which the engine has priority in force. Empty where its
+        priority_routes: the routes on which the engine has priority in force. Empty if its
             native priority is off. On other routes no ``priority`` field is sent.
-        stream_options: what to ask for so that a stream of chat completions or completions
-            carries its token usage on every chunk.
+        stream_options: the options with which a stream of chat completions or completions carries
+            its token usage on every chunk.
         accepted_fields: by route, the request fields that the engine accepts; other fields are
             dropped. A route that is not named here tolerates unknown fields.
     """

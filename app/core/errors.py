@@ -1,25 +1,26 @@
-"""Errors as clients see them: OpenAI's shape, in one tree.
+"""Errors sent to clients: OpenAI's shape, in one tree.
 
     ApiError
-    ├── InvalidRequest       400  the request itself is wrong
+    ├── InvalidRequest       400  the request itself is invalid
     │   ├── InvalidKey       401  no API key, or one that does not work
-    │   ├── HostNotAllowed   403  the `Host` header is none that this ingress answers to
+    │   ├── HostNotAllowed   403  the `Host` header is not one that this ingress serves
     │   ├── ModelNotFound    404
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
     │   ├── RequestTimeout   408
     │   ├── BodyTooLarge     413
     │   ├── UnsupportedMediaType 415  the body is not declared to be JSON
-    │   └── Overloaded       429  turned away from the line; carries Retry-After
+    │   └── Overloaded       429  shed by the queue; carries Retry-After
     ├── RateLimited          429  over a limit of its key; carries Retry-After
-    ├── UsageBusy            429  as much usage is being read as may be; carries Retry-After
-    ├── EngineRejected       4xx  the engine refused the request; its own words
+    ├── TooManyInFlight      429  over a bound on requests in flight; carries Retry-After
+    ├── UsageBusy            429  too many usage queries at once; carries Retry-After
+    ├── EngineRejected       4xx  the engine rejected the request; its own message
     └── ServerError          500
         ├── EngineBusy       429, 503  the engine has no room; its status and Retry-After
         └── Unavailable      503  nothing can serve the model now; carries Retry-After
 
-The wording and codes follow OpenAI's API reference (error codes) and what its service answers.
-Nothing about where or how a request was served is ever in a message.
+Messages and codes follow OpenAI's API reference (error codes) and its service's answers. No message
+reveals where or how a request was served.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ApiError(Exception):
         status: the HTTP status.
         type: OpenAI's ``error.type``.
         code: OpenAI's ``error.code``, or ``None``.
-        param: the request field that is to blame, or ``None``.
+        param: the request field at fault, or ``None``.
         headers: further response headers.
     """
 
@@ -69,14 +70,14 @@ class ApiError(Exception):
 
 
 class InvalidRequest(ApiError):
-    """The request is wrong; sending it again will not help."""
+    """The request is invalid; a retry will not help."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class InvalidKey(InvalidRequest):
-    """The request carries no API key, or one that does not work. It is not repeated back."""
+    """The request has no valid API key. The message does not repeat the key."""
 
     status = 401
 
@@ -92,7 +93,7 @@ class InvalidKey(InvalidRequest):
 
 
 class HostNotAllowed(InvalidRequest):
-    """The request names a host that this ingress does not answer to. It is not repeated back."""
+    """The request names a host that this ingress does not serve. The message does not repeat it."""
 
     status = 403
 
@@ -145,7 +146,7 @@ class RequestTimeout(InvalidRequest):
 
     def __init__(self) -> None:
         super().__init__("Timed out reading the request body.", code="request_timeout")
-        # What still comes of the body is nobody's request.
+        # The rest of the body must not be read as another request.
         self.headers["connection"] = "close"
 
 
@@ -177,7 +178,7 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class Overloaded(InvalidRequest):
-    """The line has no place for the request; the words and the type are DeepInfra's."""
+    """The queue has shed the request. The message and the type are DeepInfra's."""
 
     status = 429
 
@@ -187,7 +188,7 @@ class Overloaded(InvalidRequest):
 
 
 class RateLimited(ApiError):
-    """The request is over a limit of its key: ``what`` is ``requests`` or ``tokens`` a minute.
+    """The request exceeds a limit of its key; ``what``: ``requests`` or ``tokens`` per minute.
 
     ``type`` and wording are those of OpenAI's service, where the type names the limit.
     """
@@ -205,7 +206,7 @@ class RateLimited(ApiError):
 
 
 class UsageBusy(ApiError):
-    """As many readings of usage are under way as may be at once."""
+    """The bound on concurrent usage queries is reached."""
 
     status = 429
     type = "requests"
@@ -219,7 +220,7 @@ class UsageBusy(ApiError):
 
 
 class TooManyInFlight(ApiError):
-    """The request is one more than ``limit`` of its key or tenant that may be in flight here."""
+    """The request exceeds the ``limit`` of requests in flight here, for its key or tenant."""
 
     status = 429
     type = "requests"
@@ -234,7 +235,7 @@ class TooManyInFlight(ApiError):
 
 
 class EngineRejected(ApiError):
-    """The engine refused the request, and says why."""
+    """The engine rejected the request; the message is the engine's."""
 
     type = "invalid_request_error"
 
@@ -254,7 +255,7 @@ class ServerError(ApiError):
 
 
 class Unavailable(ServerError):
-    """Nothing can serve this model right now; trying again later may help."""
+    """Nothing can serve this model now; a later retry may succeed."""
 
     status = 503
 
@@ -264,9 +265,9 @@ class Unavailable(ServerError):
 
 
 def no_memory(reason: str, retry_after_s: float) -> Unavailable:
-    """Return what a request gets whose body finds no room in this ingress' memory at the moment.
+    """Return the error for a request whose body does not fit in this ingress's memory now.
 
-    Its body stays unread, so that the connection cannot be used for another request.
+    The body stays unread, so the connection cannot serve another request.
     """
     error = Unavailable(
         "The bodies of the requests that wait or run here take all the memory that they may. Try "
@@ -279,10 +280,10 @@ def no_memory(reason: str, retry_after_s: float) -> Unavailable:
 
 
 class EngineBusy(ServerError):
-    """Every engine that was asked is overloaded, and has generated nothing.
+    """Every engine tried is overloaded, and has generated nothing.
 
-    ``status`` is the engine's own. ``retry_after`` is its header: seconds, at most a minute, which
-    is the longest that the OpenAI SDKs wait; anything else counts as absent.
+    ``status`` is the engine's own. ``retry_after`` is its header, in seconds. Values above 60, the
+    longest that the OpenAI SDKs wait, and malformed values count as absent.
     """
 
     def __init__(self, status: int, retry_after: str = "") -> None:
@@ -293,7 +294,7 @@ class EngineBusy(ServerError):
 
 
 def unlisted(model: str, retry_after_s: float) -> Unavailable:
-    """Return what a request gets that names what may be a model, but not known here yet."""
+    """Return the error for a request whose model may exist, but is not known here yet."""
     return Unavailable(
         f"It is not known yet whether the model `{_shown(model)}` exists. Try again in a moment.",
         "engine_not_ready",
@@ -312,6 +313,6 @@ def _retry_headers(seconds: float) -> dict[str, str]:
     }
 
 
-# Where an engine does not say when to try again: a few answers have ended by then.
+# Used if an engine sends no time for a retry: a few of its requests have ended by then.
 _BUSY_S = 5
 _SECONDS = re.compile(r"[1-5]?[0-9]|60")

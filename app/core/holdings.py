@@ -1,7 +1,7 @@
-"""What holders have of something bounded: requests in flight, bytes of bodies, readings. Pure.
+"""Counts what holders use of a bounded resource: requests, bytes of bodies, usage queries. Pure.
 
-A holder is a kind (a key, a tenant, the whole ingress) and a name. Each kind has a bound, which is
-passed in, so it may change at any time.
+A holder is a kind (a key, a tenant, the whole ingress) and a name. The bound of each kind is passed
+in, so it may change at any time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ Kind = TypeVar("Kind", bound=Hashable)
 
 
 class Holdings(Generic[Kind]):
-    """How much each holder has. Remembers nobody who has nothing."""
+    """How much each holder uses. Holders that use nothing are not stored."""
 
     def __init__(self) -> None:
         self._amounts: dict[tuple[Kind, str], int] = {}
 
     def of(self, kind: Kind, name: str = "") -> int:
-        """Return how much a holder has."""
+        """Return how much a holder uses."""
         return self._amounts.get((kind, name), 0)
 
     def __len__(self) -> int:
-        """Return how many holders have something."""
+        """Return how many holders use something."""
         return len(self._amounts)
 
     def _add(self, holder: tuple[Kind, str], amount: int) -> None:
@@ -35,12 +35,12 @@ class Holdings(Generic[Kind]):
 
 
 class Holding(Generic[Kind]):
-    """An amount that several holders have at once, such as a key and its tenant.
+    """An amount that counts for several holders at once, such as a key and its tenant.
 
-    It begins with nothing. As a context manager it is given back at the end of the block.
+    It starts at 0. As a context manager it is given back at the end of the block.
 
     Attributes:
-        amount: how much it is.
+        amount: the current amount.
     """
 
     __slots__ = ("_holders", "_holdings", "amount")
@@ -51,11 +51,11 @@ class Holding(Generic[Kind]):
         self._holders = holders
 
     def grow(self, amount: int, *bounds: int) -> Kind | None:
-        """Add to it, or return whose bound is in the way, and add nothing.
+        """Add to the amount; or add nothing and return the kind whose bound would be exceeded.
 
         Args:
-            amount: how much.
-            bounds: how much each of its holders may have, in their order.
+            amount: how much to add.
+            bounds: how much each holder may use, in the order of the holders.
         """
         holdings = self._holdings
         for (kind, name), bound in zip(self._holders, bounds, strict=True):
@@ -67,7 +67,7 @@ class Holding(Generic[Kind]):
         return None
 
     def give_back(self) -> None:
-        """Give all of it back. Calling it again has no effect."""
+        """Give the whole amount back. Idempotent."""
         amount, self.amount = self.amount, 0
         for holder in self._holders:
             self._holdings._add(holder, -amount)

@@ -7,4 +7,4 @@ MODEL_DEPLOYMENT = "Model"
 
 OWNER_MARK = "FRONTLINE_OWNER"
 """Environment variable of every process of an engine; its value names the owner. The reaper, which
-imports nothing of ours, has it too."""
+imports nothing of this project, repeats the name."""

@@ -1,4 +1,4 @@
-"""Paths in a configuration, as they are on this machine."""
+"""Expands paths of a configuration on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from app.core.settings import Problem, SettingsError
 
 
 def frontline_home() -> Path:
-    """The folder of environments and models: ``FRONTLINE_HOME``, or below the user's cache."""
+    """Return the folder of environments and models; it is in the user's cache by default."""
     if home := os.environ.get("FRONTLINE_HOME"):
         return Path(home)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -20,7 +20,7 @@ def expand_path(value: str) -> str:
     """Return ``value`` with ``~`` and environment variables replaced, on this machine.
 
     Raises:
-        SettingsError: it names a variable that is not set here.
+        SettingsError: ``value`` names a variable that is not set here.
     """
     value = value.replace("${FRONTLINE_HOME}", str(frontline_home()))
     expanded = os.path.expanduser(os.path.expandvars(value))

@@ -1,4 +1,4 @@
-"""Prices and what a request costs. Pure; money is ``Decimal`` throughout."""
+"""Prices and costs of requests. Pure; money is ``Decimal`` throughout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 from app.core.settings import Settings
 from app.core.tiers import Tier
 
-# Prices are for 10^6 tokens.
+# Prices are per 10^6 tokens.
 _TOKENS_EXPONENT: Final = Decimal(-6)
 
 EXACT: Final = Context(prec=100, traps=[Inexact, InvalidOperation, Overflow])
@@ -37,7 +37,7 @@ def _short(value: Decimal) -> Decimal:
 
 
 Price = Annotated[Decimal, Field(ge=0, le=_MAX_PRICE), AfterValidator(_short)]
-"""USD for a million tokens. The bound on decimals keeps every product exact in ``Decimal``."""
+"""USD per million tokens. The bound on decimals keeps every product exact in ``Decimal``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What one request pays: a rate card's prices, in USD for a million tokens, and the factor of
-    the tier at which it is served on all of them.
+    """The prices of one request: a rate card's, in USD per million tokens, and the served tier's
+    factor on all of them.
     """
 
     input: Decimal
@@ -80,7 +80,7 @@ class Prices:
 
 
 class Multipliers(Settings):
-    """What each tier costs in relation to ``default``, which is always 1."""
+    """The price of each tier relative to ``default``, which is always 1."""
 
     priority: Price = Decimal("1.5")
     flex: Price = Decimal("0.8")
@@ -97,7 +97,7 @@ class Multipliers(Settings):
 
 
 class RateCard(Settings):
-    """The prices of one model, in USD for a million tokens."""
+    """The prices of one model, in USD per million tokens."""
 
     input: Price = Field(default=Decimal(0), description="Prompt tokens.")
     cached_input: Price = Field(
@@ -119,7 +119,7 @@ class RateCard(Settings):
 
     @cached_property
     def version(self) -> str:
-        """A short name of exactly these prices: equal cards have equal versions."""
+        """A short hash of these prices: equal cards have equal versions."""
         prices = [self.input, self.cached_input, self.output]
         factors = [self.multipliers.of(tier) for tier in Tier]
         text = " ".join(format(price.normalize(), "f") for price in prices + factors)
@@ -133,7 +133,7 @@ class RateCard(Settings):
         }
 
     def at(self, tier: Tier) -> Prices:
-        """Return what a request pays that is served at ``tier``."""
+        """Return the prices of a request served at ``tier``."""
         return self._prices[tier]
 
     @cached_property

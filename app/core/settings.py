@@ -1,4 +1,4 @@
-"""The common ground of everything that an operator can set."""
+"""Base of all settings, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 Key = tuple[str | int, ...]
-"""The way to a value in nested settings: names, and places in lists."""
+"""The path to a value in nested settings: names, and indices in lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with a configuration."""
+    """One error in a configuration."""
 
     key: Key
     message: str
@@ -25,28 +25,28 @@ class Problem:
 
 
 class SettingsError(ValueError):
-    """A configuration holds unknown keys or bad values; the message names each, a line each."""
+    """A configuration has unknown keys or bad values; the message has one line for each."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
 
     def __reduce__(self) -> tuple[type[SettingsError], tuple[Problem, ...]]:
-        # Ray pickles what a deployment raises.
+        # Ray pickles exceptions of deployments.
         return type(self), self.problems
 
 
 class Settings(BaseModel):
-    """Settings are frozen, typed and validated, and refuse keys that they do not know."""
+    """Base class: settings are frozen, typed and validated, and reject unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
     def load(cls, values: Mapping[str, Any], *where: str | int) -> Self:
-        """Return settings made from the mapping found at ``where`` in a configuration.
+        """Return settings from ``values``, the mapping at ``where`` in a configuration.
 
         Raises:
-            SettingsError: a problem for each wrong key, with the value that was given.
+            SettingsError: with a problem for each wrong key, and the given value.
         """
         try:
             return cls.model_validate(values)
@@ -56,7 +56,7 @@ class Settings(BaseModel):
 
 
 def _innermost(problems: list[Problem]) -> list[Problem]:
-    """Leave out what only follows from a problem further inside, as an empty list of bad items."""
+    """Drop problems that only follow from a nested one, such as a list left empty by bad items."""
     outer = {p.key[:length] for p in problems for length in range(len(p.key))}
     return [problem for problem in problems if problem.key not in outer]
 

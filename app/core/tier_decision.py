@@ -1,4 +1,4 @@
-"""The decision about a request's tier: what it asked for, what it gets, and why. Pure."""
+"""The decision about a request's tier: requested, served, and why they differ. Pure."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TierDecision:
-    """The one decision about a request's tier; everything that is echoed or billed reads from it.
+    """The one decision about a request's tier; everything echoed or billed reads from it.
 
-    ``requested`` is what the client's field asked for (``None``: nothing, or ``auto``),
-    ``served`` is the tier that is echoed and billed, ``reason`` says why they differ where they
-    do, and ``rate_card`` holds the prices in force when the decision was made.
+    Attributes:
+        requested: the tier that the client requested; ``None``: none, or ``auto``.
+        served: the tier that is echoed and billed.
+        reason: why ``served`` is not the tier that was wanted; ``None`` if it is.
+        rate_card: the prices in force when the decision was made.
     """
 
     requested: Tier | None
@@ -32,11 +34,11 @@ class TierDecision:
 
 @dataclass(frozen=True, slots=True)
 class TierRights:
-    """Which tiers a request's API key may use, at the moment of the request.
+    """Which tiers a request's API key may use, when the request arrives.
 
     Attributes:
-        tiers: the tiers that are allowed to it; ``default`` always is.
-        over_share: whether as much of its traffic is priority already as may be.
+        tiers: the tiers that the key may use; ``default`` is always allowed.
+        over_share: whether the key has reached its share of priority traffic.
     """
 
     tiers: frozenset[Tier] = frozenset(Tier)
@@ -44,7 +46,7 @@ class TierRights:
 
 
 ALL_RIGHTS = TierRights()
-"""Of a request without a key, where the ingress is open to all."""
+"""The rights of a request without a key, under ``auth: open``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,9 @@ class TierAdmission:
     """The tier at which a request joins the queue, before an engine is chosen.
 
     Attributes:
-        requested: what the client's field asked for; ``None``: nothing, or ``auto``.
-        tier: the tier that it may have as far as its model and its key go.
-        reason: why that is not the tier that was wanted, where it is not.
+        requested: the tier that the client requested; ``None``: none, or ``auto``.
+        tier: the tier that its model and its key allow.
+        reason: why ``tier`` is not the tier that was wanted; ``None`` if it is.
     """
 
     requested: Tier | None
@@ -68,10 +70,10 @@ def admit(
     """Return the tier at which a request joins the queue.
 
     Args:
-        requested: what ``parse_requested`` returned.
-        default_tier: the tier of a request that asks for none.
+        requested: the result of ``parse_requested``.
+        default_tier: the tier of a request that requests none.
         offer: the model's tiers.
-        rights: what the key may use.
+        rights: the key's rights.
     """
     wanted = requested or default_tier
     reason = None
@@ -93,15 +95,15 @@ def decide(
     route_honoured: bool,
     rate_card: RateCard,
 ) -> TierDecision:
-    """Decide the tier of a request that has been given its slot on an engine replica.
+    """Decide the tier of a request that has received its slot on an engine replica.
 
     Args:
-        admitted: what ``admit`` returned when it arrived.
-        queued_as: the tier at which it was queued: ``default`` where priority could not be
-            delivered when it arrived, and then it is not, whatever came up since.
-        offer: the model's tiers now; a tier that was withdrawn while it waited is not served.
-        native_priority: whether the chosen replica has native priority in force at all.
-        route_honoured: whether it honours priority on this request's route.
+        admitted: the result of ``admit`` when it arrived.
+        queued_as: the tier at which it was queued. ``default`` if priority could not be delivered
+            when it arrived; then it is served as default, whatever has changed since.
+        offer: the model's tiers now. A tier withdrawn while the request waited is not served.
+        native_priority: whether the chosen replica has native priority in force on any route.
+        route_honoured: whether the replica honours priority on this request's route.
         rate_card: the prices in force now.
     """
     served, reason = admitted.tier, admitted.reason

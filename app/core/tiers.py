@@ -1,4 +1,4 @@
-"""Service tiers: what a request may ask for, and what it gets. Pure.
+"""Service tiers: the values that a request may send, and their meaning. Pure.
 
 The accepted values and aliases follow OpenAI's ``service_tier`` (``auto``, ``default``, ``flex``,
 ``priority`` and ``fast``); falling back to ``default`` without an error, at the default price,
@@ -24,7 +24,7 @@ class Tier(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 for the tier that is served first; greater numbers wait longer."""
+        """0 for the tier that is served first; tiers with higher ranks wait longer."""
         return _RANKS[self]
 
 
@@ -52,13 +52,13 @@ class UnknownTierError(ValueError):
 
 
 def parse_requested(value: object) -> Tier | None:
-    """Return the tier that a request's ``service_tier`` asks for.
+    """Return the tier that a request's ``service_tier`` requests.
 
-    ``None`` (the field is absent or null) and ``"auto"`` ask for the key's default tier, for
-    which ``None`` is returned.
+    Returns ``None`` for ``None`` (the field is absent or null) and for ``"auto"``: both request the
+    key's default tier.
 
     Raises:
-        UnknownTierError: for anything else that is not an accepted string.
+        UnknownTierError: ``value`` is anything else that is not an accepted string.
     """
     if value is None:
         return None
@@ -68,14 +68,14 @@ def parse_requested(value: object) -> Tier | None:
 
 
 class TierReason(StrEnum):
-    """Why a request is not served at the tier that it asked for."""
+    """Why a request is not served at the tier that it requested."""
 
     MODEL_DOES_NOT_OFFER_TIER = "model_does_not_offer_tier"
-    """The operator has not offered this tier for the model."""
+    """The model does not offer this tier."""
     KEY_MAY_NOT_USE_TIER = "key_may_not_use_tier"
-    """The operator has not allowed this tier to the API key."""
+    """The API key may not use this tier."""
     OVER_PRIORITY_SHARE = "over_priority_share"
-    """As much of the key's traffic is priority already as may be."""
+    """The key has reached its share of priority traffic."""
     ROUTE_DOES_NOT_HONOUR_PRIORITY = "route_does_not_honour_priority"
     """The engine has native priority, but not on the route of this request."""
     NO_REPLICA_HONOURS_PRIORITY = "no_replica_honours_priority"
@@ -101,7 +101,7 @@ class TierOffer:
     flex: bool = True
 
     def offers(self, tier: Tier) -> bool:
-        """Return whether requests may ask for this tier, delivered or not."""
+        """Return whether requests may request this tier, whether or not it is delivered."""
         if tier is Tier.PRIORITY:
             return self.priority is not PriorityMode.OFF
         return self.flex if tier is Tier.FLEX else True
