@@ -47,7 +47,7 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
     fleet.keep(int(state.awake), ScalingReason.AWAKE)
     reasons = {
         f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
-        f"priority recently needed {lately}": int(lately > for_priority),
+        f"priority recently needed {lately} slots": int(lately > for_priority),
         f"default needs {for_default} slots ({_describe(default)})": for_default,
         f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
         f"with flex all need {beside} slots": beside,
