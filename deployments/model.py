@@ -139,10 +139,6 @@ class Model:
         for ingress in self._allocator.wakeups(now):
             self._wakeups.wake(ingress, now)
 
-    async def snapshot(self) -> ModelSnapshot:
-        """Return the current snapshot."""
-        return self._snapshot
-
     async def board(self) -> ModelBoard:
         """Return the model and its queue at every ingress, for display by the CLI."""
         return ModelBoard(self._snapshot, self._reports.ingresses(time.monotonic()))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -142,15 +141,6 @@ class Adopter:
             "journal set aside",
             f"not all of journal {journal.name} can be read ({what}); it is kept as {kept}",
         )
-
-
-def adopt(folder: Path, store: Records) -> int:
-    """Adopt once, including journals that were set aside as unread; return the number of records.
-
-    Raises:
-        StoreAway: the store is away; the rest has to wait.
-    """
-    return Adopter(folder, store).adopt(time.monotonic())
 
 
 def _frames(journal: Path, damaged: list[int]) -> Iterator[Frame]:

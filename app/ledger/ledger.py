@@ -121,13 +121,11 @@ class Ledger:
         self._journal = Journal(folder, settings, self._durable, self._refused)
         self._flusher = Flusher(self._journal, folder, settings, store, self._journal.wake)
 
-    @property
-    def store_away(self) -> bool:
-        """Whether the last attempt to move records to the database failed. Service continues."""
-        return self._flusher.away
-
     def store_away_s(self, now: float) -> float:
-        """Return for how long the store has been away at the monotonic time ``now``, in seconds."""
+        """Return for how long the database has been away at the monotonic time ``now``.
+
+        In seconds; zero while records can be moved to it. Service goes on without it.
+        """
         since = self._flusher.away_since
         return 0.0 if since is None else max(0.0, now - since)
 

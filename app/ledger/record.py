@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
-from functools import lru_cache
 from typing import Any, Final, Self
 
 import orjson
@@ -264,32 +263,9 @@ class UsageRecord:
         return _BEGIN + orjson.dumps(self.to_fields(), default=_text_of_amount)[1:]
 
 
-def fields_from_json(line: bytes) -> dict[str, Any]:
-    """Return the fields that ``UsageRecord.to_json`` wrote, with their types."""
-    fields: dict[str, Any] = orjson.loads(line)
-    # Older records lack this field.
-    fields.setdefault("usage_estimated", False)
-    for name in _AMOUNTS:
-        if (text := fields[name]) is not None:
-            fields[name] = _amount(text)
-    fields["arrived"] = datetime.fromisoformat(fields["arrived"])
-    if fields["ended"] is not None:
-        fields["ended"] = datetime.fromisoformat(fields["ended"])
-    return fields
-
-
 def now_utc() -> datetime:
     """Return the current time in UTC."""
     return datetime.now(UTC)
-
-
-_AMOUNTS: Final = ("input_price", "cached_input_price", "output_price", "multiplier", "cost")
-
-
-@lru_cache(4096)
-def _amount(text: str) -> Decimal:
-    # Cached, because prices repeat from record to record.
-    return Decimal(text)
 
 
 def _text_of_amount(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 DONE: Final = b"[DONE]"
@@ -27,12 +26,6 @@ class EventReader:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, piece: bytes) -> Iterator[Event]:
-        """Yield the events that ``piece`` completes. Comments and unknown fields are dropped."""
-        for block in self.blocks(piece):
-            if event := parse_block(block):
-                yield event
-
     def blocks(self, piece: bytes) -> list[bytes]:
         """Return the blocks that ``piece`` completes, without the empty lines between them."""
         text, held = self._rest + piece, b""
@@ -43,11 +36,6 @@ class EventReader:
         blocks = _split(text)
         self._rest = blocks.pop() + held
         return blocks
-
-    @property
-    def incomplete(self) -> bool:
-        """Whether the stream stands in the middle of an event."""
-        return bool(self._rest.strip())
 
 
 def _split(text: bytes) -> list[bytes]:
@@ -60,7 +48,10 @@ def _split(text: bytes) -> list[bytes]:
 
 
 def parse_block(block: bytes) -> Event | None:
-    """Return the event of a block, or ``None`` if it has no data."""
+    """Return the event of a block, or ``None`` if it has no data.
+
+    Comments and unknown fields are dropped.
+    """
     if block.startswith(b"data: ") and b"\n" not in block:
         return Event(block[6:])
     name, data = b"", []

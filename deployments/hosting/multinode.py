@@ -146,11 +146,6 @@ class OtherRanks:
             raise RankFailedToStart(f"a part of the engine did not start: {error}") from None
         return cls(actors, on_end)
 
-    @property
-    def alive(self) -> bool:
-        """Whether no part is known to have ended."""
-        return self._problem is None
-
     def check(self) -> None:
         """Raise RankEnded if a part is known to have ended."""
         if self._problem is not None:

@@ -48,20 +48,6 @@ class EngineNotStopped(EngineProcessError):
     """Processes of an engine are left after SIGKILL, because they are stuck in the kernel."""
 
 
-class EngineEnded(EngineProcessError):
-    """An engine's main process has ended. ``log`` is the end of its log."""
-
-    def __init__(self, name: str, returncode: int, log: str) -> None:
-        super().__init__(name, returncode, log)
-        self.name = name
-        self.returncode = returncode
-        self.log = log
-
-    def __str__(self) -> str:
-        how = _describe_end(self.returncode)
-        return f"engine {self.name!r} has ended: {how}; its last log lines:\n{self.log}"
-
-
 class _Reins(NamedTuple):
     """The owner's connection to an engine's reaper, the engine's pid, and the reaper's identity."""
 
@@ -154,11 +140,6 @@ class EngineProcess:
     def alive(self) -> bool:
         """Whether the engine's main process runs, according to the reaper's last report."""
         return self._returncode is None
-
-    def check(self) -> None:
-        """Raise EngineEnded, with the end of the log, if the main process has ended."""
-        if self._returncode is not None:
-            raise EngineEnded(self.name, self._returncode, self.tail())
 
     def tail(self, lines: int = 30) -> str:
         """Return the last lines of the engine's log, long ones cut; empty if there is no log."""
@@ -283,16 +264,7 @@ def _parse_first_word(text: str, name: str, program: str, log_path: Path) -> tup
             )
 
 
-def _describe_end(returncode: int) -> str:
-    if returncode >= 0:
-        return f"exit status {returncode}"
-    try:
-        return f"killed by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"killed by signal {-returncode}"
-
-
-# --- killing by mark, for engines whose reaper is gone ---
+# --- killing by mark: what no reaper can do any more ---
 
 Marks = Mapping[str, str]
 """The marks in one process's environment, by name."""

@@ -19,7 +19,7 @@ from threading import Thread
 import pytest
 from sqlalchemy import make_url
 
-from app.ledger.adoption import adopt
+from app.ledger.adoption import Adopter
 from app.ledger.record import State
 from app.ledger.record_store import RecordStore, Wanted
 from app.store.database import connect
@@ -97,7 +97,7 @@ def check(folder: Path, url, told: Told, kills: str) -> None:
     """Settle what the last writer left, and compare the store with what was acknowledged."""
     with closing_engine(url) as store:
         store.prepare()
-        adopt(folder, store)
+        Adopter(folder, store).adopt(time.monotonic())
         records = {record.origin.request_id: record for record in store.each(Wanted())}
     lost = [i for i, cost in told.settled.items() if i not in records or records[i].cost != cost]
     unsettled = told.opened - set(records)

@@ -245,7 +245,7 @@ class Deployment:
 
     def snapshot(self, app: str) -> ModelSnapshot:
         """What a Model actor tells its ingresses, the engines' addresses and keys included."""
-        return self._ask(app, "snapshot")
+        return self.board(app).snapshot
 
     def replicas(self, app: str) -> tuple[ReplicaStatus, ...]:
         """A model's replicas; none while its Model is away, which was replaced or lost."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 
-from app.ledger.record import UsageRecord, fields_from_json
+from app.ledger.adoption import Adopter
+from app.ledger.reading import read_record
+from app.ledger.record import UsageRecord
 from app.store.database import StoreAway, StoreRefuses
 
 
@@ -26,7 +30,7 @@ class MemoryStore:
     def add(self, bodies: list[bytes]) -> None:
         self._reach()
         self.left -= 1
-        records = [UsageRecord.from_fields(fields_from_json(body)) for body in bodies]
+        records = [read_record(body) for body in bodies]
         if any(record.origin.request_id in self.refuses for record in records):
             raise StoreRefuses("no")
         for record in records:
@@ -38,3 +42,8 @@ class MemoryStore:
     def _reach(self) -> None:
         if self.away or self.left <= 0:
             raise StoreAway("away")
+
+
+def adopt(folder: Path, store: MemoryStore) -> int:
+    """Adopt journals once, those set aside unread too, and count the records."""
+    return Adopter(folder, store).adopt(time.monotonic())

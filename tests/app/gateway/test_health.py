@@ -1,5 +1,6 @@
 import asyncio
 import shutil
+import time
 
 import httpx
 import pytest
@@ -214,14 +215,14 @@ async def test_a_store_that_is_away_and_a_ledger_that_refuses(services, ask, tmp
     settings = JournalSettings(flush_interval_s=0.02)
     services.ledger = ledger = Ledger(tmp_path, settings, store)
     try:
-        await until(lambda: ledger.store_away)
+        await until(lambda: ledger.store_away_s(time.monotonic()))
         assert "store_away" not in (await ask())[1]["reasons"]
         monkeypatch.setattr("app.gateway.health.STORE_AWAY_S", 0.0)
         code, body = await ask()
         assert (code, body["reasons"][0]) == (200, "store_away")
         monkeypatch.setattr("app.gateway.health.STORE_AWAY_S", STORE_AWAY_S)
         store.away = False
-        await until(lambda: not ledger.store_away)
+        await until(lambda: not ledger.store_away_s(time.monotonic()))
         ledger._journal.failing = True
         code, body = await ask()
         assert (code, body["status"], body["reasons"][0]) == (

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import orjson
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from app.config.journal import JournalSettings
 from app.core.pricing import TokenUsage
-from app.ledger.adoption import Adopter, adopt
+from app.ledger.adoption import Adopter
 from app.ledger.codec import Kind, Progress, frame
 from app.ledger.ledger import Ledger
 from app.ledger.leftovers import INGRESS_LOST
@@ -19,7 +20,7 @@ from app.ledger.reading import NotUnderstood, read_record
 from app.ledger.record import NOTHING_USED, State
 from app.ledger.segments import lock_dead, segment_path
 from tests.support.records import NOON, completed, opened, records, shed
-from tests.support.stores import MemoryStore
+from tests.support.stores import MemoryStore, adopt
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
@@ -223,7 +224,7 @@ async def test_the_own_journal_goes_on_beside_one_that_cannot_be_read(tmp_path):
     await until(lambda: ours.journals_set_aside == 1)
     await ours.settle(completed("later"))
     await until(lambda: "later" in store.records)
-    assert not ours.store_away and ours.journals_failing == 0
+    assert ours.store_away_s(time.monotonic()) == 0 and ours.journals_failing == 0
     await ours.close()
     assert set(store.records) == {"own", "old", "later"}
     assert [path.name for path in tmp_path.iterdir()] == ["0" * 32 + ".unread"]

@@ -14,7 +14,8 @@ from app.ledger.codec import (
     read_segment,
 )
 from app.ledger.leftovers import INGRESS_LOST, Leftovers
-from app.ledger.record import State, UsageRecord, fields_from_json
+from app.ledger.reading import read_record
+from app.ledger.record import State
 from tests.support.records import NOON, completed, opened, records, usages
 
 pytestmark = pytest.mark.unit
@@ -83,13 +84,13 @@ def test_entries_come_back(record, usage, estimated):
     [written_down] = read_segment(frame(step.kind, step.to_json())).frames
     assert Progress.of(written_down) == step
     (found,) = read(frame(Kind.SETTLED, record.to_json()))
-    assert UsageRecord.from_fields(fields_from_json(found)) == record
+    assert read_record(found) == record
 
 
 def left_behind(*entries):
     data = b"".join(frame(kind, body) for kind, body in entries)
     found = Leftovers().settled(read_segment(data).frames)
-    return [UsageRecord.from_fields(fields_from_json(body)) for body in found]
+    return [read_record(body) for body in found]
 
 
 def test_an_open_stream_is_interrupted_with_its_last_progress():

@@ -9,14 +9,13 @@ from typer.testing import CliRunner
 
 from app.cli.main import main
 from app.config.journal import JournalSettings
-from app.ledger.adoption import adopt
 from app.ledger.dead_letter import add_or_set_aside, refused_records, retry_refused
 from app.ledger.ledger import Ledger
 from app.ledger.record_store import RecordStore, Wanted
 from app.store.database import connect
 from app.store.database_url import parse_url
 from tests.support.records import completed, opened
-from tests.support.stores import MemoryStore
+from tests.support.stores import MemoryStore, adopt
 
 pytestmark = pytest.mark.unit
 
@@ -54,7 +53,7 @@ async def test_one_that_is_refused_does_not_hold_up_those_behind_it(tmp_path, ca
     while len(store.records) < 10:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
-    assert not ledger.store_away
+    assert ledger.store_away_s(time.monotonic()) == 0
     await ledger.close()
     assert [path.name for path in tmp_path.iterdir()] == ["refused"]
     assert caplog.text.count("of bad for good") == 1

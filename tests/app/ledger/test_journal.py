@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from app import alarms
 from app.config.journal import JournalSettings
 from app.core.pricing import TokenUsage
-from app.ledger.adoption import adopt
 from app.ledger.codec import Kind, Progress, read_segment
 from app.ledger.flusher import OwnJournal
 from app.ledger.journal import Entry, Journal
@@ -30,7 +29,7 @@ from app.ledger.segments import (
 )
 from app.store.database import StoreAway
 from tests.support.records import NOON, completed, new_id, opened
-from tests.support.stores import MemoryStore
+from tests.support.stores import MemoryStore, adopt
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,6 @@ import pytest
 from app.config.journal import JournalSettings
 from app.core.pricing import TokenUsage
 from app.core.settings import SettingsError
-from app.ledger.adoption import adopt
 from app.ledger.codec import Kind, read_segment
 from app.ledger.journal import Journal
 from app.ledger.ledger import RESERVED_BYTES, DiskRefuses, JournalFull, Ledger, open_ledger
@@ -20,7 +19,7 @@ from app.ledger.segments import segment_numbers, segment_path
 from app.store.database import connect
 from app.store.database_url import resolve_url
 from tests.support.records import NOON, completed, new_id, opened, shed
-from tests.support.stores import MemoryStore
+from tests.support.stores import MemoryStore, adopt
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
@@ -57,10 +56,10 @@ async def test_records_are_in_the_file_when_settle_returns_and_in_the_store_soon
         record = completed()
         await ours.settle(record)
         assert [f.body for f in frames(tmp_path)] == [record.to_json()]
-        await until(lambda: ours.store_away)
+        await until(lambda: ours.store_away_s(time.monotonic()))
         store.away = False
         await until(lambda: store.records)
-        await until(lambda: not ours.store_away)
+        await until(lambda: not ours.store_away_s(time.monotonic()))
     assert list(store.records.values()) == [record]
     assert list(tmp_path.iterdir()) == []
 

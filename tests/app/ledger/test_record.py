@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from app.core.pricing import TokenUsage
 from app.core.tiers import Tier
-from app.ledger.record import NOTHING_USED, State, UsageRecord, fields_from_json
+from app.ledger.reading import read_record
+from app.ledger.record import NOTHING_USED, State, UsageRecord
 from tests.support.records import CARD, NOON, cards, completed, opened, origin, records, usages
 
 pytestmark = pytest.mark.unit
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.unit
 
 @given(records())
 def test_a_record_comes_back_from_json_with_every_digit(record):
-    assert UsageRecord.from_fields(fields_from_json(record.to_json())) == record
+    assert read_record(record.to_json()) == record
 
 
 @given(usages, cards, st.sampled_from(Tier))

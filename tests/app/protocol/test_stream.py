@@ -11,7 +11,7 @@ from app.core.pricing import RateCard, TokenUsage
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier
 from app.protocol.requests import parse_request
-from app.protocol.sse import Event, EventReader
+from app.protocol.sse import Event, EventReader, parse_block
 from app.protocol.stream import ChunkStamper, stream_stamper
 
 pytestmark = pytest.mark.unit
@@ -22,6 +22,10 @@ PRIORITY = TierDecision(Tier.PRIORITY, Tier.PRIORITY, None, CARD)
 
 def inbound(route=Route.CHAT, **fields):
     return parse_request(route, json.dumps({"model": "m", **fields}).encode())
+
+
+def events_of(wire):
+    return [event for block in EventReader().blocks(wire) if (event := parse_block(block))]
 
 
 def chunk(content=None, finish=None, usage=None, index=0):
@@ -54,7 +58,7 @@ def played(events, request, *, broken=False):
     wire = fed(stamper, *events)
     if broken:
         wire += stamper.break_off()
-    got = [event.data for event in EventReader().feed(wire)]
+    got = [event.data for event in events_of(wire)]
     return stamper, [data if data == b"[DONE]" else json.loads(data) for data in got]
 
 
@@ -199,7 +203,7 @@ def test_splicing_a_chunk_comes_to_the_same_as_parsing_it(sent, random, options)
     parsed._splicer = None
     for event in events:
         got, expected = (
-            [json.loads(e.data) for e in EventReader().feed(fed(stamper, event))]
+            [json.loads(e.data) for e in events_of(fed(stamper, event))]
             for stamper in (spliced, parsed)
         )
         assert got == expected
@@ -248,7 +252,7 @@ def same_together(sent, options):
     parsed._splicer = None
     for together in (sent[:1], sent[1:]):
         got, expected = (
-            [json.loads(e.data) for e in EventReader().feed(fed(stamper, *together))]
+            [json.loads(e.data) for e in events_of(fed(stamper, *together))]
             for stamper in (spliced, parsed)
         )
         assert got == expected
