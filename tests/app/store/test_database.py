@@ -1,6 +1,8 @@
+import ast
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from alembic import command
@@ -9,6 +11,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, MetaData, Table, insert, inspect, make_url, text
 
 from app.ledger.record_store import RecordStore, Wanted
+from app.store import migrations
 from app.store.database import StoreAway, StoreTooSlow, connect, migrate, translated
 from app.store.schema import metadata, usage_records
 from tests.support.records import completed
@@ -22,6 +25,22 @@ def test_migrations_make_the_tables_that_the_code_uses(engine):
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, metadata) == []
+
+
+VERSIONS = sorted((Path(migrations.__file__).parent / "versions").glob("r*.py"))
+
+
+@pytest.mark.parametrize("path", VERSIONS, ids=lambda path: path.stem)
+def test_a_step_of_the_past_does_not_change_with_the_code(path):
+    """ce60350: the first took its column types from the schema of today."""
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level
+            imported.add(node.module)
+    assert {name.partition(".")[0] for name in imported} <= {"__future__", "alembic", "sqlalchemy"}
 
 
 def test_records_from_before_estimates_were_counted(engine, monkeypatch):
