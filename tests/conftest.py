@@ -1,16 +1,13 @@
-"""Settings of Ray and Serve that tests need beside those of ``scripts/activate``."""
+"""Which tests run, and in what order; the cluster that they share."""
 
-import atexit
 import os
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.ports import serve_ports
+from tests.support import environment
 
 # On a loaded machine an example may take any time. Where nobody is there to look into a new
 # counterexample the examples are the same every time; developers' runs go on finding new ones.
@@ -18,36 +15,9 @@ settings.register_profile("developer", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
-if "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ:
-    pytest.exit("run scripts/test, or `FRONTLINE_ENV=test . scripts/activate` before pytest", 2)
-
-
-def _haproxy_folder() -> dict[str, str]:
-    """Return settings that give HAProxy a folder of this process's own."""
-    folder = Path(mkdtemp(prefix="fl-"))  # a Unix socket's path must be short
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    shared = str(Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent)
-    return {
-        name: value.replace(shared, str(folder), 1)
-        for name, value in os.environ.items()
-        if name.startswith("RAY_SERVE_HAPROXY_") and value.startswith(shared)
-    }
-
-
-# They are read when Ray is imported. A test's cluster lives beside others on the machine: that of
-# another pytest-xdist worker, or one from scripts/run.
-os.environ |= {
-    **_haproxy_folder(),
-    **serve_ports(os.getpid()),
-    # Nothing is worth waiting half a minute for when a test is over.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    # Serve's ten times a second take each cluster a tenth of a core, of two that tests have.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    # For this process alone (local_serve takes it out again): tests call handles from threads
-    # without an event loop.
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
-}
-os.environ.pop("RAY_ADDRESS", None)
+# Ray reads its settings when it is imported, which tests without a cluster do as well.
+if environment.is_active():
+    environment.prepare()
 
 
 def pytest_addoption(parser):
@@ -120,6 +90,14 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.suffix and not _is_in(collection_path, *asked) else None
 
 
+def _skip_without_environment(items):
+    if environment.is_active():
+        return
+    for item in items:
+        if any(mark.name in FOLDERS for mark in item.iter_markers()):
+            item.add_marker(pytest.mark.skip(reason=environment.MISSING))
+
+
 def _check_folders(items):
     for item in items:
         for mark in item.iter_markers():
@@ -131,6 +109,7 @@ def _check_folders(items):
 def pytest_collection_modifyitems(items):
     """Bring the longest to the front, the others as they were."""
     _check_folders(items)
+    _skip_without_environment(items)
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(shared_by(item.nodeid), len(ranks)))
 

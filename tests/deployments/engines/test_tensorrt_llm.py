@@ -104,7 +104,7 @@ async def running(build=STAND_INS, simulation=None, **engine_args):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     adapter, own = TensorrtLlm(), launch(port, **engine_args)
-    path = os.pathsep.join([str(build), os.environ["PYTHONPATH"]])
+    path = os.pathsep.join([str(build), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "STAND_IN_SETTINGS": json.dumps(simulation or {})}
     process = await asyncio.create_subprocess_exec(
         *adapter.command(own), env={**os.environ, **environment, **adapter.environment(own)}
