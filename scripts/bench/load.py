@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-from app.protocol.sse import DONE, EventReader
+from app.protocol.sse import DONE, EventReader, parse_block
 
 _LONGEST_PAUSE_S = 300.0
 _RETRY_S = 1.0
@@ -225,7 +225,7 @@ class Load:
         reader, last, done, chunks = EventReader(), b"", False, 0
         async for piece in response.content.iter_any():
             now = time.monotonic()
-            for event in reader.feed(piece):
+            for event in filter(None, map(parse_block, reader.blocks(piece))):
                 self.events += 1
                 done = event.data == DONE
                 last = last if done else event.data

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from app.protocol.sse import EventReader
+from app.protocol.sse import EventReader, parse_block
 from app.upstream.pool import Connections
 from scripts.bench import mock_engine, overhead_report
 from scripts.bench.drive import Sample
@@ -48,7 +48,7 @@ async def engine(key=None):
 
 
 def data(wire):
-    return [event.data for event in EventReader().feed(wire)]
+    return [event.data for block in EventReader().blocks(wire) if (event := parse_block(block))]
 
 
 async def test_the_mock_engine_answers_as_it_is_asked():

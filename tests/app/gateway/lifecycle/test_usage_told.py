@@ -8,7 +8,7 @@ import pytest
 
 from app.config.model import ModelSettings
 from app.core.dialect import Route
-from app.protocol.sse import EventReader
+from app.protocol.sse import EventReader, parse_block
 from tests.support.world import ALIAS, ENGINES, NotedReply, Seen, World
 
 pytestmark = pytest.mark.unit
@@ -55,12 +55,17 @@ async def asked(world, route, fields, rewrite=None):
     return seen
 
 
+def data_of(seen):
+    """Return the data of each event of an answer."""
+    blocks = EventReader().blocks(seen.body)
+    return [event.data for block in blocks if (event := parse_block(block))]
+
+
 def told(seen, route, fields):
     """Return the usage that a client was told last."""
     if not fields.get("stream"):
         return json.loads(seen.body)["usage"]
-    events = [e.data for e in EventReader().feed(seen.body) if e.data != b"[DONE]"]
-    found = [json.loads(data) for data in events]
+    found = [json.loads(data) for data in data_of(seen) if data != b"[DONE]"]
     usages = [(f.get("response") or f).get("usage") for f in found]
     return [usage for usage in usages if usage][-1]
 
@@ -119,7 +124,7 @@ async def left(world, route, fields, enough):
 
 
 def events_of(seen):
-    return [json.loads(e.data) for e in EventReader().feed(seen.body)]
+    return [json.loads(data) for data in data_of(seen)]
 
 
 async def test_a_response_that_is_left_is_billed_for_what_was_sent(world):
@@ -184,7 +189,7 @@ async def test_one_bad_chunk_takes_nothing_from_those_before_it(world, junk):
         world, Route.CHAT, {**CHAT, "stream": True},
         lambda p: p.replace(b"data: [DONE]\n\n", junk + b"data: [DONE]\n\n"),
     )  # fmt: skip
-    events = [e.data for e in EventReader().feed(seen.body)]
+    events = data_of(seen)
     assert b"[DONE]" not in events
     assert "error" in json.loads(events[-1])
     assert len(events) > 10
