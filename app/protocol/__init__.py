@@ -1,1 +1,1 @@
-"""The wire formats: what is read from requests and answers, and what is written into them. Pure."""
+"""The wire formats: reading requests and answers, and rewriting them. Pure."""

@@ -1,9 +1,9 @@
-"""Stamping a chunk as bytes, by the example of one that was parsed. Pure.
+"""Rewrites chunks as bytes, with a parsed chunk as the template. Pure.
 
-Engines send a chunk for every token, and those of a stream differ in their text and in the numbers
-of their usage. So the chunk that was parsed and stamped last serves as a template: another that has
-the same bytes before its text, after it, and between the numbers, comes out as that one did, with
-its own text in it.
+Engines send a chunk per token. The chunks of a stream differ only in their text and in the numbers
+of their usage. So a chunk that was parsed and stamped serves as a template. Another chunk with the
+same bytes before its text, after it and between the numbers is rewritten the same way, with its own
+text.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ _USAGE: Final = b',"usage":'
 _DATA: Final = b"data: "
 _DIGITS: Final = b"0123456789"
 _MANY: Final = 4
-"""How many chunks are worth being looked at together."""
+"""The smallest number of chunks that are worth processing together."""
 _KEPT: Final = 4
-"""How many templates a stream has at once: a choice of ``n``, or a delta's kind, has its own."""
+"""How many templates a stream keeps: each choice of ``n``, or kind of delta, has its own."""
 
 
 class _Template(NamedTuple):
-    """Bytes of the engine's block around its text and its numbers, and of the client's around it.
+    """The bytes around the text and the numbers, in the engine's block and in the client's event.
 
-    ``shape`` is the usage, and what follows it, without its digits. ``choice`` is whose text it is.
+    ``shape`` is the usage and what follows it, without digits. ``choice`` is the index of the
+    choice.
     """
 
     head: bytes
@@ -41,9 +42,9 @@ class Splicer:
     """Stamps the chunks of one stream.
 
     Attributes:
-        usages: by choice, the ``usage`` object of its last spliced chunk, as it came.
+        usages: by choice, the ``usage`` object of its last spliced chunk, as received.
         deltas: how many chunks were spliced.
-        size: the bytes of those texts that came without usage, as they came.
+        size: the bytes of texts in chunks without usage, as received.
     """
 
     def __init__(self) -> None:
@@ -54,19 +55,19 @@ class Splicer:
         self._all_alike = True
 
     def splice(self, blocks: Sequence[bytes], place: int, wire: list[bytes]) -> int:
-        """Add chunks' events as the client gets them, up to the first one that must be parsed.
+        """Append the client's events for chunks, up to the first chunk that must be parsed.
 
         Args:
-            blocks: events as they came, ``data: `` and all.
-            place: where to begin.
-            wire: what is added to.
+            blocks: events as received, including ``data: ``.
+            place: the index to begin at.
+            wire: the list to append to.
 
         Returns:
-            The place of the first that must be parsed, or how many there are.
+            The index of the first chunk that must be parsed, or the number of blocks.
         """
         while place < len(blocks):
             for template in self._templates:
-                # Most often one comes alone, and then asking is in vain.
+                # Chunks mostly arrive one by one; then this is not worth trying.
                 many = self._all_alike and len(blocks) - place >= _MANY
                 if many and (done := self._splice_all(template, blocks, place, wire)):
                     place += done
@@ -85,10 +86,11 @@ class Splicer:
     def _splice_all(
         self, template: _Template, blocks: Sequence[bytes], place: int, wire: list[bytes]
     ) -> int:
-        """Add the events of many chunks at once, and return of how many.
+        """Append the events of many chunks at once; return the number of chunks.
 
-        That is all, but for the last that are not like the template; or none where another is not.
-        Then it is not tried again: where kinds of chunks take turns, it would be at each of them.
+        It processes all chunks except trailing ones that do not match the template, or none if
+        another one does not match. In that case it is not tried again for this stream: if kinds of
+        chunks alternate, it would fail at each of them.
         """
         head, middle, shape, _, tail, choice = template
         if not blocks[place].startswith(head):
@@ -120,7 +122,7 @@ class Splicer:
         return count
 
     def _texts(self, template: _Template, blocks: Sequence[bytes], place: int) -> list[bytes]:
-        """Return the texts of those chunks, from a place on, that are like the template."""
+        """Return the texts of consecutive chunks, from ``place`` on, that match the template."""
         head, middle, shape = template.head, template.middle, template.shape
         begin, skip, usage, texts = len(head), len(middle), b"", list[bytes]()
         for block in islice(blocks, place, None):
@@ -128,7 +130,7 @@ class Splicer:
             if end < begin or not block.startswith(head):
                 break
             text, numbers = block[begin:end], block[end + skip :]
-            # A quote may end the text, and a backslash may hide the quote that does.
+            # A quote ends the text, unless a backslash escapes it.
             if text.endswith(b"\\") or numbers.translate(None, _DIGITS) != shape:
                 break
             usage = numbers
@@ -142,16 +144,16 @@ class Splicer:
         return texts
 
     def learn(self, data: bytes, text: str, usage: object, event: bytes, choice: int = 0) -> None:
-        """Take a chunk as a template.
+        """Keep a chunk as a template.
 
         Args:
-            data: the chunk as it came, without ``data: ``.
-            text: what ``only_text`` finds in it.
-            usage: its usage, parsed; ``None`` if it has none.
-            event: what the client gets for it.
-            choice: whose text it is.
+            data: the chunk as received, without ``data: ``.
+            text: the result of ``only_text`` for it.
+            usage: its parsed usage; ``None`` if it has none.
+            event: the client's event for it.
+            choice: the index of its choice.
         """
-        # Where no two chunks are alike, looking for templates is only work.
+        # If the chunks of a stream do not match each other, templates cost more than they save.
         if self._learned > 8 + self._spliced // 4:
             return
         self._learned += 1
@@ -161,7 +163,7 @@ class Splicer:
 
 
 def only_text(chunk: dict[str, Any]) -> str | None:
-    """Return the text of a chunk that says nothing but text, and does not end the answer."""
+    """Return the text of a chunk that contains only text and does not end the answer."""
     match chunk.get("choices"):
         case [{"finish_reason": None, "delta": {**delta}}]:
             said = [value for value in delta.values() if value is not None]
@@ -179,7 +181,7 @@ def _template(data: bytes, text: str, usage: object, event: bytes, choice: int) 
     head, _, rest = data.partition(quoted)
     wire_head, _, wire_rest = event.partition(quoted)
     head, rest, shape = head + b'"', b'"' + rest, b""
-    # It might be another string, in a chunk that writes its text in another way.
+    # The match might be another string, if the chunk encodes its text differently.
     if only_text(orjson.loads(head + b"~" + rest)) != "~":
         return None
     if usage is not None:

@@ -1,4 +1,4 @@
-"""Engines' error answers, translated into OpenAI's shape. Pure."""
+"""Translates engines' error answers to OpenAI's format. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.core.errors import ApiError, EngineBusy, EngineRejected, InvalidRequest
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 
-# What engines name when a prompt is too long: vLLM its own count, the others nothing.
+# The field that engines name when a prompt is too long: vLLM its own count, others none.
 _PROMPT_LENGTH_PARAMS = frozenset({None, "input_tokens"})
 
 
@@ -21,8 +21,8 @@ _CONTEXT_LENGTH = re.compile(
 )
 
 
-# What is wrong with one field, as pydantic says it and FastAPI servers quote it in their messages:
-# Python's notation, with its place as a tuple or joined by dots.
+# Pydantic's error of one field, as FastAPI servers quote it in their messages: in Python's
+# notation, with its location as a tuple or joined by dots.
 _PROBLEM = re.compile(
     r"\{'type': '\w+', 'loc': (?P<place>\([^)]*\)|'[^']*'), "
     r"'msg': (?P<quote>['\"])(?P<words>.*?)(?P=quote)(?:, '|\})"
@@ -32,8 +32,8 @@ _PROBLEM = re.compile(
 _PLACE_NAME = re.compile(r"[^\s'.,()]+")
 
 
-# FastAPI's validation errors end with the place in the source that raised them, and an engine may
-# name its own files or address. None of it is the client's business.
+# FastAPI's validation errors end with the source location that raised them, and an engine may name
+# its own files or address. The client must see none of this.
 _SOURCE_PLACE = re.compile(r"\n?\s*File \".*?\", line \d+.*", re.DOTALL)
 
 
@@ -46,11 +46,11 @@ _ADDRESS = re.compile(r"\b(?:https?://)?(?:localhost|\d{1,3}(?:\.\d{1,3}){3}):\d
 def from_engine(status: int, body: bytes, prompt_field: str, retry_after: str = "") -> ApiError:
     """Translate an engine's error answer.
 
-    ``prompt_field`` is the request field of the prompt, ``retry_after`` the engine's header.
-    Understands OpenAI's wrapped shape (vLLM, TensorRT-LLM), the unwrapped one (SGLang) and
-    FastAPI's ``detail``. 429 and 503 say that the engine has no room. 401 and 403 speak of the
-    engine's own key, so they are faults of the server; other 4xx are the client's, in the engine's
-    words.
+    ``prompt_field`` is the request field of the prompt, ``retry_after`` the engine's header. The
+    supported formats are OpenAI's wrapped one (vLLM, TensorRT-LLM), the unwrapped one (SGLang) and
+    FastAPI's ``detail``. 429 and 503 mean that the engine has no room. 401 and 403 concern the
+    engine's own key, so they become server errors. Other 4xx are client errors, with the engine's
+    message.
     """
     if status in (429, 503):
         return EngineBusy(status, retry_after)
@@ -86,9 +86,9 @@ def _error_fields(body: bytes) -> dict[str, Any]:
 
 
 def _read_problems(message: str) -> tuple[str | None, str] | None:
-    """Return the first field that a quoted validation error blames, and what is wrong with it.
+    """Return the first field in a quoted validation error, and the message about it.
 
-    A field that may have one of several types has a problem for each.
+    A field that accepts several types has one problem per type.
     """
     found = [
         (_field_of(problem["place"]), problem["words"].removeprefix("Value error, "))

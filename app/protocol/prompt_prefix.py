@@ -1,4 +1,4 @@
-"""A hash of a prompt's beginning, by which requests find the replica that has it cached. Pure."""
+"""A hash of a prompt's prefix, used to route requests to the replica that has it cached. Pure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from app.protocol.json_body.scan import InvalidJson, first_items
 
 _CHARACTERS: Final = 256
 _MOST_ITEMS: Final = 8
-"""How many messages are searched for the first of the user's. Usually it is the first or second;
-a few shaped to be slow take 2 ms."""
+"""How many messages are searched for the first user message. Usually it is the first or second. A
+few messages of the worst shape take 2 ms."""
 _LONGEST_CHARACTER: Final = 12
-"""Bytes of the longest way to write one character: two ``\\u`` escapes."""
+"""Bytes of the longest encoding of one character: two ``\\u`` escapes."""
 
 
 def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
-    """Return a hash of the prompt's beginning, which stays as a conversation grows.
+    """Return a hash of the prompt's prefix that stays the same as a conversation grows.
 
-    For messages that is everything up to the first of the user's. A prompt that is kept as bytes
-    has the same hash as a parsed one, if these messages are short enough to be parsed.
+    For messages the prefix is everything up to the first user message. A prompt that is kept as
+    bytes has the same hash as a parsed one, if these messages are short enough to be parsed.
     """
     prompt = fields.get(route.prompt_field)
     if isinstance(prompt, str):
@@ -46,7 +46,7 @@ def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
 
 
 def _leading(items: Iterable[Any]) -> list[Any] | None:
-    """Return the messages up to the first of the user's, if that is among the first ones."""
+    """Return the messages up to the first user message, if it is among the first eight."""
     leading = []
     for item in items:
         leading.append(item)
@@ -65,14 +65,14 @@ def _raw_start(route: Route, raw: RawJson) -> Any:
     try:
         leading = _leading(first_items(raw))
     except (InvalidJson, TooDeep):
-        # The engine says what is wrong with it.
+        # The engine reports the error.
         return None
     return crc32(raw.data[:LONGEST_PARSED]) if leading is None else leading
 
 
 def _first_characters(raw: RawJson) -> str | None:
     text = bytes(raw.data[1 : min(1 + _CHARACTERS * _LONGEST_CHARACTER, len(raw) - 1)])
-    # The cut may be in the middle of a character, or of the first of two that are one.
+    # The cut may be inside a character, or inside a surrogate pair.
     for end in range(len(text), max(len(text) - _LONGEST_CHARACTER, -1), -1):
         try:
             found: str = orjson.loads(b'"%b"' % text[:end])

@@ -1,6 +1,6 @@
-"""OpenAI's API as far as Frontline has to know it: the fields that matter, and stamping.
+"""The parts of OpenAI's API that Frontline uses: the fields that it reads, and stamping.
 
-Everything else in requests and answers passes through untouched, but for nulls in requests.
+Everything else in requests and answers passes through unchanged, except nulls in requests.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from app.protocol.token_estimate import Estimate, choices_per_prompt, estimate_t
 from app.protocol.usage import read_usage
 
 FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
-"""Request fields that never reach an engine: ours, and the engines' own priority."""
+"""Request fields that never reach an engine: Frontline's own, and a client's engine priority."""
 
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
 
 
 @dataclass(frozen=True, slots=True)
 class Inbound:
-    """A client's request, with the fields that Frontline acts on taken out of it.
+    """A client's request, with the fields that Frontline uses extracted.
 
     Attributes:
-        route: where it came in.
-        fields: the JSON object as it came. Those of a long body are ``Members``, whose long
+        route: the route of the request.
+        fields: the JSON object as received. The fields of a long body are ``Members``, whose long
             values are ``RawJson``.
         model: the name of the model, an id or an alias.
-        requested_tier: what ``service_tier`` asks for; ``None`` for nothing or ``auto``.
+        requested_tier: the tier in ``service_tier``; ``None`` for none or ``auto``.
         stream: whether the answer is to be streamed.
-        stream_options: the client's own, empty if there are none.
-        fail_fast: whether it would rather be turned away than wait.
-        length: of the body, in bytes.
-        prefix: a hash of the prompt's beginning (``app.protocol.prompt_prefix``).
-        expected_tokens: roughly how many it will take, prompt and answer together.
-        expected_prompt_tokens: roughly how many all its prompts take.
-        choices_per_prompt: how many choices it asks for with each of its prompts.
+        stream_options: the client's own options, empty if there are none.
+        fail_fast: whether to refuse the request instead of queueing it.
+        length: the length of the body, in bytes.
+        prefix: a hash of the prompt's prefix (``app.protocol.prompt_prefix``).
+        expected_tokens: the estimated tokens of prompt and answer together.
+        expected_prompt_tokens: the estimated tokens of all its prompts.
+        choices_per_prompt: how many choices it wants per prompt.
     """
 
     route: Route
@@ -68,12 +68,12 @@ class Inbound:
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the client asked for a last chunk with the usage."""
+        """Whether the client requested a last chunk with the usage."""
         return self.stream_options.get("include_usage") is True
 
     @property
     def wants_continuous_usage(self) -> bool:
-        """Whether the client asked for the usage on every chunk (vLLM's extension)."""
+        """Whether the client requested the usage on every chunk (vLLM's extension)."""
         return self.wants_usage and self.stream_options.get("continuous_usage_stats") is True
 
 
@@ -81,7 +81,7 @@ def parse_request(route: Route, body: bytes) -> Inbound:
     """Read a request body at once.
 
     Raises:
-        InvalidRequest: it is not a JSON object, or a field that Frontline acts on is wrong.
+        InvalidRequest: it is not a JSON object, or a field that Frontline uses is invalid.
     """
     inbound = parse_plain_request(route, body) if len(body) <= LONGEST_WHOLE else None
     return run(read_request(route, memoryview(body))) if inbound is None else inbound
@@ -90,7 +90,7 @@ def parse_request(route: Route, body: bytes) -> Inbound:
 def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
     """Read a request body of up to ``LONGEST_WHOLE`` bytes, if parsing it whole is quick.
 
-    Returns ``None`` where ``read_request`` has to decide.
+    Returns ``None`` if ``read_request`` has to parse it.
 
     Raises:
         InvalidRequest: as ``parse_request``.
@@ -137,7 +137,7 @@ def _inbound(
             str(error), param="service_tier", code="invalid_value"
         ) from None
     if route is Route.RESPONSES and fields.get("background") not in (None, False):
-        # Its answer would be fetched later, where nobody counts or bills it. Engines take other
+        # Its answer would be fetched later, without being counted or billed. Engines accept other
         # values than `true` for it, too.
         raise errors.InvalidRequest(
             "Background responses are not supported: leave 'background' out.",
@@ -185,18 +185,20 @@ def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 def rewrite_request(
     inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
 ) -> bytes | Spliced:
-    """Return the body that the engine gets.
+    """Return the body for the engine.
 
-    Our own fields and any priority that the client set are taken out, the engine's priority for
-    ``tier`` is put in where the engine has it in force on this route, and a stream is asked for
-    its usage whether or not the client wants to see it. Nulls are left out: in OpenAI's API null
-    stands for absent, and engines refuse some. An engine that refuses fields that it does not
-    know gets those it knows. What is kept as bytes goes through as it came.
+    - Frontline's own fields and any priority of the client are removed.
+    - The engine's priority for ``tier`` is set if the engine has priority in force on this route.
+    - A stream always requests its usage, whether or not the client wants it.
+    - Nulls are removed: in OpenAI's API null means absent, and engines reject some nulls.
+    - An engine that rejects unknown fields gets only those that it knows.
+
+    Values that are kept as bytes pass through unchanged.
     """
     accepted = dialect.accepted_fields.get(inbound.route)
     fields: dict[str, Any] = {}
     source = inbound.fields
-    # Not `isinstance`: an abstract class takes 0.4 us to answer that.
+    # Not `isinstance`, which takes 0.4 us for an abstract class.
     if type(source) is Members:
         _set_own_fields(fields, inbound, model_id, dialect, tier)
         own = fields if accepted is None else _only(fields, accepted)
@@ -237,8 +239,9 @@ def json_number(amount: Decimal) -> orjson.Fragment:
 
 
 def stamp(answer: dict[str, Any], decision: TierDecision, tokens: TokenUsage | None = None) -> None:
-    """Put the served tier into an answer, chunk or Responses object, in place, and the cost into
-    its ``usage``, which tells what is billed. ``tokens`` are those of ``usage``, if already read.
+    """Set the served tier in an answer, chunk or Responses object, and the cost in its ``usage``.
+
+    ``usage`` must have the billed tokens. ``tokens`` are those of ``usage``, if already read.
     """
     answer["service_tier"] = decision.served.value
     usage = answer.get("usage")
@@ -249,10 +252,10 @@ def stamp(answer: dict[str, Any], decision: TierDecision, tokens: TokenUsage | N
 
 
 def stream_error(event: Event, route: Route) -> errors.ApiError | None:
-    """Return the error that a stream's first event holds, if it does.
+    """Return the error in a stream's first event, if there is one.
 
-    An engine that answers 200 and then an error has not begun to answer: the client gets the
-    error's own status (SGLang 0.5 does this when it is overloaded).
+    If an engine answers 200 and then sends an error (SGLang 0.5 does when it is overloaded), no
+    part of an answer was sent, and the client gets the error's own status.
     """
     if b'"error"' not in event.data:
         return None

@@ -1,8 +1,8 @@
-"""Stamping streams: what a client gets for the events of an engine.
+"""Rewrites the events of an engine's stream for the client.
 
-A chunk that is like others of its stream is stamped as bytes (``app.protocol.chunk_template``);
-only those that say more than text, such as the one that finishes the answer, and errors, are
-parsed.
+A chunk that matches earlier chunks of its stream is rewritten as bytes
+(``app.protocol.chunk_template``). Only errors and chunks with more than text, such as the one that
+finishes the answer, are parsed.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from app.protocol.usage import (
 
 
 class StreamStamper(Protocol):
-    """Turns an engine's events into those that the client gets."""
+    """Converts an engine's events to the client's events."""
 
     ended: bool
-    """Whether the stream has come to its proper end, or to an error that the engine reported."""
+    """Whether the stream has ended properly, or with an error that the engine reported."""
     failed: bool
-    """Whether it has come to an error that the engine reported."""
+    """Whether the stream has ended with an error that the engine reported."""
     broken: bool
-    """Whether the engine has sent something that cannot be read. Nothing after it is taken."""
+    """Whether the engine has sent an unreadable event. Nothing after it is processed."""
 
     @property
     def odd_usage(self) -> bool:
-        """Whether the engine has told usage that cannot be, or none at the stream's end."""
+        """Whether the engine has reported impossible usage, or none by the stream's end."""
         ...
 
     def counted(self) -> Counted:
@@ -51,11 +51,11 @@ class StreamStamper(Protocol):
         ...
 
     def feed(self, blocks: Sequence[bytes]) -> bytes:
-        """Return what the client gets for some events, as they came; perhaps nothing yet."""
+        """Return the client's bytes for some events as received; possibly none yet."""
         ...
 
     def break_off(self) -> bytes:
-        """Return what the client gets when the engine is lost in the middle of the stream."""
+        """Return the client's last bytes if the engine is lost in the middle of the stream."""
         ...
 
 
@@ -69,10 +69,10 @@ def stream_stamper(inbound: Inbound, decision: TierDecision) -> StreamStamper:
 class ChunkStamper:
     """Stamps the chunks of chat completions and completions.
 
-    A client that did not ask for usage gets it on the chunk that finishes the answer, as
-    DeepInfra's service does, and no chunk more than it expects. That chunk is held back until
-    the engine's usage chunk, which follows at once, has come. Where the engine tells no usage, or
-    one that cannot be, the client gets what is billed instead.
+    A client that did not request usage gets it on the chunk that finishes the answer, as in
+    DeepInfra's service, and no additional chunk. The finishing chunk is held back until the
+    engine's usage chunk, which follows at once, has arrived. If the engine reports no usage or an
+    impossible one, the client gets the billed usage instead.
     """
 
     def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
@@ -84,12 +84,12 @@ class ChunkStamper:
         self._id: str | None = None
         self._held: dict[str, Any] | None = None
         self._count = Count(inbound.expected_prompt_tokens, inbound.choices_per_prompt)
-        # The usage that came last, and whether it can be true.
+        # The last usage that the engine reported; `None` if it was impossible.
         self._told: dict[str, Any] | None = None
         self._usage_shown = False
-        # What the chunks of the stream have in common.
+        # The fields that all chunks of the stream share.
         self._frame: dict[str, Any] = {}
-        # Where every chunk shows its usage, each has a cost of its own, too.
+        # No splicing if every chunk shows its usage, because then each has its own cost.
         self._splicer = None if self._wants_continuous_usage else Splicer()
 
     @property
@@ -103,9 +103,9 @@ class ChunkStamper:
     def feed(self, blocks: Sequence[bytes]) -> bytes:
         wire: list[bytes] = []
         splicer, place = self._splicer, 0
-        # An error ends the stream: what the engine sends after it, such as `[DONE]`, is dropped.
+        # An error ends the stream. Later events of the engine, such as `[DONE]`, are dropped.
         while place < len(blocks) and not (self.failed or self.broken):
-            # One that is held leaves before the next, whichever that is.
+            # A held chunk must be sent before the next event of any kind.
             if splicer is not None and not self._held:
                 place = splicer.splice(blocks, place, wire)
             if place < len(blocks) and (event := parse_block(blocks[place])):
@@ -134,14 +134,14 @@ class ChunkStamper:
 
     def _chunk(self, chunk: dict[str, Any], text: str | None) -> Iterator[bytes]:
         choices, usage = chunk.get("choices") or [], chunk.pop("usage", None)
-        # An empty text stands for a token, too: its bytes come with the next.
+        # An empty text also stands for a token, whose bytes come with the next.
         self._note(choices, usage, text=text is not None)
         if not self._frame:
             self._frame = {name: chunk[name] for name in _COMMON if name in chunk}
         if self._wants_usage:
             shown = None
             if usage is not None and (not choices or self._wants_continuous_usage):
-                # Engines tell each choice's own on its chunks.
+                # On a choice's chunks engines report the usage of that choice.
                 shown = self._told if choices and self._told else self._shown_usage()
                 self._usage_shown = not choices
             yield self._stamped(chunk, {"usage": shown})
@@ -158,7 +158,7 @@ class ChunkStamper:
         self._take_spliced()
         if usage is not None:
             self._take_usage(usage, _only_choice(choices))
-        # Where usage comes with them, deltas are told or, if that cannot be, one token each.
+        # With usage, deltas have the reported tokens, or one token each if that is impossible.
         size = 0 if text and usage is not None else sum(map(choice_text_size, choices))
         self._count.sent(bool(size) or text, size if usage is None else 0)
 
@@ -173,12 +173,12 @@ class ChunkStamper:
         for choice, raw in splicer.usages.items():
             self._take_usage(_usage_of(raw), choice)
         splicer.usages.clear()
-        # As they came: what is escaped counts a little more.
+        # The size as received: escaped text counts slightly more.
         self._count.sent(splicer.deltas, splicer.size)
         splicer.deltas = splicer.size = 0
 
     def _shown_usage(self) -> dict[str, Any]:
-        """Return the ``usage`` object that tells the tokens so far."""
+        """Return the ``usage`` object for the tokens so far."""
         counted = self.counted()
         if self._told is not None and read_usage(self._told) == counted.usage:
             return self._told
@@ -196,7 +196,7 @@ class ChunkStamper:
 
     def _stamped(self, chunk: dict[str, Any], usage: dict[str, Any]) -> bytes:
         chunk |= usage
-        # SGLang gives every choice an id of its own; in OpenAI's API a stream has one.
+        # SGLang gives every choice its own id; in OpenAI's API a stream has one id.
         self._id = self._id or chunk.get("id")
         if self._id is not None:
             chunk["id"] = self._id
@@ -209,7 +209,7 @@ class ChunkStamper:
 
 
 class ResponsesStamper:
-    """Stamps the events of the Responses route: each that carries the response object."""
+    """Stamps the events of the Responses route that contain the response object."""
 
     _LAST: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
@@ -286,10 +286,10 @@ class ResponsesStamper:
 
 
 def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple[bytes, Counted]:
-    """Return what a client gets for an answer that came whole, and its tokens.
+    """Return the client's body for an answer that is not streamed, and its tokens.
 
     Raises:
-        ServerError: it cannot be read, or cannot be written again.
+        ServerError: the answer cannot be parsed, or cannot be encoded again.
     """
     try:
         answer = orjson.loads(body)
@@ -299,24 +299,24 @@ def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple
         stamp(answer, decision, counted.usage)
         return orjson.dumps(answer), counted
     except Exception as error:
-        # As of events.
+        # Any exception, for the reason given in `read_event`.
         alarms.PROCESS.raised("unreadable answer", "an engine's answer was not passed on", error)
         raise errors.ServerError from None
 
 
 def read_event(read: Callable[[Event], Iterator[bytes]], event: Event, wire: list[bytes]) -> bool:
-    """Add what a client gets for an event, and return whether it could be read."""
+    """Append the client's bytes for an event; return whether the event could be read."""
     try:
         wire.extend(read(event))
     except Exception as error:
-        # Engines can send anything: no JSON, no object, a nesting that nobody can write.
+        # Engines can send anything: no JSON, no object, or nesting too deep to encode.
         alarms.PROCESS.raised("unreadable event", "an engine's stream was broken off", error)
         return False
     return True
 
 
 def _only_choice(choices: list[dict[str, Any]]) -> int | None:
-    """Return the index of a chunk's choice; ``None`` where there is none, or several."""
+    """Return the index of a chunk's choice; ``None`` if it has none or several."""
     if len(choices) != 1:
         return None
     index = choices[0].get("index")
@@ -327,7 +327,7 @@ def _usage_of(raw: bytes) -> object:
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
-        # Such as a number with zeros in front: it is taken for one that cannot be.
+        # For example a number with leading zeros: it counts as impossible usage.
         return raw
 
 

@@ -1,7 +1,7 @@
-"""How many tokens and sequences a request will probably take, before an engine has seen it. Pure.
+"""Estimates the tokens and sequences of a request before an engine has processed it. Pure.
 
-Limits are charged with this until the answer has ended; then the real usage replaces it. Only what
-engines read counts, per route:
+Limits are charged with the estimate until the answer has ended; then the real usage replaces it.
+Only fields that engines read count, per route:
 
 | route | answer | sequences |
 |---|---|---|
@@ -10,8 +10,9 @@ engines read counts, per route:
 | responses | ``max_output_tokens`` | 1 |
 | embeddings | none | inputs |
 
-The larger of two fields holds whichever of them an engine prefers. Pydantic, with which engines
-read requests, takes numbers written as text or as floats too, so these count as well.
+The larger of two fields is an upper bound, whichever field an engine prefers. Engines parse
+requests with Pydantic, which also accepts numbers written as text or as floats, so these count as
+well.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from app.protocol.json_body.raw import RawJson
 _BYTES_PER_TOKEN: Final = 4
 _USUAL_ANSWER: Final = 256
 _SMALL: Final = 8192
-"""Bodies up to this length are not searched for media: they could change little."""
+"""Bodies up to this length are not searched for media, which could change little."""
 _MOST: Final = 10**9
-"""Larger counts are taken for this: no engine accepts them."""
+"""Larger counts are clamped to this: no engine accepts them."""
 
 _SEARCHED: Final = 4 * 1024 * 1024
 """How much of a raw member is searched; a few milliseconds. The rest counts as its worst case."""
 _MOST_HITS: Final = 2048
-"""How many words ``data`` in a raw member are looked at; a few milliseconds. Media behind them
-count as text."""
+"""How many occurrences of ``data`` in a raw member are checked; a few milliseconds. Media after
+them count as text."""
 _NEAR: Final = 32
 _URL_NAME: Final = re.compile(rb'url"\s*:\s*"\Z')
 _DATA_NAME: Final = re.compile(rb'data"\s*:\s*"')
@@ -82,9 +83,9 @@ def estimate_tokens(route: Route, fields: Mapping[str, Any], length: int) -> Est
     """Return roughly how many tokens a request will take.
 
     Args:
-        route: where it came in.
+        route: the route of the request.
         fields: its top-level members; a long one may be ``RawJson``.
-        length: of the whole body, in bytes.
+        length: the length of the whole body, in bytes.
     """
     prompt, answer = _prompt_tokens(route, fields, length), 0
     if route is not Route.EMBEDDINGS:
@@ -105,7 +106,7 @@ def sequences(route: Route, fields: Mapping[str, Any]) -> int:
 
 
 def choices_per_prompt(fields: Mapping[str, Any]) -> int:
-    """Return how many choices a request asks for with each of its prompts; at least 1."""
+    """Return how many choices a request wants per prompt; at least 1."""
     return _count(fields.get("n")) or 1
 
 
@@ -128,7 +129,7 @@ def _count(value: object) -> int:
 def _prompts(prompt: object) -> int:
     """Return how many prompts a ``prompt`` or ``input`` holds.
 
-    Those of a raw one are bounded from above: two quotes a string, one bracket an array.
+    For a raw value this is an upper bound: two quotes per string, one bracket per array.
     """
     if isinstance(prompt, RawJson):
         if not prompt.startswith(b"["):
@@ -173,7 +174,7 @@ def _token_ids(prompt: object) -> int:
 
 
 def _media(messages: object) -> Iterator[tuple[int, int]]:
-    """Yield size in bytes and most tokens of all inline media in messages or input items."""
+    """Yield size in bytes and maximum tokens of all inline media in messages or input items."""
     for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
@@ -185,7 +186,7 @@ def _media(messages: object) -> Iterator[tuple[int, int]]:
 
 
 def _payload(value: object, name: str) -> int:
-    """Return how long the payload of a content part is; 0 for one that is fetched by its URL."""
+    """Return the length of a content part's payload; 0 for a payload that is fetched by URL."""
     if isinstance(value, dict):
         held = [text for key in _PAYLOADS if isinstance(text := value.get(key), str)]
         value = max(held, key=len, default="")
@@ -196,7 +197,7 @@ def _payload(value: object, name: str) -> int:
 
 
 def _raw_media(raw: RawJson) -> Iterator[tuple[int, int]]:
-    """Yield the same for the inline media in raw JSON; each is as large as an image or as a file.
+    """Yield the same for inline media in raw JSON; each counts as an image or as a file.
 
     A payload is the value of a name that ends with ``data``, or a data URL that is the value of a
     name that ends with ``url``.
@@ -218,7 +219,7 @@ def _raw_media(raw: RawJson) -> Iterator[tuple[int, int]]:
 
 
 def _payload_start(raw: RawJson, found: int) -> int | None:
-    """Return where the payload begins that ``data`` is the beginning or the name of."""
+    """Return the start of the payload that begins with ``data``, or whose name ends with it."""
     if raw.startswith(b'"data:', found - 1):
         before = bytes(raw.data[max(found - _NEAR, 0) : found])
         return found if _URL_NAME.search(before) else None

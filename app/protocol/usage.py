@@ -1,14 +1,14 @@
-"""How many tokens an answer is billed for: the engine's counts, or else a stated estimate. Pure.
+"""The tokens that an answer is billed for: the engine's counts, or else a marked estimate. Pure.
 
-Engines tell an answer's usage at its end, and on every chunk of a stream where they can. Where an
-answer is left or lost before that, or an engine tells nothing or what cannot be, tokens are
+Engines report usage at the end of an answer, and on every chunk of a stream if they can. If an
+answer is cut off before that, or an engine reports no usage or an impossible one, tokens are
 estimated:
 
-- An answer has one token for each delta that was sent, or one for every 5 bytes if that is more,
-  as where several tokens come together or the whole answer does.
-- A prompt has what limits expect of it (``app.protocol.token_estimate``).
+- An answer has one token per delta that was sent, or one per 5 bytes if that is more, for example
+  if several tokens or the whole answer arrive together.
+- A prompt has the estimate used for limits (``app.protocol.token_estimate``).
 
-An estimate never replaces a count that can be true, and it never lowers one.
+An estimate never replaces a possible count, and it never lowers one.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from app.core.dialect import Route
 from app.core.pricing import TokenUsage
 
 MOST_TOKENS: Final = 10**9
-"""More than any context holds: a larger count cannot be."""
+"""More than any context length: a larger count is impossible."""
 _BYTES_PER_TOKEN: Final = 5
-"""A little more than tokens have on average, so that deltas of one token count as one."""
+"""Slightly more than the average token has, so that deltas of one token count as one."""
 _NOT_TEXT: Final = frozenset({"role", "type", "id", "call_id", "status", "logprobs", "annotations"})
 _TEXTS: Final = ("message", "text", "delta")
 
 
 class Counted(NamedTuple):
-    """Tokens of an answer, so far or in all.
+    """The tokens of an answer, so far or in total.
 
     Attributes:
         usage: the tokens.
-        estimated: whether some of them are not the engine's own count.
+        estimated: whether some of the counts are not the engine's own.
     """
 
     usage: TokenUsage
@@ -40,7 +40,7 @@ class Counted(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """What a ``usage`` object tells; ``None`` stands for a number that cannot be."""
+    """The counts in a ``usage`` object; ``None`` stands for an impossible number."""
 
     prompt: int | None
     cached: int
@@ -49,30 +49,30 @@ class _Told(NamedTuple):
 
 
 class Count:
-    """Counts the tokens of one answer as it comes."""
+    """Counts the tokens of one answer as it arrives."""
 
     def __init__(self, expected_prompt: int, choices_per_prompt: int = 1) -> None:
-        """Begin to count.
+        """Start to count.
 
         Args:
             expected_prompt: the estimate of the prompt's tokens.
-            choices_per_prompt: how many choices the request asks for with each of its prompts.
+            choices_per_prompt: how many choices the request wants per prompt.
         """
         self._odd = False
         self._expected_prompt = expected_prompt
         self._choices_per_prompt = max(choices_per_prompt, 1)
-        # By choice, and by prompt: engines count each choice of a stream for itself.
+        # By choice and by prompt: engines count each choice of a stream separately.
         self._completions: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
         self._final: _Told | None = None
         self._deltas = self._bytes = 0
 
     def told(self, usage: object, choice: int | None = None) -> bool:
-        """Take note of a ``usage`` object, and return whether it can be true.
+        """Record a ``usage`` object; return whether it is possible.
 
         Args:
-            usage: as the engine gave it; ``None`` is no usage.
-            choice: the choice it is about; ``None`` where it is about the whole answer.
+            usage: the engine's value; ``None`` is no usage.
+            choice: the choice that it describes; ``None`` if it describes the whole answer.
         """
         if usage is None:
             return False
@@ -88,18 +88,18 @@ class Count:
         return not told.odd and told.prompt is not None and told.completion is not None
 
     def sent(self, deltas: int, size: int) -> None:
-        """Take note of text that was sent: how many deltas, and their bytes."""
+        """Record text that was sent: the number of deltas, and their bytes."""
         self._deltas += deltas
         self._bytes += size
 
     @property
     def tells_completion(self) -> bool:
-        """Whether the engine has told how many tokens the whole answer has, and not none."""
+        """Whether the engine has reported a number of tokens above 0 for the whole answer."""
         return self._final is not None and bool(self._final.completion)
 
     @property
     def odd(self) -> bool:
-        """Whether the engine has told something that cannot be."""
+        """Whether the engine has reported impossible usage."""
         return self._odd or (self._final is not None and self.result().estimated)
 
     def result(self) -> Counted:
@@ -121,20 +121,20 @@ class Count:
     def _completion(self, final: _Told | None) -> tuple[int, bool]:
         told, sane = sum(self._completions.values()), final is None
         if final is not None and final.completion is not None:
-            # An answer has no fewer than its choices.
+            # An answer has at least the tokens of its choices.
             told, sane = max(final.completion, told), final.completion >= told
         estimate = max(self._deltas, -(-self._bytes // _BYTES_PER_TOKEN))
         if told or not estimate:
             return told, not sane
-        # Text that was sent took tokens.
+        # Text was sent, so there are tokens.
         return estimate, True
 
 
 def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> Count:
-    """Return the count of an answer that came whole."""
+    """Return the count of an answer that is not streamed."""
     count = Count(expected_prompt)
     usage = answer.get("usage")
-    # A stream may be left before its usage comes; a whole answer has it.
+    # A stream may be cut off before its usage arrives; a whole answer must have it.
     count.told({} if usage is None else usage)
     if route is not Route.EMBEDDINGS and not count.tells_completion:
         size = sum(map(text_size, _parts(answer)))
@@ -143,7 +143,7 @@ def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> 
 
 
 def text_size(value: object) -> int:
-    """Return how many bytes of text a delta, a message or an output item holds."""
+    """Return the bytes of text in a delta, a message or an output item."""
     if isinstance(value, str):
         return len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):
@@ -154,12 +154,12 @@ def text_size(value: object) -> int:
 
 
 def choice_text_size(choice: object) -> int:
-    """Return how many bytes of text a choice holds."""
+    """Return the bytes of text in a choice."""
     return sum(text_size(choice.get(name)) for name in _TEXTS) if isinstance(choice, dict) else 0
 
 
 def usage_fields(counted: Counted, route: Route) -> dict[str, Any]:
-    """Return a ``usage`` object, as a route has it, of tokens that the engine did not tell so."""
+    """Return a ``usage`` object in a route's format, for tokens that the engine did not report."""
     usage, estimated = counted
     prompt, completion = usage.prompt_tokens, usage.completion_tokens
     names = ("prompt", "completion") if route is not Route.RESPONSES else ("input", "output")
@@ -172,7 +172,7 @@ def usage_fields(counted: Counted, route: Route) -> dict[str, Any]:
 
 
 def read_usage(usage: object) -> TokenUsage | None:
-    """Return the tokens that a ``usage`` object tells, or ``None`` if it tells none that can be."""
+    """Return the tokens in a ``usage`` object, or ``None`` if it has no possible counts."""
     if not isinstance(usage, dict):
         return None
     told = _read(usage)

@@ -1,1 +1,1 @@
-"""Request bodies as JSON: parsed if that is quick, else scanned in place. Pure."""
+"""JSON of request bodies: parsed if that is fast, otherwise scanned in place. Pure."""

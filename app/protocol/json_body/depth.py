@@ -1,8 +1,8 @@
-"""How deeply JSON is nested. Pure.
+"""Computes how deeply JSON is nested. Pure.
 
-Of text this is found from its brackets, without parsing it. Text is looked at in chunks. Within a
-chunk everything runs in C methods of ``bytes``: escapes and strings are cut out, then the brackets
-that are left are added up.
+For text the depth is computed from the brackets, without parsing, chunk by chunk. Within a chunk
+all work is done by C methods of ``bytes``: escapes and strings are removed, then the remaining
+brackets are summed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _BRACKETS: Final = bytes.maketrans(b"[{]}", _OPEN * 2 + _CLOSE * 2)
 _NO_BRACKETS: Final = bytes(sorted(set(range(256)) - set(b"[]{}")))
 _STRUCTURE: Final = re.compile(rb'["\[\]{}]')
 _FEW: Final = 512
-"""So few brackets are added up one by one at once."""
+"""Up to this many brackets are summed directly, one by one."""
 _MOST_ROUNDS: Final = 4
 _WRITER_LEVELS: Final = 254
 """Most levels that orjson writes."""
 
 
 class TooDeep(ValueError):
-    """JSON has more levels than ``MAX_DEPTH``; ``name`` is that of the member, if known."""
+    """JSON has more levels than ``MAX_DEPTH``; ``name`` is the member's name, if known."""
 
     def __init__(self, name: str | None) -> None:
         super().__init__(name)
@@ -39,7 +39,7 @@ class TooDeep(ValueError):
 
 def is_too_deep(body: bytes) -> bool:
     """Return whether JSON has more than ``MAX_DEPTH`` levels."""
-    # Most documents do not even have so many brackets.
+    # Most documents do not even have that many brackets.
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return False
     plain, _ = blank_escapes(body)
@@ -48,11 +48,11 @@ def is_too_deep(body: bytes) -> bool:
 
 
 class _Limit:
-    """Checks the depth of parsed JSON with orjson's writer, which refuses more than 254 levels.
+    """Checks the depth of parsed JSON with orjson's writer, which rejects more than 254 levels.
 
-    A document inside as many lists as leave it ``MAX_DEPTH`` levels is written if it has no more.
-    Writing takes a fifth of the time of parsing; going through the values in Python takes longer
-    than parsing.
+    The document is nested in enough lists to leave it ``MAX_DEPTH`` levels, and then written. That
+    fails if it has more. Writing takes a fifth of the time of parsing; iterating over the values in
+    Python takes longer than parsing.
     """
 
     def __init__(self) -> None:
@@ -83,8 +83,8 @@ is_parsed_too_deep: Final = _Limit().is_exceeded_by
 def blank_escapes(chunk: bytes) -> tuple[bytes, int]:
     """Return a chunk with its escaped backslashes and quotes replaced, and its usable length.
 
-    It must not begin inside an escape. An escape that is cut off at its end is not used; the next
-    chunk should begin with it.
+    The chunk must not begin inside an escape. An escape that is cut off at its end is not part of
+    the usable length; the next chunk should begin with it.
     """
     if b"\\" not in chunk:
         return chunk, len(chunk)
@@ -97,7 +97,7 @@ def blank_escapes(chunk: bytes) -> tuple[bytes, int]:
 def brackets(plain: bytes, inside: bool) -> tuple[bytes, bool]:
     """Return the brackets outside strings, and whether the text ends inside a string.
 
-    The brackets are 0x01 for each that opens, 0xff for each that closes.
+    The result has 0x01 for each opening bracket and 0xff for each closing one.
 
     Args:
         plain: text without escaped quotes.
@@ -115,14 +115,13 @@ def brackets(plain: bytes, inside: bool) -> tuple[bytes, bool]:
 def levels(found: bytes, depth: int) -> tuple[int, int, int]:
     """Return the lowest, the highest and the last depth that ``brackets`` go through.
 
-    The highest is exact where it is over ``MAX_DEPTH``, and may otherwise be a little too high.
+    The highest is exact if it exceeds ``MAX_DEPTH``, and may otherwise be slightly too high.
 
     Args:
-        found: what ``brackets`` returned.
-        depth: the depth before them.
+        found: the result of ``brackets``.
+        depth: the depth before these brackets.
     """
-    # Removing pairs with nothing in between changes neither the lowest depth nor the last, and
-    # the highest by one.
+    # Removing empty pairs changes neither the lowest nor the last depth, and the highest by one.
     short, rounds = found, 0
     while len(short) > _FEW and rounds < _MOST_ROUNDS:
         before, short = short, short.replace(_OPEN + _CLOSE, b"")
@@ -141,9 +140,9 @@ def _depths(found: bytes, depth: int) -> tuple[int, int, int]:
 
 
 def first_return(plain: bytes, depth: int, inside: bool) -> tuple[int, int]:
-    """Return the place after the bracket that brings the depth back to 1, and the highest depth.
+    """Return the offset after the bracket that returns the depth to 1, and the highest depth.
 
-    The text has to hold that bracket.
+    The text must contain that bracket.
     """
     highest = depth
     for found in _STRUCTURE.finditer(plain):

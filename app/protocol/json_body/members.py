@@ -1,4 +1,4 @@
-"""The top-level members of a JSON object, each parsed only when it is asked for. Pure."""
+"""The top-level members of a JSON object, each parsed only when it is accessed. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import orjson
 from app.protocol.json_body.raw import RawJson
 
 LONGEST_PARSED: Final = 32 * 1024
-"""Documents and members of up to so many bytes may be parsed at once; longer ones stay bytes.
-Parsing takes 1 ms at the worst (nothing but empty arrays) and usually 0.05 ms."""
+"""Documents and members of up to this many bytes may be parsed at once; longer ones stay bytes.
+Parsing takes 1 ms at worst (nothing but empty arrays) and usually 0.05 ms."""
 
 
 LONGEST_KEPT_PARSED: Final = 4 * 1024
-"""Documents of up to so many bytes stay parsed while their requests wait. Parsed they take up to
-24 times as much."""
+"""Documents of up to this many bytes stay parsed while their requests wait. Parsed, they take up to
+24 times as much memory."""
 
 
 class ByteSpan(NamedTuple):
-    """Where a member is: its number in the document, and where its name and its value are."""
+    """The position of a member: its number in the document, and the offsets of name and value."""
 
     number: int
     start: int
@@ -31,8 +31,8 @@ class ByteSpan(NamedTuple):
 class Members(Mapping[str, Any]):
     """The members of a JSON object that is kept as bytes.
 
-    A value is parsed each time that it is asked for; one of more than ``LONGEST_PARSED`` bytes
-    comes as ``RawJson``. Of several members with one name the last one counts, as in every parser.
+    A value is parsed at each access; one of more than ``LONGEST_PARSED`` bytes is returned as
+    ``RawJson``. Of several members with the same name the last counts, as in every parser.
     """
 
     __slots__ = ("_data", "_spans")
@@ -53,9 +53,9 @@ class Members(Mapping[str, Any]):
         return len(self._spans)
 
     def pieces(self, names: Iterable[str]) -> list[memoryview]:
-        """Return the members of these names, as they came, without those that are null.
+        """Return the bytes of the members with these names, without nulls.
 
-        Neighbours are one piece, with the commas and spaces between them.
+        Adjacent members are one piece, with the commas and spaces between them.
         """
         data, runs, last = self._data, list[list[int]](), -2
         for span in sorted(self._spans[name] for name in names):
@@ -86,7 +86,7 @@ class Reparsed(Mapping[str, Any]):
         return self._fields
 
     def forget(self) -> None:
-        """Keep only the bytes until a member is asked for."""
+        """Keep only the bytes until a member is accessed."""
         self._fields = None
 
     def __getitem__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The JSON object in a request's body: parsed if that is quick, else scanned. Pure."""
+"""Reads the JSON object in a request's body: parsed if that is fast, otherwise scanned. Pure."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from app.protocol.json_body.scan import (
 )
 
 LONGEST_WHOLE: Final = 128 * 1024
-"""Longer documents are never parsed whole. Parsing takes 4 ms for the worst (nothing but empty
-arrays), and usually 0.1 ms."""
+"""Longer documents are never parsed whole. Parsing takes 4 ms at worst (nothing but empty arrays),
+and usually 0.1 ms."""
 _COUNTED: Final = 4 * 1024
 
 
 def parse_plain(body: bytes) -> dict[str, Any] | None:
     """Return the members of a usual document of up to ``LONGEST_WHOLE`` bytes.
 
-    Returns ``None`` for an unusual one, about which ``scan_object`` decides.
+    Returns ``None`` for an unusual document, which ``scan_object`` has to parse.
 
     Raises:
         InvalidRequest: it is not JSON.
@@ -45,7 +45,7 @@ def parse_plain(body: bytes) -> dict[str, Any] | None:
 
 def _is_shallow(fields: dict[str, Any], body: bytes) -> bool:
     """Return whether parsed JSON has at most ``MAX_DEPTH`` levels."""
-    # Counting brackets is faster than looking at the values while the body is short.
+    # For a short body, counting brackets is faster than checking the values.
     if len(body) <= _COUNTED and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
         return True
     return not is_parsed_too_deep(fields)

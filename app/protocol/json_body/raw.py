@@ -1,7 +1,7 @@
-"""A JSON value that is kept as the bytes that came, because parsing it would take too long. Pure.
+"""A JSON value that is kept as received bytes, because parsing it would take too long. Pure.
 
-Its bytes are part of a request's body, which may be an ``mmap``. It can be searched like ``bytes``,
-without copying more than a chunk at a time.
+The bytes are part of a request's body, which may be an ``mmap``. They can be searched like
+``bytes``, and are copied at most one chunk at a time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _NARROW_CHUNK: Final = 16 * 1024
 
 
 class RawJson:
-    """A JSON value as it came.
+    """A JSON value as received.
 
     Attributes:
-        data: its bytes; the first one gives its type.
+        data: its bytes; the first byte determines its type.
     """
 
     __slots__ = ("data",)
@@ -46,8 +46,8 @@ class RawJson:
     ) -> int:
         """As ``bytes.find``, for a needle that is next to the byte ``beside``.
 
-        To look for one byte takes a fiftieth of the time of looking for several, so chunks without
-        it are passed over. A needle that stands without it may be found or not.
+        Searching for one byte takes a fiftieth of the time of searching for several, so chunks
+        without that byte are skipped. A needle that is not next to it may be found or not.
         """
         data = self.data
         end = len(data) if end is None else min(end, len(data))

@@ -1,19 +1,19 @@
 """Finds the top-level members of a JSON object without parsing the large ones. Pure.
 
-Parsing a request of many megabytes makes millions of Python objects and holds the interpreter for
-seconds. The scanner reads the same bytes with C methods, a chunk at a time, and only finds where
-each top-level member begins and ends. It is a generator: it yields whenever the work since the
-last yield reaches ``_SLICE``, so that its caller can let other work run.
+Parsing a request of many megabytes creates millions of Python objects and blocks the interpreter
+for seconds. The scanner processes the same bytes with C methods, one chunk at a time, and only
+finds where each top-level member begins and ends. It is a generator: it yields whenever the work
+since the last yield reaches ``_SLICE``, so that its caller can let other work run.
 
 What is checked:
 
 - UTF-8, the syntax of the object itself, its names, and every member of up to ``LONGEST_PARSED``
   bytes are checked strictly.
-- Of a longer member only the extent is found: strings, escapes and brackets are followed. If it is
-  invalid inside, the engine's parser refuses the document.
+- For a longer member only the extent is found, from its strings, escapes and brackets. If it is
+  invalid inside, the engine's parser rejects the document.
 
-A parser that accepts these bytes at all finds the same members in the same places. A nested name,
-an escape in a name, or a second member of the same name cannot be mistaken.
+Any parser that accepts these bytes finds the same members in the same places. Nested names, escapes
+in names, and repeated names cannot cause a difference.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ MOST_MEMBERS: Final = 4096
 _SLICE: Final = 64 * 1024
 """Work between two yields, in bytes of a plain string: 0.1 ms usually, 2 ms for the worst shape."""
 _CHUNK: Final = 16 * 1024
-"""Most bytes that are looked at in one call. One is never divided, so it bounds a slice too."""
+"""Most bytes processed in one call. A chunk is never divided, so it also bounds a slice."""
 _BRACKET_WORK, _PARSE_WORK, _MEMBER_WORK = 8, 2, 512
-"""Work of one bracket, of one byte that is parsed and of one member, beside their bytes."""
+"""Work per bracket, per parsed byte and per member, in addition to their bytes."""
 _FIRST_LOOK: Final = 512
 _UTF8_CHUNK: Final = 128 * 1024
 
@@ -96,7 +96,7 @@ def first_items(raw: RawJson) -> Iterator[Any]:
 
 
 def run(steps: Steps[T]) -> T:
-    """Return what a generator returns, without a pause."""
+    """Run a generator without pauses; return its result."""
     while True:
         try:
             next(steps)
@@ -209,7 +209,7 @@ class _Scanner:
     def _container_end(self, start: int, name: str | None) -> Steps[int]:
         """Return where an array or object ends.
 
-        Looks double until one of them holds the end, and are halved from there until it is found.
+        The step doubles until a chunk contains the end, and is then halved until it is found.
         """
         at, size, depth, inside, near = start + 1, _FIRST_LOOK, 2, False, False
         while chunk := bytes(self.data[at : at + size]):

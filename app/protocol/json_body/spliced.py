@@ -1,4 +1,4 @@
-"""A request body that is made of parts of another one, without copying them. Pure."""
+"""A request body composed of parts of another one, without copying them. Pure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 _PIECE: Final = 256 * 1024
-"""Bytes that are handed to the socket at once: 0.1 ms of copying into the kernel."""
+"""Bytes passed to the socket at a time: 0.1 ms of copying into the kernel."""
 
 
 class Spliced:
-    """A JSON object in pieces. Its length is in bytes; iterating gives the pieces, every time."""
+    """A JSON object in pieces. Its length is in bytes; each iteration yields all pieces."""
 
     __slots__ = ("_length", "_parts")
 
@@ -20,7 +20,7 @@ class Spliced:
 
     @classmethod
     def of(cls, first: bytes, rest: Sequence[memoryview]) -> Spliced:
-        """Return an object of the members of another (``first``) and more members."""
+        """Return an object with the members of the object ``first`` and the members in ``rest``."""
         parts: list[bytes | memoryview] = [first[:-1]]
         separator = b"" if first == b"{}" else b","
         for members in rest:
