@@ -121,9 +121,9 @@ def _headline(model: ModelFrame) -> Text:
     if model.id is None:
         return line.append("  its Model does not answer", style="red")
     ingresses = len(model.ingresses)
-    told = f"  {ingresses} ingress{'' if ingresses == 1 else 'es'}"
-    told += f", credits {model.credits}/{model.slots}, headroom {model.headroom}"
-    return line.append(told, style="not bold")
+    summary = f"  {ingresses} ingress{'' if ingresses == 1 else 'es'}"
+    summary += f", credits {model.credits}/{model.slots}, headroom {model.headroom}"
+    return line.append(summary, style="not bold")
 
 
 def plain_table(*columns: str, left: Sequence[str] = ()) -> Table:
@@ -153,11 +153,11 @@ def _tiers(model: ModelFrame) -> Table:
 
 
 def _sheds(row: TierRow) -> Text:
-    told = Text()
+    shown = Text()
     for reason, sheds in row.sheds.items():
-        told.append(", " if told else "")
-        told.append(_shed(reason, sheds), style="red" if sheds.per_s else "")
-    return told or Text("-")
+        shown.append(", " if shown else "")
+        shown.append(_shed(reason, sheds), style="red" if sheds.per_s else "")
+    return shown or Text("-")
 
 
 def _shed(reason: ShedReason, sheds: Sheds) -> str:

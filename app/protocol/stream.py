@@ -85,7 +85,7 @@ class ChunkStamper:
         self._held: dict[str, Any] | None = None
         self._count = Count(inbound.expected_prompt_tokens, inbound.choices_per_prompt)
         # The last usage that the engine reported; `None` if it was impossible.
-        self._told: dict[str, Any] | None = None
+        self._reported: dict[str, Any] | None = None
         self._usage_shown = False
         # The fields that all chunks of the stream share.
         self._frame: dict[str, Any] = {}
@@ -94,7 +94,7 @@ class ChunkStamper:
 
     @property
     def odd_usage(self) -> bool:
-        return self._count.odd or (self.ended and not self.failed and self._told is None)
+        return self._count.odd or (self.ended and not self.failed and self._reported is None)
 
     def counted(self) -> Counted:
         self._take_spliced()
@@ -142,7 +142,7 @@ class ChunkStamper:
             shown = None
             if usage is not None and (not choices or self._wants_continuous_usage):
                 # On a choice's chunks engines report the usage of that choice.
-                shown = self._told if choices and self._told else self._shown_usage()
+                shown = self._reported if choices and self._reported else self._shown_usage()
                 self._usage_shown = not choices
             yield self._stamped(chunk, {"usage": shown})
         elif choices:
@@ -164,7 +164,7 @@ class ChunkStamper:
 
     def _take_usage(self, usage: object, choice: int | None) -> None:
         sane = self._count.told(usage, choice)
-        self._told = usage if sane and isinstance(usage, dict) else None
+        self._reported = usage if sane and isinstance(usage, dict) else None
 
     def _take_spliced(self) -> None:
         splicer = self._splicer
@@ -180,8 +180,8 @@ class ChunkStamper:
     def _shown_usage(self) -> dict[str, Any]:
         """Return the ``usage`` object for the tokens so far."""
         counted = self.counted()
-        if self._told is not None and read_usage(self._told) == counted.usage:
-            return self._told
+        if self._reported is not None and read_usage(self._reported) == counted.usage:
+            return self._reported
         return usage_fields(counted, self._route)
 
     def _end(self) -> Iterator[bytes]:
@@ -216,13 +216,13 @@ class ResponsesStamper:
     def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
         self.ended = self.failed = self.broken = False
         self._count = Count(inbound.expected_prompt_tokens)
-        self._untold = False
+        self._unreported = False
         self._decision = decision
         self._sequence_number = -1
 
     @property
     def odd_usage(self) -> bool:
-        return self._count.odd or (self._untold and not self.failed)
+        return self._count.odd or (self._unreported and not self.failed)
 
     def counted(self) -> Counted:
         return self._count.result()
@@ -266,7 +266,7 @@ class ResponsesStamper:
         self._count.told(usage)
         if last or usage is not None:
             counted = self._count.result()
-            self._untold = self._untold or (last and usage is None)
+            self._unreported = self._unreported or (last and usage is None)
             if read_usage(usage) != counted.usage:
                 response["usage"] = usage_fields(counted, Route.RESPONSES)
         stamp(response, self._decision)

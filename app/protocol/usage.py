@@ -39,7 +39,7 @@ class Counted(NamedTuple):
     estimated: bool = False
 
 
-class _Told(NamedTuple):
+class _Reported(NamedTuple):
     """The counts in a ``usage`` object; ``None`` stands for an impossible number."""
 
     prompt: int | None
@@ -64,7 +64,7 @@ class Count:
         # By choice and by prompt: engines count each choice of a stream separately.
         self._completions: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
-        self._final: _Told | None = None
+        self._final: _Reported | None = None
         self._deltas = self._bytes = 0
 
     def told(self, usage: object, choice: int | None = None) -> bool:
@@ -76,16 +76,19 @@ class Count:
         """
         if usage is None:
             return False
-        told = _read(usage)
-        self._odd = self._odd or told.odd
+        reported = _read(usage)
+        self._odd = self._odd or reported.odd
         if choice is None:
-            self._final = told
+            self._final = reported
         else:
-            if told.completion is not None:
-                self._completions[choice] = told.completion
-            if told.prompt is not None:
-                self._prompts[choice // self._choices_per_prompt] = (told.prompt, told.cached)
-        return not told.odd and told.prompt is not None and told.completion is not None
+            if reported.completion is not None:
+                self._completions[choice] = reported.completion
+            if reported.prompt is not None:
+                self._prompts[choice // self._choices_per_prompt] = (
+                    reported.prompt,
+                    reported.cached,
+                )
+        return not reported.odd and reported.prompt is not None and reported.completion is not None
 
     def sent(self, deltas: int, size: int) -> None:
         """Record text that was sent: the number of deltas, and their bytes."""
@@ -118,14 +121,14 @@ class Count:
         usage = TokenUsage(prompt, cached, completion)
         return Counted(usage, completion_estimated or prompt_estimated)
 
-    def _completion(self, final: _Told | None) -> tuple[int, bool]:
-        told, sane = sum(self._completions.values()), final is None
+    def _completion(self, final: _Reported | None) -> tuple[int, bool]:
+        reported, sane = sum(self._completions.values()), final is None
         if final is not None and final.completion is not None:
             # An answer has at least the tokens of its choices.
-            told, sane = max(final.completion, told), final.completion >= told
+            reported, sane = max(final.completion, reported), final.completion >= reported
         estimate = max(self._deltas, -(-self._bytes // _BYTES_PER_TOKEN))
-        if told or not estimate:
-            return told, not sane
+        if reported or not estimate:
+            return reported, not sane
         # Text was sent, so there are tokens.
         return estimate, True
 
@@ -175,10 +178,10 @@ def read_usage(usage: object) -> TokenUsage | None:
     """Return the tokens in a ``usage`` object, or ``None`` if it has no possible counts."""
     if not isinstance(usage, dict):
         return None
-    told = _read(usage)
-    if told.prompt is None or told.completion is None:
+    reported = _read(usage)
+    if reported.prompt is None or reported.completion is None:
         return None
-    return TokenUsage(told.prompt, told.cached, told.completion)
+    return TokenUsage(reported.prompt, reported.cached, reported.completion)
 
 
 def _parts(answer: dict[str, Any]) -> Iterable[object]:
@@ -191,9 +194,9 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _read(usage: object) -> _Told:
+def _read(usage: object) -> _Reported:
     if not isinstance(usage, dict):
-        return _Told(None, 0, None, odd=True)
+        return _Reported(None, 0, None, odd=True)
     prompt = _tokens(usage.get("prompt_tokens", usage.get("input_tokens")))
     completion = usage.get("completion_tokens")
     if completion is None:
@@ -206,7 +209,7 @@ def _read(usage: object) -> _Told:
     cached = _cached(details)
     most = prompt or 0
     odd = prompt is None or completion is None or cached is None or cached > most
-    return _Told(prompt, min(cached or 0, most), completion, odd)
+    return _Reported(prompt, min(cached or 0, most), completion, odd)
 
 
 def _cached(details: object) -> int | None:

@@ -87,15 +87,15 @@ async def standing(application: str, pool: str, before: PoolPhase) -> PoolPhase:
         return PoolPhase.AWAY
 
 
-def read_standing(told: DeploymentStatusInfo) -> PoolPhase:
+def read_standing(info: DeploymentStatusInfo) -> PoolPhase:
     """Return the state of a pool without known replicas from Serve's status of its deployment.
 
     Serve calls a deployment healthy when it has its target number of replicas, which may be zero.
     The status does not show whether the target is zero.
     """
-    if told.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
+    if info.status in (DeploymentStatus.HEALTHY, DeploymentStatus.DOWNSCALING):
         return PoolPhase.ASLEEP
-    scaled = told.status_trigger is DeploymentStatusTrigger.AUTOSCALING
-    if told.status is DeploymentStatus.UPSCALING and scaled:
+    scaled = info.status_trigger is DeploymentStatusTrigger.AUTOSCALING
+    if info.status is DeploymentStatus.UPSCALING and scaled:
         return PoolPhase.WAKING
     return PoolPhase.AWAY
