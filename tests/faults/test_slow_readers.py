@@ -96,7 +96,7 @@ def test_those_who_do_not_read_keep_nobody_waiting(guarded):
 
     eventually(served, 90)
     key = create_key("slow")
-    with ExitStack() as connections, guarded.engine("slow") as engine:
+    with other, ExitStack() as connections, guarded.engine("slow") as engine:
         began = time.monotonic()
         for _ in range(SLOW):
             connections.enter_context(stream_without_reading(guarded, key))
