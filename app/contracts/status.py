@@ -140,7 +140,6 @@ class ModelSnapshot:
 
 def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
     """Return the tiers served, given the tiers offered and whether native priority is in force."""
-    auto = tiers.priority is PriorityMode.AUTO
-    delivered = tiers.priority is PriorityMode.QUEUE or (auto and native)
-    offered = {Tier.DEFAULT: True, Tier.PRIORITY: delivered, Tier.FLEX: tiers.flex}
-    return tuple(tier for tier in Tier if offered[tier])
+    delivered = native or tiers.priority is PriorityMode.QUEUE
+    offered = (tier for tier in Tier if tiers.offer.offers(tier))
+    return tuple(tier for tier in offered if delivered or tier is not Tier.PRIORITY)

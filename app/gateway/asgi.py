@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -76,10 +75,6 @@ def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
     return api
 
 
-def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(body, status, headers=headers)
-
-
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path
@@ -91,9 +86,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 async def _answer_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ApiError)
-    return _json(error.to_dict(), error.status, error.headers)
+    return JSONResponse(error.to_dict(), error.status, error.headers)
 
 
 async def _answer_failure(_: Request, error: Exception) -> Response:
     failure = errors.ServerError(code="internal_error")
-    return _json(failure.to_dict(), failure.status)
+    return JSONResponse(failure.to_dict(), failure.status)

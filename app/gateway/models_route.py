@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.contracts.status import ModelSnapshot
-from app.core.tiers import PriorityMode, Tier
+from app.core.tiers import Tier
 from app.gateway.handler import identify
 from app.gateway.services import Services
 
@@ -62,14 +62,9 @@ def _tags(snapshot: ModelSnapshot) -> list[str]:
 
 
 def _pricing(snapshot: ModelSnapshot) -> dict[str, Any]:
-    card, tiers = snapshot.settings.rate_card, snapshot.settings.tiers
-    offered = {
-        Tier.PRIORITY: tiers.priority is not PriorityMode.OFF,
-        Tier.DEFAULT: True,
-        Tier.FLEX: tiers.flex,
-    }
+    card, offer = snapshot.settings.rate_card, snapshot.settings.tiers.offer
     # While no replica is ready, show the prices of all offered tiers.
-    shown = snapshot.service_tiers or [tier for tier in Tier if offered[tier]]
+    shown = snapshot.service_tiers or [tier for tier in Tier if offer.offers(tier)]
     return {
         tier.value: {
             "input_tokens": float(card.by_tier[tier]["input"]),
