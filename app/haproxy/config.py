@@ -2,7 +2,7 @@
 
 Standard library only, because ``scripts/haproxy`` runs it alone at every start and reload:
 
-    python3 -I -S haproxy_config.py BINARY FILE
+    python3 -I -S config.py BINARY FILE
 
 It adds a timeout for request heads, room for large heads, limits of connections, and errors in
 OpenAI's format. A configuration that differs from what Serve 2.60 writes, or that HAProxy would

@@ -2,7 +2,7 @@
 
 Linux only. Standard library only, because it runs alone, called by ``scripts/haproxy``:
 
-    python3 -I -S haproxy_keeper.py BINARY ARGUMENTS...
+    python3 -I -S keeper.py BINARY ARGUMENTS...
 
 If HAProxy or the actor that manages it dies, Serve notices after three failed health checks. It
 then starts a new actor and a new HAProxy, whose first configuration has no routes. Until then every

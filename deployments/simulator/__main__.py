@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="simulated_server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="deployments.simulator", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--model", default="simulated", help="the model's folder or name")

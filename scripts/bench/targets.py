@@ -45,7 +45,7 @@ _LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 _CHAT = "smollm2"
 _START_S = 420.0
 _ROLES = {
-    "simulated_server": "engine",
+    "deployments.simulator": "engine",
     "vllm.entrypoints": "engine",
     "VLLM::": "engine",
     "haproxy": "HAProxy",
