@@ -29,43 +29,21 @@ def pytest_addoption(parser):
 
 
 LONGEST = (
-    "vllm",
-    "tests/engines/test_several_nodes.py",
-    "sglang",
-    "tests/engines/test_three_engines.py",
-    "tests/engines/test_autoscaling.py",
-    "tests/integration/test_cluster.py",
-    "tests/faults/test_failures.py",
-    "tests/integration/test_autoscaling.py",
-    "tests/engines/test_contract.py",
-    "tests/faults/test_serving.py",
-    "tests/faults/test_draining.py",
-    "tests/faults/test_one_replica.py",
-    "tests/integration/test_queue.py",
-    "tests/integration/test_engine_loss.py",
-    "tests/integration/test_pools.py",
-    "tests/faults/test_ledger.py",
-    "tests/faults/test_run.py",
-    "tests/faults/test_front_door.py",
-    "tests/faults/test_node_removed.py",
+    "integration/test_cluster.py",
+    "engines/test_several_nodes.py",
+    "engines/test_contract.py",
+    "engines/test_three_engines.py",
+    "engines/test_autoscaling.py",
+    "integration/test_autoscaling.py",
+    "faults/test_failures.py",
+    "faults/test_serving.py",
+    "faults/test_draining.py",
+    "faults/test_node_removed.py",
+    "integration/test_queue.py",
+    "integration/test_engine_loss.py",
 )
-"""What takes longest, which comes first: otherwise the last of them keeps one worker busy while the
-others have nothing left."""
-ON_REAL_ENGINES = frozenset(LONGEST[:5])
-"""Those that need the processors, for engines that start; most others wait."""
-
-
-def shared_by(nodeid):
-    """Name what is deployed for a test and others: mostly its module."""
-    module, _, test = nodeid.partition("::")
-    if not module.startswith("tests/engines/"):
-        return module
-    # A real engine takes longest to start: all its tests go where it runs.
-    if module.endswith("test_vllm.py") or "[vllm" in test:
-        return "vllm"
-    if module.endswith("test_sglang.py") or "[sglang" in test:
-        return "sglang"
-    return module
+"""Modules of a minute and more, which come first: otherwise the last of them keeps one worker busy
+while the others have nothing left."""
 
 
 FOLDERS = {
@@ -107,29 +85,26 @@ def _check_folders(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Bring the longest to the front, the others as they were."""
+    """Bring the longest modules to the front, the others as they were."""
     _check_folders(items)
     _skip_without_environment(items)
-    ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(shared_by(item.nodeid), len(ranks)))
+    ranks = {f"tests/{module}": rank for rank, module in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
 
 
 class ByDeployment(LoadScopeScheduling):
-    """Gives tests that share what they deploy to one pytest-xdist worker.
-
-    The first worker begins with those on real engines, the others with the rest: while engines
-    start, something that waits has the other processor. Whoever has finished helps.
-    """
+    """Gives tests that share what they deploy to one pytest-xdist worker: mostly a module's."""
 
     def _split_scope(self, nodeid):
-        return shared_by(nodeid)
-
-    def _assign_work_unit(self, node):
-        first = node is self.nodes[0]
-        liked = (one for one in self.workqueue if (one in ON_REAL_ENGINES) is first)
-        if (one := next(liked, None)) is not None:
-            self.workqueue.move_to_end(one, last=False)
-        super()._assign_work_unit(node)
+        module, _, test = nodeid.partition("::")
+        if not module.startswith("tests/engines/"):
+            return module
+        # A real engine takes longest to start: all its tests go where it runs.
+        if module.endswith("test_vllm.py") or "[vllm" in test:
+            return "vllm"
+        if module.endswith("test_sglang.py") or "[sglang" in test:
+            return "sglang"
+        return module
 
     def _reschedule(self, node):
         # One more than it runs is what a worker must know. A module given to it earlier would wait
