@@ -48,7 +48,7 @@ while the others have nothing left."""
 
 FOLDERS = {
     "integration": ("engines", "integration"),
-    "faults": ("app/bill", "faults", "integration"),
+    "faults": ("app/gateway/lifecycle", "faults", "integration"),
     "engine": ("engines",),
 }
 """Where the tests are that have a marker of these, and nowhere else."""
@@ -77,6 +77,10 @@ def _skip_without_environment(items):
 
 
 def _check_folders(items):
+    here = Path(__file__).parent
+    for named in {*LONGEST, *(one for folders in FOLDERS.values() for one in folders)}:
+        if not (here / named).exists():
+            raise pytest.UsageError(f"tests/conftest.py names {named!r}, which is not there")
     for item in items:
         for mark in item.iter_markers():
             if mark.name in FOLDERS and not _is_in(item.path, mark.name):
