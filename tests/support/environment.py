@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from tests.support.ports import serve_ports
+from tests.support.ports import claim_serve_ports
 
 MISSING = "needs a cluster's environment: scripts/test, or `FRONTLINE_ENV=test . scripts/activate`"
 """Why tests with a cluster do not run in a plain virtual environment."""
@@ -34,8 +34,7 @@ def prepare() -> None:
     # A test's cluster lives beside others on the machine: that of another pytest-xdist worker, or
     # one from scripts/run.
     os.environ |= {
-        **_haproxy_folder(),
-        **serve_ports(os.getpid()),
+        **apart(),
         # Nothing is worth waiting half a minute for when a test is over.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # Serve's ten times a second take each cluster a tenth of a core, of two that tests have.
@@ -47,8 +46,13 @@ def prepare() -> None:
     os.environ.pop("RAY_ADDRESS", None)
 
 
+def apart() -> dict[str, str]:
+    """Return settings that keep a cluster apart from others: its ports and its HAProxy's folder."""
+    return _haproxy_folder() | claim_serve_ports()
+
+
 def _haproxy_folder() -> dict[str, str]:
-    """Return settings that give HAProxy a folder of this process's own."""
+    """Return settings that give a cluster's HAProxy a folder of its own."""
     folder = Path(mkdtemp(prefix="fl-"))  # a Unix socket's path must be short
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shared = str(Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent)
