@@ -51,6 +51,8 @@ class Inbound:
         expected_tokens: the estimated tokens of prompt and answer together.
         expected_prompt_tokens: the estimated tokens of all its prompts.
         choices_per_prompt: how many choices it wants per prompt.
+        sequences: how many sequences an engine runs for it, at least 1: prompts times choices, or
+            inputs. A value that is no such thing counts as 1, and engines reject it.
     """
 
     route: Route
@@ -65,6 +67,7 @@ class Inbound:
     expected_tokens: int = 0
     expected_prompt_tokens: int = 0
     choices_per_prompt: int = 1
+    sequences: int = 1
 
     @property
     def wants_usage(self) -> bool:
@@ -157,6 +160,7 @@ def _inbound(
         tokens.total,
         tokens.prompt,
         choices_per_prompt(fields),
+        tokens.sequences,
     )
 
 

@@ -1,3 +1,5 @@
+from json import dumps as json_text
+
 import orjson
 import pytest
 from hypothesis import given
@@ -106,6 +108,59 @@ def test_a_raw_prompt_is_never_expected_to_be_less(prompt, route):
     assert sequences(route, unknown) >= sequences(route, known) >= 1
     length = len(raw) + 30
     assert expected_tokens(route, unknown, length) >= expected_tokens(route, known, length)
+
+
+texts = st.text(st.sampled_from('ab"\\[],{} \u00e9'), max_size=30)
+whole_prompts = st.one_of(
+    st.tuples(st.just(1), texts),
+    st.tuples(st.just(1), st.lists(st.integers(0, 10**5), min_size=1)),
+    st.lists(texts, min_size=1).map(lambda texts: (len(texts), texts)),
+    st.lists(st.lists(st.integers(0, 10**5), min_size=1), min_size=1).map(
+        lambda arrays: (len(arrays), arrays)
+    ),
+)
+
+
+@given(whole_prompts, st.sampled_from([Route.COMPLETIONS, Route.EMBEDDINGS]), st.booleans())
+def test_a_raw_array_of_prompts_is_counted_exactly(counted, route, spaced):
+    number, prompt = counted
+    raw = json_text(prompt, indent=1).encode() if spaced else orjson.dumps(prompt)
+    assert sequences(route, {route.prompt_field: prompt}) == number
+    assert sequences(route, {route.prompt_field: RawJson(raw)}) == number
+
+
+SOURCE = 'print("[", "]")\n' * 5000
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "number"),
+    [
+        (Route.CHAT, {}, 1),
+        (Route.CHAT, {"n": 24}, 24),
+        (Route.CHAT, {"n": None}, 1),
+        (Route.CHAT, {"n": 0}, 1),
+        (Route.CHAT, {"n": True}, 1),
+        (Route.CHAT, {"n": {"n": 3}}, 1),
+        (Route.CHAT, {"best_of": 9}, 1),
+        (Route.COMPLETIONS, {"prompt": "x", "n": 2, "best_of": 5}, 5),
+        (Route.COMPLETIONS, {"prompt": ["x"] * 3, "n": 2}, 6),
+        (Route.COMPLETIONS, {"prompt": [1, 2, 3], "n": 2}, 2),
+        (Route.COMPLETIONS, {"prompt": [[1, 2], [3]], "n": 2}, 4),
+        (Route.COMPLETIONS, {"prompt": [SOURCE]}, 1),
+        (Route.COMPLETIONS, {"prompt": [SOURCE, SOURCE], "n": 2}, 4),
+        (Route.COMPLETIONS, {"prompt": [list(range(20_000))]}, 1),
+        (Route.COMPLETIONS, {"prompt": list(range(700_000))}, 1),
+        (Route.RESPONSES, {"input": ["x", "y"], "n": 3}, 1),
+        (Route.EMBEDDINGS, {"input": "x", "n": 3}, 1),
+        (Route.EMBEDDINGS, {"input": ["x"] * 100}, 100),
+        (Route.EMBEDDINGS, {"input": [SOURCE] * 4}, 4),
+        (Route.EMBEDDINGS, {"input": [[1, 2, 3]] * 9000}, 9000),
+        (Route.EMBEDDINGS, {"input": list(range(9000))}, 1),
+        (Route.EMBEDDINGS, {}, 1),
+    ],
+)
+def test_a_request_is_as_many_sequences_as_an_engine_runs_for_it(route, fields, number):
+    assert parse_request(route, orjson.dumps({"model": "m", **fields})).sequences == number
 
 
 def test_a_raw_picture_is_bounded_too():
