@@ -1,0 +1,22 @@
+"""How many slots a request takes. Pure."""
+
+from __future__ import annotations
+
+from app.config.queue import QueueSettings
+from app.core.dialect import Route
+
+
+def weight(sequences: int, route: Route, settings: QueueSettings, slots: int) -> int:
+    """Return how many slots of a replica a request takes; at least 1, at most all of them.
+
+    Args:
+        sequences: how many sequences the engine runs for it (``Inbound.sequences``).
+        route: the route of the request. The inputs of an embeddings request share slots.
+        settings: the settings of the model's queue.
+        slots: the slots of the replica.
+    """
+    if sequences <= 1:
+        return 1
+    if route is Route.EMBEDDINGS:
+        sequences = -(-sequences // settings.inputs_per_slot)
+    return max(min(sequences, slots), 1)
