@@ -47,6 +47,11 @@ class ReplicaStatus:
         """Whether the engine has native priority in force on this route."""
         return route in self.dialect.priority_routes
 
+    @property
+    def preempts(self) -> bool:
+        """Whether a waiting request takes the slot of a running one of a lower tier here."""
+        return self.dialect.preempts
+
     def __repr__(self) -> str:
         # The key stays out of logs and traces.
         return f"<ReplicaStatus {self.replica_id} of {self.pool}>"

@@ -56,6 +56,9 @@ class Dialect:
             its token usage on every chunk.
         accepted_fields: by route, the request fields that the engine accepts; other fields are
             dropped. A route that is not named here tolerates unknown fields.
+        preempts: whether the running engine has proved that a waiting request takes the slot of a
+            running one of a lower tier, which later resumes exactly where it stopped. False if
+            that is unknown.
     """
 
     engine: str
@@ -64,11 +67,13 @@ class Dialect:
     priority_routes: frozenset[Route] = frozenset()
     stream_options: Mapping[str, Any] = field(default_factory=dict)
     accepted_fields: Mapping[Route, frozenset[str]] = field(default_factory=dict)
+    preempts: bool = False
 
     def __post_init__(self) -> None:
         assert not self.priority_routes or set(self.priority_values) == set(Tier), (
             "native priority has a value for every tier"
         )
+        assert self.priority_routes or not self.preempts, "an engine preempts by native priority"
 
     @property
     def native_priority(self) -> bool:
