@@ -153,8 +153,20 @@ class Model:
             return {}
         pools = {pool.name: self._pool_report(pool) for pool in self._args.pools}
         settings = self._settings
-        report = self._demand.report(ingresses, pools, settings.queue.headroom, settings.scaling)
+        report = self._demand.report(
+            ingresses,
+            pools,
+            settings.queue.headroom_share(preempts=self._preempts()),
+            settings.scaling,
+            self._allocator.suspended(time.monotonic()),
+        )
         return report.to_metrics()
+
+    def _preempts(self) -> bool:
+        """Whether every replica that priority may use preempts."""
+        dialects = [status.dialect for status in self._snapshot.replicas]
+        able = [dialect for dialect in dialects if dialect.native_priority]
+        return bool(able) and all(dialect.preempts for dialect in able)
 
     def _pool_report(self, pool: PoolSettings) -> PoolReport:
         seen = self._seen.get(pool.name)
@@ -316,10 +328,10 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def _capacity(snapshot: ModelSnapshot, status: ReplicaStatus) -> Capacity:
     mode = snapshot.settings.tiers.priority
-    kept = mode is PriorityMode.QUEUE or (
+    honours = mode is PriorityMode.QUEUE or (
         mode is PriorityMode.AUTO and status.dialect.native_priority
     )
-    return Capacity(status.replica_id, status.pool, status.slots, kept)
+    return Capacity(status.replica_id, status.pool, status.slots, honours, status.dialect.preempts)
 
 
 def _check_pool(where: Key, pool: PoolSettings) -> None:

@@ -11,6 +11,7 @@ from app.core.tiers import Tier
 
 # Some requests may wait even while no engine is ready: waiting requests start one.
 _LEAST_WAITING = 64
+_HEADROOM = 0.1
 
 
 def headroom_of(share: float, slots: int) -> int:
@@ -66,13 +67,15 @@ class QueueSettings(Settings):
         description="Bounds for waiting flex requests: up to ten minutes, which the lower price "
         "is for.",
     )
-    headroom: float = Field(
-        default=0.1,
+    headroom: float | None = Field(
+        default=None,
         ge=0,
         le=0.5,
         description="Share of a model's slots that is kept free for priority, rounded up, but "
-        "never more than half. A tenth is one of eight slots and 26 of 256. It covers a burst of "
-        "priority requests, and costs large batches little throughput.",
+        "never more than half. Not set: a tenth, but none on replicas whose engine preempts, where "
+        "priority needs no free slot. A tenth is one of eight slots and 26 of 256. It covers a "
+        "burst of priority requests, and costs large batches little throughput. A number applies "
+        "to all replicas.",
     )
     starvation_every: int = Field(
         default=10,
@@ -123,9 +126,20 @@ class QueueSettings(Settings):
             return self.default
         return self.priority if tier is Tier.PRIORITY else self.flex
 
+    @property
+    def headroom_everywhere(self) -> bool:
+        """Whether replicas that preempt keep headroom too."""
+        return self.headroom is not None
+
+    def headroom_share(self, *, preempts: bool) -> float:
+        """Return the share of slots kept free on replicas that preempt, or on others."""
+        if self.headroom is not None:
+            return self.headroom
+        return 0.0 if preempts else _HEADROOM
+
     def headroom_of(self, slots: int) -> int:
-        """Return how many of ``slots`` are kept free for priority."""
-        return headroom_of(self.headroom, slots)
+        """Return how many of ``slots`` are kept free for priority, where headroom is kept."""
+        return headroom_of(self.headroom_share(preempts=False), slots)
 
     def bounds(self, *, slots: int, ingresses: int) -> dict[Tier, int]:
         """Return the number of waiting requests at which one ingress's queue is full, by tier.

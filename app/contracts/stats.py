@@ -22,6 +22,19 @@ load, and forty while priority waits; people read no faster than once a second."
 
 
 @dataclass(frozen=True, slots=True)
+class Suspended:
+    """Requests of one tier that engines have suspended.
+
+    Attributes:
+        slots: how many slots they would take.
+        oldest_s: for how long a replica has had some without a break, at most, in seconds.
+    """
+
+    slots: int = 0
+    oldest_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class QueueReport:
     """The queue of one model in one ingress. Counts start when the ingress begins to follow it.
 

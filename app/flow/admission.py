@@ -311,4 +311,11 @@ def _slot(request: QueuedRequest, replica: ReplicaStatus) -> Slot:
 
 def _offer(status: ReplicaStatus) -> Offer:
     routes = frozenset(status.dialect.priority_routes)
-    return Offer(status.replica_id, status.pool, status.slots, routes, status.weight)
+    return Offer(
+        status.replica_id,
+        status.pool,
+        status.slots,
+        routes,
+        status.weight,
+        preempts=status.dialect.preempts,
+    )

@@ -30,9 +30,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from app.contracts.credits import Demand, Grant
+from app.contracts.credits import Demand, Gathers, Grant
 from app.core.tiers import PriorityMode, Tier
-from app.flow.slots import Offer, ReplicaSlots, SlotTable
+from app.flow.replica_slots import ReplicaSlots
+from app.flow.slots import Offer, SlotTable
 
 RENEWAL_S = 0.25
 """How often an ingress renews its credits while what it holds or wants changes, in seconds."""
@@ -59,6 +60,8 @@ class Credits:
         self._life, self._applied = "", 0
         self._at_most: Mapping[str, int] = {}
         self._keep = 0
+        self._for_tier: Mapping[str, Tier] = {}
+        self._leave: Mapping[str, tuple[int, int]] = {}
         self._fresh_until = -math.inf
         self._gave_up = False
         self._urgency = 0
@@ -76,21 +79,24 @@ class Credits:
         self._note_change()
         self.slot_table.set_replicas(offers, mode)
 
-    def occupy(self, replica: ReplicaSlots, tier: Tier) -> None:
+    def occupy(self, replica: ReplicaSlots, tier: Tier, slots: int = 1) -> None:
         """Place a request on a replica that ``slot_table.find`` has returned."""
         self._note_change()
-        self._running[tier] += 1
-        self.slot_table.change(replica, running=1, others=int(tier is not Tier.PRIORITY))
+        self._running[tier] += slots
+        self.slot_table.occupy(replica, tier, slots)
 
-    def release(self, replica_id: str, tier: Tier) -> None:
-        """Free the slot of a request that has ended; give up its credit if too many are held."""
+    def release(self, replica_id: str, tier: Tier, slots: int = 1) -> None:
+        """Free the slots of a request that has ended; give up credits if too many are held."""
         self._note_change()
-        self._running[tier] -= 1
+        self._running[tier] -= slots
         replica = self.slot_table[replica_id]
-        self.slot_table.change(replica, running=-1, others=-int(tier is not Tier.PRIORITY))
         pool = replica.kind.pool
-        if self._surplus(pool) > 0 and self.slot_table.give_up_at(replica, self._keep):
-            self._gave_up = True
+        self.slot_table.occupy(replica, tier, -slots)
+        if replica_id != self.slot_table.gathered:
+            for _ in range(min(slots, self._surplus(pool))):
+                if self.slot_table.give_up_at(replica, self._keep, self._tier_for(pool)):
+                    self._gave_up = True
+        self._give_up_at(replica_id)
 
     def advance(self, now: float) -> bool:
         """Apply the passing of time, and return whether that may have opened slots.
@@ -126,6 +132,7 @@ class Credits:
         waiting: Mapping[Tier, int],
         oldest_s: Mapping[Tier, float],
         starving: int,
+        gathers: Gathers | None = None,
     ) -> Demand:
         """Return the demand to send now."""
         self._number += 1
@@ -148,6 +155,8 @@ class Credits:
             waiting=waiting,
             oldest_s=oldest_s,
             starving=starving,
+            taken=self.slot_table.taken(),
+            gathers=gathers,
         )
 
     def receive(self, grant: Grant, now: float) -> None:
@@ -164,16 +173,22 @@ class Credits:
         self._life, self._applied = grant.life, grant.number
         self._fresh_until = max(self._fresh_until, grant.sent_at + SILENCE_S)
         self._at_most, self._keep = grant.at_most, grant.keep
+        self._for_tier, self._leave = grant.for_tier, grant.leave
         self.ingresses = grant.ingresses
         if grant.headroom is not None:
             self.slot_table.headroom = grant.headroom
         if anew:
             self.slot_table.forget_credits()
+        # A Model that still listens knows no limits, and sends no headroom.
+        if grant.headroom is not None:
+            self.slot_table.set_limits(grant.limits)
         for replica_id, added in grant.added.items():
             self.slot_table.add_credits(replica_id, added)
             self._urgent_pause = URGENT_S
         for pool in self._at_most:
             self._give_up(pool)
+        for replica_id in self._leave:
+            self._give_up_at(replica_id)
         if anew or grant.added:
             self._note_change()
         # A Model that still listens sends no headroom; demands go on until it does.
@@ -217,5 +232,25 @@ class Credits:
 
     def _give_up(self, pool: str) -> None:
         surplus = self._surplus(pool)
-        if surplus > 0 and self.slot_table.give_up(pool, surplus, self._keep):
+        tier = self._tier_for(pool)
+        if surplus > 0 and self.slot_table.give_up(pool, surplus, self._keep, tier):
             self._gave_up = True
+
+    def _give_up_at(self, replica_id: str) -> None:
+        """Give up free credits on a replica where another ingress gathers slots."""
+        left = self._leave.get(replica_id)
+        replica = self.slot_table.get(replica_id) if left is not None else None
+        if replica is None or left is None:
+            return
+        tier = self._tier_for(replica.kind.pool)
+        # Headroom is kept elsewhere meanwhile.
+        credits, free = left
+        while (
+            replica.credit > credits
+            and replica.spare(tier) > free
+            and self.slot_table.give_up_at(replica, 0, tier)
+        ):
+            self._gave_up = True
+
+    def _tier_for(self, pool: str) -> Tier:
+        return self._for_tier.get(pool, Tier.FLEX)

@@ -48,6 +48,7 @@ class RequestQueue:
         self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
         self.count = 0
         self._numbers = 0
+        self._large = 0
         self._passed_over = 0
 
     def configure(self, settings: QueueSettings, *, slots: int, ingresses: int) -> None:
@@ -61,6 +62,15 @@ class RequestQueue:
         self._bounds = settings.bounds(slots=slots, ingresses=ingresses)
         self._reserved = settings.reserved(slots=slots, ingresses=ingresses)
 
+    def resize(self, slots_of: Callable[[QueuedRequest], int]) -> None:
+        """Work out anew how many slots the waiting requests take; ``slots_of`` tells."""
+        self._large = 0
+        for lane in self._lanes.values():
+            for request in lane.waiting:
+                request.slots = slots_of(request)
+                self._large += request.slots > 1
+            lane.slots = sum(request.slots for request in lane.waiting)
+
     def waiting(self, tier: Tier) -> int:
         """Return how many requests wait at a tier."""
         return len(self._lanes[tier].waiting)
@@ -70,10 +80,31 @@ class RequestQueue:
         oldest = self._lanes[tier].oldest
         return 0.0 if oldest is None else max(0.0, now - oldest.since)
 
+    def wanted(self, tier: Tier) -> int:
+        """Return how many slots the waiting requests of a tier would take."""
+        return self._lanes[tier].slots
+
     def starving(self, now: float) -> int:
-        """Return how many requests wait in lower tiers that are starving."""
+        """Return how many slots the requests would take that wait in lower tiers that starve."""
         lower = (tier for tier in _TIERS[1:] if self._overdue_s(tier, now) >= 0)
-        return sum(self.waiting(tier) for tier in lower)
+        return sum(self.wanted(tier) for tier in lower)
+
+    def next_large(self, now: float) -> tuple[QueuedRequest, bool] | None:
+        """Return the next request if it takes several slots, and whether it is next by starving.
+
+        It is next if it comes first in the highest tier that waits, or if it starves and its turn
+        has come.
+        """
+        if not self._large:
+            return None
+        if self._passed_over >= self.settings.starvation_every - 1:
+            overdue = self._most_overdue(now)
+            if overdue is not None and overdue.slots > 1:
+                return overdue, True
+        lane = next(lane for lane in self._lanes.values() if lane.waiting)
+        head = lane.first(lambda _: True)
+        assert head is not None, "a request waits in this lane"
+        return (head, False) if head.slots > 1 else None
 
     def join(self, request: QueuedRequest, now: float) -> QueuedRequest | None:
         """Add a request to the queue, and return the request to shed because of it, if any.
@@ -95,12 +126,14 @@ class RequestQueue:
         request.since = now
         self._lanes[request.tier].add(request)
         self.count += 1
+        self._large += request.slots > 1
         return displaced
 
     def leave(self, request: QueuedRequest) -> None:
         """Remove a waiting request from the queue."""
         self._lanes[request.tier].remove(request)
         self.count -= 1
+        self._large -= request.slots > 1
 
     def take(self, room: Room, starving_room: Room, now: float) -> QueuedRequest | None:
         """Remove and return the next request for which a slot is free; ``None`` if there is none.
@@ -123,7 +156,8 @@ class RequestQueue:
             self.leave(request)
             self.granted(request, now)
         if starving is not None:
-            self._passed_over = 0
+            # One that takes several slots has had the next turns too.
+            self._passed_over = (1 - starving.slots) * self.settings.starvation_every
         return request
 
     def granted(self, request: QueuedRequest, now: float) -> None:
@@ -236,6 +270,7 @@ class _Lane:
     def __init__(self) -> None:
         # By the time at which they began to wait, replays included.
         self.waiting: OrderedDict[QueuedRequest, None] = OrderedDict()
+        self.slots = 0
         self._queues: dict[Hashable, _Queue] = {}
         self._counters: dict[str, float] = {}
         # Counter that new tenants are lifted to while no request waits. It never falls.
@@ -256,9 +291,11 @@ class _Lane:
             queue = self._queues[request.needs] = _Queue()
         queue.add(request, self._counters[tenant])
         self.waiting[request] = None
+        self.slots += request.slots
 
     def remove(self, request: QueuedRequest) -> None:
         del self.waiting[request]
+        self.slots -= request.slots
         queue = self._queues[request.needs]
         queue.remove(request, self._counters[request.tenant])
         if not queue.requests:

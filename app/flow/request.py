@@ -24,7 +24,7 @@ class RequestState(StrEnum):
 class QueuedRequest:
     """One request as the scheduler sees it.
 
-    The caller sets the first six attributes. The scheduler and the queue maintain the rest; the
+    The caller sets the first seven attributes. The scheduler and the queue maintain the rest; the
     caller may read them.
 
     Attributes:
@@ -37,11 +37,13 @@ class QueuedRequest:
         prefix: a stable 32-bit hash of its leading messages, the same in every process; ``None``
             for no preference.
         fail_fast: whether it is shed at once when no slot is free.
+        sequences: how many slots it takes, if a replica has as many.
         state: its current state.
         arrived: when it arrived, in seconds.
         since: when it last began to wait, in seconds; later than ``arrived`` only for a replay.
         placed: when it last received a slot, in seconds.
-        replica_id: the replica whose slot it has, or last had.
+        replica_id: the replica whose slots it has, or last had.
+        slots: how many slots it has there, or last had.
         shed: why it was shed; ``None`` if it was not.
         retry_after_s: after how many seconds a retry may succeed, once it is shed.
         without: replicas that failed it; it is not placed there again.
@@ -53,11 +55,13 @@ class QueuedRequest:
     route: Hashable = None
     prefix: int | None = None
     fail_fast: bool = False
+    sequences: int = 1
     state: RequestState = RequestState.NEW
     arrived: float = 0.0
     since: float = 0.0
     placed: float = 0.0
     replica_id: str = ""
+    slots: int = 1
     shed: ShedReason | None = None
     retry_after_s: float = 0.0
     without: frozenset[str] = frozenset()

@@ -7,6 +7,10 @@ After every event this holds: **no request waits while a slot is free that it ma
 request that finds room is therefore placed at once, even if others wait: none of them can use that
 slot. New capacity serves the backlog, whether it is a slot, a credit or a replica.
 
+A request of several sequences takes as many slots of one replica. Once such a request is next and
+no replica has so many, it gathers them on one: slots that become free there are not given to
+requests of its tier or below. While it starves and its turn has come, nor to any others.
+
 A finished request frees its slot on one path only: ``end``. It may be called in any state, and
 repeated calls have no effect.
 """
@@ -15,15 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from app.config.queue import QueueSettings
-from app.contracts.credits import Demand, Grant
+from app.contracts.credits import Demand, Gathers, Grant
 from app.core.shed_reason import ShedReason
 from app.core.tiers import PriorityMode, Tier
 from app.flow.credits import Credits
 from app.flow.queue import RequestQueue
+from app.flow.replica_slots import ReplicaSlots
 from app.flow.request import QueuedRequest, RequestState
 from app.flow.slots import Offer
+from app.flow.weight import weight
 
 SUSPENSION_S = 2.0
 """How long nothing is placed on a replica after its engine could not be reached, in seconds. Longer
@@ -40,6 +47,25 @@ _PLACED = RequestState.PLACED
 _WAITING = RequestState.WAITING
 
 
+class Gathering(NamedTuple):
+    """A large request that is next, and the replica on which it gathers slots.
+
+    Attributes:
+        request: the request.
+        replica_id: the replica.
+        alone: whether no other request gets slots there, of whatever tier.
+    """
+
+    request: QueuedRequest
+    replica_id: str
+    alone: bool
+
+    def keeps_out(self, other: QueuedRequest) -> bool:
+        """Whether another request gets no slots on the replica."""
+        first = self.request
+        return other is not first and (self.alone or other.tier.rank >= first.tier.rank)
+
+
 class Scheduler:
     """Admits the requests of one model in one ingress."""
 
@@ -52,8 +78,11 @@ class Scheduler:
         self._opens: Callable[[float], float] | None = None
         # When waiting requests are shed because no node fits an engine; infinity: not planned.
         self._gives_up_at = math.inf
+        self._gathering: Gathering | None = None
         self._slot_table = self.credits.slot_table
         self._slot_table.slack = settings.affinity_slack
+        # The slots that one request can take, by tier.
+        self._most = dict.fromkeys(Tier, 1)
 
     def arrive(self, request: QueuedRequest, now: float) -> list[QueuedRequest]:
         """Admit a new request: it is PLACED, WAITING or SHED when this returns.
@@ -84,7 +113,7 @@ class Scheduler:
         if request.state is _WAITING:
             self.queue.leave(request)
         elif request.state is _PLACED:
-            self.credits.release(request.replica_id, request.tier)
+            self.credits.release(request.replica_id, request.tier, request.slots)
             if tokens is not None:
                 self.queue.settle(request, tokens)
         else:
@@ -113,7 +142,7 @@ class Scheduler:
         changed = self._advance(now)
         if suspend:
             self._slot_table.suspend(request.replica_id, now + SUSPENSION_S)
-        self.credits.release(request.replica_id, request.tier)
+        self.credits.release(request.replica_id, request.tier, request.slots)
         request.without |= {request.replica_id}
         request.replayed = True
         return self._admit(request, now, changed)
@@ -187,16 +216,17 @@ class Scheduler:
         queue = self.queue
         return self.credits.demand(
             now,
-            waiting={tier: queue.waiting(tier) for tier in Tier},
+            waiting={tier: queue.wanted(tier) for tier in Tier},
             oldest_s={tier: queue.oldest_s(tier, now) for tier in Tier},
             starving=queue.starving(now),
+            gathers=self._gathers(),
         )
 
     def receive(self, grant: Grant, now: float) -> list[QueuedRequest]:
         """Apply a grant from the Model."""
-        ingresses = self.credits.ingresses
+        before = self.credits.ingresses, self._slot_table.headroom
         self.credits.receive(grant, now)
-        if self.credits.ingresses != ingresses:
+        if (self.credits.ingresses, self._slot_table.headroom) != before:
             self._configure(self.queue.settings)
         return self._dispatch(now, self._advance(now))
 
@@ -209,6 +239,11 @@ class Scheduler:
         slots = sum(replica.slots for replica in self._slot_table if replica.present)
         self.queue.configure(settings, slots=slots, ingresses=self.credits.ingresses)
         self._slot_table.slack = settings.affinity_slack
+        self._slot_table.keep_headroom(everywhere=settings.headroom_everywhere)
+        most = self._slot_table.most_slots(settings.headroom_of)
+        if most != self._most:
+            self._most = most
+            self.queue.resize(self._slots_of)
 
     def _advance(self, now: float) -> list[QueuedRequest]:
         """Bring the state up to ``now``, as a tick would, before an event is handled."""
@@ -239,7 +274,8 @@ class Scheduler:
             return changed
         if request.replayed:
             self._replays.add(request)
-        request.needs = (request.route if request.tier is Tier.PRIORITY else None, request.without)
+        request.slots = self._slots_of(request)
+        request.needs = (request.route, request.without, request.sequences)
         request.state = _WAITING
         shed = self.queue.join(request, now)
         if shed is request:
@@ -247,7 +283,10 @@ class Scheduler:
         elif shed is not None:
             self._shed(shed, ShedReason.DISPLACED, now)
             changed.append(shed)
-        return changed
+        if request.slots == 1 and shed is None and self._gathering is None:
+            return changed
+        # Another large request may be next now, or none.
+        return self._dispatch(now, changed)
 
     def _refusal(self, request: QueuedRequest, now: float) -> ShedReason | None:
         """Return why a request without room may not wait; ``None`` if it may."""
@@ -282,40 +321,87 @@ class Scheduler:
     def _dispatch(self, now: float, changed: list[QueuedRequest]) -> list[QueuedRequest]:
         """Place waiting requests while there is room for any, and append them to ``changed``."""
         queue = self.queue
-        while queue.count and self._slot_table.free:
-            request = queue.take(self._has_room, self._has_room_out_of_turn, now)
-            if request is None:
-                break
-            placed = self._place(request, now) or self._place(request, now, out_of_turn=True)
-            assert placed, "a request is taken out of the queue only if there is room for it"
-            changed.append(request)
-        return changed
+        while True:
+            while queue.count and self._slot_table.has_room:
+                request = queue.take(self._has_room, self._has_room_out_of_turn, now)
+                if request is None:
+                    break
+                placed = self._place(request, now) or self._place(request, now, out_of_turn=True)
+                assert placed, "a request is taken out of the queue only if there is room for it"
+                changed.append(request)
+            before, self._gathering = self._gathering, self._gather(now)
+            gathering = self._gathering
+            self._slot_table.gathered = None if gathering is None else gathering.replica_id
+            # Slots that are not gathered any more are for others.
+            if before is None or before == self._gathering:
+                return changed
+
+    def _gather(self, now: float) -> Gathering | None:
+        """Return which large request gathers slots now, and where; ``None`` if none is next."""
+        found = self.queue.next_large(now)
+        if found is None:
+            return None
+        request, alone = found
+        before = self._gathering
+        able = self._slot_table.able(request.tier, request.route, request.without, request.slots)
+        same = before.replica_id if before is not None and before.request is request else None
+        if any(replica.replica_id == same for replica in able):
+            assert same is not None
+            return Gathering(request, same, alone)
+        rank = request.tier.rank
+        best = max(able, key=lambda one: (one.room[rank], one.credit, one.replica_id), default=None)
+        return None if best is None else Gathering(request, best.replica_id, alone)
+
+    def _gathers(self) -> Gathers | None:
+        """Return where slots are gathered, as the Model needs it."""
+        gathering = self._gathering
+        if gathering is None:
+            return None
+        request = gathering.request
+        replica = self._slot_table[gathering.replica_id]
+        slots = request.slots + self._slot_table.headroom_lacking_beside(replica, request.tier)
+        return Gathers(gathering.replica_id, slots, request.tier, gathering.alone)
 
     def _place(self, request: QueuedRequest, now: float, *, out_of_turn: bool = False) -> bool:
-        replica = self._slot_table.find(
-            request.tier,
-            request.route,
-            prefix=request.prefix,
-            without=request.without,
-            out_of_turn=out_of_turn,
-        )
+        replica = self._find(request, prefix=request.prefix, out_of_turn=out_of_turn)
         if replica is None:
             return False
-        self.credits.occupy(replica, request.tier)
+        request.slots = self._slots_of(request)
+        self.credits.occupy(replica, request.tier, request.slots)
         request.replica_id = replica.replica_id
         request.placed = now
         request.state = _PLACED
         return True
 
+    def _find(
+        self, request: QueuedRequest, *, prefix: int | None = None, out_of_turn: bool = False
+    ) -> ReplicaSlots | None:
+        gathering = self._gathering
+        held_back = None
+        if gathering is not None and gathering.keeps_out(request):
+            held_back = gathering.replica_id
+        return self._slot_table.find(
+            request.tier,
+            request.route,
+            prefix=prefix,
+            without=request.without,
+            held_back=held_back,
+            out_of_turn=out_of_turn,
+            slots=self._slots_of(request),
+        )
+
+    def _slots_of(self, request: QueuedRequest) -> int:
+        """Return how many slots a request takes on a replica."""
+        if request.sequences == 1:
+            return 1
+        settings, most = self.queue.settings, self._most[request.tier]
+        return weight(request.sequences, request.route, settings, most)
+
     def _has_room(self, request: QueuedRequest) -> bool:
-        table = self._slot_table
-        return table.find(request.tier, request.route, without=request.without) is not None
+        return self._find(request) is not None
 
     def _has_room_out_of_turn(self, request: QueuedRequest) -> bool:
-        replica = self._slot_table.find(
-            request.tier, request.route, without=request.without, out_of_turn=True
-        )
-        return replica is not None
+        return self._find(request, out_of_turn=True) is not None
 
     def _shed(self, request: QueuedRequest, reason: ShedReason, now: float) -> None:
         request.state = RequestState.SHED

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from app.core.tiers import PriorityMode, Tier
 from app.flow.hash_ring import HashRing
+from app.flow.replica_slots import LOWEST, RANKS, Kind, ReplicaSlots
 
 _AFFINITY_STEPS = 8
 """Points of the ring to search for a replica with room, before the least loaded one is used."""
@@ -26,6 +27,7 @@ class Offer:
         routes: the routes on which it honours priority.
         weight: share of the load that its pool takes; of two replicas with weights 2 and 1, the
             first counts as half as busy as it is.
+        preempts: whether its engine suspends a running request for one of a better tier.
     """
 
     replica_id: str
@@ -33,94 +35,15 @@ class Offer:
     slots: int
     routes: frozenset[Hashable]
     weight: float = 1.0
+    preempts: bool = False
 
 
-class ReplicaSlots:
-    """One replica as one ingress sees it. Only ``SlotTable`` changes it.
+class _Need(NamedTuple):
+    """What a request needs of a replica: room for its tier's rank, and not one that failed it."""
 
-    Attributes:
-        replica_id: its name.
-        slots: how many requests it runs at once, for all ingresses together.
-        credit: how many of these slots this ingress may use.
-        running: how many requests of this ingress run there; more than ``credit`` only after
-            credits were dropped while requests ran on them.
-        others: how many of the running requests are not priority.
-        present: whether the model reports it as ready.
-        suspended_until: nothing is placed on it before; minus infinity if it is not suspended.
-        free: how many more requests may be placed on it now.
-        load: share of the credits in use, divided by the weight; infinity if none is free.
-    """
-
-    __slots__ = (
-        "credit",
-        "free",
-        "kind",
-        "load",
-        "on_ring",
-        "others",
-        "present",
-        "replica_id",
-        "running",
-        "slots",
-        "suspended_until",
-    )
-
-    def __init__(self, replica_id: str, kind: _Kind) -> None:
-        self.replica_id = replica_id
-        self.kind = kind
-        self.slots = self.credit = self.running = self.others = self.free = 0
-        self.load = 0.0
-        self.present = self.on_ring = False
-        self.suspended_until = -math.inf
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests may be placed there if there is room."""
-        return self.present and self.suspended_until == -math.inf
-
-
-class _Kind:
-    """The replicas of one pool that honour priority on the same routes."""
-
-    def __init__(self, pool: str, routes: frozenset[Hashable], weight: float) -> None:
-        self.pool = pool
-        self.routes = routes
-        self.weight = weight
-        self.ready = 0
-        self.kept = False
-        # A heap by load. An entry is valid while its replica has that load and a free slot. A
-        # replica that left and came back is a new object; ``id`` keeps the two from being compared.
-        self._by_load: list[tuple[float, str, int, ReplicaSlots]] = []
-        self._limit = 64
-
-    def add(self, replica: ReplicaSlots) -> None:
-        """List a replica with a free slot under its load."""
-        heapq.heappush(self._by_load, (replica.load, replica.replica_id, id(replica), replica))
-        if len(self._by_load) > self._limit:
-            valid = {entry[1]: entry for entry in self._by_load if self._holds(entry)}
-            self._by_load = sorted(valid.values())
-            self._limit = 64 + 4 * len(valid)
-
-    def least_loaded(self, without: frozenset[str]) -> ReplicaSlots | None:
-        """Return the least loaded replica with a free slot; ``None`` if there is none."""
-        by_load, aside = self._by_load, []
-        found = None
-        while by_load:
-            entry = by_load[0]
-            if not self._holds(entry):
-                heapq.heappop(by_load)
-            elif entry[1] in without:
-                aside.append(heapq.heappop(by_load))
-            else:
-                found = entry[3]
-                break
-        for entry in aside:
-            heapq.heappush(by_load, entry)
-        return found
-
-    def _holds(self, entry: tuple[float, str, int, ReplicaSlots]) -> bool:
-        load, _, _, replica = entry
-        return replica.free > 0 and replica.load == load and replica.kind is self
+    top: int
+    slots: int
+    without: frozenset[str]
 
 
 class SlotTable:
@@ -130,6 +53,9 @@ class SlotTable:
         headroom: how many free slots are kept for priority, on any replicas that can deliver it.
             A burst goes where room is, and an ingress with one or two credits on each replica
             could not keep a share of each.
+        headroom_everywhere: whether replicas that preempt keep headroom too. They need none.
+        gathered: a replica on which slots are gathered for a large request: no credits are given
+            up there.
         closed: nothing is placed while set.
         slack: how much busier than the least busy replica a prefix's own replica may be, as a
             share of its credits.
@@ -137,44 +63,62 @@ class SlotTable:
 
     def __init__(self) -> None:
         self.headroom = 0
+        self.headroom_everywhere = False
+        self.gathered: str | None = None
         self.closed = False
         self.slack = 0.0
         self._mode = PriorityMode.AUTO
         self._by_id: dict[str, ReplicaSlots] = {}
-        self._kinds: dict[tuple[str, frozenset[Hashable], float], _Kind] = {}
-        self._honouring: dict[Hashable, list[_Kind]] = {}
-        self._all: list[_Kind] = []
-        self._not_kept: list[_Kind] = []
+        self._kinds: dict[tuple[str, frozenset[Hashable], float, bool], Kind] = {}
+        self._honouring: dict[Hashable, list[Kind]] = {}
+        self._all: list[Kind] = []
+        self._not_kept: list[Kind] = []
+        self._preempting = False
         self._credits: Counter[str] = Counter()
         self._ring = HashRing()
         self._suspended: dict[str, ReplicaSlots] = {}
-        # Sums over the replicas where headroom is kept; the last one over the others.
-        self._free = self._others = self._kept_credits = 0
-        self._free_elsewhere = 0
+        # Sums over the replicas where headroom is kept, the first by tier.
+        self._kept_room = [0] * RANKS
+        self._kept_others = self._kept_credits = 0
+        # Sums over all: slots that are idle, and slots that priority could take.
+        self._idle = self._room = 0
 
     def __getitem__(self, replica_id: str) -> ReplicaSlots:
         return self._by_id[replica_id]
+
+    def get(self, replica_id: str) -> ReplicaSlots | None:
+        """Return a replica; ``None`` if it is unknown."""
+        return self._by_id.get(replica_id)
 
     def __iter__(self) -> Iterator[ReplicaSlots]:
         return iter(self._by_id.values())
 
     @property
     def free(self) -> int:
-        """How many slots are free, headroom included."""
-        return 0 if self.closed else self._free + self._free_elsewhere
+        """How many slots are idle, headroom included."""
+        return 0 if self.closed else self._idle
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request of some tier may be placed."""
+        return (self._room > 0 or self._idle > 0) and not self.closed
 
     @property
     def headroom_is_low(self) -> bool:
         """Whether less than half of the headroom is free."""
-        return 2 * self._free < self.headroom
+        return 2 * self._kept_room[LOWEST] < self.headroom
 
     def credits_in(self, pool: str) -> int:
         """Return how many credits are held in a pool."""
         return self._credits[pool]
 
     def held(self) -> dict[str, tuple[int, int]]:
-        """Return credits and running requests, by replica, where there are any."""
+        """Return credits and slots taken, by replica, where there are any."""
         return {p.replica_id: (p.credit, p.running) for p in self if p.credit or p.running}
+
+    def taken(self) -> dict[str, tuple[int, ...]]:
+        """Return the slots taken by tier, on the replicas that preempt, where there are any."""
+        return {p.replica_id: tuple(p.taken) for p in self if p.running and p.kind.preempts}
 
     def delivers(self, route: Hashable) -> bool:
         """Whether priority can be delivered on a route, as far as is known.
@@ -189,7 +133,9 @@ class SlotTable:
         route: Hashable,
         prefix: int | None = None,
         without: frozenset[str] = frozenset(),
+        held_back: str | None = None,
         out_of_turn: bool = False,
+        slots: int = 1,
     ) -> ReplicaSlots | None:
         """Return the replica for a request now; ``None`` if there is no room for it.
 
@@ -197,84 +143,168 @@ class SlotTable:
         is ready except those in ``without``, it is placed like any other request. Other requests
         leave the headroom free. A starving request, served ``out_of_turn``, may use headroom, as
         long as requests below priority run on no more than the slots that are not headroom.
+        Nothing is placed on a replica that is ``held_back``.
 
-        Among the replicas with room, the prefix's own replica is chosen if it is at most ``slack``
-        busier than the least loaded one; otherwise the least loaded one.
+        Idle slots are taken first. Then, where the engine preempts, those of the lowest tier: flex
+        before default. Among the replicas with such room, the prefix's own replica is chosen if it
+        is at most ``slack`` busier than the least loaded one; otherwise the least loaded one.
         """
         if self.closed:
             return None
-        kinds = self._kinds_for_priority(route, without) if tier is Tier.PRIORITY else None
+        kinds = self._kinds_for_priority(route, without) if tier is Tier.PRIORITY else []
+        top = 0
         if not kinds:
-            kinds = self._kinds_for_others(out_of_turn)
+            top = max(tier.rank, Tier.DEFAULT.rank)
+            kinds = self._kinds_for_others(top, out_of_turn, slots, held_back)
+        need = _Need(top, slots, without if held_back is None else without | {held_back})
+        found = self._choose(kinds, LOWEST, need, prefix)
+        if found is not None or not self._preempting:
+            return found
+        # An engine preempts for a request only on routes where it knows the request's tier.
+        able = [kind for kind in kinds if kind.preempts and route in kind.routes]
+        for rank in range(LOWEST - 1, top - 1, -1):
+            if (found := self._choose(able, rank, need, prefix)) is not None:
+                return found
+        return None
+
+    def _choose(
+        self, kinds: list[Kind], rank: int, need: _Need, prefix: int | None
+    ) -> ReplicaSlots | None:
+        """Return the replica of some kinds for a request, among those with room for a tier."""
         least: ReplicaSlots | None = None
         for kind in kinds:
-            replica = kind.least_loaded(without)
-            if replica is not None and (least is None or replica.load < least.load):
+            replica = kind.by_load[rank].least(*need)
+            if replica is not None and (least is None or replica.load[rank] < least.load[rank]):
                 least = replica
         if least is None or prefix is None:
             return least
+        top, slots, without = need
         for replica_id in self._ring.after(prefix, _AFFINITY_STEPS):
             replica = self._by_id[replica_id]
             if (
-                replica.free
-                and replica.load <= least.load + self.slack
+                replica.has_room(rank, top, slots)
+                and replica.load[rank] <= least.load[rank] + self.slack
                 and replica.kind in kinds
                 and replica_id not in without
             ):
                 return replica
         return least
 
-    def change(
-        self, replica: ReplicaSlots, *, credit: int = 0, running: int = 0, others: int = 0
-    ) -> None:
-        """Change the credits and the running requests of a replica."""
-        replica.credit += credit
-        replica.running += running
-        replica.others += others
-        assert replica.credit >= 0 and replica.running >= replica.others >= 0, (
-            "slots are counted right"
-        )
-        if credit:
-            self._credits[replica.kind.pool] += credit
-        if replica.kind.kept:
-            self._others += others
-            self._kept_credits += credit
+    def able(
+        self, tier: Tier, route: Hashable, without: frozenset[str], slots: int
+    ) -> list[ReplicaSlots]:
+        """Return the ready replicas on which a request of so many slots could be placed if idle."""
+        kinds = self._kinds_for_priority(route, without) if tier is Tier.PRIORITY else []
+        return [
+            replica
+            for replica in self
+            if replica.ready
+            and replica.slots >= slots
+            and replica.replica_id not in without
+            and (not kinds or replica.kind in kinds)
+        ]
+
+    def most_slots(self, headroom_of: Callable[[int], int]) -> dict[Tier, int]:
+        """Return how many slots of one replica a request can take at most, by tier.
+
+        Args:
+            headroom_of: how many of so many slots are kept for priority in a pool.
+        """
+        kept: dict[str, list[int]] = {}
+        elsewhere = 1
+        for replica in self:
+            if replica.present and replica.kind.kept:
+                kept.setdefault(replica.kind.pool, []).append(replica.slots)
+            elif replica.present:
+                elsewhere = max(elsewhere, replica.slots)
+        not_headroom = sum(sum(slots) - headroom_of(sum(slots)) for slots in kept.values())
+        lower = min(not_headroom, max(map(max, kept.values()), default=0))
+        # On the only replica of a pool, other ingresses keep their part of the headroom.
+        first = [
+            slots[0] - max(0, headroom_of(slots[0]) - self.headroom)
+            if len(slots) == 1
+            else max(slots)
+            for slots in kept.values()
+        ]
+        most = dict.fromkeys(Tier, max(elsewhere, lower))
+        return most | {Tier.PRIORITY: max(elsewhere, *first, lower)}
+
+    def headroom_lacking_beside(self, replica: ReplicaSlots, tier: Tier) -> int:
+        """Return how much of the headroom has to be free on a replica, because others lack it."""
+        if tier is Tier.PRIORITY or not replica.kind.kept:
+            return 0
+        beside = self._kept_room[tier.rank] - replica.room[tier.rank]
+        return max(0, self.headroom - beside)
+
+    def occupy(self, replica: ReplicaSlots, tier: Tier, slots: int) -> None:
+        """Change the slots that requests of a tier take on a replica; less if negative."""
+        replica.taken[tier.rank] += slots
+        replica.running += slots
+        assert replica.taken[tier.rank] >= 0, "slots are counted right"
+        if replica.kind.kept and tier is not Tier.PRIORITY:
+            self._kept_others += slots
         self._list(replica)
-        if not (replica.present or replica.credit or replica.running):
-            del self._by_id[replica.replica_id]
+        self._forget(replica)
+
+    def add(self, replica: ReplicaSlots, credits: int) -> None:
+        """Change the credits on a replica; fewer if negative."""
+        replica.credit += credits
+        assert replica.credit >= 0, "credits are counted right"
+        self._credits[replica.kind.pool] += credits
+        if replica.kind.kept:
+            self._kept_credits += credits
+        self._list(replica)
+        self._forget(replica)
 
     def add_credits(self, replica_id: str, added: int) -> None:
         """Add credits on a replica, which may be unknown so far."""
         replica = self._by_id.get(replica_id)
         if replica is None:
-            replica = self._by_id[replica_id] = ReplicaSlots(
-                replica_id, self._kind("", frozenset())
-            )
-        self.change(replica, credit=added)
+            kind = self._kind(Offer("", "", 0, frozenset()))
+            replica = self._by_id[replica_id] = ReplicaSlots(replica_id, kind)
+        self.add(replica, added)
+
+    def set_limits(self, limits: Mapping[str, int]) -> None:
+        """Set how many slots priority may take on replicas that preempt; all where not named."""
+        for replica in self:
+            limit = limits.get(replica.replica_id, replica.slots)
+            if replica.kind.preempts and limit != replica.limit:
+                replica.limit = limit
+                self._list(replica)
 
     def forget_credits(self) -> None:
         """Drop every credit; running requests go on."""
         for replica in list(self):
-            self.change(replica, credit=-replica.credit)
+            replica.limit = None
+            self.add(replica, -replica.credit)
 
-    def give_up(self, pool: str, most: int, keep: int = 0) -> int:
+    def give_up(self, pool: str, most: int, keep: int = 0, tier: Tier = Tier.FLEX) -> int:
         """Drop up to ``most`` credits of a pool whose slots are free, and return how many.
 
-        At least ``keep`` slots stay free where headroom is kept.
+        At least ``keep`` slots stay free where headroom is kept. On replicas that preempt, slots
+        taken by requests below ``tier`` count as free.
         """
         left = most
-        free = [replica for replica in self if replica.free and replica.kind.pool == pool]
+        spare = [
+            replica
+            for replica in self
+            if replica.kind.pool == pool
+            and replica.spare(tier)
+            and replica.replica_id != self.gathered
+        ]
         # The busiest first, so that the remaining free slots are well spread.
-        for replica in sorted(free, key=lambda replica: (-replica.load, replica.replica_id)):
-            while left and self.give_up_at(replica, keep):
+        for replica in sorted(spare, key=lambda replica: (-replica.use, replica.replica_id)):
+            while left and self.give_up_at(replica, keep, tier):
                 left -= 1
         return most - left
 
-    def give_up_at(self, replica: ReplicaSlots, keep: int) -> bool:
+    def give_up_at(self, replica: ReplicaSlots, keep: int, tier: Tier = Tier.FLEX) -> bool:
         """Drop a credit on a replica if ``give_up`` may; return whether it was dropped."""
-        if not replica.free or (replica.kind.kept and self._free <= keep):
+        if not replica.spare(tier):
             return False
-        self.change(replica, credit=-1)
+        if replica.kind.kept and self._kept_room[LOWEST] <= keep:
+            return False
+        self.add(replica, -1)
         return True
 
     def suspend(self, replica_id: str, until: float) -> None:
@@ -309,9 +339,9 @@ class SlotTable:
         for replica in [replica for replica in self if replica.replica_id not in offered]:
             self._suspended.pop(replica.replica_id, None)
             self._alter(replica, replica.kind, present=False)
-            self.change(replica, credit=-replica.credit)
+            self.add(replica, -replica.credit)
         for replica_id, offer in offered.items():
-            kind = self._kind(offer.pool, offer.routes, offer.weight)
+            kind = self._kind(offer)
             replica = self._by_id.setdefault(replica_id, ReplicaSlots(replica_id, kind))
             replica.slots = offer.slots
             if not replica.present or replica.kind is not kind:
@@ -319,20 +349,31 @@ class SlotTable:
         self._mode = mode
         self._recount()
 
-    def _kind(self, pool: str, routes: frozenset[Hashable], weight: float = 1.0) -> _Kind:
-        kind = self._kinds.get((pool, routes, weight))
+    def keep_headroom(self, *, everywhere: bool) -> None:
+        """Set whether replicas that preempt keep headroom too."""
+        if everywhere is not self.headroom_everywhere:
+            self.headroom_everywhere = everywhere
+            self._recount()
+
+    def _forget(self, replica: ReplicaSlots) -> None:
+        if not (replica.present or replica.credit or replica.running):
+            del self._by_id[replica.replica_id]
+
+    def _kind(self, offer: Offer) -> Kind:
+        key = (offer.pool, offer.routes, offer.weight, offer.preempts)
+        kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[pool, routes, weight] = _Kind(pool, routes, weight)
+            kind = self._kinds[key] = Kind(*key)
             self._recount()
         return kind
 
     def _kinds_for_priority(
         self, route: Hashable, without: frozenset[str] = frozenset()
-    ) -> list[_Kind]:
+    ) -> list[Kind]:
         kinds = self._honouring.get(route)
         if kinds is None:
             queue = self._mode is PriorityMode.QUEUE
-            kinds = [k for k in self._all if k.kept and k.ready and (queue or route in k.routes)]
+            kinds = [k for k in self._all if k.honours and k.ready and (queue or route in k.routes)]
             self._honouring[route] = kinds
         if not without:
             return kinds
@@ -341,34 +382,37 @@ class SlotTable:
         )
         return [kind for kind in kinds if kind.ready > excluded[kind]]
 
-    def _kinds_for_others(self, out_of_turn: bool) -> list[_Kind]:
-        if self._free > self.headroom:
+    def _kinds_for_others(
+        self, rank: int, out_of_turn: bool, slots: int, held_back: str | None
+    ) -> list[Kind]:
+        room = self._kept_room[rank]
+        if held_back is not None and (replica := self._by_id[held_back]).kind.kept:
+            # What is gathered there will be taken, and headroom has to be free besides.
+            room -= replica.room[rank]
+        if room >= self.headroom + slots:
             return self._all
-        if out_of_turn and self._others < self._kept_credits - self.headroom:
+        if out_of_turn and self._kept_others + slots <= self._kept_credits - self.headroom:
             return self._all
         return self._not_kept
 
     def _list(self, replica: ReplicaSlots) -> None:
-        """Update a replica's free slots, its load, and its entry on the ring."""
+        """Update a replica's room, its load, and its entry on the ring."""
         if replica.on_ring is not (replica.credit > 0):
             replica.on_ring = replica.credit > 0
             (self._ring.add if replica.on_ring else self._ring.remove)(replica.replica_id)
-        free = replica.credit - replica.running if replica.ready else 0
-        free = max(free, 0)
-        load = replica.running / replica.credit / replica.kind.weight if free else math.inf
+        room, load = replica.measure()
+        old = replica.room
+        self._idle += room[LOWEST] - old[LOWEST]
+        self._room += room[0] - old[0]
         if replica.kind.kept:
-            self._free += free - replica.free
-        else:
-            self._free_elsewhere += free - replica.free
-        relisted = free and (not replica.free or load != replica.load)
-        replica.free, replica.load = free, load
-        if relisted:
-            replica.kind.add(replica)
+            for rank in range(RANKS):
+                self._kept_room[rank] += room[rank] - old[rank]
+        replica.kind.list(replica, room, load)
 
     def _alter(
         self,
         replica: ReplicaSlots,
-        kind: _Kind,
+        kind: Kind,
         *,
         present: bool,
         suspended_until: float = -math.inf,
@@ -382,7 +426,7 @@ class SlotTable:
             replica.kind = kind
             self._credits[old.pool] -= replica.credit
             self._credits[kind.pool] += replica.credit
-            self._others += replica.others * (kind.kept - old.kept)
+            self._kept_others += replica.others * (kind.kept - old.kept)
             self._kept_credits += replica.credit * (kind.kept - old.kept)
         old.ready -= int(was_ready)
         kind.ready += int(replica.ready)
@@ -394,14 +438,12 @@ class SlotTable:
         self._all = list(self._kinds.values())
         for kind in self._all:
             auto = self._mode is PriorityMode.AUTO and bool(kind.routes)
-            kind.kept = auto or self._mode is PriorityMode.QUEUE
+            kind.honours = auto or self._mode is PriorityMode.QUEUE
+            kind.kept = kind.honours and (self.headroom_everywhere or not kind.preempts)
         self._not_kept = [kind for kind in self._all if not kind.kept]
+        self._preempting = any(kind.preempts for kind in self._all)
         self._honouring.clear()
-        self._free = self._free_elsewhere = self._others = self._kept_credits = 0
-        for replica in self:
-            if replica.kind.kept:
-                self._free += replica.free
-                self._others += replica.others
-                self._kept_credits += replica.credit
-            else:
-                self._free_elsewhere += replica.free
+        kept = [replica for replica in self if replica.kind.kept]
+        self._kept_room = [sum(replica.room[rank] for replica in kept) for rank in range(RANKS)]
+        self._kept_others = sum(replica.others for replica in kept)
+        self._kept_credits = sum(replica.credit for replica in kept)

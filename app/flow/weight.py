@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 from app.config.queue import QueueSettings
 from app.core.dialect import Route
 
 
-def weight(sequences: int, route: Route, settings: QueueSettings, slots: int) -> int:
+def weight(sequences: int, route: Hashable, settings: QueueSettings, slots: int) -> int:
     """Return how many slots of a replica a request takes; at least 1, at most all of them.
 
     Args:
@@ -17,6 +19,6 @@ def weight(sequences: int, route: Route, settings: QueueSettings, slots: int) ->
     """
     if sequences <= 1:
         return 1
-    if route is Route.EMBEDDINGS:
+    if route == Route.EMBEDDINGS:
         sequences = -(-sequences // settings.inputs_per_slot)
     return max(min(sequences, slots), 1)

@@ -150,6 +150,7 @@ class Lifecycle:
             route=self._inbound.route,
             prefix=self._inbound.prefix,
             fail_fast=self._inbound.fail_fast,
+            sequences=self._inbound.sequences,
         )
         try:
             yield request

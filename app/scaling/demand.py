@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from app.config.scaling import ScalingSettings
-from app.contracts.stats import IngressBoard, QueueReport
+from app.contracts.stats import IngressBoard, QueueReport, Suspended
 from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
 
@@ -26,15 +26,20 @@ class DemandBook:
         pools: Mapping[str, PoolReport],
         headroom: float,
         settings: ScalingSettings,
+        suspended: Mapping[Tier, Suspended],
     ) -> ScalingReport:
-        """Return the report: demand of all ingresses that are not silent, pools and settings."""
+        """Return the report: demand of all ingresses that are not silent, pools and settings.
+
+        Requests that engines have suspended count as waiting.
+        """
         boards = list(ingresses)
         known = {board.demand.ingress: board.report for board in boards}
         for name, report in known.items():
             # Counts from before this Model's start belong to the Model before it.
             self._add(report, self._known.get(name, report))
         self._known = known
-        tiers = {tier: self._tier(tier, boards) for tier in Tier}
+        none = Suspended()
+        tiers = {tier: self._tier(tier, boards, suspended.get(tier, none)) for tier in Tier}
         return ScalingReport(tiers, pools, headroom, settings)
 
     def _add(self, report: QueueReport, before: QueueReport) -> None:
@@ -44,12 +49,12 @@ class DemandBook:
             served_s = report.served_s.get(tier, 0.0) - before.served_s.get(tier, 0.0)
             self._served_s[tier] += served_s
 
-    def _tier(self, tier: Tier, boards: Iterable[IngressBoard]) -> TierReport:
+    def _tier(self, tier: Tier, boards: Iterable[IngressBoard], suspended: Suspended) -> TierReport:
         demands = [board.demand for board in boards]
         return TierReport(
-            waiting=sum(demand.waiting[tier] for demand in demands),
-            running=sum(demand.running[tier] for demand in demands),
-            oldest_s=max((demand.oldest_s[tier] for demand in demands), default=0.0),
+            waiting=sum(demand.waiting[tier] for demand in demands) + suspended.slots,
+            running=max(0, sum(demand.running[tier] for demand in demands) - suspended.slots),
+            oldest_s=max([suspended.oldest_s, *(demand.oldest_s[tier] for demand in demands)]),
             arrived=self._arrived[tier],
             finished=self._finished[tier],
             served_s=self._served_s[tier],

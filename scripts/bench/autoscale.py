@@ -97,7 +97,8 @@ def play(trace: Trace, name: str, least: int = 1, flex_extra: int = 0) -> Row:
         settings = ScalingSettings(flex_extra_replicas=flex_extra)
         policy = PriorityAware(settings, most, least)
     elif name == IDEAL:
-        policy = Foresight(trace, ScalingSettings(), most, QueueSettings().headroom)
+        headroom = QueueSettings().headroom_share(preempts=False)
+        policy = Foresight(trace, ScalingSettings(), most, headroom)
     else:
         [share] = [share for share in SERVE_TARGETS if serves(share) == name]
         policy = ServesOwn(share * SLOTS, most)

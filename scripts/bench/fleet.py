@@ -267,4 +267,4 @@ class Simulation:
         }  # fmt: skip
         fleet = self._fleet
         pool = PoolReport(fleet.slots, len(self._replicas), start_s=fleet.start_s)
-        return ScalingReport(tiers, {"pool": pool}, self._settings.headroom)
+        return ScalingReport(tiers, {"pool": pool}, self._settings.headroom_share(preempts=False))

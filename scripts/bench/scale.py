@@ -72,7 +72,7 @@ def decisions(replicas: int, ingresses: int) -> Decisions:
     """Measure schedulers and a credit allocator as they are when they serve."""
     statuses = [status(f"{number:08x}") for number in range(replicas)]
     allocator = CreditAllocator("life", QueueSettings(), 0.0)
-    allocator.set_replicas(Capacity(s.replica_id, s.pool, s.slots, kept=True) for s in statuses)
+    allocator.set_replicas(Capacity(s.replica_id, s.pool, s.slots, honours=True) for s in statuses)
     offers = [Offer(s.replica_id, s.pool, s.slots, s.dialect.priority_routes) for s in statuses]
     schedulers = [Scheduler(str(number), QueueSettings()) for number in range(ingresses)]
     now = 10.0

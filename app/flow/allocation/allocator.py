@@ -30,6 +30,14 @@ had running when it fell silent. They may exceed the bound while they run, becau
 know whether they still run. (A crashed ingress's requests end with its connections.) Neither bound
 holds for an ingress that takes the Model to be down while it is not; see
 ``Credits.renewal_failed``.
+
+On replicas whose engine preempts, credits are for default and flex. Slots taken by flex beyond the
+credits do not count as held, because default takes them back. Priority obeys the limits of
+``app.flow.allocation.preemption`` instead.
+
+A large request needs several slots of one replica at once. An ingress whose next request is large
+names the replica on which it gathers them. The Model has the others leave it, one gatherer for
+each replica, the one that waits at the best tier or has waited longest.
 """
 
 from __future__ import annotations
@@ -37,12 +45,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from app.config.queue import QueueSettings
 from app.contracts.credits import Demand, Grant
+from app.contracts.stats import Suspended
 from app.core.tiers import Tier
 from app.flow.allocation.fair_share import Want
+from app.flow.allocation.preemption import PreemptingReplicas
 from app.flow.allocation.rebalance import IngressHoldings, Terms, balance
 from app.flow.credits import RENEWAL_S, SILENCE_S
 
@@ -56,12 +68,21 @@ _TIERS = tuple(Tier)
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The slots of an engine replica; ``kept``: whether headroom is kept on it."""
+    """The slots of an engine replica.
+
+    Attributes:
+        replica_id: its name.
+        pool: the pool that it belongs to.
+        slots: how many sequences it runs at once.
+        honours: whether priority is delivered on it.
+        preempts: whether its engine suspends a running request for one of a better tier.
+    """
 
     replica_id: str
     pool: str
     slots: int
-    kept: bool
+    honours: bool
+    preempts: bool = False
 
 
 @dataclass(slots=True)
@@ -70,6 +91,8 @@ class _Pool:
 
     replicas: dict[str, Capacity] = field(default_factory=dict)
     slots: int = 0
+    # The slots on which priority is delivered, and those of them where headroom is kept.
+    honouring_slots: int = 0
     kept_slots: int = 0
     headroom: int = 0
     # Credits that may be granted on each replica beyond its slots.
@@ -92,9 +115,23 @@ class _Account:
     held: dict[str, int] = field(default_factory=dict)
     # What it wants, may hold and uses, by pool.
     holdings: dict[str, IngressHoldings] = field(default_factory=dict)
+    # Slots on replicas that preempt that default would take back from flex, by pool.
+    yields: Counter[str] = field(default_factory=Counter)
     # Whether it lacked slots for priority at its last grant.
     urgent: bool = False
     woken: bool = False
+
+
+class _Gatherer(NamedTuple):
+    """An ingress that gathers slots on a replica; the lowest comes first.
+
+    ``rank`` is that of its tier, or the best one if no tier gets slots before it.
+    """
+
+    rank: int
+    minus_oldest_s: float
+    ingress: str
+    slots: int
 
 
 class CreditAllocator:
@@ -112,16 +149,22 @@ class CreditAllocator:
         self._pool_of: dict[str, str] = {}
         # Cached terms of every ingress, by pool; dropped when their inputs change.
         self._cached_terms: dict[str, dict[str, Terms]] = {}
+        self._cached_tiers: dict[str, Tier] = {}
+        self._preempting = PreemptingReplicas(settings)
 
     def configure(self, settings: QueueSettings) -> None:
         """Apply changed settings."""
         self._settings = settings
+        self._preempting.configure(settings)
         for pool in self._pools.values():
             self._size(pool)
 
     def set_replicas(self, capacities: Iterable[Capacity]) -> None:
         """Apply which replicas there are."""
         self._pools, self._pool_of = {}, {}
+        capacities = list(capacities)
+        preempting = {one.replica_id: one.slots for one in capacities if one.preempts}
+        self._preempting.set_replicas(preempting)
         for capacity in capacities:
             pool = self._pools.setdefault(capacity.pool, _Pool())
             pool.replicas[capacity.replica_id] = capacity
@@ -129,10 +172,10 @@ class CreditAllocator:
         for pool in self._pools.values():
             self._size(pool)
         slots = sum(pool.slots for pool in self._pools.values())
-        kept = sum(pool.kept_slots for pool in self._pools.values())
+        honouring = sum(pool.honouring_slots for pool in self._pools.values())
         for pool in self._pools.values():
             pool.part = pool.slots / slots
-            pool.priority_part = pool.kept_slots / kept if kept else pool.part
+            pool.priority_part = pool.honouring_slots / honouring if honouring else pool.part
         for account in self._accounts.values():
             self._sum_up(account)
 
@@ -140,6 +183,11 @@ class CreditAllocator:
         """Return the latest demand of every ingress that is not silent."""
         self._forget_silent(now)
         return [account.demand for account in self._accounts.values()]
+
+    def suspended(self, now: float) -> dict[Tier, Suspended]:
+        """Return which requests engines have suspended, by tier."""
+        self._forget_silent(now)
+        return self._preempting.suspended(now)
 
     def renew(self, demand: Demand, now: float) -> Grant:
         """Record what an ingress holds and wants, and return its grant."""
@@ -153,7 +201,10 @@ class CreditAllocator:
         if account.pending is None:
             self._grant(account)
         assert account.pending is not None
-        return replace(account.pending, answers=demand.number, sent_at=demand.sent_at)
+        limits = {} if self._listening else self._limits(demand.ingress, now)
+        return replace(
+            account.pending, answers=demand.number, sent_at=demand.sent_at, limits=limits
+        )
 
     def wakeups(self, now: float) -> list[str]:
         """Return the ingresses that should renew now, before their next renewal is due.
@@ -166,10 +217,15 @@ class CreditAllocator:
         if self._listening:
             return []
         urgent = any(account.urgent for account in self._accounts.values())
+        gatherers = self._gatherers()
         names = [
             name
             for name, account in self._accounts.items()
-            if not account.woken and self._should_renew(account, now, urgent=urgent)
+            if not account.woken
+            and (
+                self._should_leave(account, gatherers)
+                or self._should_renew(account, now, urgent=urgent)
+            )
         ]
         for name in names:
             self._accounts[name].woken = True
@@ -196,8 +252,56 @@ class CreditAllocator:
         known = account.pending.at_most.get(name) if account.pending else None
         return held > terms.at_most and (urgent or terms.at_most != known)
 
+    def _should_leave(self, account: _Account, gatherers: Mapping[str, _Gatherer]) -> bool:
+        """Whether an ingress does not know yet that another one gathers slots where it has some."""
+        known = account.pending.leave if account.pending is not None else {}
+        leave = self._leave(account.demand.ingress, gatherers)
+        return any(
+            account.held.get(replica_id, 0) > sum(left) and replica_id not in known
+            for replica_id, left in leave.items()
+        )
+
+    def _gatherers(self) -> dict[str, _Gatherer]:
+        """Return who gathers slots, by replica."""
+        found: dict[str, _Gatherer] = {}
+        for name, account in self._accounts.items():
+            wish = account.demand.gathers
+            if wish is None or wish.replica_id not in self._pool_of:
+                continue
+            better = _TIERS[: wish.tier.rank]
+            others = (one.demand for one in self._accounts.values() if one is not account)
+            if not wish.alone and any(one.waiting[tier] for one in others for tier in better):
+                continue
+            rank = 0 if wish.alone else wish.tier.rank
+            mine = _Gatherer(rank, -account.demand.oldest_s[wish.tier], name, wish.slots)
+            found[wish.replica_id] = min(mine, found.get(wish.replica_id, mine))
+        return found
+
+    def _leave(
+        self, ingress: str, gatherers: Mapping[str, _Gatherer]
+    ) -> dict[str, tuple[int, int]]:
+        """Return how many credits an ingress keeps where another one gathers, and how many free."""
+        leave = {}
+        for replica_id, gatherer in gatherers.items():
+            if gatherer.ingress != ingress:
+                name = self._pool_of[replica_id]
+                pool = self._pools[name]
+                # Headroom is kept elsewhere meanwhile, if there is anywhere else.
+                alone = len(pool.replicas) == 1
+                headroom = self._terms(name, pool)[ingress].headroom if alone else 0
+                # It stays free for priority, unless priority comes after the one that gathers.
+                leave[replica_id] = (headroom, 0) if gatherer.rank == 0 else (0, headroom)
+        return leave
+
+    def _limits(self, ingress: str, now: float) -> dict[str, int]:
+        """Return how many slots the priority requests of an ingress may take, by replica."""
+        gatherers = self._gatherers().items()
+        first = {replica: (one.ingress, one.slots) for replica, one in gatherers if one.rank == 0}
+        return self._preempting.limits(ingress, now, first)
+
     def _open(self, demand: Demand, now: float) -> _Account:
         account = self._accounts[demand.ingress] = _Account(demand, now)
+        self._preempting.report(demand, now)
         self._resize()
         # Once this Model has stopped listening, credits that a new ingress holds, if any, have been
         # granted to others. Its first grant revokes them, and only running requests count.
@@ -211,12 +315,14 @@ class CreditAllocator:
         pending = account.pending
         if pending is not None and demand.life == self._life and demand.applied >= pending.number:
             account.pending, account.known = None, True
+        self._preempting.report(demand, now)
         self._take_stock(account)
 
     def _forget_silent(self, now: float) -> None:
         accounts = self._accounts
         silent = [name for name, a in accounts.items() if now - a.renewed_at >= SILENCE_S]
         for name in silent:
+            self._preempting.forget(name, now)
             self._hold(accounts.pop(name), {})
         if silent:
             self._cached_terms.clear()
@@ -237,17 +343,35 @@ class CreditAllocator:
         if not self._listening:
             added: dict[str, int] = {}
             at_most: dict[str, int] = {}
+            for_tier: dict[str, Tier] = {}
             headroom = keep = 0
             account.urgent = False
+            gatherers = self._gatherers()
+            leave = self._leave(account.demand.ingress, gatherers)
             for name, pool in self._pools.items():
                 terms = self._terms(name, pool)[account.demand.ingress]
                 lacking = terms.up_to - account.holdings[name].held
-                added |= self._pick(account, pool, lacking)
+                gathered = self._gathered(account, pool, gatherers)
+                added |= gathered
+                added |= self._pick(account, pool, lacking, leave.keys() | gathered.keys())
                 at_most[name] = terms.at_most
+                if gathered or self._gathers_in(account, pool, gatherers):
+                    # What it has gathered stays, whatever its share.
+                    at_most[name] = max(at_most[name], account.holdings[name].held)
+                    at_most[name] += sum(gathered.values())
+                for_tier[name] = self._cached_tiers[name]
                 headroom += terms.headroom
                 keep += terms.keep
                 account.urgent |= terms.urgent
-            grant = replace(grant, added=added, at_most=at_most, headroom=headroom, keep=keep)
+            grant = replace(
+                grant,
+                added=added,
+                at_most=at_most,
+                headroom=headroom,
+                keep=keep,
+                for_tier=for_tier,
+                leave=leave,
+            )
         account.pending = grant
         if grant.added:
             self._take_stock(account)
@@ -258,7 +382,7 @@ class CreditAllocator:
         forget |= pending is not None and pending.anew
         held = {
             replica_id: running if forget else max(credit, running)
-            for replica_id, (credit, running) in account.demand.held.items()
+            for replica_id, (credit, running) in account.demand.firm.items()
         }
         if pending is not None:
             for replica_id, added in pending.added.items():
@@ -276,17 +400,22 @@ class CreditAllocator:
 
     def _sum_up(self, account: _Account) -> None:
         held: Counter[str] = Counter()
+        firm: Counter[str] = Counter()
         running: Counter[str] = Counter()
         for replica_id, count in account.held.items():
             if (name := self._pool_of.get(replica_id)) is not None:
                 held[name] += count
+                firm[name] += account.demand.firm.get(replica_id, (0, 0))[1]
                 running[name] += account.demand.held.get(replica_id, (0, 0))[1]
         holdings = {
-            name: IngressHoldings(_part(account.demand, pool), held[name], running[name])
+            name: IngressHoldings(
+                _part(account.demand, pool), held[name], min(running[name], held[name])
+            )
             for name, pool in self._pools.items()
         }
-        if holdings != account.holdings:
-            account.holdings = holdings
+        yields = Counter({name: one.in_use - firm[name] for name, one in holdings.items()})
+        if (holdings, yields) != (account.holdings, account.yields):
+            account.holdings, account.yields = holdings, yields
             self._cached_terms.clear()
 
     def _resize(self) -> None:
@@ -301,7 +430,10 @@ class CreditAllocator:
 
     def _size(self, pool: _Pool) -> None:
         pool.slots = sum(replica.slots for replica in pool.replicas.values())
-        pool.kept_slots = sum(r.slots for r in pool.replicas.values() if r.kept)
+        honouring = [replica for replica in pool.replicas.values() if replica.honours]
+        everywhere = self._settings.headroom_everywhere
+        pool.honouring_slots = sum(replica.slots for replica in honouring)
+        pool.kept_slots = sum(r.slots for r in honouring if everywhere or not r.preempts)
         pool.headroom = self._settings.headroom_of(pool.kept_slots)
         pool.floor = self._floor(pool)
         self._cached_terms.clear()
@@ -325,8 +457,9 @@ class CreditAllocator:
         """Return the terms of every ingress in a pool."""
         if (terms_by_ingress := self._cached_terms.get(name)) is not None:
             return terms_by_ingress
+        tier = self._cached_tiers[name] = self._lacking(name)
         terms = balance(
-            [account.holdings[name] for account in self._accounts.values()],
+            [self._holdings(account, name, tier) for account in self._accounts.values()],
             slots=pool.slots,
             headroom=pool.headroom,
             every=self._settings.starvation_every,
@@ -335,11 +468,49 @@ class CreditAllocator:
         terms_by_ingress = self._cached_terms[name] = dict(zip(self._accounts, terms, strict=True))
         return terms_by_ingress
 
-    def _pick(self, account: _Account, pool: _Pool, wanted: int) -> dict[str, int]:
+    def _lacking(self, name: str) -> Tier:
+        """Return the best tier below priority that lacks credits in a pool; the lowest if none."""
+        for account in self._accounts.values():
+            holdings = account.holdings[name]
+            if holdings.want.by_tier[0] + holdings.want.by_tier[1] > holdings.held:
+                return Tier.DEFAULT
+        return Tier.FLEX
+
+    def _holdings(self, account: _Account, name: str, tier: Tier) -> IngressHoldings:
+        """Return what an ingress holds; slots that would be given to ``tier`` are not in use."""
+        holdings, yields = account.holdings[name], account.yields[name]
+        if tier is Tier.FLEX or not yields:
+            return holdings
+        return replace(holdings, in_use=holdings.in_use - yields)
+
+    def _gathers_in(
+        self, account: _Account, pool: _Pool, gatherers: Mapping[str, _Gatherer]
+    ) -> bool:
+        """Whether an ingress gathers slots on a replica of a pool."""
+        name = account.demand.ingress
+        return any(one.ingress == name for r, one in gatherers.items() if r in pool.replicas)
+
+    def _gathered(
+        self, account: _Account, pool: _Pool, gatherers: Mapping[str, _Gatherer]
+    ) -> dict[str, int]:
+        """Choose the credits to add where an ingress gathers slots: as many as it needs there."""
+        added = {}
+        for replica_id, gatherer in gatherers.items():
+            if gatherer.ingress == account.demand.ingress and replica_id in pool.room:
+                running = account.demand.firm.get(replica_id, (0, 0))[1]
+                lacking = running + gatherer.slots - account.held.get(replica_id, 0)
+                if lacking > 0:
+                    added[replica_id] = min(lacking, pool.room[replica_id])
+        return added
+
+    def _pick(
+        self, account: _Account, pool: _Pool, wanted: int, without: AbstractSet[str]
+    ) -> dict[str, int]:
         """Choose where to add credits: where the ingress has fewest, then where most are free."""
         added: Counter[str] = Counter()
         held = account.held
-        order = sorted(pool.room, key=lambda r: (held.get(r, 0), -pool.room[r], r))
+        able = pool.room.keys() - without
+        order = sorted(able, key=lambda r: (held.get(r, 0), -pool.room[r], r))
         while wanted > 0 and order:
             for replica_id in order[:wanted]:
                 added[replica_id] += 1

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.config.queue import QueueSettings
-from app.contracts.credits import Grant
+from app.contracts.credits import Gathers, Grant
 from app.core.tiers import PriorityMode, Tier
 from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
 from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S, Credits
@@ -407,7 +408,9 @@ def test_each_pool_is_shared_by_itself():
     allocator = CreditAllocator("model", QueueSettings(), 0.0)
     native = [Capacity(f"n{i}", "native", 8, True) for i in range(2)]
     allocator.set_replicas([*native, Capacity("p", "plain", 8, False)])
-    offers = [Offer(c.replica_id, c.pool, 8, frozenset({"chat"} if c.kept else ())) for c in native]
+    offers = [
+        Offer(c.replica_id, c.pool, 8, frozenset({"chat"} if c.honours else ())) for c in native
+    ]
     offers.append(Offer("p", "plain", 8, frozenset()))
     both = [ingress("one"), ingress("two")]
     for one in both:
@@ -457,8 +460,9 @@ class Request:
 class CreditMachine(RuleBasedStateMachine):
     """Ingresses and Models that start and die, and messages that are lost, late and doubled."""
 
-    @initialize(headroom=st.sampled_from([0.0, 0.2]), data=st.data())
-    def begin(self, headroom, data):
+    @initialize(headroom=st.sampled_from([0.0, 0.2]), preempts=st.booleans(), data=st.data())
+    def begin(self, headroom, preempts, data):
+        self.preempts = preempts
         self.now = 100.0
         self.headroom = headroom
         self.names = count()
@@ -486,7 +490,10 @@ class CreditMachine(RuleBasedStateMachine):
             self.look(one)
 
     def look(self, one):
-        offers = [Offer(r, "pool", n, frozenset({"chat"})) for r, n in self.seen_by_model.items()]
+        offers = [
+            Offer(r, "pool", n, frozenset({"chat"}), preempts=self.preempts)
+            for r, n in self.seen_by_model.items()
+        ]
         one.set_replicas(offers, PriorityMode.AUTO)
 
     @precondition(lambda self: self.ingresses)
@@ -502,7 +509,7 @@ class CreditMachine(RuleBasedStateMachine):
         self.requests = [request for request in self.requests if request.owner is not one]
 
     @precondition(lambda self: self.ingresses)
-    @rule(data=st.data(), tier=st.sampled_from([P, P, D]), times=st.integers(1, 6))
+    @rule(data=st.data(), tier=st.sampled_from([P, P, D, F]), times=st.integers(1, 6))
     def places(self, data, tier, times):
         one = self.one_of(data)
         one.advance(self.now)
@@ -530,6 +537,11 @@ class CreditMachine(RuleBasedStateMachine):
     def sends(self, data, waiting, arrives, returns):
         one = self.one_of(data)
         asked = demand(one, self.now, dict(zip(Tier, waiting, strict=True)), 1.0)
+        if self.slots and data.draw(st.sampled_from([False, False, True])):
+            replica_id = data.draw(st.sampled_from(sorted(self.slots)))
+            slots = data.draw(st.integers(2, 6))
+            tier, alone = data.draw(st.sampled_from(Tier)), data.draw(st.booleans())
+            asked = replace(asked, gathers=Gathers(replica_id, slots, tier, alone))
         self.ingresses[one].append(asked)
         self.demands.append((one, asked))
         if arrives and self.allocator is not None:
@@ -592,7 +604,9 @@ class CreditMachine(RuleBasedStateMachine):
     def model_sees_replicas(self):
         self.seen_by_model = dict(self.slots)
         if self.allocator is not None:
-            self.allocator.set_replicas(Capacity(r, "pool", n, True) for r, n in self.slots.items())
+            self.allocator.set_replicas(
+                Capacity(r, "pool", n, True, self.preempts) for r, n in self.slots.items()
+            )
 
     @rule(headroom=st.sampled_from([0.0, 0.2, 0.5]))
     def settings_change(self, headroom):
@@ -694,6 +708,9 @@ class CreditMachine(RuleBasedStateMachine):
             return
         for replica_id in {request.replica_id for request in self.requests}:
             running = [r for r in self.requests if r.replica_id == replica_id and not r.overhang]
+            if self.preempts:
+                # Flex runs on what default may take back, and priority up to its limits.
+                running = [request for request in running if request.tier is D]
             assert len(running) <= self.most(replica_id)
 
     def most(self, replica_id):
@@ -745,11 +762,11 @@ class Draws:
 def test_a_model_that_dies_after_it_gave_credits_away_costs_no_slot_twice(which):
     """What the machine once found: two ingresses could use the same slot."""
     machine = CreditMachine()
-    machine.begin(headroom=0.0, data=Draws(1, 1, 0.0))
+    machine.begin(headroom=0.0, preempts=False, data=Draws(1, 1, 0.0))
     one = list(machine.ingresses)[which]
 
     def sends():
-        machine.sends(arrives=True, returns=True, waiting=(0, 0, 0), data=Draws(one))
+        machine.sends(arrives=True, returns=True, waiting=(0, 0, 0), data=Draws(one, False))
 
     def peace(rounds):
         machine.peace(rounds=rounds, waiting=(0, 0, 0))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from app.config.queue import QueueSettings
-from app.contracts.credits import Grant
+from app.contracts.credits import Gathers, Grant
 from app.core.shed_reason import ShedReason
 from app.core.tiers import PriorityMode, Tier
 from app.flow.credits import QUIET_S, RENEWAL_S, SILENCE_S
@@ -40,8 +40,9 @@ class Floor:
         self.told = (demand.number, demand.held, demand.running, demand.waiting)
         return demand
 
-    def add(self, replica_id, credit, *, routes=EVERYWHERE, pool="pool", slots=8):
-        self.offers[replica_id] = Offer(replica_id, pool, slots, frozenset(routes))
+    def add(self, replica_id, credit, *, routes=EVERYWHERE, pool="pool", slots=8, preempts=False):
+        offer = Offer(replica_id, pool, slots, frozenset(routes), preempts=preempts)
+        self.offers[replica_id] = offer
         called = self.set_replicas()
         return called + self.grant({replica_id: credit})
 
@@ -498,28 +499,95 @@ def test_a_starving_request_may_go_below_the_headroom_but_not_take_all():
     assert floor.end(priority.pop()) == []
 
 
+def wanted(floor, request):
+    """The slots that a request takes, worked out from first principles."""
+    if request.route == EMBED:
+        return 1  # there are no more inputs than fit in one
+    offers = list(floor.offers.values())
+    most = max((offer.slots for offer in offers), default=1)
+    if request.tier is P:
+        # Where a pool has one replica, others keep headroom there.
+        own = floor.scheduler.credits.slot_table.headroom
+        pools = [[o for o in offers if o.pool == pool] for pool in {o.pool for o in offers}]
+        most = max(
+            (
+                pool[0].slots - max(0, QueueSettings().headroom_of(pool[0].slots) - own)
+                if len(pool) == 1 and keeps_headroom(floor, pool[0])
+                else max(offer.slots for offer in pool)
+                for pool in pools
+            ),
+            default=1,
+        )
+    else:
+        kept = [offer for offer in offers if keeps_headroom(floor, offer)]
+        pools = {offer.pool for offer in kept}
+        in_pools = [sum(o.slots for o in kept if o.pool == pool) for pool in pools]
+        free = sum(n - QueueSettings().headroom_of(n) for n in in_pools)
+        most = max(
+            1,
+            min(free, max((offer.slots for offer in kept), default=0)),
+            *(offer.slots for offer in offers if offer not in kept),
+        )
+    return min(request.sequences, most)
+
+
+def keeps_headroom(floor, offer):
+    if offer.preempts:
+        return False
+    if floor.mode is PriorityMode.AUTO:
+        return bool(offer.routes)
+    return floor.mode is PriorityMode.QUEUE
+
+
 def usable(floor, request):
-    """The slots that a request may use in its turn, worked out from first principles."""
-    places, now = list(floor.scheduler.credits.slot_table), floor.now
+    """The replicas that a request may use in its turn, worked out from first principles."""
+    table, now, want = floor.scheduler.credits.slot_table, floor.now, wanted(floor, request)
     if now >= floor.fresh_until:
         return []
-    ready = {
-        place.replica_id: floor.offers[place.replica_id].routes
-        for place in places
+    ready = [
+        place
+        for place in table
         if place.replica_id in floor.offers and floor.suspended.get(place.replica_id, 0) <= now
+    ]
+    able = [place for place in ready if place.replica_id not in request.without]
+    offers = {place: floor.offers[place.replica_id] for place in ready}
+    honouring = [
+        place
+        for place in able
+        if floor.mode is PriorityMode.QUEUE
+        or (floor.mode is PriorityMode.AUTO and request.route in offers[place].routes)
+    ]
+    gathering = floor.scheduler._gathering
+    held_back = None
+    if gathering is not None and gathering.keeps_out(request):
+        held_back = gathering.replica_id
+        able = [place for place in able if place.replica_id != held_back]
+    first = request.tier is P and bool(honouring)
+    rank = 0 if first else max(request.tier.rank, D.rank)
+    if first:
+        able = [place for place in able if place in honouring]
+    idle = {place: max(0, place.credit - place.running) for place in ready}
+
+    def room(place):
+        """For a request of this tier, and where the engine preempts for it."""
+        if not offers[place].preempts:
+            return idle[place]
+        taken = sum(place.taken[: rank + 1])
+        most = place.credit if rank or place.limit is None else place.limit
+        may = most - taken
+        return may if request.route in offers[place].routes else min(idle[place], may)
+
+    kept = sum(
+        idle[place]
+        for place in ready
+        if keeps_headroom(floor, offers[place]) and (first or place.replica_id != held_back)
+    )
+    enough = first or kept - want >= table.headroom
+    return {
+        place.replica_id
+        for place in able
+        if room(place) >= want and (enough or not keeps_headroom(floor, offers[place]))
     }
-    free = {p.replica_id for p in places if p.credit > p.running and p.replica_id in ready}
-    free -= request.without
-    if floor.mode is PriorityMode.AUTO:
-        kept = {r for r, routes in ready.items() if routes}
-        honouring = {r for r, routes in ready.items() if request.route in routes}
-    else:
-        kept = honouring = set(ready) if floor.mode is PriorityMode.QUEUE else set()
-    if request.tier is P and honouring:
-        return free & honouring
-    free_kept = sum(p.credit - p.running for p in places if p.replica_id in kept
-                    and p.credit > p.running)  # fmt: skip
-    return free if free_kept > floor.scheduler.credits.slot_table.headroom else free - kept
 
 
 class GateFloor(Floor):
@@ -547,7 +615,7 @@ class GateMachine(RuleBasedStateMachine):
         self.requests = []
         self.placed = []
         self.waiting = []
-        self.add_replica(3, EVERYWHERE)
+        self.add_replica(3, EVERYWHERE, False)
 
     # What the requests that an event calls must look like.
 
@@ -561,7 +629,7 @@ class GateMachine(RuleBasedStateMachine):
         for request in called:
             if request.state is PLACED and not self.starved(request):
                 for other in self.waiting:
-                    ahead = other.tier.rank < request.tier.rank
+                    ahead = other.tier.rank < request.tier.rank and other.slots <= request.slots
                     assert not (ahead and self.could_use(other, request.replica_id))
 
     def starved(self, request):
@@ -571,6 +639,9 @@ class GateMachine(RuleBasedStateMachine):
     def could_use(self, request, replica_id):
         floor = self.floor
         if replica_id in request.without:
+            return False
+        limit = floor.scheduler.credits.slot_table[replica_id].limit
+        if limit is not None and floor.offers[replica_id].preempts:
             return False
         if request.tier is not P or floor.mode is not PriorityMode.AUTO:
             return True
@@ -596,11 +667,12 @@ class GateMachine(RuleBasedStateMachine):
         route=st.sampled_from([CHAT, CHAT, EMBED]),
         prefix=st.none() | st.integers(0, 2**32 - 1),
         fail_fast=st.sampled_from([False, False, False, True]),
+        sequences=st.sampled_from([1, 1, 1, 2, 3, 20]),
     )
-    def arrives(self, tier, tenant, tokens, route, prefix, fail_fast):
+    def arrives(self, tier, tenant, tokens, route, prefix, fail_fast, sequences):
         floor = self.floor
         self.call(floor.scheduler.tick(floor.now))
-        request = QueuedRequest(tier, tenant, tokens, route, prefix, fail_fast)
+        request = QueuedRequest(tier, tenant, tokens, route, prefix, fail_fast, sequences)
         room = usable(floor, request)
         called = floor.scheduler.arrive(request, floor.now)
         if room and request.tier is tier:
@@ -663,13 +735,20 @@ class GateMachine(RuleBasedStateMachine):
         assert request.replica_id not in request.without or request.state is not PLACED
         self.settle(request, called)
 
-    @rule(credit=st.integers(0, 4), routes=st.sampled_from([EVERYWHERE, {CHAT}, ()]))
-    def add_replica(self, credit, routes):
+    @rule(
+        credit=st.integers(0, 4),
+        routes=st.sampled_from([EVERYWHERE, {CHAT}, ()]),
+        preempts=st.booleans(),
+    )
+    def add_replica(self, credit, routes, preempts):
         self.names += 1
         self.floor.fresh_until = self.floor.now + SILENCE_S
         pool = "native" if routes else "plain"
         self.wake()
-        self.call(self.floor.add(f"r{self.names}", credit, routes=routes, pool=pool))
+        preempts = preempts and bool(routes)
+        self.call(
+            self.floor.add(f"r{self.names}", credit, routes=routes, pool=pool, preempts=preempts)
+        )
 
     @precondition(lambda self: self.floor.offers)
     @rule(data=st.data())
@@ -701,8 +780,16 @@ class GateMachine(RuleBasedStateMachine):
         floor = self.floor
         names = st.sampled_from([*sorted(floor.offers), "unknown"])
         added = data.draw(st.dictionaries(names, st.integers(1, 3), max_size=2))
+        limits = data.draw(st.dictionaries(names, st.integers(0, 4), max_size=2))
+        for_tier = data.draw(st.dictionaries(st.sampled_from(["native"]), st.sampled_from([D, F])))
+        left = st.tuples(st.integers(0, 2), st.integers(0, 2))
+        leave = data.draw(st.dictionaries(names, left, max_size=1))
         floor.fresh_until = floor.now + SILENCE_S
-        self.call(floor.grant(added, headroom, at_most, anew=anew))
+        self.call(
+            floor.grant(
+                added, headroom, at_most, anew=anew, limits=limits, for_tier=for_tier, leave=leave
+            )
+        )
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0, 11.0]), word=st.booleans())
     def time_passes(self, seconds, word):
@@ -722,12 +809,17 @@ class GateMachine(RuleBasedStateMachine):
             assert request.state is PLACED
         for request in self.waiting:
             assert request.state is WAITING
-        assert self.floor.scheduler.queue.count == len(self.waiting)
+        queue = self.floor.scheduler.queue
+        assert queue.count == len(self.waiting)
+        for tier in Tier:
+            mine = [request.slots for request in self.waiting if request.tier is tier]
+            assert queue.wanted(tier) == sum(mine)
+            assert all(slots >= 1 for slots in mine)
         running = {}
         for request in self.placed:
             one = running.setdefault(request.replica_id, [0, 0])
-            one[0] += 1
-            one[1] += request.tier is not P
+            one[0] += request.slots
+            one[1] += request.slots * (request.tier is not P)
         for place in self.floor.scheduler.credits.slot_table:
             assert [place.running, place.others] == running.pop(place.replica_id, [0, 0])
         assert not running, "what runs on a replica that is gone is still counted"
@@ -752,7 +844,7 @@ class GateMachine(RuleBasedStateMachine):
         says = [
             scheduler.credits.slot_table.held(),
             {tier: scheduler.credits._running[tier] for tier in Tier},
-            {tier: scheduler.queue.waiting(tier) for tier in Tier},
+            {tier: scheduler.queue.wanted(tier) for tier in Tier},
         ]
         if number != self.number or says == told:
             self.number, self.changed_at = number, math.inf
@@ -810,3 +902,152 @@ def test_who_is_turned_away_by_a_sleeping_model_is_told_when_it_will_be_awake():
         assert shed_by(floor) == 60.0
     floor.scheduler.wake()
     assert floor.add("one", 1) == [waiting] and waiting.state is PLACED
+
+
+def preempting(**more):
+    floor = Floor(**more)
+    floor.add("one", 4, slots=4, preempts=True)
+    floor.grant(headroom=0)
+    return floor
+
+
+def test_where_the_engine_preempts_each_tier_takes_what_those_below_it_run_on():
+    floor = preempting()
+    flex = [floor.place(F) for _ in range(4)]
+    assert floor.wait(F).tier is F
+    defaults = [floor.place(D) for _ in range(4)]
+    floor.wait(D)
+    priority = [floor.place(P) for _ in range(4)]
+    last = floor.wait(P)
+    table = floor.scheduler.credits.slot_table
+    assert table["one"].taken == [4, 4, 4]
+    assert floor.end(priority[0]) == [last]
+    # Nothing new of a tier is placed over its own that are suspended.
+    assert floor.end(flex[0]) == floor.end(defaults[0]) == []
+
+
+def test_idle_slots_come_before_those_of_lower_tiers():
+    floor = preempting()
+    floor.place(F)
+    floor.add("two", 4, slots=4, preempts=True)
+    assert {floor.place(P).replica_id for _ in range(7)} == {"one", "two"}
+    assert floor.scheduler.credits.slot_table.free == 0
+    assert floor.place(P).replica_id == "one", "only flex gives way there"
+
+
+def test_flex_gives_way_before_default():
+    floor = preempting()
+    floor.add("two", 4, slots=4, preempts=True)
+    while floor.arrive(D)[0].replica_id != "":
+        pass
+    floor.offers["three"] = Offer("three", "pool", 4, EVERYWHERE, preempts=True)
+    floor.set_replicas()
+    floor.grant({"three": 4})
+    table = floor.scheduler.credits.slot_table
+    assert table["three"].running == 1, "the one that waited"
+    for _ in range(3):
+        floor.place(F)
+    for _ in range(3):
+        assert floor.place(P).replica_id == "three"
+
+
+def test_on_a_route_where_the_engine_has_no_tiers_nothing_is_preempted():
+    floor = Floor()
+    floor.add("one", 2, slots=2, routes={CHAT}, preempts=True)
+    floor.grant(headroom=0)
+    floor.place(F)
+    floor.place(F)
+    floor.wait(D, route=EMBED)
+    floor.place(D, route=CHAT)
+
+
+def test_priority_keeps_to_its_limit_where_the_model_sets_one():
+    floor = preempting()
+    for _ in range(4):
+        floor.place(F)
+    floor.grant(headroom=0, limits={"one": 2})
+    first = [floor.place(P) for _ in range(2)]
+    waiting = floor.wait(P)
+    assert floor.end(first[0]) == [waiting]
+    waiting = floor.wait(P)
+    assert floor.grant(headroom=0) == [waiting], "without a limit it may take all slots"
+
+
+def test_a_new_ingress_has_only_its_credits_for_priority():
+    floor = Floor()
+    floor.add("one", 1, slots=4, preempts=True)
+    floor.place(P)
+    floor.wait(P)
+
+
+def test_headroom_that_an_operator_sets_is_kept_where_the_engine_preempts_too():
+    floor = preempting(headroom=0.25)
+    floor.grant(headroom=1)
+    for _ in range(3):
+        floor.place(D)
+    floor.wait(D)
+    floor.place(P)
+
+
+def test_a_large_request_keeps_what_comes_free_from_its_own_tier_and_below():
+    floor = Floor(headroom=0.0)
+    floor.add("one", 3, slots=3)
+    small = [floor.place(D), floor.place(D), floor.place(F)]
+    large = floor.wait(D, sequences=2)
+    flex = floor.wait(F)
+    assert floor.end(small[2]) == []
+    later, _ = floor.arrive(D)
+    assert later.state is WAITING
+    assert floor.end(small[0]) == [large] and large.slots == 2
+    assert floor.end(small[1]) == [later]
+    assert floor.end(large) == [flex]
+
+
+def test_a_large_request_does_not_keep_better_tiers_out():
+    floor = Floor(headroom=0.0)
+    floor.add("one", 2, slots=2)
+    small = [floor.place(D), floor.place(D)]
+    large = floor.wait(D, sequences=2)
+    floor.end(small[0])
+    priority = floor.place(P)
+    assert floor.end(small[1]) == []
+    assert floor.end(priority) == [large]
+
+
+def test_what_is_gathered_is_for_others_when_the_large_request_leaves():
+    floor = Floor(headroom=0.0)
+    floor.add("one", 2, slots=2)
+    small = floor.place(D)
+    floor.place(D)
+    large, other = floor.wait(D, sequences=2), floor.wait(D)
+    assert floor.end(small) == []
+    assert floor.end(large) == [other]
+
+
+def test_a_large_request_that_starves_keeps_better_tiers_out_in_its_turn():
+    floor = Floor(starvation_every=2, flex={"starvation_age_s": 5}, headroom=0.0)
+    floor.add("one", 2, slots=2)
+    priority = [floor.place(P), floor.place(P)]
+    large = floor.wait(F, sequences=2)
+    floor.now = 5.0
+    floor.grant()
+    waiting = [floor.wait(P) for _ in range(3)]
+    # One priority request goes first; then it is the large one's turn.
+    assert floor.end(priority[0]) == [waiting[0]]
+    assert floor.end(priority[1]) == []
+    assert floor.end(waiting[0]) == [large]
+    # It has had the turns of two.
+    assert floor.end(large) == waiting[1:]
+
+
+def test_the_demand_tells_where_slots_are_gathered():
+    floor = Floor()
+    floor.add("one", 4, slots=4)
+    floor.grant(headroom=1)
+    for _ in range(3):
+        floor.place(D)
+    assert floor.demand().gathers is None
+    floor.wait(F, sequences=9)
+    demand = floor.demand()
+    assert demand.gathers == Gathers("one", 3 + 1, F, alone=False), "headroom has to stay free"
+    assert demand.waiting[F] == 3

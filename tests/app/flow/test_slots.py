@@ -23,15 +23,15 @@ def places(credits, *, routes=frozenset({"chat"}), slack=0.25, mode=PriorityMode
 
 def occupy(on, name, times=1):
     for _ in range(times):
-        on.change(on[name], running=1, others=1)
+        on.occupy(on[name], D, 1)
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=6), st.integers(0, 40))
 def test_load_is_spread_by_share_of_credits(credits, requests):
     on = places({str(i): credit for i, credit in enumerate(credits)})
     for _ in range(min(requests, sum(credits))):
-        on.change(on.find(D, "chat"), running=1)
-    shares = [place.load for place in on if place.free]
+        on.occupy(on.find(D, "chat"), D, 1)
+    shares = [place.load[2] for place in on if place.free]
     assert max(shares, default=0) - min(shares, default=0) <= 1 / min(credits) + 1e-9
 
 
@@ -43,7 +43,7 @@ def test_pools_share_the_load_by_their_weights(weight, requests):
     for name in ("a", "b"):
         on.add_credits(name, 64)
     for _ in range(requests):
-        on.change(on.find(D, "chat"), running=1, others=1)
+        on.occupy(on.find(D, "chat"), D, 1)
     assert abs(on["a"].running / weight - on["b"].running) <= max(1, 1 / weight)
 
 
@@ -73,12 +73,12 @@ def test_affinity_is_bounded_by_the_least_load(prefix, credits_and_running, slac
     on = places({str(i): credit for i, (credit, _) in enumerate(credits_and_running)}, slack=slack)
     for i, (credit, running) in enumerate(credits_and_running):
         occupy(on, str(i), min(running, credit))
-    loads = [place.load for place in on if place.free]
+    loads = [place.load[2] for place in on if place.free]
     found = on.find(D, None, prefix)
     if not loads:
         assert found is None
     else:
-        assert found.free and found.load <= min(loads) + slack
+        assert found.free and found.load[2] <= min(loads) + slack
 
 
 def test_most_prefixes_find_their_own_replica_again():
@@ -103,8 +103,8 @@ def test_a_list_of_loads_does_not_grow_with_use():
     for _ in range(5_000):
         place = on.find(D, None)
         occupy(on, place.replica_id)
-        on.change(place, running=-1, others=-1)
-    assert len(place.kind._by_load) <= 64 + 4 * 10 + 1
+        on.occupy(place, D, -1)
+    assert len(place.kind.by_load[2]) <= 64 + 4 * 10 + 1
 
 
 def test_idle_credits_are_given_up_from_the_busiest_on():
@@ -142,7 +142,7 @@ def test_a_replica_that_is_gone_is_forgotten_when_its_requests_have_ended():
     on.set_replicas([], PriorityMode.AUTO)
     assert on.held() == {"a": (0, 1)}
     assert on.find(D, None) is None
-    on.change(on["a"], running=-1, others=-1)
+    on.occupy(on["a"], D, -1)
     assert list(on) == []
     assert on.credits_in("pool") == 0
 

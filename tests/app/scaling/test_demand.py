@@ -45,7 +45,7 @@ def test_demands_add_up_and_the_oldest_counts():
         Ingress("one").board(waiting=2, running=3, oldest_s=1.0),
         Ingress("two").board(waiting=1, running=4, oldest_s=5.0),
     ]
-    told = book.report(boards, POOLS, 0.2, SETTINGS)
+    told = book.report(boards, POOLS, 0.2, SETTINGS, {})
     assert (told.tiers[D].waiting, told.tiers[D].running, told.tiers[D].oldest_s) == (3, 7, 5.0)
     assert (told.pools, told.headroom, told.settings) == (POOLS, 0.2, SETTINGS)
 
@@ -53,13 +53,13 @@ def test_demands_add_up_and_the_oldest_counts():
 def test_counts_grow_with_ingresses_and_stay_when_these_are_gone():
     book, one, two = DemandBook(), Ingress("one"), Ingress("two")
     one.serve(P, 100, 1.0)
-    first = book.report([one.board(), two.board()], POOLS, 0.1, SETTINGS).tiers[P]
+    first = book.report([one.board(), two.board()], POOLS, 0.1, SETTINGS, {}).tiers[P]
     assert (first.arrived, first.finished) == (0, 0), "what came before is not counted"
     one.serve(P, 2, 3.0)
     two.serve(P, 1, 4.0)
-    second = book.report([one.board(), two.board()], POOLS, 0.1, SETTINGS).tiers[P]
+    second = book.report([one.board(), two.board()], POOLS, 0.1, SETTINGS, {}).tiers[P]
     assert (second.arrived, second.finished, second.served_s) == (3, 3, 10.0)
-    third = book.report([two.board()], POOLS, 0.1, SETTINGS).tiers[P]
+    third = book.report([two.board()], POOLS, 0.1, SETTINGS, {}).tiers[P]
     assert third.arrived == 3
     two.serve(P, 1, 4.0)
-    assert book.report([two.board()], POOLS, 0.1, SETTINGS).tiers[P].arrived == 4
+    assert book.report([two.board()], POOLS, 0.1, SETTINGS, {}).tiers[P].arrived == 4

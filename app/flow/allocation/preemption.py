@@ -1,0 +1,172 @@
+"""How far priority may go on replicas that preempt, for all ingresses together. Pure.
+
+Where an engine suspends a running request for one of a better tier, priority need not wait for a
+credit that a lower tier uses. An ingress may take slots there up to a limit: the replica's slots,
+less those that priority of other ingresses took by their last demands. Between two renewals
+ingresses may pass that together, each by no more than the replica's slots. The engine's own order
+absorbs it.
+
+If ingresses together want more for priority than there is, each gets a part of every replica, in
+proportion to what it wants. Otherwise the one that happens to have the slots would keep them.
+
+The suspended must get on as well. Once a tier has had suspended requests on a replica for its
+starvation age without a break, priority leaves one slot in ``starvation_every`` there to them, at
+least one, until nobody is suspended any more. So each of them is resumed after at most that age
+and the requests suspended before it, and the engine has no reason to suspend it again: priority
+does not fill the slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from app.config.queue import QueueSettings
+from app.contracts.credits import Demand
+from app.contracts.stats import Suspended
+from app.core.tiers import Tier
+
+Taken = tuple[int, ...]
+"""Slots taken on a replica, by tier."""
+
+_NONE: Taken = (0,) * len(Tier)
+_LOWER = tuple(Tier)[1:]
+
+
+class PreemptingReplicas:
+    """The replicas that preempt, and what ingresses run on them."""
+
+    def __init__(self, settings: QueueSettings) -> None:
+        self._settings = settings
+        self._slots: dict[str, int] = {}
+        self._demands: dict[str, Demand] = {}
+        self._totals: dict[str, Taken] = {}
+        # Since when a tier has had suspended requests on a replica.
+        self._since: dict[tuple[str, Tier], float] = {}
+
+    def configure(self, settings: QueueSettings) -> None:
+        """Apply changed settings."""
+        self._settings = settings
+
+    def set_replicas(self, slots: Mapping[str, int]) -> None:
+        """Apply which replicas preempt, with the slots of each."""
+        self._slots = dict(slots)
+        self._totals = {replica_id: self._total(replica_id) for replica_id in slots}
+        self._since = {key: at for key, at in self._since.items() if key[0] in slots}
+
+    def report(self, demand: Demand, now: float) -> None:
+        """Record what an ingress runs there and wants."""
+        before = self._demands.get(demand.ingress)
+        self._demands[demand.ingress] = demand
+        self._change(before.taken if before is not None else {}, demand.taken, now)
+
+    def forget(self, ingress: str, now: float) -> None:
+        """Forget an ingress that is silent or gone."""
+        before = self._demands.pop(ingress, None)
+        if before is not None:
+            self._change(before.taken, {}, now)
+
+    def _change(self, before: Mapping[str, Taken], taken: Mapping[str, Taken], now: float) -> None:
+        changed = [
+            replica_id
+            for replica_id in before.keys() | taken.keys()
+            if replica_id in self._slots and before.get(replica_id) != taken.get(replica_id)
+        ]
+        for replica_id in changed:
+            change = zip(
+                self._totals[replica_id],
+                taken.get(replica_id, _NONE),
+                before.get(replica_id, _NONE),
+                strict=True,
+            )
+            self._totals[replica_id] = tuple(total + new - old for total, new, old in change)
+        self._note(changed, now)
+
+    def limits(
+        self, ingress: str, now: float, gathered: Mapping[str, tuple[str, int]]
+    ) -> dict[str, int]:
+        """Return how many slots the priority requests of an ingress may take, by replica.
+
+        Replicas on which they may take all are left out.
+
+        Args:
+            ingress: its name.
+            now: the time, in seconds.
+            gathered: which ingress gathers how many slots for a large request, by replica, where
+                priority does not come first.
+        """
+        demand = self._demands.get(ingress)
+        own = demand.taken if demand is not None else {}
+        contended = self._wanted() > sum(self._slots.values())
+        limits = {}
+        for replica_id, slots in self._slots.items():
+            others = self._totals[replica_id][0] - own.get(replica_id, _NONE)[0]
+            left = self._left_to_suspended(replica_id, now)
+            most = slots - others - left
+            who, gathers = gathered.get(replica_id, ("", 0))
+            if gathers and who != ingress:
+                most -= gathers
+            elif contended and not gathers:
+                most = min(most, self._part(ingress, slots - left))
+            if most < slots:
+                limits[replica_id] = max(0, most)
+        return limits
+
+    def _wanted(self) -> int:
+        return sum(_priority(demand) for demand in self._demands.values())
+
+    def _part(self, ingress: str, slots: int) -> int:
+        """Return an ingress's part of the slots of a replica.
+
+        What is left by rounding goes to those whose priority requests have waited longest.
+        """
+        wanted = self._wanted()
+        parts = {
+            name: slots * _priority(demand) // wanted for name, demand in self._demands.items()
+        }
+        oldest = sorted(
+            self._demands.values(), key=lambda one: (-one.oldest_s[Tier.PRIORITY], one.ingress)
+        )
+        favoured = [demand.ingress for demand in oldest[: slots - sum(parts.values())]]
+        return parts.get(ingress, 0) + (ingress in favoured)
+
+    def suspended(self, now: float) -> dict[Tier, Suspended]:
+        """Return which requests engines have suspended, by tier."""
+        suspended = {}
+        for tier in _LOWER:
+            slots = sum(
+                self._suspended(self._totals[replica_id], slots, tier)
+                for replica_id, slots in self._slots.items()
+            )
+            since = [at for (_, one), at in self._since.items() if one is tier]
+            suspended[tier] = Suspended(slots, now - min(since, default=now))
+        return suspended
+
+    def _total(self, replica_id: str) -> Taken:
+        rows = [demand.taken.get(replica_id, _NONE) for demand in self._demands.values()]
+        return tuple(sum(column) for column in zip(*rows, strict=True)) if rows else _NONE
+
+    def _note(self, replica_ids: Iterable[str], now: float) -> None:
+        for replica_id in replica_ids:
+            for tier in _LOWER:
+                if self._suspended(self._totals[replica_id], self._slots[replica_id], tier):
+                    self._since.setdefault((replica_id, tier), now)
+                else:
+                    self._since.pop((replica_id, tier), None)
+
+    @staticmethod
+    def _suspended(taken: Taken, slots: int, tier: Tier) -> int:
+        """How many slots of a tier's requests exceed what the better tiers leave of the replica."""
+        left = max(0, slots - sum(taken[: tier.rank]))
+        return max(0, taken[tier.rank] - left)
+
+    def _left_to_suspended(self, replica_id: str, now: float) -> int:
+        settings = self._settings
+        ages = ((tier, self._since.get((replica_id, tier), math.inf)) for tier in _LOWER)
+        overdue = any(now - at >= settings.of(tier).starvation_age_s for tier, at in ages)
+        return math.ceil(self._slots[replica_id] / settings.starvation_every) if overdue else 0
+
+
+def _priority(demand: Demand) -> int:
+    """Return how many slots an ingress wants for priority."""
+    return demand.running[Tier.PRIORITY] + demand.waiting[Tier.PRIORITY]
