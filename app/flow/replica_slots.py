@@ -10,6 +10,8 @@ from app.core.tiers import Tier
 
 RANKS = len(Tier)
 LOWEST = RANKS - 1
+_NO_ROOM = (0,) * RANKS
+_NO_LOAD = (math.inf,) * RANKS
 
 
 class ReplicaSlots:
@@ -55,8 +57,8 @@ class ReplicaSlots:
         self.slots = self.credit = self.running = 0
         self.limit: int | None = None
         self.taken = [0] * RANKS
-        self.room = (0,) * RANKS
-        self.load = (math.inf,) * RANKS
+        self.room: tuple[int, ...] = _NO_ROOM
+        self.load: tuple[float, ...] = _NO_LOAD
         self.present = self.on_ring = False
         self.suspended_until = -math.inf
 
@@ -96,20 +98,23 @@ class ReplicaSlots:
 
     def measure(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Work out ``room`` and ``load`` anew."""
-        if not self.ready:
-            return (0,) * RANKS, (math.inf,) * RANKS
+        if not self.present or self.suspended_until != -math.inf:
+            return _NO_ROOM, _NO_LOAD
+        credit, weight = self.credit, self.kind.weight
         if not self.kind.preempts:
-            free, load = self._measure(self.running, self.credit)
-            return (free,) * RANKS, (load,) * RANKS
-        first = self.taken[0]
-        top = self._measure(first, self.credit if self.limit is None else self.limit)
-        middle = self._measure(first + self.taken[1], self.credit)
-        last = self._measure(self.running, self.credit)
-        return (top[0], middle[0], last[0]), (top[1], middle[1], last[1])
-
-    def _measure(self, taken: int, most: int) -> tuple[int, float]:
-        room = most - taken
-        return (room, taken / most / self.kind.weight) if room > 0 else (0, math.inf)
+            free = credit - self.running
+            if free <= 0:
+                return _NO_ROOM, _NO_LOAD
+            load = self.running / credit / weight
+            return (free, free, free), (load, load, load)
+        first, second, _ = self.taken
+        limit = credit if self.limit is None else self.limit
+        measured = ((first, limit), (first + second, credit), (self.running, credit))
+        room = tuple(max(0, most - taken) for taken, most in measured)
+        load_by_tier = tuple(
+            taken / most / weight if most > taken else math.inf for taken, most in measured
+        )
+        return room, load_by_tier
 
 
 class ByLoad:

@@ -321,6 +321,8 @@ class Scheduler:
     def _dispatch(self, now: float, changed: list[QueuedRequest]) -> list[QueuedRequest]:
         """Place waiting requests while there is room for any, and append them to ``changed``."""
         queue = self.queue
+        if not queue.count and self._gathering is None:
+            return changed
         while True:
             while queue.count and self._slot_table.has_room:
                 request = queue.take(self._has_room, self._has_room_out_of_turn, now)

@@ -401,13 +401,15 @@ class SlotTable:
             replica.on_ring = replica.credit > 0
             (self._ring.add if replica.on_ring else self._ring.remove)(replica.replica_id)
         room, load = replica.measure()
-        old = replica.room
+        old, kind = replica.room, replica.kind
         self._idle += room[LOWEST] - old[LOWEST]
         self._room += room[0] - old[0]
-        if replica.kind.kept:
-            for rank in range(RANKS):
-                self._kept_room[rank] += room[rank] - old[rank]
-        replica.kind.list(replica, room, load)
+        if kind.kept:
+            kept = self._kept_room
+            kept[0] += room[0] - old[0]
+            kept[1] += room[1] - old[1]
+            kept[2] += room[2] - old[2]
+        kind.list(replica, room, load)
 
     def _alter(
         self,
