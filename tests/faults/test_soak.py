@@ -225,7 +225,11 @@ def tell(points, sent, outcomes):
         values = [[held.get(name, 0.0) for _, held in stretch] for stretch in stretches]
         least = list(map(min, values))
         warm = len(stretches) // 3
-        slope = linear_regression(times[warm:], least[warm:]).slope * 3600
+        if name[1] == "MB":
+            slope = linear_regression(times[warm:], least[warm:]).slope * 3600
+        else:
+            # What is counted grows in steps, on which a line is steeper than what it grew by.
+            slope = (least[-1] - least[warm]) / (times[-1] - times[warm]) * 3600
         slopes[name] = mean(least[warm:]), slope
         print(f"{' '.join(name):24} {' '.join(f'{value:6.1f}' for value in least)}  "
               f"{slope:+8.2f} an hour, {max(map(max, values)):.0f} at most")  # fmt: skip
