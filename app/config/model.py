@@ -63,6 +63,12 @@ class PoolSettings(Settings):
         description="Interpreter of the engine's environment, expanded like `model`. Not set: the "
         "one that Ray's worker runs under.",
     )
+    preemption: bool = Field(
+        default=True,
+        description="Whether a waiting request takes the slot of a running one of a lower tier, "
+        "which later goes on where it stopped, if the engine can do that (vLLM, SGLang). On, "
+        "because otherwise a burst of priority requests waits for somebody's last token.",
+    )
     engine_args: dict[str, Any] = Field(
         default={}, description="The engine's own arguments by name, with underscores."
     )

@@ -69,6 +69,8 @@ class Launch:
         engine_args: the operator's own engine arguments, by name, with underscores. They override
             an adapter's defaults, except for the address, the key and the served name.
         span: the nodes that the engine runs on; just this one by default.
+        preemption: whether the engine is to suspend running requests for waiting ones of a better
+            tier, if it can.
     """
 
     model: str
@@ -80,6 +82,7 @@ class Launch:
     python: str
     engine_args: Mapping[str, EngineArg] = field(default_factory=dict)
     span: NodeSpan = NodeSpan()
+    preemption: bool = True
 
     @property
     def base_url(self) -> str:

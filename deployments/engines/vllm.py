@@ -25,6 +25,7 @@ from deployments.engines.base import (
 
 _GUARD: Final = "frontline_vllm_guard"
 _HEADLESS: Final = "frontline_vllm_headless"
+_SCHEDULER: Final = "frontline_vllm_scheduler.make_scheduler"
 _INSIDE: Final = Path(__file__).parent / "inside"
 _POLICY: Final = "priority"
 _FACTS_PATH: Final = "/frontline/facts"
@@ -61,6 +62,7 @@ class Vllm(EngineAdapter):
         args: dict[str, Any] = {
             "max_num_seqs": launch.slots,
             "scheduling_policy": _POLICY,
+            **({"scheduler_cls": _SCHEDULER} if self._is_to_preempt(launch) else {}),
             "enable_prompt_tokens_details": True,
             "disable_uvicorn_access_log": True,
             **launch.engine_args,
@@ -97,19 +99,31 @@ class Vllm(EngineAdapter):
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
         return _priority_routes(launch.engine_args.get("scheduling_policy", _POLICY))
 
+    def _is_to_preempt(self, launch: Launch) -> bool:
+        return launch.preemption and bool(self.priority_routes(launch))
+
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
         # vLLM's own ``--api-key`` leaves ``/invocations``, which answers chats, and others open.
         await prove_guarded(http, "vLLM", ("/v1/models", "/invocations", "/metrics"))
         status, facts = await http.get_json(_FACTS_PATH)
         if status != 200 or not isinstance(facts, dict):
             raise EngineContractError(f"vLLM did not tell its facts (status {status})")
+        routes = _priority_routes(facts.get("scheduling_policy"))
         dialect = Dialect(
             engine=self.name,
             priority_values=LOW_FIRST,
-            priority_routes=_priority_routes(facts.get("scheduling_policy")),
+            priority_routes=routes,
             stream_options=METERED_STREAM,
+            preempts=bool(routes) and _preempts(facts.get("preemption")),
         )
         return EngineFacts(str(facts.get("version")), facts.get("max_model_len"), dialect)
+
+
+def _preempts(schedulers: object) -> bool:
+    """Return whether every scheduler of the engine has reported that it preempts."""
+    if not isinstance(schedulers, list) or not schedulers:
+        return False
+    return all(isinstance(one, dict) and one.get("preempts") is True for one in schedulers)
 
 
 def _priority_routes(policy: object) -> frozenset[Route]:

@@ -53,6 +53,7 @@ def make_launch(
         python=expand_path(pool.python) if pool.python else sys.executable,
         engine_args=pool.engine_args,
         span=span,
+        preemption=pool.preemption,
     )
 
 
@@ -130,6 +131,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         python=_expanded(pool.python) if pool.python else "python",
         engine_args=pool.engine_args,
         span=NodeSpan(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else NodeSpan(),
+        preemption=pool.preemption,
     )
 
 

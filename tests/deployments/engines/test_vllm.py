@@ -117,6 +117,35 @@ async def test_anything_else_is_never_taken_for_priority(policy):
     assert not facts.dialect.native_priority
 
 
+PREEMPTS = {"preempts": True}
+
+
+@pytest.mark.parametrize(
+    ("policy", "reports", "preempts"),
+    [
+        ("priority", [PREEMPTS], True),
+        ("priority", [PREEMPTS, PREEMPTS], True),
+        ("priority", [PREEMPTS, {"preempts": False, "why_not": "vLLM 9 is not known"}], False),
+        ("priority", [{"preempts": "true"}], False),
+        ("priority", [], False),
+        ("priority", None, False),
+        ("priority", True, False),
+        ("fcfs", [PREEMPTS], False),
+    ],
+)
+async def test_it_preempts_if_every_scheduler_of_the_engine_says_so(policy, reports, preempts):
+    facts = await inspect({"version": "9", "scheduling_policy": policy, "preemption": reports})
+    assert facts.dialect.preempts is preempts
+
+
+def test_the_scheduler_that_preempts_is_loaded_unless_the_pool_or_the_policy_says_otherwise():
+    scheduler = "frontline_vllm_scheduler.make_scheduler"
+    assert flag(Vllm().command(launch()), "--scheduler-cls") == scheduler
+    assert flag(Vllm().command(launch(scheduler_cls="their.Own")), "--scheduler-cls") == "their.Own"
+    for other in (replace(launch(), preemption=False), launch(scheduling_policy="fcfs")):
+        assert "--scheduler-cls" not in Vllm().command(other)
+
+
 async def test_an_engine_that_is_not_guarded_does_not_come_up():
     with pytest.raises(EngineContractError, match="without the key"):
         await inspect({"scheduling_policy": "priority"}, guarded=False)

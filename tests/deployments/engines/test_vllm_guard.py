@@ -69,6 +69,7 @@ async def test_the_facts_are_those_of_the_running_configuration(guard):
         "scheduling_policy": "priority",
         "max_num_seqs": 8,
         "max_model_len": 512,
+        "preemption": None,
     }
 
 
@@ -76,3 +77,48 @@ async def test_what_the_engine_does_not_tell_is_null(guard):
     app = SimpleNamespace(state=SimpleNamespace())
     sent = await ask(guard, "/frontline/facts", "secret", app)
     assert json.loads(sent[1]["body"])["scheduling_policy"] is None
+
+
+SCHEDULER = "frontline_vllm_scheduler.make_scheduler"
+
+
+def engine_with(cores, scheduler_cls=SCHEDULER):
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls))
+    client = SimpleNamespace(engine_core=cores)
+    return SimpleNamespace(state=SimpleNamespace(vllm_config=config, engine_client=client))
+
+
+class Cores:
+    """vLLM's client of its engine cores."""
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    async def call_utility_all_async(self, method):
+        self.asked.append(method)
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+async def preemption(guard, app):
+    sent = await ask(guard, "/frontline/facts", "secret", app)
+    return json.loads(sent[1]["body"])["preemption"]
+
+
+async def test_every_scheduler_reports_whether_it_preempts(guard):
+    cores = Cores([{"preempts": True}, {"preempts": False}])
+    assert await preemption(guard, engine_with(cores)) == cores.answer
+    scheduler = importlib.import_module("frontline_vllm_scheduler")
+    assert cores.asked == [scheduler.REPORT]
+
+
+async def test_another_scheduler_is_not_asked(guard):
+    cores = Cores([{"preempts": True}])
+    assert await preemption(guard, engine_with(cores, "their.Scheduler")) is None
+    assert not cores.asked
+
+
+async def test_a_scheduler_that_does_not_answer_counts_as_one_that_does_not_preempt(guard):
+    assert await preemption(guard, engine_with(Cores(RuntimeError("Call failed")))) is None
+    assert await preemption(guard, engine_with(None)) is None
