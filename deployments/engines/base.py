@@ -21,8 +21,12 @@ EngineArg = str | int | float | bool | None | list[str] | dict[str, Any]
 
 
 LOW_FIRST: Final = {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
-"""Priorities on engines that serve lower numbers first. vLLM always does. SGLang can be configured
-to; it preempts only at gaps above 10, so gaps of 100 let both use one scale."""
+"""Priorities on engines that serve lower numbers first. vLLM always does, SGLang can be configured
+to."""
+
+PREEMPTION_MARGIN: Final = 50
+"""A running request gives way only to one whose number is better by more than this. Tiers are 100
+apart, and requests of one tier have one number."""
 
 METERED_STREAM: Final = {"include_usage": True, "continuous_usage_stats": True}
 """The stream options that make an engine report usage on every chunk. vLLM applies the second only

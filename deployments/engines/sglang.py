@@ -5,6 +5,7 @@ Based on the source of SGLang 0.5.23.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from app.core.dialect import Dialect, Route
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
+    PREEMPTION_MARGIN,
     EngineAdapter,
     EngineContractError,
     EngineFacts,
@@ -33,6 +35,10 @@ _PRIORITY_FLAGS: Final = {
     "default_priority_value": 0,
     # Otherwise the request that has generated least is retracted when the KV cache is full.
     "retraction_policy": "priority",
+}
+_PREEMPTION_FLAGS: Final[dict[bool, dict[str, Any]]] = {
+    True: {"priority_scheduling_preemption_threshold": PREEMPTION_MARGIN},
+    False: {"disable_priority_preemption": True},
 }
 
 _INSIDE: Final = Path(__file__).parent / "inside"
@@ -75,7 +81,7 @@ class Sglang(EngineAdapter):
         args: dict[str, Any] = {
             "max_running_requests": launch.slots,
             # Without priority scheduling SGLang rejects the other flags.
-            **(_PRIORITY_FLAGS if _prioritized(launch) else {}),
+            **(_priority_flags(launch) if _prioritized(launch) else {}),
             "enable_metrics": True,
             "enable_cache_report": True,
             # Otherwise SGLang logs every request, including the health checks.
@@ -109,13 +115,15 @@ class Sglang(EngineAdapter):
         status, info = await http.get_json("/server_info")
         if status != 200 or not isinstance(info, dict):
             raise EngineContractError(f"SGLang did not tell its facts (status {status})")
-        low_first = _low_goes_first(info.get("internal_states"))
+        schedulers = info.get("internal_states")
+        low_first = _low_goes_first(schedulers)
         sign = 1 if low_first else -1
         dialect = Dialect(
             engine=self.name,
             priority_values={tier: sign * value for tier, value in LOW_FIRST.items()},
             priority_routes=frozenset() if low_first is None else PRIORITY_ROUTES,
             stream_options=METERED_STREAM,
+            preempts=low_first is not None and _preempt(schedulers),
         )
         await _warm_up(launch, http)
         return EngineFacts(str(info.get("version")), await _context_length(http), dialect)
@@ -123,6 +131,10 @@ class Sglang(EngineAdapter):
 
 def _prioritized(launch: Launch) -> bool:
     return bool(launch.engine_args.get("enable_priority_scheduling", True))
+
+
+def _priority_flags(launch: Launch) -> dict[str, Any]:
+    return {**_PRIORITY_FLAGS, **_PREEMPTION_FLAGS[launch.preemption]}
 
 
 def _span_args(span: NodeSpan) -> dict[str, Any]:
@@ -143,6 +155,22 @@ def _low_goes_first(schedulers: object) -> bool | None:
     """
     orders = [_order(state) for state in schedulers] if isinstance(schedulers, list) else []
     return orders[0] if orders and all(order is orders[0] for order in orders) else None
+
+
+def _preempt(schedulers: object) -> bool:
+    """Return whether all schedulers preempt, and for a better tier only."""
+    gap = min(after - before for before, after in pairwise(sorted(LOW_FIRST.values())))
+
+    def preempts(scheduler: object) -> bool:
+        match scheduler:
+            case {
+                "disable_priority_preemption": False,
+                "priority_scheduling_preemption_threshold": int(threshold),
+            }:
+                return 0 <= threshold < gap
+        return False
+
+    return isinstance(schedulers, list) and all(map(preempts, schedulers))
 
 
 def _order(scheduler: object) -> bool | None:

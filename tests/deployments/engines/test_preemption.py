@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.tiers import Tier
-from deployments.engines.base import LOW_FIRST
+from deployments.engines.base import LOW_FIRST, PREEMPTION_MARGIN
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ RULES = Rules()
 
 def test_the_margin_separates_tiers_and_nothing_else():
     assert all(RULES.margin < lower - better for better, lower in pairwise(TIERS))
-    assert RULES.margin > 0
+    assert RULES.margin == PREEMPTION_MARGIN > 0
     assert RULES.best_priority == LOW_FIRST[Tier.PRIORITY]
 
 

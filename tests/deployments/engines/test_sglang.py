@@ -1,11 +1,12 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from app.core.dialect import Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
-from deployments.engines.base import EngineContractError, Launch, NodeSpan
+from deployments.engines.base import LOW_FIRST, EngineContractError, Launch, NodeSpan
 from deployments.engines.sglang import Sglang
 
 pytestmark = pytest.mark.unit
@@ -107,10 +108,12 @@ class Engine:
         return (200 if self._generates else 500), {}
 
 
-def scheduler(enabled=True, low_first=True):
+def scheduler(enabled=True, low_first=True, *, without_preemption=False, threshold=50):
     return {
         "enable_priority_scheduling": enabled,
         "schedule_low_priority_values_first": low_first,
+        "disable_priority_preemption": without_preemption,
+        "priority_scheduling_preemption_threshold": threshold,
     }
 
 
@@ -147,6 +150,42 @@ async def test_the_sign_is_the_running_engines():
 async def test_anything_else_is_never_taken_for_priority(schedulers):
     facts = await inspect(*schedulers)
     assert not facts.dialect.native_priority
+
+
+@pytest.mark.parametrize("low_first", [True, False])
+async def test_it_preempts_if_every_scheduler_says_that_tiers_do(low_first):
+    facts = await inspect(scheduler(low_first=low_first), scheduler(low_first=low_first))
+    assert facts.dialect.preempts
+
+
+@pytest.mark.parametrize(
+    "schedulers",
+    [
+        [],
+        [{}],
+        [scheduler(enabled=False)],
+        [scheduler(without_preemption=True)],
+        [scheduler(without_preemption=None)],
+        [scheduler(threshold=100)],
+        [scheduler(threshold=None)],
+        [scheduler(), scheduler(threshold=100)],
+        [scheduler(), scheduler(low_first=False)],
+    ],
+)
+async def test_anything_else_is_never_taken_for_preemption(schedulers):
+    assert not (await inspect(*schedulers)).dialect.preempts
+
+
+def test_tiers_preempt_each_other_and_requests_of_one_tier_do_not():
+    threshold = int(flag(Sglang().command(launch()), "--priority-scheduling-preemption-threshold"))
+    tiers = sorted(LOW_FIRST.values())
+    assert all(0 < threshold < after - before for before, after in pairwise(tiers))
+
+
+def test_a_pool_turns_preemption_off():
+    command = Sglang().command(replace(launch(), preemption=False))
+    assert "--disable-priority-preemption" in command
+    assert "--priority-scheduling-preemption-threshold" not in command
 
 
 async def test_an_engine_that_is_not_guarded_does_not_come_up():
