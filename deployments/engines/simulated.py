@@ -95,7 +95,10 @@ def _span_args(span: NodeSpan) -> list[str]:
 
 
 def _settings(launch: Launch) -> SimulatedSettings:
-    given = {"slots": launch.slots, **launch.engine_args}
+    given: dict[str, Any] = {"slots": launch.slots}
+    if not launch.preemption:
+        given["preemption"] = False
+    given |= launch.engine_args
     return SimulatedSettings.load(given, "engine_args")
 
 
@@ -113,6 +116,7 @@ def _dialect(report: dict[str, Any]) -> Dialect:
         simulated=True,
         priority_values=values,
         priority_routes=_PRIORITY_ROUTES[name] if in_force else frozenset(),
+        preempts=in_force and report["preempts"] is True,
         stream_options=METERED_STREAM,
         accepted_fields=fields if strict else {},
     )

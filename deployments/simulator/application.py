@@ -124,6 +124,7 @@ class Application:
             "dialect": settings.dialect,
             "policy": settings.policy,
             "lower_goes_first": settings.lower_goes_first,
+            "preempts": scheduler.preempts,
             "slots": settings.slots,
             "context_length": settings.context_length,
             "settings": settings.model_dump(mode="json"),

@@ -14,6 +14,7 @@ from deployments.simulator.requests import Wish
 from deployments.simulator.scheduler import BatchScheduler, Changes, Job, JobState
 from deployments.simulator.settings import (
     Change,
+    DialectName,
     InjectedFailures,
     Policy,
     SimulatedSettings,
@@ -37,7 +38,8 @@ class Engine:
             settings.slots,
             fcfs=settings.policy is Policy.FCFS,
             lower_goes_first=settings.lower_goes_first,
-            preempts=settings.preemption,
+            preempts=settings.preempts,
+            keeps_place=settings.dialect is DialectName.VLLM,
         )
         self.wheel = Wheel(loop)
         self.loop = loop

@@ -1,7 +1,9 @@
 """Which requests run and which wait. Pure: it holds no clock and starts nothing itself.
 
 The order is that of vLLM 0.32's and TensorRT-LLM's waiting queues, a heap on (priority, arrival)
-without aging, and of SGLang 0.5's, which may also take a running request's slot.
+without aging, and of SGLang 0.5's. As SGLang, and vLLM with Frontline's scheduler, it may also give
+the slot of a running request to a waiting one. The bounds of Frontline's scheduler on how often and
+how long one request is suspended are not imitated.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from enum import Enum, auto
 from itertools import count
 from typing import NamedTuple
 
-PREEMPTION_GAP = 10
-"""How much worse a running request must be to lose its slot: SGLang's default
-``--priority-scheduling-preemption-threshold``."""
+PREEMPTION_GAP = 50
+"""How much worse a running request must be to lose its slot, on vLLM and SGLang as Frontline starts
+them."""
 
 REMEMBERED_STARTS = 4096
 """How many starts are remembered; enough for a test of the order, bounded for a long run."""
@@ -39,6 +41,7 @@ class Job:
     number: int
     priority: float
     urgency: float
+    arrival: int
     state: JobState = JobState.WAITING
 
 
@@ -64,14 +67,16 @@ class BatchScheduler:
     """At most ``slots`` jobs run; the others wait in order of urgency, then of arrival.
 
     With ``fcfs`` the order is that of arrival alone. With ``preempts`` a newcomer takes the slot
-    of the least urgent running job if that is worse by more than ``PREEMPTION_GAP``; the job that
-    lost it waits as one that arrived last, because SGLang gives no place back.
+    of the least urgent running job if that is worse by more than ``PREEMPTION_GAP``. With
+    ``keeps_place`` the job that lost it waits where its arrival puts it, as in vLLM; otherwise as
+    one that arrived last, as in SGLang.
     """
 
     slots: int
     fcfs: bool = False
     lower_goes_first: bool = True
     preempts: bool = False
+    keeps_place: bool = False
     max_running: int = 0
     preemptions: int = 0
     starts: deque[Start] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STARTS))
@@ -92,7 +97,7 @@ class BatchScheduler:
 
     def submit(self, number: int, priority: float) -> tuple[Job, Changes]:
         """Take a new job; it runs at once if there is room, which its state tells."""
-        job = Job(number, priority, self._urgency(priority))
+        job = Job(number, priority, self._urgency(priority), next(self._arrivals))
         if len(self._running) < self.slots:
             assert not self._waiting, "nobody waits while a slot is free"
             self._run(job)
@@ -130,18 +135,20 @@ class BatchScheduler:
     def _victim(self, job: Job) -> Job | None:
         if not self.preempts:
             return None
-        worst = max(self._running, key=lambda running: (running.urgency, running.number))
+        worst = max(self._running, key=lambda running: (running.urgency, running.arrival))
         return worst if worst.urgency - job.urgency > PREEMPTION_GAP else None
 
     def _preempt(self, job: Job) -> None:
         self._running.remove(job)
         self.preemptions += 1
+        if not self.keeps_place:
+            job.arrival = next(self._arrivals)
         self._enqueue(job)
 
     def _enqueue(self, job: Job) -> None:
         job.state = JobState.WAITING
         self._waiting += 1
-        heapq.heappush(self._heap, (job.urgency, next(self._arrivals), job))
+        heapq.heappush(self._heap, (job.urgency, job.arrival, job))
 
     def _run(self, job: Job) -> None:
         job.state = JobState.RUNNING

@@ -94,9 +94,10 @@ class SimulatedSettings(Settings):
     low_first: bool = True
     """Whether SGLang's lower priorities go first (``--schedule-low-priority-values-first``); with
     it one scale serves vLLM and SGLang. vLLM always does, TensorRT-LLM never."""
-    preemption: bool = False
-    """Whether a waiting request displaces a running one whose priority is worse by more than 10,
-    as SGLang 0.5 does; SGLang only. Off, because no other engine does."""
+    preemption: bool | None = None
+    """Whether a waiting request takes the slot of a running one whose priority is worse by more
+    than 50, which later goes on where it stopped. None: as the engine does that is imitated when
+    Frontline starts it. SGLang and vLLM do, if ``policy`` is ``priority``; TensorRT-LLM cannot."""
     max_waiting: int | None = Field(default=None, ge=0)
     """Answer 503 to requests beyond so many waiting, whatever their priority. None: no limit,
     as in the engines when nothing is set; the ingress is to shed, not the engine."""
@@ -133,8 +134,8 @@ class SimulatedSettings(Settings):
     def _does_something(self) -> Self:
         if not self.generates and not self.embedding_dimensions:
             raise ValueError("an engine that does not generate needs 'embedding_dimensions'")
-        if self.preemption and self.dialect is not DialectName.SGLANG:
-            raise ValueError("'preemption' is SGLang's; set 'dialect' to 'sglang'")
+        if self.preemption and self.dialect is DialectName.TENSORRT_LLM:
+            raise ValueError("'preemption': TensorRT-LLM does not preempt by priority")
         if self.lacking_fields and self.dialect is not DialectName.TENSORRT_LLM:
             raise ValueError("only 'dialect: tensorrt_llm' refuses fields: 'lacking_fields'")
         return self
@@ -145,6 +146,12 @@ class SimulatedSettings(Settings):
         if self.dialect is DialectName.SGLANG:
             return self.low_first
         return self.dialect is DialectName.VLLM
+
+    @property
+    def preempts(self) -> bool:
+        """Whether a waiting request takes the slot of a running one that is worse."""
+        can = self.policy is Policy.PRIORITY and self.dialect is not DialectName.TENSORRT_LLM
+        return can and self.preemption is not False
 
     @property
     def unset_priority(self) -> float:

@@ -31,9 +31,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         fcfs=st.booleans(),
         lower_goes_first=st.booleans(),
         preempts=st.booleans(),
+        keeps_place=st.booleans(),
     )
-    def start(self, slots: int, fcfs: bool, lower_goes_first: bool, preempts: bool) -> None:
-        self.scheduler = BatchScheduler(slots, fcfs, lower_goes_first, preempts)
+    def start(
+        self, slots: int, fcfs: bool, lower_goes_first: bool, preempts: bool, keeps_place: bool
+    ) -> None:
+        self.scheduler = BatchScheduler(slots, fcfs, lower_goes_first, preempts, keeps_place)
         self.jobs: list[Job] = []
         self.arrivals: dict[Job, int] = {}
         self.clock = 0
@@ -65,7 +68,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.preempts
             assert victim in before and victim.state is JobState.WAITING
             assert self._urgency(victim) - self._urgency(job) > PREEMPTION_GAP
-            self._arrive(victim)
+            if not self.scheduler.keeps_place:
+                self._arrive(victim)
         running = len(before) < self.scheduler.slots or bool(changes.preempted)
         assert (job.state is JobState.RUNNING) == running
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -629,7 +629,9 @@ def test_the_sign_and_routes_of_priority(
 async def test_waiting_requests_start_by_priority(spawn: Callable[..., Engine]) -> None:
     # The first request holds the only slot until its client gives up.
     hang = {"request": "hang", "at_request": 1, "after_tokens": 1}
-    engine = await asyncio.to_thread(spawn, slots=1, tokens_per_second=0, failures=hang)
+    engine = await asyncio.to_thread(
+        spawn, slots=1, tokens_per_second=0, failures=hang, preemption=False
+    )
     async with engine.async_http() as http:
         tasks = []
         for number, priority in enumerate((0, 100, 0, -100, 0, -100)):
@@ -644,10 +646,9 @@ async def test_waiting_requests_start_by_priority(spawn: Callable[..., Engine]) 
     assert (seen["max_running"], seen["aborted"]) == (1, 1)
 
 
-async def test_sglang_preempts_and_goes_on_where_it_was(spawn: Callable[..., Engine]) -> None:
-    engine = await asyncio.to_thread(
-        spawn, dialect="sglang", slots=1, tokens_per_second=20, preemption=True
-    )
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_a_victim_goes_on_where_it_was(spawn: Callable[..., Engine], dialect: str) -> None:
+    engine = await asyncio.to_thread(spawn, dialect=dialect, slots=1, tokens_per_second=20)
     async with engine.async_http() as http, asyncio.timeout(10):
         received = b""
         body = {**CHAT, "max_tokens": 400, "stream": True}
@@ -939,6 +940,29 @@ async def test_the_dialect_is_that_of_the_running_engine(
     for name in (await facts_of(tensorrt_llm)).dialect.accepted_fields[Route.CHAT]:
         answer = tensorrt_llm.post(Route.CHAT, {name: CHAT.get(name)})
         assert "Extra inputs" not in answer.text, name
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "preempts"),
+    [
+        ({}, True),
+        ({"preemption": False}, False),
+        ({"policy": "fcfs"}, False),
+        ({"dialect": "sglang"}, True),
+        ({"dialect": "sglang", "policy": "fcfs", "preemption": True}, False),
+        ({"dialect": "tensorrt_llm"}, False),
+    ],
+)
+async def test_it_reports_whether_it_preempts(
+    spawn: Callable[..., Engine], engine_args: dict[str, Any], preempts: bool
+) -> None:
+    engine = await asyncio.to_thread(spawn, **engine_args)
+    assert (await facts_of(engine)).dialect.preempts is preempts
+
+
+def test_a_pool_turns_preemption_off() -> None:
+    launch = replace(launched(), preemption=False)
+    assert '"preemption":false' in Simulated().command(launch)[-1]
 
 
 async def test_fcfs_and_high_first_engines_are_found_out(spawn: Callable[..., Engine]) -> None:
