@@ -73,6 +73,7 @@ class ReplicaRow:
         engine: its engine's name.
         engine_version: the version that the engine reported.
         native_priority: whether native priority is in force on any route.
+        preempts: whether its running requests give way to waiting ones of a better tier.
         running: how many requests of all ingresses it runs.
         slots: how many requests it can run at once.
         credits: how many of its slots the ingresses hold credits for.
@@ -89,6 +90,7 @@ class ReplicaRow:
     slots: int
     credits: int
     draining: bool = False
+    preempts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +236,7 @@ def _replicas(board: ModelBoard) -> tuple[ReplicaRow, ...]:
             running=running[status.replica_id],
             slots=status.slots,
             credits=credits[status.replica_id],
+            preempts=status.preempts,
         )
         for status in ready.values()
     ]

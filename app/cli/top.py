@@ -175,13 +175,14 @@ def _replicas(replicas: Sequence[ReplicaRow]) -> RenderableType:
             what = Text("draining", style="yellow")
             table.add_row(Text(replica.replica_id), "", what, "", str(replica.running), "")
             continue
+        words = "native, preempts" if replica.preempts else "native"
         proved = replica.native_priority
         table.add_row(
             # As `Text`, because rich parses brackets in a `str` as markup.
             Text(replica.replica_id),
             Text(replica.pool),
             Text(f"{replica.engine} {replica.engine_version}"),
-            Text("native" if proved else "none", style="green" if proved else "dim"),
+            Text(words if proved else "none", style="green" if proved else "dim"),
             f"{replica.running}/{replica.slots}",
             str(replica.credits),
         )

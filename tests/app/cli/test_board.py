@@ -30,7 +30,11 @@ def model(*replicas):
 
 def replica(name, *, native=True, slots=4):
     dialect = Dialect(
-        "vllm", False, dict.fromkeys(Tier, 0), frozenset(Route) if native else frozenset()
+        "vllm",
+        False,
+        dict.fromkeys(Tier, 0),
+        frozenset(Route) if native else frozenset(),
+        preempts=native,
     )
     return ReplicaStatus(name, "pool", "http://secret", "secret", slots, "0.32", None, dialect)
 
@@ -85,6 +89,7 @@ def test_a_model_is_summed_up_over_its_ingresses():
         ("b", 2, 4, 2),
     ]
     assert [r.native_priority for r in frame.replicas] == [True, False]
+    assert [r.preempts for r in frame.replicas] == [True, False]
     assert [(i.ingress, i.running, i.waiting, i.credits) for i in frame.ingresses] == [
         ("one", 3, 6, 4),
         ("two", 2, 2, 2),

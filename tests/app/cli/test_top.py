@@ -34,7 +34,10 @@ MODEL = ModelFrame(
     slots=16,
     credits=14,
     headroom=2,
-    replicas=(REPLICA, replace(REPLICA, replica_id="def", native_priority=False)),
+    replicas=(
+        replace(REPLICA, preempts=True),
+        replace(REPLICA, replica_id="def", native_priority=False),
+    ),
     ingresses=(IngressRow("one", 5, 12, 14, 2),),
 )
 
@@ -55,7 +58,7 @@ def test_a_frame_tells_the_line_by_tier_the_credits_and_the_replicas():
     assert " ".join(shown[4]) == (
         "default 5 12 2.1 s 250 ms 13.8 queue_full 164 (4.5/s), displaced 3, fail_fast 2"
     )
-    assert " ".join(shown[7]) == "abc gpu vllm 0.32 native 7/8 6"
+    assert " ".join(shown[7]) == "abc gpu vllm 0.32 native, preempts 7/8 6"
     assert " ".join(shown[8]) == "def gpu vllm 0.32 none 7/8 6"
 
 
@@ -96,5 +99,6 @@ def test_json_holds_every_number():
     assert model["tiers"]["default"]["sheds"]["fail_fast"] == {"total": 2, "per_s": None}
     assert list(model["tiers"]) == ["priority", "default", "flex"]
     assert model["replicas"][0]["native_priority"] is True
+    assert [one["preempts"] for one in model["replicas"]] == [True, False]
     assert model["ingresses"][0]["credits"] == 14
     assert (silent["id"], silent["tiers"]) == (None, {})
