@@ -144,7 +144,7 @@ class Preempting:
         """Preempt from now on, or say why not."""
         self._off = why_not
         self._histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
-        self._suspended: list[Any] = []
+        self._suspended: set[Any] = set()
         self._preemptions = 0
         if why_not is None:
             logger.info("Running requests give way to better tiers: %s", self._rules)
@@ -173,7 +173,7 @@ class Preempting:
         if self._off is None:
             history = self._histories.setdefault(request, History())
             history.suspend(request.num_output_tokens, time.monotonic())
-            self._suspended.append(request)
+            self._suspended.add(request)
 
     def _make_room(self: Any) -> None:
         try:
@@ -192,20 +192,18 @@ class Preempting:
 
     def _look_after_suspended(self: Any, now: float) -> None:
         """Keep the times of the suspended, and raise those that were suspended for too long."""
-        still = []
-        for request in self._suspended:
+        for request in list(self._suspended):
             history = self._histories[request]
             if request.status.name != "PREEMPTED":
                 history.resume(now)
+                self._suspended.discard(request)
                 continue
-            still.append(request)
             best = self._rules.best_priority
             too_long = history.total_s(now) > self._rules.longest_suspended_s
             if too_long and request.priority > best:
                 self.waiting.remove_request(request)
                 request.priority = best
                 self.waiting.add_request(request)
-        self._suspended = still
 
     def _victims(self: Any) -> list[Any]:
         if not self.waiting:
