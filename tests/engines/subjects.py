@@ -31,6 +31,7 @@ class Can(StrEnum):
     COUNT = "tell how many requests are running"
     TELL = "tell what it was sent, and fail on demand"
     PRIORITIZE = "serve priority natively"
+    PREEMPT = "give the slot of a running request to one of a better tier"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Engine:
     can: frozenset[Can]
     running: Callable[[httpx.Client], float] | None = None
     """Ask the engine itself how many requests it is running."""
+    long: int = 64
+    """How many tokens take much longer to generate than a request to be scheduled."""
     abort_s: float = 3.0
     """How soon after its client has gone a request must be gone too: less than it would take to
     end by itself, and more than the second or so between two looks of the engine."""
@@ -65,7 +68,7 @@ _REAL = frozenset(Can) - {Can.TELL, Can.EMBED}
 _SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED}
 
 ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine("vllm", _REAL, _metric("vllm:num_requests_running")),
+    "vllm": Engine("vllm", _REAL, _metric("vllm:num_requests_running"), long=150),
     # It looks for clients that have gone every 2 to 4 seconds.
     "sglang": Engine(
         "sglang",
@@ -75,14 +78,17 @@ ENGINES: Mapping[str, Engine] = {
     ),
     # Its count of running requests has no route of its own: /metrics is emptied by reading.
     "tensorrt_llm": Engine(
-        "tensorrt-llm", _REAL - {Can.COUNT, Can.REFUSE_LONG_ANSWERS, Can.NAME_LIMITS}
+        "tensorrt-llm",
+        _REAL - {Can.COUNT, Can.REFUSE_LONG_ANSWERS, Can.NAME_LIMITS, Can.PREEMPT},
     ),
-    "simulated": Engine("simulated-vllm", _SIMULATED | {Can.REFUSE_LONG_ANSWERS}, _simulated),
-    "simulated-sglang": Engine("simulated-sglang", _SIMULATED, _simulated),
+    "simulated": Engine(
+        "simulated-vllm", _SIMULATED | {Can.REFUSE_LONG_ANSWERS}, _simulated, long=500
+    ),
+    "simulated-sglang": Engine("simulated-sglang", _SIMULATED, _simulated, long=500),
     "simulated-tensorrt-llm": Engine(
-        "simulated-tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS}, _simulated
+        "simulated-tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT}, _simulated
     ),
-    "stand-in": Engine("tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS}, _simulated),
+    "stand-in": Engine("tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT}, _simulated),
 }
 
 

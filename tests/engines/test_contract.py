@@ -10,13 +10,17 @@ import asyncio
 import json
 import re
 from collections import Counter
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import httpx
 import openai
 import pytest
 
+from app.core.tiers import Tier
+from tests.engines.preemption_load import Direct
 from tests.engines.subjects import Can, Subject
-from tests.support.cluster import Deployment, eventually, eventually_async
+from tests.support.cluster import PLAIN, Deployment, eventually, eventually_async
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -440,6 +444,62 @@ def test_the_engine_gets_its_own_value_for_the_tier(served, needs, subject):
             body = engine.get("/simulate").json()["requests"][-1]["body"]
             assert body["priority"] == value
             assert {"service_tier", "fail_fast"}.isdisjoint(body)
+
+
+# Preemption
+
+
+def test_the_replica_reports_whether_its_engine_preempts(served, subject):
+    [replica] = served.deployment.replicas(subject.model)
+    assert replica.preempts is (Can.PREEMPT in subject.can)
+
+
+async def test_priority_does_not_wait_for_the_last_token_of_a_running_request(
+    served, needs, subject
+):
+    needs(Can.PREEMPT)
+    [replica] = served.deployment.replicas(subject.model)
+    order = []
+    began = asyncio.Queue()
+    # Straight to the engine: an ingress sends no more than there are slots.
+    model_id = served.deployment.snapshot(subject.model).id
+    async with direct(replica, model_id) as engine:
+
+        async def low(tier):
+            answer = await engine.stream(
+                tier, subject.engine.long, first=lambda: began.put_nowait(1), prompt="Once upon"
+            )
+            order.append("an end")
+            return answer
+
+        running = [
+            asyncio.create_task(low((Tier.DEFAULT, Tier.FLEX)[number % 2]))
+            for number in range(replica.slots)
+        ]
+        for _ in running:
+            await began.get()
+        urgent = await asyncio.gather(
+            *(
+                engine.stream(
+                    Tier.PRIORITY, 4, first=lambda: order.append("priority"), prompt="Hurry"
+                )
+                for _ in range(2)
+            )
+        )
+        answers = await asyncio.gather(*running)
+    assert order == ["priority"] * 2 + ["an end"] * replica.slots
+    assert all(answer.ended and answer.tokens == 4 for answer in urgent)
+    assert all(answer.ended and answer.tokens == subject.engine.long for answer in answers)
+
+
+@asynccontextmanager
+async def direct(replica, model_id):
+    """A client of the engine's own server."""
+    headers = {"authorization": f"Bearer {replica.key}"}
+    async with httpx.AsyncClient(
+        base_url=replica.base_url, headers=headers, timeout=300, verify=PLAIN
+    ) as engine:
+        yield Direct(engine, model_id, replica.dialect.priority_values)
 
 
 # Load and clients that leave

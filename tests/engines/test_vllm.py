@@ -12,7 +12,9 @@ import httpx
 import openai
 import pytest
 
-from tests.support.cluster import command_line, engine_processes, eventually
+from tests.engines.preemption_load import Direct, Load
+from tests.engines.subjects import ENGINES
+from tests.support.cluster import PLAIN, command_line, engine_processes, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -248,6 +250,39 @@ def running(local):
     found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M)
     assert found, metrics
     return float(found[1])
+
+
+PREEMPTIONS = int(os.environ.get("FRONTLINE_PREEMPTIONS", "20"))
+"""How many preemptions the next test waits for; 1,000 in its long form."""
+
+
+@pytest.mark.timeout(600 + 3 * PREEMPTIONS)
+async def test_every_answer_is_whole_however_often_it_is_suspended(local):
+    [replica] = local.replicas("smollm2")
+    assert replica.preempts
+    headers = {"authorization": f"Bearer {replica.key}"}
+    async with httpx.AsyncClient(
+        base_url=replica.base_url, headers=headers, timeout=300, verify=PLAIN
+    ) as engine:
+        direct = Direct(engine, local.snapshot("smollm2").id, replica.dialect.priority_values)
+        load = Load(direct, ENGINES["vllm"].can, replica.slots)
+
+        async def metric(name):
+            text = (await engine.get("/metrics")).text
+            return sum(map(float, re.findall(rf"^{name}\{{.*\}} (\S+)", text, re.MULTILINE)))
+
+        async def idle():
+            gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+            return not any([await metric(f"vllm:{name}") for name in gauges])
+
+        count = await load.run(lambda: metric("vllm:num_preemptions_total"), PREEMPTIONS)
+        assert count >= PREEMPTIONS
+        for _ in range(100):
+            if await idle():
+                break
+            await asyncio.sleep(0.1)
+        assert await idle(), "slots and cache are free again"
+        await load.score_again(5, slack=0.5)
 
 
 def test_a_killed_engine_comes_back(local):
