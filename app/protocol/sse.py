@@ -47,10 +47,18 @@ def _split(text: bytes) -> list[bytes]:
     return text.split(b"\n\n")
 
 
+def comments(block: bytes) -> bytes:
+    """Return the comments of a block as they go over the wire; empty if it has none."""
+    if not block.startswith(b":") and b"\n:" not in block:
+        return b""
+    lines = [line for line in block.split(b"\n") if line.startswith(b":")]
+    return b"\n".join((*lines, b"", b""))
+
+
 def parse_block(block: bytes) -> Event | None:
     """Return the event of a block, or ``None`` if it has no data.
 
-    Comments and unknown fields are dropped.
+    Unknown fields are dropped, and so are comments, which ``comments`` returns.
     """
     if block.startswith(b"data: ") and b"\n" not in block:
         return Event(block[6:])

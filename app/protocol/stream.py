@@ -19,7 +19,7 @@ from app.core.tier_decision import TierDecision
 from app.protocol import engine_errors
 from app.protocol.chunk_template import Splicer, only_text
 from app.protocol.requests import Inbound, stamp
-from app.protocol.sse import DONE, Event, parse_block
+from app.protocol.sse import DONE, Event, comments, parse_block
 from app.protocol.usage import (
     Count,
     Counted,
@@ -108,7 +108,7 @@ class ChunkStamper:
             # A held chunk must be sent before the next event of any kind.
             if splicer is not None and not self._held:
                 place = splicer.splice(blocks, place, wire)
-            if place < len(blocks) and (event := parse_block(blocks[place])):
+            if place < len(blocks) and (event := _event_of(blocks[place], wire)):
                 self.broken = not read_event(self._parsed, event, wire)
             place += 1
         return b"".join(wire)
@@ -233,7 +233,7 @@ class ResponsesStamper:
             # As above.
             if self.failed or self.broken:
                 break
-            if event := parse_block(block):
+            if event := _event_of(block, wire):
                 self.broken = not read_event(self._stamped, event, wire)
         return b"".join(wire)
 
@@ -302,6 +302,13 @@ def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple
         # Any exception, for the reason given in `read_event`.
         alarms.PROCESS.raised("unreadable answer", "an engine's answer was not passed on", error)
         raise errors.ServerError from None
+
+
+def _event_of(block: bytes, wire: list[bytes]) -> Event | None:
+    """Return the event of a block, if any; append its comments to the client's bytes."""
+    if comment := comments(block):
+        wire.append(comment)
+    return parse_block(block)
 
 
 def read_event(read: Callable[[Event], Iterator[bytes]], event: Event, wire: list[bytes]) -> bool:

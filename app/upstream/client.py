@@ -138,7 +138,8 @@ class StreamedAnswer:
         """Wait for events; return all that have arrived since the last call, or none at the end.
 
         They are unchanged (``EventReader.blocks``). Events that arrived together are returned
-        together, so that they are also sent together.
+        together, so that they are also sent together. Comments are returned too. They are no sign
+        of life: an engine's HTTP server also sends them while its GPU is stuck.
 
         Raises:
             EngineBroke: the connection ended before the HTTP message did.
@@ -146,8 +147,11 @@ class StreamedAnswer:
         blocks, self._first = self._first, []
         try:
             while not blocks and (piece := await self._response.next_piece()):
-                self._pulse.beat()
                 blocks = self._reader.blocks(piece)
+                if piece.startswith(b":") and not _has_event(blocks):
+                    self._response.disregard()
+                else:
+                    self._pulse.beat()
         except ConnectionLost as error:
             silent = self._pulse.missed(error, self._read_timeout_s)
             raise EngineBroke(silent=silent) from error
@@ -229,6 +233,10 @@ async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryA
     return UnaryAnswer(body)
 
 
+def _has_event(blocks: list[bytes]) -> bool:
+    return any(parse_block(block) for block in blocks)
+
+
 async def _read_first(
     response: Response, route: Route, pulse: _Pulse
 ) -> tuple[list[bytes], EventReader]:
@@ -242,6 +250,8 @@ async def _read_first(
             if failure := stream_error(first, route):
                 raise _fault(failure)
             return blocks, reader
+        if blocks:
+            response.disregard()
     raise EngineUnreachable  # the stream ended before its first event
 
 

@@ -79,6 +79,10 @@ class Response:
         """Return the part of the body received since the last call, without waiting."""
         return self._connection.take_piece()
 
+    def disregard(self) -> None:
+        """Do not count what arrived last as a sign of life: the read timeout goes on before it."""
+        self._connection.disregard()
+
     async def read(self) -> bytes:
         """Return the rest of the body.
 
@@ -139,7 +143,7 @@ class EngineConnection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._read_timeout_s = math.inf
-        self._received_at = 0.0
+        self._received_at = self._alive_at = 0.0
         self._may_write = True
         self.kept = False
         self.idle_since = 0.0
@@ -180,7 +184,7 @@ class EngineConnection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             raise ConnectionLost("closed", stale=self.kept)
         self._begin()
-        self._received_at = self._loop.time()
+        self._received_at = self._alive_at = self._loop.time()
         if self._timer is not None and read_timeout_s < self._read_timeout_s:
             self._timer.cancel()
             self._timer = None
@@ -229,6 +233,10 @@ class EngineConnection(asyncio.Protocol):
             self._paused = False
             self._transport.resume_reading()
         return piece
+
+    def disregard(self) -> None:
+        """See ``Response.disregard``."""
+        self._received_at = self._alive_at
 
     def close(self) -> None:
         """Close the connection. The engine then aborts the request, if one is running."""
@@ -332,6 +340,7 @@ class EngineConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self._alive_at = self._received_at
         self._received_at = self._loop.time()
         self._answered = True
         try:

@@ -123,6 +123,45 @@ def test_nothing_follows_an_engines_error_in_the_same_read(route, after):
     assert fed(stamper, *after) == b""
 
 
+COMMENTS = [b": keep-alive", b":", b": two\n: lines", b': {"choices": []}']
+RESPONSES = [
+    Event(json.dumps({"type": "response.created", "response": {"id": "r"}}).encode()),
+    Event(b'{"type": "response.output_text.delta", "delta": "a"}', b"response.output_text.delta"),
+    Event(json.dumps({"type": "response.completed", "response": {"id": "r"}}).encode()),
+]
+
+
+@given(
+    st.sampled_from([(Route.CHAT, STREAM), (Route.RESPONSES, RESPONSES)]),
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(COMMENTS)), max_size=8),
+    st.booleans(),
+)
+def test_comments_pass_and_change_no_event(answer, placed, together):
+    route, events = answer
+    blocks = [event.encode().removesuffix(b"\n\n") for event in events]
+    for place, comment in sorted(placed, key=lambda one: one[0], reverse=True):
+        blocks.insert(place, comment)
+    request = inbound(route, stream=True)
+    plain, commented = stream_stamper(request, PRIORITY), stream_stamper(request, PRIORITY)
+    expected = fed(plain, *events)
+    reads = [blocks] if together else [[block] for block in blocks]
+    wire = b"".join(commented.feed(read) for read in reads)
+    assert events_of(wire) == events_of(expected)
+    assert commented.counted() == plain.counted() and commented.ended
+    passed = [line for line in wire.split(b"\n") if line.startswith(b":")]
+    sent = b"\n".join(block for block in blocks if block.startswith(b":"))
+    assert passed == (sent.split(b"\n") if sent else [])
+
+
+def test_a_comment_in_the_lines_of_an_event_passes_before_it():
+    stamper = stream_stamper(inbound(stream=True), PRIORITY)
+    [block] = EventReader().blocks(b": one\n" + chunk("a").encode())
+    wire = stamper.feed([block])
+    assert wire.startswith(b": one\n\ndata: ")
+    [event] = events_of(wire)
+    assert json.loads(event.data)["choices"][0]["delta"]["content"] == "a"
+
+
 def test_responses_events_are_stamped_where_they_carry_the_response():
     def event(kind, **fields):
         return Event(json.dumps({"type": kind, **fields}).encode(), kind.encode())

@@ -54,6 +54,19 @@ async def one_event(writer):
     await asyncio.sleep(60)
 
 
+async def commenting(writer, *events):
+    writer.write(HEAD)
+    for event in events:
+        writer.write(chunk(event))
+    for _ in range(40):
+        await asyncio.sleep(TIMEOUT_S / 6)
+        writer.write(chunk(b": keep-alive\n\n"))
+
+
+async def event_then_comments(writer):
+    await commenting(writer, EVENT)
+
+
 async def steady(writer):
     writer.write(HEAD)
     for _ in range(12):
@@ -99,6 +112,22 @@ async def test_an_engine_that_falls_silent_in_the_middle_is_too(client):
         with pytest.raises(EngineBroke) as lost:
             await ask(client, replica)
     assert lost.value.silent
+
+
+@pytest.mark.parametrize("behaviour", [commenting, event_then_comments])
+async def test_comments_are_no_sign_of_life(client, behaviour):
+    async with engine(behaviour) as replica:
+        with pytest.raises((EngineUnreachable, EngineBroke)) as lost:
+            await asyncio.wait_for(ask(client, replica), 5)
+    assert vars(lost.value)["silent"]
+
+
+async def test_comments_are_read_as_they_came(client):
+    async with engine(event_then_comments) as replica:
+        answer = await client.send(replica, Route.CHAT, b"{}", request_id="r", read_timeout_s=5)
+        with answer:
+            read = [await answer.next_events() for _ in range(3)]
+    assert read == [[EVENT.strip()], [b": keep-alive"], [b": keep-alive"]]
 
 
 @pytest.mark.parametrize("behaviour", [silent, one_event])
