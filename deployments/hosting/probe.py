@@ -13,6 +13,9 @@ _TEXT: Final = "1"
 def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
     """Return the body of a request for a single token, with priority if the engine supports it.
 
+    Where the engine preempts, it is ahead of priority, by as much as priority is ahead of default.
+    The probe then takes a slot even if running priority requests have all of them.
+
     Args:
         model: the name that the engine serves the model under.
         route: the route that the request is for.
@@ -25,5 +28,6 @@ def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
     elif route is not Route.EMBEDDINGS:
         request["max_tokens"] = 1
     if route in dialect.priority_routes:
-        request["priority"] = dialect.priority_values[Tier.PRIORITY]
+        best, usual = (dialect.priority_values[tier] for tier in (Tier.PRIORITY, Tier.DEFAULT))
+        request["priority"] = best + (best - usual) if dialect.preempts else best
     return request

@@ -19,6 +19,14 @@ def test_a_probe_asks_for_one_token_ahead_of_all_others(route):
     assert set(limits.values()) == ({1} if route is not Route.EMBEDDINGS else set())
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_probe_takes_the_slot_of_a_running_priority_request(sign):
+    values = {tier: sign * value for tier, value in VALUES.items()}
+    dialect = Dialect("e", False, values, frozenset({Route.CHAT}), preempts=True)
+    assert probe_request("m", Route.CHAT, dialect)["priority"] == sign * -200
+    assert "priority" not in probe_request("m", Route.COMPLETIONS, dialect)
+
+
 @pytest.mark.parametrize("route", list(CLIENT_FIELDS))
 def test_a_strict_engine_accepts_it(route):
     request = probe_request("m", route, Dialect("e"))
