@@ -149,7 +149,31 @@ class IngressSettings(Settings):
         "none. After it, the stream ends with an error. A replica that sent nothing to any "
         "request in that time is asked for a single token, and replaced if it does not produce "
         "one (`probe_timeout_s`). Two minutes is more than a long prompt takes; raise it where "
-        "prompts take longer.",
+        "prompts take longer. Comments of an engine are no events.",
+    )
+    suspended_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="The same bound for a default or flex stream on an engine that preempts, in "
+        "seconds; never less than `stream_timeout_s`. Such an engine suspends it while requests of "
+        "a better tier need its slot. After `stream_timeout_s` the replica is only asked for a "
+        "token, and replaced if it does not produce one. Ten minutes is what flex may wait, and "
+        "what the OpenAI SDKs wait by default.",
+    )
+    stream_headers_after_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="A stream without its first event this long after it was placed gets status "
+        "200, its headers and a comment, in seconds. Until then an error still gets its own "
+        "status; afterwards it is an event that ends the stream. Most first tokens come within "
+        "ten seconds, and proxies wait at least 30.",
+    )
+    stream_comment_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="How often a stream that has begun gets an SSE comment (`: keep-alive`) while "
+        "its engine sends nothing, in seconds. Half of the shortest usual idle timeout of load "
+        "balancers, 30 s. Clients skip comments.",
     )
     slow_reader_s: float = Field(
         default=5.0,

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from app import alarms
+from app.core import errors
 from app.gateway.metering import Meter
 from app.gateway.response import JSON, SSE, Placement, Reply
 from app.ledger.record import State
@@ -55,6 +56,9 @@ class Forwarding:
                 await self._unless_slow(answer, place)
 
     async def _whole(self, answer: UnaryAnswer, place: Placement) -> None:
+        if self._reply.started:
+            # A stream was requested and has begun, but the engine has sent no stream.
+            raise errors.ServerError
         body, counted = stamp_answer(answer.body, self._inbound, place.decision)
         self._meter.counted = counted
         _note_odd_usage(place, odd=counted.estimated)
@@ -101,7 +105,8 @@ class Forwarding:
     ) -> None:
         meter, reply = self._meter, self._reply
         await meter.opened(stamper)
-        await reply.start(SSE, place)
+        if not reply.started:
+            await reply.start(SSE, place)
         over, last = False, b""
         try:
             while blocks := await answer.next_events():

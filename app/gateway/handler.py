@@ -11,6 +11,7 @@ from app.gateway.lifecycle import Lifecycle
 from app.gateway.request_body import ClientGone, Headers, Receive, Scope
 from app.gateway.response import Reply, Send
 from app.gateway.services import Services
+from app.protocol.stream import error_event
 from app.tenants.access import NOBODY, Caller
 
 __all__ = ["Handler", "Receive", "Scope", "identify"]
@@ -29,7 +30,11 @@ class Handler:
             await self._answer(scope, receive, reply)
         except errors.ApiError as error:
             _forget_frames(error)
-            await reply.refuse(error)
+            if reply.started:
+                # A stream that has begun, but has no event of an answer.
+                await reply.write(error_event(error, self._route), more=False)
+            else:
+                await reply.refuse(error)
         except ClientGone:
             return
         except asyncio.CancelledError as error:

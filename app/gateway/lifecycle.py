@@ -16,6 +16,7 @@ from app.core.tiers import PriorityMode, Tier
 from app.flow.admission import Admission, ModelGone, Shed, Slot
 from app.flow.request import QueuedRequest
 from app.gateway.forwarding import Forwarding
+from app.gateway.keep_alive import KeepAlive, comments_meanwhile
 from app.gateway.metering import Meter
 from app.gateway.refusals import (
     NOT_READY,
@@ -202,32 +203,50 @@ class Lifecycle:
             raise
 
     async def _answer(self, request: QueuedRequest, slot: Slot, admitted: TierAdmission) -> None:
-        """Answer the request, on another replica if the first is lost or fails before an answer."""
+        """Answer the request, on another replica if the first is lost or fails before an answer.
+
+        Once a stream has begun, its tier is final. Then the other replica must honour it too.
+        """
         decision = self._decide(admitted, slot)
         try:
             await self._send(request, slot, decision)
             return
-        except EngineUnreachable as lost:
-            # A replica that still serves other requests keeps getting requests.
-            suspend = lost.silent or not lost.timed_out
-            slot = await self._admission.admit_again(request, suspend=suspend)
-        except EngineFailed as failed:
-            # The request itself may cause the failure. So the replica keeps getting other requests,
-            # and if there is no other replica the failure is the answer.
-            slot = await self._slot_after(request, failed)
+        except (EngineUnreachable, EngineFailed) as failure:
+            slot = await self._another_slot(request, failure, decision)
         self._waited_s = slot.waited_s
         if not self._still_holds(decision, slot.replica):
             # The prices of the first decision stay: later increases do not apply to this request.
             decision = replace(self._decide(admitted, slot), rate_card=decision.rate_card)
         await self._send(request, slot, decision)
 
-    async def _slot_after(self, request: QueuedRequest, failed: EngineFailed) -> Slot:
+    async def _another_slot(
+        self,
+        request: QueuedRequest,
+        failed: EngineUnreachable | EngineFailed,
+        decision: TierDecision,
+    ) -> Slot:
+        """Do the same as ``_slot_after``, for a stream that may have begun."""
+        async with comments_meanwhile(self._reply, self._settings.stream_comment_s):
+            slot = await self._slot_after(request, failed)
+        if self._reply.started and not self._still_holds(decision, slot.replica):
+            raise failed
+        return slot
+
+    async def _slot_after(
+        self, request: QueuedRequest, failed: EngineUnreachable | EngineFailed
+    ) -> Slot:
         """Wait for a slot on a replica other than the one that failed the request.
 
         Raises:
             EngineFailed: there is no other replica, or none any more.
             Shed, ModelGone: as in ``Admission.admit``.
         """
+        if isinstance(failed, EngineUnreachable):
+            # A replica that still serves other requests keeps getting requests.
+            suspend = failed.silent or not failed.timed_out
+            return await self._admission.admit_again(request, suspend=suspend)
+        # The request itself may cause the failure. So the replica keeps getting other requests,
+        # and if there is no other replica the failure is the answer.
         if not self._admission.has_another(request):
             raise failed
         try:
@@ -269,6 +288,10 @@ class Lifecycle:
         def suspect() -> None:
             self._admission.suspect(replica.replica_id, inbound.route)
 
+        def suspect_if_silent() -> None:
+            if self._engines.is_silent(replica.replica_id, settings.stream_timeout_s):
+                suspect()
+
         try:
             answer = await self._engines.send(
                 replica,
@@ -277,8 +300,11 @@ class Lifecycle:
                     inbound, self._admission.snapshot.id, replica.dialect, decision.served
                 ),
                 request_id=self._reply.request_id,
-                read_timeout_s=(
-                    settings.stream_timeout_s if inbound.stream else settings.engine_timeout_s
+                read_timeout_s=self._longest_silence_s(place),
+                silence=(
+                    KeepAlive(self._reply, self._meter, place, settings, suspect_if_silent)
+                    if inbound.stream
+                    else None
                 ),
             )
         except EngineUnreachable as lost:
@@ -294,6 +320,14 @@ class Lifecycle:
             suspect=suspect,
         )
         await forwarding.forward(answer, place)
+
+    def _longest_silence_s(self, place: Placement) -> float:
+        settings = self._settings
+        if not self._inbound.stream:
+            return settings.engine_timeout_s
+        if place.may_be_suspended:
+            return max(settings.suspended_timeout_s, settings.stream_timeout_s)
+        return settings.stream_timeout_s
 
     def _count_tokens(self) -> int | None:
         usage = self._meter.usage

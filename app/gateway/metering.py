@@ -95,10 +95,8 @@ class Meter:
         assert self._record is not None, "only a placed request is answered"
         self._opening = self._ledger.open(self._record)
 
-    async def opened(self, stream: Metered) -> None:
+    async def durable(self) -> None:
         """Wait until the opening record of a stream is durable; call it before the first byte.
-
-        From then on the usage is read from the stream.
 
         Raises:
             DiskRefuses: the record is not durable. The caller must send nothing and call
@@ -108,6 +106,10 @@ class Meter:
             self.open()
         assert self._opening is not None
         await self._opening
+
+    async def opened(self, stream: Metered) -> None:
+        """Do the same when the first event has come, whose usage is read from the stream."""
+        await self.durable()
         self.first_byte()
         self._stream = stream
 

@@ -39,6 +39,11 @@ class Placement:
     decision: TierDecision
     queue_s: float
 
+    @property
+    def may_be_suspended(self) -> bool:
+        """Whether the engine may stop generating for it, for a request of a better tier."""
+        return self.replica.dialect.preempts and self.decision.served is not Tier.PRIORITY
+
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of an answer from this placement."""
         stamps = [
@@ -59,12 +64,13 @@ class Reply:
             header itself, with the client's value if there is one, and clients reuse values.
         headers: headers that are added to any answer or error.
         started: whether an answer has begun.
+        ended: whether the last byte of an answer has been sent.
     """
 
     def __init__(self, send: Send) -> None:
         self.request_id = new_request_id()
         self.headers: list[tuple[str, str]] = []
-        self.started = False
+        self.started = self.ended = False
         self._send = send
 
     async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Placement) -> None:
@@ -77,6 +83,8 @@ class Reply:
 
     async def write(self, piece: bytes, *, more: bool = True) -> None:
         """Send a part of the body."""
+        if not more:
+            self.ended = True
         await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def refuse(self, error: errors.ApiError) -> None:

@@ -204,7 +204,7 @@ class ChunkStamper:
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def break_off(self) -> bytes:
-        error = Event(errors.ServerError(_BROKEN_OFF).body()).encode()
+        error = error_event(errors.ServerError(_BROKEN_OFF), self._route)
         return b"".join((*self._release(self._shown_usage()), error))
 
 
@@ -275,14 +275,21 @@ class ResponsesStamper:
         return self._error(errors.ServerError(_BROKEN_OFF))
 
     def _error(self, error: errors.ApiError) -> bytes:
-        fields = {
-            "type": "error",
-            "code": error.code,
-            "message": error.message,
-            "param": error.param,
-            "sequence_number": self._sequence_number + 1,
-        }
-        return Event(orjson.dumps(fields), b"error").encode()
+        return error_event(error, Route.RESPONSES, self._sequence_number + 1)
+
+
+def error_event(error: errors.ApiError, route: Route, number: int = 0) -> bytes:
+    """Return the event that ends a stream with an error; ``number``: its place in the stream."""
+    if route is not Route.RESPONSES:
+        return Event(error.body()).encode()
+    fields = {
+        "type": "error",
+        "code": error.code,
+        "message": error.message,
+        "param": error.param,
+        "sequence_number": number,
+    }
+    return Event(orjson.dumps(fields), b"error").encode()
 
 
 def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple[bytes, Counted]:

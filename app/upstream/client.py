@@ -20,10 +20,12 @@ from app.core.dialect import Route
 from app.protocol import engine_errors
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.requests import stream_error
-from app.protocol.sse import EventReader, parse_block
+from app.protocol.sse import EventReader, comments, parse_block
 from app.upstream.http1 import ConnectionLost, Response, request_head
 from app.upstream.pool import Connections
+from app.upstream.silence import Silence
 
+_COLON: Final = ord(":")
 _EVENT_STREAM: Final = b"text/event-stream"
 
 
@@ -77,9 +79,12 @@ class _Pulse:
 
         If one request stalls while others make progress, the replica is not at fault.
         """
-        silent_s = time.monotonic() - self._at
-        # A little less than the timeout, because the two clocks did not start at the same moment.
-        return error.silent and silent_s > 0.9 * read_timeout_s
+        return error.silent and self.silent_for(read_timeout_s)
+
+    def silent_for(self, seconds: float) -> bool:
+        """Return whether the replica has sent nothing for so long."""
+        # A little less, because the two clocks did not start at the same moment.
+        return time.monotonic() - self._at > 0.9 * seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,7 @@ class StreamedAnswer:
         try:
             while not blocks and (piece := await self._response.next_piece()):
                 blocks = self._reader.blocks(piece)
-                if piece.startswith(b":") and not _has_event(blocks):
+                if piece[0] == _COLON and not _has_event(blocks):
                     self._response.disregard()
                 else:
                     self._pulse.beat()
@@ -169,6 +174,11 @@ class EngineClient:
         """Close the idle connections."""
         self._connections.close()
 
+    def is_silent(self, replica_id: str, seconds: float) -> bool:
+        """Return whether a replica has sent nothing to any running request for so long."""
+        pulse = self._pulses.get(replica_id)
+        return pulse is not None and pulse.silent_for(seconds)
+
     async def send(
         self,
         replica: ReplicaStatus,
@@ -177,11 +187,13 @@ class EngineClient:
         *,
         request_id: str,
         read_timeout_s: float,
+        silence: Silence | None = None,
     ) -> UnaryAnswer | StreamedAnswer:
         """Send a request to an engine and return its answer.
 
         The engine gets only the headers set here, and none of the client's. ``read_timeout_s`` is
-        the longest pause between two reads, in seconds.
+        the longest pause between two reads, in seconds. ``silence`` watches shorter pauses, from
+        the sending on; what its ``handle`` raises is raised here.
 
         Raises:
             EngineUnreachable: the engine was lost before it sent any part of an answer.
@@ -195,7 +207,9 @@ class EngineClient:
         if pulse is None:
             pulse = self._pulses[replica.replica_id] = _Pulse()
         try:
-            connection, response = await self._connections.send(url, head, body, read_timeout_s)
+            connection, response = await self._connections.send(
+                url, head, body, read_timeout_s, silence
+            )
         except ConnectionLost as error:
             raise _unreachable(error, pulse, read_timeout_s) from error
 
@@ -206,7 +220,7 @@ class EngineClient:
         try:
             if response.status != 200 or response.content_type != _EVENT_STREAM:
                 return await _read_whole(response, route, pulse)
-            first, reader = await _read_first(response, route, pulse)
+            first, reader = await _read_first(response, route, pulse, silence)
             streamed = StreamedAnswer(first, reader, response, pulse, read_timeout_s, release)
             return streamed
         except ConnectionLost as error:
@@ -238,7 +252,7 @@ def _has_event(blocks: list[bytes]) -> bool:
 
 
 async def _read_first(
-    response: Response, route: Route, pulse: _Pulse
+    response: Response, route: Route, pulse: _Pulse, silence: Silence | None
 ) -> tuple[list[bytes], EventReader]:
     """Return the first events of a stream. Raises the error that a stream begins with, if any."""
     reader = EventReader()
@@ -252,6 +266,8 @@ async def _read_first(
             return blocks, reader
         if blocks:
             response.disregard()
+            if silence is not None:
+                await silence.pass_on(b"".join(map(comments, blocks)))
     raise EngineUnreachable  # the stream ended before its first event
 
 

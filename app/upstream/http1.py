@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from app.upstream.silence import Silence
+
 _MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that may wait for a slow client before reading from the engine is paused.
 About a thousand tokens of a stream."""
@@ -105,7 +107,10 @@ class Response:
         """
         connection = self._connection
         while not (piece := connection.take_piece()) and not connection.complete:
-            await connection.news()
+            if connection.due:
+                await connection.handle_silence()
+            else:
+                await connection.news()
         return piece
 
 
@@ -125,6 +130,7 @@ class EngineConnection(asyncio.Protocol):
         held: the bytes that wait for their readers on all connections together, without the first
             ``_LEAST_UNREAD`` of each connection.
         complete: whether the whole answer has arrived.
+        due: whether ``handle_silence`` is to be called by whoever waits for the answer.
         kept: whether the connection has served an earlier request.
         idle_since: when it was given back, by the event loop's clock, in seconds.
     """
@@ -142,9 +148,11 @@ class EngineConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._read_timeout_s = math.inf
+        self._look_at = self._read_timeout_s = math.inf
         self._received_at = self._alive_at = 0.0
         self._may_write = True
+        self._silence: Silence | None = None
+        self.due = False
         self.kept = False
         self.idle_since = 0.0
         self._begin()
@@ -171,7 +179,9 @@ class EngineConnection(asyncio.Protocol):
             and not transport.is_closing()
         )
 
-    async def send(self, head: bytes, body: Body, read_timeout_s: float) -> Response:
+    async def send(
+        self, head: bytes, body: Body, read_timeout_s: float, silence: Silence | None = None
+    ) -> Response:
         """Send a request; return its answer once the head of the answer has arrived.
 
         A body in pieces is written as fast as the engine reads it, until an answer arrives.
@@ -184,20 +194,20 @@ class EngineConnection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             raise ConnectionLost("closed", stale=self.kept)
         self._begin()
-        self._received_at = self._alive_at = self._loop.time()
-        if self._timer is not None and read_timeout_s < self._read_timeout_s:
-            self._timer.cancel()
-            self._timer = None
-        self._read_timeout_s = read_timeout_s
-        if self._timer is None:
-            self._timer = self._loop.call_later(read_timeout_s, self._look)
+        now = self._received_at = self._alive_at = self._loop.time()
+        self._read_timeout_s, self._silence = read_timeout_s, silence
+        at = now + read_timeout_s
+        self._look_by(at if silence is None else min(at, silence.look(now, now)))
         if isinstance(body, bytes):
             transport.writelines((head, body))
         else:
             transport.write(head)
             await self._write(transport, body)
         while not self._head_came:
-            await self.news()
+            if self.due:
+                await self.handle_silence()
+            else:
+                await self.news()
         content_type = self._content_type.partition(b";")[0].strip().lower()
         return Response(self, self._parser.get_status_code(), content_type, self._retry_after)
 
@@ -238,6 +248,12 @@ class EngineConnection(asyncio.Protocol):
         """See ``Response.disregard``."""
         self._received_at = self._alive_at
 
+    async def handle_silence(self) -> None:
+        """Do what is due because nothing has arrived for a while."""
+        self.due = False
+        if self._silence is not None:
+            await self._silence.handle()
+
     def close(self) -> None:
         """Close the connection. The engine then aborts the request, if one is running."""
         self.unwatch()
@@ -263,6 +279,7 @@ class EngineConnection(asyncio.Protocol):
         """Drop the callbacks, because they refer to the whole request, including its body."""
         self._slow_s = math.inf
         self._on_slow = self._on_complete = _nothing
+        self._silence, self.due = None, False
 
     def _drop(self) -> None:
         """Discard the bytes that wait to be read."""
@@ -319,15 +336,30 @@ class EngineConnection(asyncio.Protocol):
         self._timer = None
         if self.complete or self._lost:
             return
-        left_s = self._received_at + self._read_timeout_s - self._loop.time()
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._look)
-        elif self._paused:
-            # The client does not read; the engine is not at fault.
-            self._timer = self._loop.call_later(self._read_timeout_s, self._look)
-        else:
+        now = self._loop.time()
+        at = self._received_at + self._read_timeout_s
+        if at <= now and not self._paused:
             self._silent = True
             self._fail()
+            return
+        if at <= now:
+            # The client does not read; the engine is not at fault.
+            at = now + self._read_timeout_s
+        if self._silence is not None:
+            at = min(at, self._silence.look(self._received_at, now))
+            if self._silence.due:
+                self.due = True
+                self._wake()
+        self._look_by(at)
+
+    def _look_by(self, at: float) -> None:
+        """Have ``_look`` called at a time, or earlier: a timer that is set is not put off."""
+        if self._timer is not None and self._look_at > at:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._look_at = at
+            self._timer = self._loop.call_at(at, self._look)
 
     def _fail(self) -> None:
         self._lost = True

@@ -14,6 +14,7 @@ from app.upstream.http1 import (
     Response,
     request_head,
 )
+from app.upstream.silence import Silence
 
 CONNECT_TIMEOUT_S: Final = 5.0
 # Below the five seconds after which uvicorn, the server of the engines, closes an idle connection:
@@ -47,7 +48,12 @@ class Connections:
         return await _connect(base_url)
 
     async def send(
-        self, base_url: str, head: bytes, body: Body, read_timeout_s: float
+        self,
+        base_url: str,
+        head: bytes,
+        body: Body,
+        read_timeout_s: float,
+        silence: Silence | None = None,
     ) -> tuple[EngineConnection, Response]:
         """Send a request; return its connection, which must be given back, and its answer.
 
@@ -59,13 +65,13 @@ class Connections:
         """
         connection = await self.take(base_url)
         try:
-            return connection, await _sent(connection, head, body, read_timeout_s)
+            return connection, await _sent(connection, head, body, read_timeout_s, silence)
         except ConnectionLost as lost:
             if not lost.stale:
                 raise
         # Other kept connections are probably stale too.
         connection = await _connect(base_url)
-        return connection, await _sent(connection, head, body, read_timeout_s)
+        return connection, await _sent(connection, head, body, read_timeout_s, silence)
 
     def give_back(self, base_url: str, connection: EngineConnection) -> None:
         """Keep a connection for another request, or close it if its answer has not ended."""
@@ -128,11 +134,15 @@ async def fetch(
 
 
 async def _sent(
-    connection: EngineConnection, head: bytes, body: Body, read_timeout_s: float
+    connection: EngineConnection,
+    head: bytes,
+    body: Body,
+    read_timeout_s: float,
+    silence: Silence | None,
 ) -> Response:
     """Send a request; close the connection unless the head of an answer arrives."""
     try:
-        return await connection.send(head, body, read_timeout_s)
+        return await connection.send(head, body, read_timeout_s, silence)
     except BaseException:
         connection.close()
         raise
