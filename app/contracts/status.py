@@ -132,6 +132,12 @@ class ModelSnapshot:
         return served_tiers(self.settings.tiers, native=native)
 
     @property
+    def preempts(self) -> bool:
+        """Whether every replica that a priority request could use preempts; false without one."""
+        honouring = [one.dialect for one in self.replicas if one.dialect.native_priority]
+        return bool(honouring) and all(dialect.preempts for dialect in honouring)
+
+    @property
     def context_length(self) -> int | None:
         """The shortest context of its replicas, in tokens, which all of them accept."""
         lengths = [replica.context_length for replica in self.replicas]

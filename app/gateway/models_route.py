@@ -33,8 +33,8 @@ def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
 
     ``metadata`` follows DeepInfra's models list (``tags``, ``context_length``, ``pricing`` with
     ``input_tokens``, ``output_tokens`` and ``cache_read_tokens`` in USD for a million tokens),
-    with the prices by tier. ``service_tiers`` follows Telnyx's list. ``state`` is Frontline's own
-    field (``Availability``).
+    with the prices by tier. ``service_tiers`` follows Telnyx's list. ``state`` (``Availability``)
+    and ``preempts`` (whether priority takes the slots of running requests) are Frontline's own.
     """
     served = snapshot.service_tiers
     return {
@@ -47,6 +47,7 @@ def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
             "tags": _tags(snapshot),
             "context_length": snapshot.context_length,
             "engines": list(snapshot.engines),
+            "preempts": snapshot.preempts,
             "state": snapshot.state.value,
             "aliases": list(snapshot.aliases),
             "pricing": _pricing(snapshot),

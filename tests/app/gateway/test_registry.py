@@ -1,6 +1,7 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -220,6 +221,20 @@ def test_the_list_tells_what_would_be_served_now(model, tiers):
     assert ("priority" in entry["metadata"]["tags"]) == ("priority" in tiers)
     if tiers:
         assert list(entry["metadata"]["pricing"]) == tiers
+
+
+@pytest.mark.parametrize(
+    ("replicas", "expected"),
+    [([], False), ([True], True), ([True, True], True), ([True, False], False), ([False], False)],
+)
+def test_the_list_shows_whether_all_replicas_for_priority_preempt(replicas, expected):
+    model = snapshot("m")
+    [native], [plain] = model.replicas, snapshot("m", native=False).replicas
+    preempting = replace(native, dialect=replace(native.dialect, preempts=True))
+    made = [preempting if preempts else native for preempts in replicas]
+    for more in ([], [plain]):
+        entry = model_entry(replace(model, replicas=(*made, *more)))
+        assert entry["metadata"]["preempts"] is expected
 
 
 def test_an_entry_has_prices_by_tier_context_and_engines():
