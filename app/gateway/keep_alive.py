@@ -35,6 +35,7 @@ class KeepAlive:
         place: where the request was placed, for the headers.
         settings: the settings in force for the request.
         suspect: reports the replica if it has sent nothing to any request.
+        now: the event loop's clock, in seconds.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class KeepAlive:
         place: Placement,
         settings: IngressSettings,
         suspect: Callable[[], None],
+        now: Callable[[], float],
     ) -> None:
         self.due = False
         self._reply = reply
@@ -52,8 +54,8 @@ class KeepAlive:
         self._comment_s = settings.stream_comment_s
         self._suspect_s = settings.stream_timeout_s if place.may_be_suspended else math.inf
         self._suspect = suspect
-        self._now = asyncio.get_running_loop().time
-        self._begin_at = self._now() + settings.stream_headers_after_s
+        self._now = now
+        self._begin_at = now() + settings.stream_headers_after_s
         self._sent_at = self._suspected_at = -math.inf
 
     def look(self, received_at: float, now: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import replace
 
@@ -301,11 +301,7 @@ class Lifecycle:
                 ),
                 request_id=self._reply.request_id,
                 read_timeout_s=self._longest_silence_s(place),
-                silence=(
-                    KeepAlive(self._reply, self._meter, place, settings, suspect_if_silent)
-                    if inbound.stream
-                    else None
-                ),
+                silence=self._keep_alive(place, suspect_if_silent) if inbound.stream else None,
             )
         except EngineUnreachable as lost:
             if lost.silent:
@@ -320,6 +316,10 @@ class Lifecycle:
             suspect=suspect,
         )
         await forwarding.forward(answer, place)
+
+    def _keep_alive(self, place: Placement, suspect: Callable[[], None]) -> KeepAlive:
+        now = asyncio.get_running_loop().time
+        return KeepAlive(self._reply, self._meter, place, self._settings, suspect, now)
 
     def _longest_silence_s(self, place: Placement) -> float:
         settings = self._settings

@@ -227,6 +227,14 @@ async def test_an_engines_error_after_the_headers_is_the_last_event(scripted, ro
     assert float(record["cost"]) == record["completion_tokens"] == 0
 
 
+async def test_an_answer_that_is_no_stream_after_the_headers_is_an_error(scripted):
+    await scripted.serve()
+    body = json.dumps({"choices": [], "usage": USAGE}).encode()
+    seen, record = await scripted.ask((PAUSE_S, whole(b"200 OK", body)))
+    assert error_of(seen)["code"] == "engine_error"
+    assert (record["state"], float(record["cost"])) == ("failed", 0)
+
+
 @pytest.mark.parametrize("lost", [LOST, LOST_HEAD])
 async def test_the_only_replica_lost_after_the_headers_is_the_last_event(scripted, lost):
     await scripted.serve()
