@@ -26,6 +26,8 @@ HEAD = (
 REFUSAL = b'{"error": {"message": "too long", "type": "BadRequestError", "code": 400}}'
 COMMENT = b": keep-alive"
 SOON_S, LONG_S = 0.05, 30.0
+BEGUN, AGAIN, HELD = object(), object(), object()
+"""What an engine waits for: its client has got something, two comments more, ``release``."""
 PAUSE_S = 6 * SOON_S
 FIELDS = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "stream": True}
 MODEL = ModelSettings.load({"queue": {"headroom": 0}}, "user_config")
@@ -44,18 +46,19 @@ END = event("", usage=USAGE) + event(None, usage=USAGE) + b"data: [DONE]\n\n"
 
 
 def stream(*steps):
-    """Return what an engine does for a stream: bytes that it sends, and seconds that it waits."""
-    return (HEAD, *(s if isinstance(s, float) else b"%x\r\n%b\r\n" % (len(s), s) for s in steps))
+    """Return what an engine does for a stream: bytes that it sends, and what it waits for."""
+    return (HEAD, *(b"%x\r\n%b\r\n" % (len(s), s) if isinstance(s, bytes) else s for s in steps))
 
 
 WHOLE = stream(event(), END, b"")
-LATE = stream(PAUSE_S, event(), END, b"")
+LATE = stream(BEGUN, AGAIN, event(), END, b"")
 """As vLLM: the head comes at once. SGLang sends it with the first event."""
-LATE_HEAD = (PAUSE_S, *WHOLE)
+LATE_HEAD = (BEGUN, AGAIN, *WHOLE)
 PAUSING = stream(event(), PAUSE_S, event(), END, b"")
+PAUSING_LONG = stream(event(), BEGUN, AGAIN, event(), END, b"")
 HUNG = stream(event(), LONG_S)
-LOST, LOST_HEAD = (PAUSE_S,), stream(PAUSE_S)
-"""It closes the connection after a while, without an event."""
+LOST, LOST_HEAD = (BEGUN,), stream(BEGUN)
+"""It closes the connection once the stream has begun, without an event."""
 
 
 def whole(status, body):
@@ -63,7 +66,7 @@ def whole(status, body):
     return head % (status, len(body)) + b"connection: close\r\n\r\n" + body
 
 
-REJECTED = (PAUSE_S, whole(b"400 Bad Request", REFUSAL))
+REJECTED = (BEGUN, whole(b"400 Bad Request", REFUSAL))
 
 
 class ScriptedWorld:
@@ -72,6 +75,7 @@ class ScriptedWorld:
     def __init__(self, world):
         self.world = world
         self.scripts = []
+        self.released = asyncio.Event()
         self._tasks = set()
 
     async def start(self):
@@ -90,12 +94,24 @@ class ScriptedWorld:
         await reader.readexactly(int(length))
         try:
             for step in self.scripts.pop(0):
-                if isinstance(step, float):
+                if isinstance(step, bytes):
+                    writer.write(step)
+                elif isinstance(step, float):
                     await asyncio.sleep(step)
                 else:
-                    writer.write(step)
+                    await self._wait(step, head)
         finally:
             writer.close()
+
+    async def _wait(self, step, head):
+        if step is HELD:
+            await self.released.wait()
+            return
+        [request_id] = re.findall(rb"x-request-id: (\S+)", head)
+        seen = self.world.asked[request_id.decode()]
+        more = 0 if step is BEGUN else 2 * len(COMMENT)
+        length = len(seen.body)
+        await until(lambda: len(seen.body) > (more and length + more))
 
     def replica(self, name, **dialect):
         """Return a replica; ``dialect``: how it differs from vLLM."""
@@ -165,30 +181,25 @@ def error_of(seen):
 @pytest.mark.parametrize("late", [LATE, LATE_HEAD], ids=["vLLM", "SGLang"])
 async def test_a_late_stream_begins_with_its_headers_and_comments(scripted, late):
     await scripted.serve()
-    seen, task = scripted.asking(late, service_tier="priority")
-    await until(lambda: seen.body)
+    seen, record = await scripted.ask(late, service_tier="priority")
     assert (seen.status, seen.headers["x-service-tier"]) == (200, "priority")
-    assert set(blocks_of(seen)) == {COMMENT} and not task.done()
-    await task
-    blocks = blocks_of(seen)
-    assert blocks.count(COMMENT) > 1
+    assert blocks_of(seen)[:2] == [COMMENT, COMMENT]
     assert json.loads(events_of(seen)[0].data)["service_tier"] == "priority"
     assert seen.whole and seen.body.endswith(b"data: [DONE]\n\n")
-    record = (await scripted.world.new_records())[seen.request_id]
     assert (record["state"], record["completion_tokens"]) == ("completed", 2)
-    assert record["ttft_s"] > 0.9 * PAUSE_S
+    assert record["ttft_s"] > 1.9 * SOON_S, "a comment is no token"
 
 
 async def test_a_stream_in_time_gets_no_comment(scripted):
     await scripted.serve(stream_headers_after_s=LONG_S, stream_comment_s=LONG_S)
-    for script in (WHOLE, LATE, PAUSING):
+    for script in (WHOLE, (PAUSE_S, *WHOLE), PAUSING):
         seen, _ = await scripted.ask(script)
         assert COMMENT not in seen.body and seen.whole
 
 
 async def test_a_stream_that_pauses_gets_comments_meanwhile(scripted):
     await scripted.serve(stream_headers_after_s=LONG_S)
-    seen, record = await scripted.ask(PAUSING)
+    seen, record = await scripted.ask(PAUSING_LONG)
     blocks = blocks_of(seen)
     assert blocks[0].startswith(b"data:") and blocks[1] == COMMENT
     assert events_of(seen)[-1].data == DONE
@@ -212,7 +223,7 @@ async def test_an_answer_that_is_not_streamed_gets_none(scripted):
 @pytest.mark.parametrize("route", [Route.CHAT, Route.RESPONSES])
 async def test_an_engines_error_before_the_headers_has_its_status(scripted, route):
     await scripted.serve(stream_headers_after_s=LONG_S)
-    seen, record = await scripted.ask(REJECTED, route=route)
+    seen, record = await scripted.ask((PAUSE_S, *REJECTED[1:]), route=route)
     assert (seen.status, json.loads(seen.body)["error"]["message"]) == (400, "too long")
     assert (record["state"], record["reason"]) == ("failed", "engine_rejected")
 
@@ -230,7 +241,7 @@ async def test_an_engines_error_after_the_headers_is_the_last_event(scripted, ro
 async def test_an_answer_that_is_no_stream_after_the_headers_is_an_error(scripted):
     await scripted.serve()
     body = json.dumps({"choices": [], "usage": USAGE}).encode()
-    seen, record = await scripted.ask((PAUSE_S, whole(b"200 OK", body)))
+    seen, record = await scripted.ask((BEGUN, whole(b"200 OK", body)))
     assert error_of(seen)["code"] == "engine_error"
     assert (record["state"], float(record["cost"])) == ("failed", 0)
 
@@ -246,7 +257,7 @@ async def test_the_only_replica_lost_after_the_headers_is_the_last_event(scripte
 @pytest.mark.parametrize("tier", list(Tier))
 async def test_a_stream_that_has_begun_goes_to_a_replica_that_honours_its_tier(scripted, tier):
     await scripted.serve(scripted.replica("one"), scripted.replica("two"))
-    seen, record = await scripted.ask(LOST, LATE, service_tier=tier.value)
+    seen, record = await scripted.ask(LOST, WHOLE, service_tier=tier.value)
     assert seen.headers["x-service-tier"] == tier.value
     assert seen.whole and seen.body.endswith(b"data: [DONE]\n\n")
     assert {json.loads(one.data)["service_tier"] for one in events_of(seen)[:-1]} == {tier.value}
@@ -258,7 +269,8 @@ async def test_a_priority_stream_that_has_begun_is_not_served_as_default(scripte
     plain = scripted.replica("plain", priority_routes=frozenset())
     headers_after_s = SOON_S if begun else LONG_S
     await scripted.serve(scripted.replica("one"), plain, stream_headers_after_s=headers_after_s)
-    seen, record = await scripted.ask(LOST, WHOLE, service_tier="priority")
+    lost = LOST if begun else (PAUSE_S,)
+    seen, record = await scripted.ask(lost, WHOLE, service_tier="priority")
     if begun:
         assert scripted.scripts == [WHOLE], "the other replica has not received it"
         assert seen.headers["x-service-tier"] == "priority"
@@ -271,12 +283,12 @@ async def test_a_priority_stream_that_has_begun_is_not_served_as_default(scripte
 
 async def test_a_stream_that_has_begun_gets_comments_in_the_queue_too(scripted):
     await scripted.serve(*(replace(scripted.replica(name), slots=1) for name in ("one", "two")))
-    first, task = scripted.asking(LOST)
-    await until(lambda: first.body)
-    other, other_task = scripted.asking(stream(event(), 2 * PAUSE_S, END, b""))
+    other, other_task = scripted.asking(stream(event(), HELD, END, b""))
     await until(lambda: other.body)
-    scripted.scripts.append(WHOLE)
-    await until(lambda: not other_task.done() and first.body.count(COMMENT) > 8)
+    first, task = scripted.asking(LOST, WHOLE)
+    await until(lambda: first.body.count(COMMENT) > 8)
+    assert scripted.scripts == [WHOLE], "it waits for the slot of the other"
+    scripted.released.set()
     await asyncio.gather(task, other_task)
     assert first.whole and first.body.endswith(b"data: [DONE]\n\n")
 
@@ -284,12 +296,10 @@ async def test_a_stream_that_has_begun_gets_comments_in_the_queue_too(scripted):
 async def test_comments_of_an_engine_before_its_first_token_pass_once_the_stream_has_begun(
     scripted,
 ):
-    await scripted.serve(stream_headers_after_s=2 * SOON_S, stream_comment_s=LONG_S)
-    ticks = [step for n in range(8) for step in (SOON_S, b": tick %d\n\n" % n)]
-    seen, _ = await scripted.ask(stream(*ticks, event(), END, b""))
-    blocks = blocks_of(seen)
-    assert b": tick 0" not in blocks and b": tick 6" in blocks and b": tick 7" in blocks
-    assert blocks[0] == COMMENT and blocks.count(COMMENT) == 1
+    await scripted.serve(stream_headers_after_s=6 * SOON_S, stream_comment_s=LONG_S)
+    ticks = b": tick 0\n\n", BEGUN, b": tick 1\n\n", SOON_S, b": tick 2\n\n"
+    seen, _ = await scripted.ask(stream(*ticks, SOON_S, event(), END, b""))
+    assert blocks_of(seen)[:3] == [COMMENT, b": tick 1", b": tick 2"]
 
 
 async def test_nothing_leaves_before_the_record_is_durable(scripted, monkeypatch):
@@ -306,8 +316,8 @@ async def test_nothing_leaves_before_the_record_is_durable(scripted, monkeypatch
     assert float(record["cost"]) == 0
 
 
-SUSPENDED = stream(event(), 12 * SOON_S, event(), END, b"")
-SUSPENDED_FIRST = stream(12 * SOON_S, event(), END, b"")
+SUSPENDED = stream(event(), HELD, event(), END, b"")
+SUSPENDED_FIRST = stream(HELD, event(), END, b"")
 SHORT = {"stream_timeout_s": 4 * SOON_S}
 
 
@@ -320,6 +330,7 @@ async def test_a_suspended_stream_is_not_broken_off_but_its_replica_is_asked(
     seen, task = scripted.asking(script, service_tier=tier.value)
     await until(lambda: scripted.suspects)
     assert scripted.suspects == {"one": Route.CHAT} and not task.done()
+    scripted.released.set()
     await task
     assert seen.whole and seen.body.endswith(b"data: [DONE]\n\n")
     record = (await scripted.world.new_records())[seen.request_id]
@@ -338,23 +349,24 @@ async def test_a_stream_is_not_suspended_for_ever(scripted):
     replica = scripted.replica("one", preempts=True)
     await scripted.serve(replica, **SHORT, suspended_timeout_s=12 * SOON_S)
     seen, record = await scripted.ask(HUNG)
-    assert seen.body.count(COMMENT) > 8
+    assert seen.ended - seen.began > 11 * SOON_S
     assert (record["state"], record["reason"]) == ("interrupted", "engine_lost")
     # Never less than the bound for other streams.
     await scripted.serve(replica, **SHORT, suspended_timeout_s=SOON_S)
-    seen, record = await scripted.ask(PAUSING)
-    assert record["state"] == "interrupted" and seen.body.count(COMMENT) > 1
+    seen, record = await scripted.ask(HUNG)
+    assert record["state"] == "interrupted" and seen.ended - seen.began > 3 * SOON_S
 
 
 async def test_a_replica_that_serves_others_is_not_asked(scripted):
-    await scripted.serve(scripted.replica("one", preempts=True), **SHORT)
-    steady = stream(*[step for _ in range(14) for step in (event(), SOON_S)], END, b"")
+    await scripted.serve(scripted.replica("one", preempts=True), stream_timeout_s=12 * SOON_S)
+    steady = stream(*[step for _ in range(20) for step in (event(), SOON_S)], END, b"")
     _, other = scripted.asking(steady, service_tier="priority")
     await until(lambda: not scripted.scripts)
     seen, task = scripted.asking(SUSPENDED)
-    while not task.done():
+    while not other.done():
         assert not scripted.suspects
         await asyncio.sleep(SOON_S / 5)
+    scripted.released.set()
     await asyncio.gather(task, other)
     assert seen.whole
 
