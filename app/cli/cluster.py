@@ -23,6 +23,8 @@ from app.ray_compat.cluster import local_clusters, use_own_token
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _ANSWER_TIMEOUT_S: Final = 2.0
+_OTHER_VERSION: Final = "Version mismatch"
+"""How Ray's message begins where the cluster has another Python, or another Ray."""
 _LOOPBACK: Final = ("127.", "localhost", "[::1]")
 
 
@@ -91,14 +93,12 @@ def connect(address: str | None) -> Cluster:
         # A local cluster requires its user's token. If an address is given, Ray does not load the
         # token by itself, so that it is not sent to strangers; here it stays on the machine.
         use_own_token()
-    connecting = supervision.keep_thread("ray-connect", partial(_init_ray, address))
+    errors: list[Exception] = []
+    connecting = supervision.keep_thread("ray-connect", partial(_init_ray, address, errors))
     # Ray itself would retry for minutes if another program listens at that address.
     connecting.join(_CONNECT_TIMEOUT_S)
     if connecting.is_alive() or not ray.is_initialized():
-        raise NothingToShow(
-            f"cannot connect to a Ray cluster at {address}: does it run, and is RAY_AUTH_MODE "
-            "set here as it is there?"
-        )
+        raise NothingToShow(_refusal(address, errors))
     return Cluster(ray.get_runtime_context().gcs_address)
 
 
@@ -111,13 +111,21 @@ def _only_one(clusters: Sequence[str]) -> str:
     return clusters[0]
 
 
-def _init_ray(address: str) -> None:
+def _refusal(address: str, errors: Sequence[Exception]) -> str:
+    refusal = f"cannot connect to a Ray cluster at {address}"
+    reason = " ".join(str(errors[-1]).split()) if errors else "no answer"
+    if _OTHER_VERSION in reason:
+        return f"{refusal}: {reason}. Use the environment that the cluster was started in."
+    return f"{refusal}: does it run, and is RAY_AUTH_MODE set here as it is there? ({reason})"
+
+
+def _init_ray(address: str, errors: list[Exception]) -> None:
     try:
         ray.init(
             address=address, namespace="serve", log_to_driver=False, logging_level=logging.ERROR
         )
     except Exception as error:
-        logging.getLogger(__name__).debug("cannot connect: %s", error)
+        errors.append(error)
 
 
 def silence_ray() -> None:
