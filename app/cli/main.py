@@ -53,7 +53,8 @@ def plan(
     from app.cli.plan_view import to_json, to_text
 
     models = make_plan(text)
-    front = plan_front(text, models, int(os.environ.get("RAY_SERVE_HAPROXY_MAXCONN") or 4096))
+    here = os.environ.get("RAY_SERVE_HAPROXY_MAXCONN")
+    front = plan_front(text, models, int(here) if here else None)
     shown = json.dumps(to_json(models, front), indent=2) if as_json else to_text(models, front)
     typer.echo(shown)
 

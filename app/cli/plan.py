@@ -84,13 +84,14 @@ class FrontPlan:
         requests: how many requests of all models may run or wait at once.
         maxconn: the smallest sufficient ``RAY_SERVE_HAPROXY_MAXCONN``.
         descriptors: the open files that it needs (``ulimit -Hn``).
-        maxconn_here: the value in this environment.
+        maxconn_here: the value in this environment; ``None`` if it is not set. Its default is that
+            of ``scripts/activate``; without that, Serve has a lower one of its own.
     """
 
     requests: int
     maxconn: int
     descriptors: int
-    maxconn_here: int
+    maxconn_here: int | None
 
 
 def make_plan(text: str) -> list[ModelPlan]:
@@ -99,7 +100,7 @@ def make_plan(text: str) -> list[ModelPlan]:
     return [model for application in applications for model in _models(application)]
 
 
-def plan_front(text: str, models: Sequence[ModelPlan], maxconn_here: int) -> FrontPlan:
+def plan_front(text: str, models: Sequence[ModelPlan], maxconn_here: int | None) -> FrontPlan:
     """Return the limits that the models of a config file require of HAProxy."""
     applications = yaml.safe_load(text).get("applications") or ()
     ingresses = max(1, sum(_ingresses(application) for application in applications))

@@ -32,17 +32,22 @@ def to_text(models: Sequence[ModelPlan], front: FrontPlan | None = None) -> str:
 
 
 def _front(front: FrontPlan) -> Iterator[str]:
-    enough = "" if front.maxconn_here >= front.maxconn else ", which is too low"
     yield "HAProxy, of each node with an ingress"
     yield from _entry("requests", [f"up to {front.requests:,} run or wait at once"])
     yield from _entry(
         "connections",
         [
-            f"RAY_SERVE_HAPROXY_MAXCONN of at least {front.maxconn}; it is {front.maxconn_here} "
-            f"here{enough}",
+            f"RAY_SERVE_HAPROXY_MAXCONN of at least {front.maxconn}; {_maxconn_here(front)}",
             f"{front.descriptors:,} open files at least (ulimit -Hn)",
         ],
     )
+
+
+def _maxconn_here(front: FrontPlan) -> str:
+    if front.maxconn_here is None:
+        return "it is not set here (scripts/activate sets it)"
+    enough = "" if front.maxconn_here >= front.maxconn else ", which is too low"
+    return f"it is {front.maxconn_here} here{enough}"
 
 
 def _model(model: ModelPlan) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Ray's token and environment, as scripts/activate leaves them."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.unit
 
-ACTIVATE = Path(__file__).parents[2] / "scripts/activate"
+REPOSITORY = Path(__file__).parents[2]
+ACTIVATE = REPOSITORY / "scripts/activate"
 
 
 def activate(home, name="RAY_AUTH_MODE", **environment):
@@ -67,3 +69,15 @@ def test_no_token_is_made_where_one_is_given_or_none_wanted(tmp_path, environmen
 def test_rays_processes_have_few_arenas_unless_told_otherwise(tmp_path):
     assert outcome(tmp_path, "MALLOC_ARENA_MAX") == "2"
     assert outcome(tmp_path, "MALLOC_ARENA_MAX", MALLOC_ARENA_MAX="8") == "8"
+
+
+def documented_defaults():
+    """The variables of docs/cluster.md with a default."""
+    page = (REPOSITORY / "docs/cluster.md").read_text()
+    return re.findall(r"^\| `((?:RAY|FRONTLINE|MALLOC)_\w+)` \| (\d+) \|", page, re.MULTILINE)
+
+
+def test_the_documented_defaults_are_its_own(tmp_path):
+    rows = documented_defaults()
+    assert ("RAY_SERVE_HAPROXY_MAXCONN", "32768") in rows and len(rows) >= 5
+    assert rows == [(name, outcome(tmp_path, name)) for name, _ in rows]

@@ -228,3 +228,11 @@ def test_too_low_a_maxconn_is_told(monkeypatch):
     monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "32768")
     assert "too low" not in plan(CLUSTER).output
     assert json.loads(plan("--json", CLUSTER).output)["front"]["maxconn_here"] == 32768
+
+
+def test_a_maxconn_that_is_not_set_is_not_made_up(monkeypatch):
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_MAXCONN", raising=False)
+    shown = plan(CLUSTER).output
+    assert "it is not set here (scripts/activate sets it)" in shown
+    assert "4096" not in shown and "too low" not in shown
+    assert json.loads(plan("--json", CLUSTER).output)["front"]["maxconn_here"] is None
