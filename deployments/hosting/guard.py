@@ -30,6 +30,10 @@ LOOPBACK: Final = "127.0.0.1"
 PATHS: Final = tuple(route.path for route in Route)
 """The paths that a guard admits, by POST (``guard.cfg``)."""
 
+HEAD_TIMEOUT_S: Final = 10
+"""How long a client may take to send a request's head, in seconds. An ingress sends it at once; ten
+seconds allow for a loaded machine."""
+
 _CONFIG: Final = Path(__file__).parent / "guard.cfg"
 _STARTS_WITHIN_S: Final = 10.0
 _LOOK_AGAIN_S: Final = 0.05
@@ -69,7 +73,14 @@ class EngineGuard:
 
     @classmethod
     async def start(
-        cls, node_address: str, engine_port: int, key: str, log_dir: Path, *, name: str
+        cls,
+        node_address: str,
+        engine_port: int,
+        key: str,
+        log_dir: Path,
+        *,
+        name: str,
+        head_timeout_s: int = HEAD_TIMEOUT_S,
     ) -> EngineGuard:
         """Start a guard for the engine at a loopback port; return once the guard is proven to work.
 
@@ -79,6 +90,7 @@ class EngineGuard:
             key: the required bearer token; letters, digits, ``-`` and ``_`` only.
             log_dir: the folder for HAProxy's log.
             name: the replica's name, for the log.
+            head_timeout_s: how long a client may take to send a request's head, in seconds.
 
         Raises:
             GuardFailed: the guard did not start, or admits what it must not.
@@ -87,7 +99,16 @@ class EngineGuard:
         """
         port = reserve_port(node_address)
         try:
-            process = await _run(port, engine_port, key, log_dir, name)
+            environment = {
+                "FRONTLINE_GUARD_ADDRESS": f"{port.host}:{port.port}",
+                "FRONTLINE_GUARD_ENGINE_PORT": str(engine_port),
+                "FRONTLINE_GUARD_HEAD_TIMEOUT_S": str(head_timeout_s),
+                "FRONTLINE_GUARD_KEY": key,
+                "FRONTLINE_GUARD_PATHS": " ".join(PATHS),
+            }
+            process = await EngineProcess.start(
+                _command(), environment, log_dir, name=f"{name}.guard"
+            )
         except BaseException:
             port.close()
             raise
@@ -152,18 +173,9 @@ class EngineGuard:
         return status
 
 
-async def _run(
-    port: ReservedPort, engine_port: int, key: str, log_dir: Path, name: str
-) -> EngineProcess:
+def _command() -> list[str]:
     # -db: in the foreground; -dS: without splice(), for the reason given in scripts/haproxy.
-    command = [_binary(), "-db", "-dS", "-f", str(_CONFIG)]
-    environment = {
-        "FRONTLINE_GUARD_ADDRESS": f"{port.host}:{port.port}",
-        "FRONTLINE_GUARD_ENGINE_PORT": str(engine_port),
-        "FRONTLINE_GUARD_KEY": key,
-        "FRONTLINE_GUARD_PATHS": " ".join(PATHS),
-    }
-    return await EngineProcess.start(command, environment, log_dir, name=f"{name}.guard")
+    return [_binary(), "-db", "-dS", "-f", str(_CONFIG)]
 
 
 def _binary() -> str:

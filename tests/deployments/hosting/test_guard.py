@@ -81,10 +81,10 @@ class Keyless:
 
 
 @asynccontextmanager
-async def guarded(tmp_path: Path, engine: Keyless):
+async def guarded(tmp_path: Path, engine: Keyless, **options):
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    guard = await EngineGuard.start(NODE, port, KEY, tmp_path, name="test")
+    guard = await EngineGuard.start(NODE, port, KEY, tmp_path, name="test", **options)
     try:
         async with httpx.AsyncClient(base_url=guard.base_url, trust_env=False) as client:
             client.headers["authorization"] = f"Bearer {KEY}"
@@ -202,6 +202,44 @@ async def test_another_protocol_does_not_get_in(admitted, engine):
     answer = await asyncio.wait_for(reader.read(), 5)
     writer.close()
     assert b"200" not in answer and not engine.requests
+
+
+async def outcome(address, sent):
+    """Send this, then nothing; return what is answered until the connection is closed."""
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(sent)
+    try:
+        return await asyncio.wait_for(reader.read(), 8)
+    finally:
+        writer.transport.abort()
+
+
+KEYED = f"POST {CHAT} HTTP/1.1\r\nauthorization: Bearer {KEY}\r\n".encode()
+
+
+async def test_a_head_that_does_not_end_is_closed_at_its_deadline(tmp_path, engine):
+    # vLLM's and SGLang's own server, uvicorn, has no deadline for one.
+    parts = [b"", KEYED[:7], KEYED, KEYED + b"host: x\r\n"]
+    async with guarded(tmp_path, engine, head_timeout_s=1) as (_, client, _):
+        address = (client.base_url.host, client.base_url.port)
+        answers = await asyncio.gather(*(outcome(address, part) for part in parts * 20))
+    assert {answer[8:12] for answer in answers} == {b" 408"}
+    assert not engine.writers
+
+
+@pytest.mark.parametrize("more", [b"x-a: " + b"a" * 1000 + b"\r\n", b"a" * 1000, b"x: y\r\n"])
+async def test_a_head_has_a_bound(admitted, engine, more):
+    # uvicorn takes all of it into memory.
+    address = (admitted.base_url.host, admitted.base_url.port)
+    assert (await outcome(address, KEYED + more * 2000)).startswith(b"HTTP/1.1 400")
+    assert not engine.requests
+
+
+async def test_a_body_without_the_key_is_not_read(admitted, engine):
+    address = (admitted.base_url.host, admitted.base_url.port)
+    head = f"POST {CHAT} HTTP/1.1\r\ncontent-length: 999999999\r\n\r\n".encode()
+    assert (await outcome(address, head)).startswith(b"HTTP/1.1 403")
+    assert not engine.writers
 
 
 async def test_tokens_pass_as_they_come(tmp_path, engine, relay):
