@@ -1,10 +1,14 @@
 """The guard of an engine replica: an HAProxy that exposes the engine to other nodes.
 
-An engine's own server listens on loopback, because its key does not protect every route
-(TensorRT-LLM has no key at all). Where ingresses may be on other nodes, an HAProxy next to the
-engine listens on the node's address. It admits only requests to the routes that Frontline uses, and
-only with the replica's secret. It is a separate process, in C, so that no token waits for the
-replica's Python.
+An engine's own server listens on loopback. Where ingresses may be on other nodes, an HAProxy next
+to the engine listens on the node's address. It admits only requests to the routes that Frontline
+uses, and only with the replica's secret. It is a separate process, in C, so that no token waits for
+the replica's Python.
+
+vLLM and SGLang, with the middleware of ``deployments/engines/inside``, refuse every request without
+the key themselves; TensorRT-LLM has no key. But their server, uvicorn, bounds neither the time nor
+the size of a request's head, nor the number of connections, and refuses in the event loop that
+sends the tokens. docs/security.md has the measurements.
 """
 
 from __future__ import annotations

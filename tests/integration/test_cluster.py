@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager
 
+import openai
 import psutil
 import pytest
 
@@ -142,6 +143,38 @@ def test_no_engine_is_reachable_from_another_machine_but_through_its_guard(clust
     assert cluster.front.run(*asked, "-X", "POST", f"{url}:{guard}/v1/chat/completions") == "403"
     with pytest.raises(AssertionError, match=r"Failed to connect|Could not connect"):
         cluster.front.run(*asked, f"{url}:{engine_port}/health")
+
+
+def guards(node):
+    """The guards of a node's engines, by the engine's port."""
+    found = {}
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] == "haproxy":
+            variables = process.environ()
+            if variables.get("FRONTLINE_GUARD_ADDRESS", "").startswith(f"{node.address}:"):
+                found[variables["FRONTLINE_GUARD_ENGINE_PORT"]] = process
+    return found
+
+
+async def test_a_guard_that_dies_is_replaced_with_its_engine(cluster):
+    node = cluster.engines_node
+    (engine,) = cluster.engines(node)
+    ((_, guard),) = guards(node).items()
+    async with load(cluster, "two") as (answered, failures):
+        stream = asyncio.create_task(stream_long(cluster, "one", 30))
+        await asyncio.sleep(1)
+        guard.kill()
+        began = time.monotonic()
+        with pytest.raises(openai.APIError):
+            await stream
+        await eventually_async(lambda: {*cluster.engines(node)} - {engine}, 60)
+        await asyncio.to_thread(cluster.wait_ready, cluster.front, "one", "two")
+        print(f"replaced after {time.monotonic() - began:.1f} s")
+        async with cluster.client(cluster.front) as client:
+            await ask(client, "one", 1)
+    assert not failures and answered["two"]
+    await eventually_async(lambda: not psutil.pid_exists(engine))
+    assert len(guards(node)) == len(cluster.engines(node)) == 1
 
 
 def test_no_replica_listens_for_other_deployments_on_every_address(cluster):
