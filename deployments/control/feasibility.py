@@ -1,19 +1,33 @@
 """Whether any node of a cluster could ever run a replica. Pure.
 
-The check uses the total resources of a node, not the free ones. A replica that waits for others to
-end is starting; a replica that no node could ever take is infeasible.
+The check uses the total resources and the labels of each node (``ray.nodes()``), not the free
+resources. A replica that waits for others to end is starting; a replica that no node could ever
+take is infeasible. Serve's own status cannot tell: it reports both as ``UPDATING``, and names what
+is free after 30 s.
+
+Two facts come from private messages of Ray (``app.ray_compat``), because nothing public has them:
+
+- The placement group of a replica. Without it, an engine on several nodes that a cluster can never
+  take would be ``starting`` for ever.
+- What Ray's autoscaler can never bring. Without it, a model whose node is being added would be
+  ``engine_not_offered``, and its requests would be refused meanwhile.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from app.ray_compat.cluster import AskedBundle, LabelChoice
 
 _SPREAD_APART: Final = "STRICT_SPREAD"
 _ON_ONE_NODE: Final = "STRICT_PACK"
-_CHOICE: Final = re.compile(r"(?P<not>!?)in\((?P<values>[^)]*)\)")
+_VALUES: Final = re.compile(r"in\(([^)]*)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +51,33 @@ class Bundle:
 
     def fits(self, node: Node) -> bool:
         """Return whether a node could take this bundle if the node were empty."""
-        return not self._lacks(node)
+        return all(offered(node) for offered in self._requirements().values())
 
     def missing(self, nodes: Iterable[Node]) -> str:
         """Return the requirements that no node meets; empty if some node could take the bundle."""
-        lacks = [self._lacks(node) for node in nodes]
-        if not all(lacks):
+        nodes = tuple(nodes)
+        if any(map(self.fits, nodes)):
             return ""
-        wanted = self._entries()
-        nowhere = [entry for entry in wanted if all(entry in lack for lack in lacks)]
-        if nowhere:
-            return ", ".join(nowhere)
-        return f"{', '.join(wanted)} on one node"
+        wanted = self._requirements()
+        nowhere = [words for words, offered in wanted.items() if not any(map(offered, nodes))]
+        return ", ".join(nowhere) if nowhere else f"{', '.join(wanted)} on one node"
 
-    def _lacks(self, node: Node) -> set[str]:
-        lacks = {
-            f"{name}: {amount:g}"
+    def asked(self) -> AskedBundle:
+        """Return the bundle as an autoscaler that cannot bring it reports it."""
+        resources = frozenset((name, amount) for name, amount in self.resources.items() if amount)
+        return resources, frozenset(frozenset(_choices(one)) for one in self.labels if one)
+
+    def _requirements(self) -> dict[str, Callable[[Node], bool]]:
+        """Return each requirement in words, with the check whether a node meets it."""
+        wanted: dict[str, Callable[[Node], bool]] = {
+            f"{name}: {amount:g}": partial(_has, name, amount)
             for name, amount in self.resources.items()
-            if node.resources.get(name, 0.0) < amount
+            if amount
         }
-        if not any(_matches(selector, node.labels) for selector in self.labels):
-            lacks.add(self._labels_entry())
-        return lacks
-
-    def _entries(self) -> list[str]:
-        asked = [f"{name}: {amount:g}" for name, amount in self.resources.items() if amount]
-        return [*asked, self._labels_entry()] if any(self.labels) else asked
-
-    def _labels_entry(self) -> str:
-        ways = (", ".join(f"{name}={value}" for name, value in one.items()) for one in self.labels)
-        return f"label {' or '.join(ways)}"
+        if all(self.labels):
+            ways = (", ".join(f"{k}={v}" for k, v in one.items()) for one in self.labels)
+            wanted[f"label {' or '.join(ways)}"] = partial(_matches, self.labels)
+        return wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +99,11 @@ class Need:
         bundles = options.get("placement_group_bundles")
         if not bundles:
             return cls((_actor_bundle(options),))
-        labels = options.get("placement_group_bundle_label_selector") or []
+        labels = options.get("placement_group_bundle_label_selector") or [{}]
         if len(labels) == 1:
             labels = labels * len(bundles)
-        selectors = [*labels, *({} for _ in bundles)]
-        pairs = zip(bundles, selectors, strict=False)
         strategy = options.get("placement_group_strategy") or "PACK"
+        pairs = zip(bundles, labels, strict=True)
         return cls(tuple(Bundle(one, (selector,)) for one, selector in pairs), strategy)
 
     def missing(self, nodes: Iterable[Node]) -> str:
@@ -112,6 +122,16 @@ class Need:
         if self.strategy == _SPREAD_APART and fitting < len(self.bundles):
             return f"{len(self.bundles)} such nodes"
         return ""
+
+    def can_come(self, refused: Iterable[tuple[AskedBundle, ...]] | None) -> bool:
+        """Return whether an autoscaler may still add the nodes that are missing.
+
+        Args:
+            refused: the requests that fit none of the nodes that it can add; ``None`` if no
+                autoscaler runs.
+        """
+        own = Counter(bundle.asked() for bundle in self.bundles)
+        return refused is not None and all(Counter(request) != own for request in refused)
 
     def _together(self) -> Bundle:
         resources: dict[str, float] = {}
@@ -140,14 +160,20 @@ def _actor_bundle(options: Mapping[str, Any]) -> Bundle:
     )
 
 
-def _matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    return all(_matches_value(wanted, labels.get(name)) for name, wanted in selector.items())
+def _has(name: str, amount: float, node: Node) -> bool:
+    return node.resources.get(name, 0.0) >= amount
 
 
-def _matches_value(wanted: str, value: str | None) -> bool:
-    if choice := _CHOICE.fullmatch(wanted):
-        values = [one.strip() for one in choice["values"].split(",")]
-        return (value in values) is not bool(choice["not"])
-    if wanted.startswith("!"):
-        return value != wanted[1:]
-    return value == wanted
+def _matches(selectors: Iterable[Mapping[str, str]], node: Node) -> bool:
+    return any(
+        all((node.labels.get(name) in values) is wanted for name, values, wanted in _choices(each))
+        for each in selectors
+    )
+
+
+def _choices(selector: Mapping[str, str]) -> Iterable[LabelChoice]:
+    for name, wanted in selector.items():
+        values = wanted.removeprefix("!")
+        found = _VALUES.fullmatch(values)
+        words = found[1].split(",") if found else [values]
+        yield name, frozenset(map(str.strip, words)), not wanted.startswith("!")

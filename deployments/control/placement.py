@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from app import supervision
-from app.ray_compat.cluster import autoscaling_state
+from app.ray_compat.cluster import refused_requests
 from app.ray_compat.controller import replica_options, serve_controller
 from deployments.control.feasibility import Need, Node
 
@@ -74,14 +74,14 @@ class PlacementWatch:
     async def _look(self, pools: list[str]) -> dict[str, str]:
         if not pools:
             return {}
-        nodes, scaling = await asyncio.gather(
-            asyncio.to_thread(cluster_nodes), asyncio.to_thread(autoscaling_state, _ANSWER_S)
+        nodes, refused = await asyncio.gather(
+            asyncio.to_thread(cluster_nodes), asyncio.to_thread(refused_requests, _ANSWER_S)
         )
         missing = {}
         for pool in pools:
             need = await self._need(pool)
             words = need.missing(nodes)
-            if words and not can_grow(scaling, need):
+            if words and not need.can_come(refused):
                 missing[pool] = words
         return missing
 
@@ -95,20 +95,3 @@ def cluster_nodes() -> list[Node]:
     """Return the nodes that are alive. Blocks for one call to Ray's head node."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [Node(node["Resources"], node["Labels"]) for node in nodes if node["Alive"]]
-
-
-def can_grow(scaling: Any, need: Need) -> bool:
-    """Return whether Ray's autoscaler may still add a node that meets the need.
-
-    ``scaling`` is Ray's ``AutoscalingState``. An autoscaler (v2) exists if it has reported its
-    state, which lists the requests that fit none of the node types that it can add.
-    """
-    if not scaling.autoscaler_state_version:
-        return False
-    refused = [dict(request.resources_bundle) for request in scaling.infeasible_resource_requests]
-    return not any(_asks_for(request, need) for request in refused)
-
-
-def _asks_for(request: Mapping[str, float], need: Need) -> bool:
-    asked = {name: amount for name, amount in request.items() if amount}
-    return any(asked == {n: a for n, a in one.resources.items() if a} for one in need.bundles)

@@ -6,8 +6,8 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[a
 from app.config.model import ModelSettings
 from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Dialect
+from app.ray_compat.cluster import read_refused
 from deployments.control.feasibility import Bundle, Need, Node
-from deployments.control.placement import can_grow
 
 pytestmark = pytest.mark.unit
 
@@ -89,25 +89,78 @@ def test_a_further_node_takes_nothing_away(bundles, nodes, further):
         assert need.missing(nodes) or not need.missing([*nodes, further])
 
 
-def autoscaler(version, *refused):
+def autoscaler(version, *refused, gangs=()):
+    """What an autoscaler reports: requests as Ray's GCS makes them, of ``(resources, labels)``."""
     state = AutoscalingState(autoscaler_state_version=version)
     for bundle in refused:
-        state.infeasible_resource_requests.add(resources_bundle=bundle)
-    return state
+        fill(state.infeasible_resource_requests.add(), *bundle)
+    for gang in gangs:
+        selectors = state.infeasible_gang_resource_requests.add().bundle_selectors.add()
+        for bundle in gang:
+            fill(selectors.resource_requests.add(), *bundle)
+    return read_refused(state)
+
+
+def fill(request, resources, *selectors):
+    request.resources_bundle.update(resources)
+    for selector in selectors:
+        labels = request.label_selectors.add().label_constraints
+        for name, (operator, values) in selector.items():
+            labels.add(label_key=name, operator=operator, label_values=values)
+
+
+GPU = {"GPU": 1.0, "engine_vllm": 1.0}
+IN, NOT_IN = 1, 2
 
 
 @pytest.mark.parametrize(
-    ("state", "grows"),
+    ("refused", "comes"),
     [
         (autoscaler(0), False),
         (autoscaler(7), True),
-        (autoscaler(7, {"GPU": 8.0}), True),
-        (autoscaler(7, {"GPU": 1.0, "engine_vllm": 1.0, "CPU": 0.0}), False),
+        (autoscaler(7, ({"GPU": 8.0},)), True),
+        (autoscaler(7, ({"GPU": 8.0},), (GPU | {"CPU": 0.0},)), False),
+        # Another pool asks for as much, elsewhere.
+        (autoscaler(7, (GPU, {"engine": (IN, ["sglang"])})), True),
+        (autoscaler(7, gangs=[[(GPU,)]]), False),
+        (autoscaler(7, gangs=[[(GPU,), (GPU,)]]), True),
     ],
 )
-def test_an_autoscaler_may_bring_a_node_unless_it_says_that_it_cannot(state, grows):
+def test_an_autoscaler_may_bring_a_node_unless_it_says_that_it_cannot(refused, comes):
     need = Need.of({"num_cpus": 0, "num_gpus": 1, "resources": {"engine_vllm": 1}})
-    assert can_grow(state, need) is grows
+    assert need.can_come(refused) is comes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ("vllm", (IN, ["vllm"])),
+        ("!vllm", (NOT_IN, ["vllm"])),
+        ("in(a, b)", (IN, ["b", "a"])),
+        ("!in(a,b)", (NOT_IN, ["a", "b"])),
+    ],
+)
+def test_what_is_refused_is_known_by_its_labels(wanted, told):
+    need = Need.of({"num_gpus": 1, "label_selector": {"engine": wanted}})
+    request = {"GPU": 1.0}
+    assert not need.can_come(autoscaler(7, (request, {"engine": told})))
+    # An empty selector stands for none.
+    assert not need.can_come(autoscaler(7, (request, {}, {"engine": told})))
+    assert need.can_come(autoscaler(7, (request,)))
+    assert need.can_come(autoscaler(7, (request, {"engine": (told[0], ["other"])})))
+
+
+def test_a_placement_group_is_refused_as_a_whole():
+    need = Need.of(
+        {
+            "placement_group_bundles": [{"GPU": 2}, {"GPU": 1}],
+            "placement_group_bundle_label_selector": [{"zone": "a"}],
+        }
+    )
+    zone = {"zone": (IN, ["a"])}
+    one, two = ({"GPU": 1.0}, zone), ({"GPU": 2.0}, zone)
+    assert not need.can_come(autoscaler(7, gangs=[[one, two]]))
+    assert need.can_come(autoscaler(7, two, gangs=[[two, two], [two]]))
 
 
 REPLICA = ReplicaStatus("r", "p", "http://127.0.0.1:1", "key", 1, "1", None, Dialect("simulated"))
