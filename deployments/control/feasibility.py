@@ -5,10 +5,12 @@ resources. A replica that waits for others to end is starting; a replica that no
 take is infeasible. Serve's own status cannot tell: it reports both as ``UPDATING``, and names what
 is free after 30 s.
 
-Two facts come from private messages of Ray (``app.ray_compat``), because nothing public has them:
+Two facts come from private messages (``app.ray_compat``), because nothing public has them:
 
-- The placement group of a replica. Without it, an engine on several nodes that a cluster can never
-  take would be ``starting`` for ever.
+- The placement group of a replica. Serve's public details leave it out. Ray's
+  ``placement_group_table`` knows that a group is infeasible, but neither its labels nor, except by
+  names that Serve makes up, its pool. Without it, an engine on several nodes that a cluster can
+  never take would be ``starting`` for ever, or ``frontline status`` could not name what is missing.
 - What Ray's autoscaler can never bring. Without it, a model whose node is being added would be
   ``engine_not_offered``, and its requests would be refused meanwhile.
 """
