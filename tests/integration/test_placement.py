@@ -9,10 +9,17 @@ import openai
 import pytest
 import ray
 import yaml
+from ray import serve
 
+from app.ray_compat.controller import serve_controller
 from tests.support.cluster import eventually, simulated_app
 
 pytestmark = pytest.mark.integration
+
+
+def state(frontline, app):
+    """The model's state in the models list."""
+    return (frontline.entry(app) or {}).get("metadata", {}).get("state")
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +28,28 @@ def nowhere(frontline):
     nowhere = simulated_app("nowhere")
     nowhere["deployments"][1]["ray_actor_options"] = {"resources": {"engine_nowhere": 1}}
     frontline.deploy(nowhere)
-    eventually(
-        lambda: (
-            (frontline.entry("nowhere") or {}).get("metadata", {}).get("state")
-            == "engine_not_offered"
-        )
-    )
+    eventually(lambda: state(frontline, "nowhere") == "engine_not_offered")
     yield frontline
     frontline.remove("nowhere")
+
+
+def test_an_engine_on_more_nodes_than_there_are_is_not_offered(frontline):
+    wide = simulated_app("wide")
+    wide["args"]["pools"][0]["nodes"] = 2
+    wide["deployments"][1] |= {
+        "placement_group_bundles": [{"CPU": 0.1}, {"CPU": 0.1}],
+        "placement_group_strategy": "STRICT_SPREAD",
+    }
+    frontline.deploy(wide)
+    eventually(lambda: state(frontline, "wide") == "engine_not_offered")
+    assert frontline.snapshot("wide").missing == {"simulated": "2 such nodes"}
+    # What is public does not have it: neither Serve's status, nor the options that it shows.
+    pool = serve.status().applications["wide"].deployments["simulated"]
+    assert (pool.status, pool.message) == ("UPDATING", "")
+    details = ray.get(serve_controller().get_serve_instance_details.remote())
+    options = details["applications"]["wide"]["deployments"]["simulated"]["deployment_config"]
+    assert not options.get("placement_group_bundles")
+    frontline.remove("wide")
 
 
 def test_the_models_list_says_so(nowhere):
