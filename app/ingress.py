@@ -41,7 +41,7 @@ class Ingress:
         keep_on_loopback()
         settings = IngressSettings()
         registry = ModelRegistry(ServeSource(), discover_s=settings.discovery_interval_s)
-        self._services = Services(registry, EngineClient(), settings)
+        self.services = Services(registry, EngineClient(), settings)
         self._limits = ServeLimits(limits)
         self._store: Engine | None = None
         self._access: Access | None = None
@@ -59,38 +59,38 @@ class Ingress:
         """
         settings = IngressSettings.load(user_config, "user_config")
         settings.check_open(await serve_host(), "user_config")
-        before, first = self._services.settings, self._store is None
+        before, first = self.services.settings, self._store is None
         new_store = first or settings.ledger != before.ledger
         old, store = self._store, self._connect(settings) if new_store else self._store
         assert store is not None
         # The one step that may fail for what is on this machine: so nothing has been changed yet.
         if new_store or settings.journal != before.journal:
             self._open_ledger(store, settings)
-        self._store, self._services.settings = store, settings
+        self._store, self.services.settings = store, settings
         if new_store or settings.usage != before.usage:
             self._open_usage(settings)
         self._open_accounts(store, settings, new_store=new_store)
         if new_store and old is not None:
             self._retire("store disposal", partial(self._dispose, old))
-        self._services.registry.set_interval(settings.discovery_interval_s)
-        if not self._services.ready.is_set():
-            await self._services.registry.wait_known(_KNOWN_WITHIN_S)
+        self.services.registry.set_interval(settings.discovery_interval_s)
+        if not self.services.ready.is_set():
+            await self.services.registry.wait_known(_KNOWN_WITHIN_S)
             settle_in()
-            self._services.ready.set()
+            self.services.ready.set()
 
     def _connect(self, settings: IngressSettings) -> Engine:
         return connect(resolve_url(settings.ledger.get_secret_value()))
 
     def _open_ledger(self, store: Engine, settings: IngressSettings) -> None:
-        old = self._services.ledger
-        self._services.ledger = open_ledger(store, settings.journal)
+        old = self.services.ledger
+        self.services.ledger = open_ledger(store, settings.journal)
         if old is not None:
             self._retire("ledger retirement", old.retire)
 
     def _open_usage(self, settings: IngressSettings) -> None:
-        old = self._services.usage
+        old = self.services.usage
         url = resolve_url(settings.ledger.get_secret_value())
-        self._services.usage = UsageReader(url, settings.usage)
+        self.services.usage = UsageReader(url, settings.usage)
         if old is not None:
             self._retire("usage reader", partial(asyncio.to_thread, old.close))
 
@@ -101,14 +101,14 @@ class Ingress:
         of the limits know what it has told them.
         """
         if self._access is None and settings.auth == "keys":
-            registry = self._services.registry
+            registry = self.services.registry
             self._access = Access(
                 registry.ingress, KeyStore(store), self._limits, lambda: registry.ingresses
             )
             self._access.start()
         elif self._access is not None and new_store:
             self._access.read_keys_from(KeyStore(store))
-        self._services.access = self._access if settings.auth == "keys" else None
+        self.services.access = self._access if settings.auth == "keys" else None
 
     def _retire(self, name: str, end: Callable[[], Awaitable[None]]) -> None:
         """Let something come to its end that requests under way may still use."""
@@ -123,18 +123,18 @@ class Ingress:
         store.dispose()
 
     def __serve_build_asgi_app__(self) -> Front:
-        return build_api(self._services)
+        return build_api(self.services)
 
     async def __del__(self) -> None:
-        self._services.draining = True
-        await self._services.registry.stop()
-        await self._services.engines.close()
-        if self._services.ledger is not None:
-            await self._services.ledger.close()
+        self.services.draining = True
+        await self.services.registry.stop()
+        await self.services.engines.close()
+        if self.services.ledger is not None:
+            await self.services.ledger.close()
         if self._access is not None:
             await self._access.stop()
-        if self._services.usage is not None:
-            await asyncio.to_thread(self._services.usage.close)
+        if self.services.usage is not None:
+            await asyncio.to_thread(self.services.usage.close)
         await asyncio.gather(*self._retiring)
         if self._store is not None:
             self._store.dispose()

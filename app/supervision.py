@@ -141,7 +141,7 @@ def keep_thread(
     ending = stop or threading.Event()
 
     def run() -> None:
-        pauses = _Pauses()
+        pauses = Pauses()
         while True:
             try:
                 work()
@@ -196,7 +196,7 @@ class _Work:
 
 
 async def _keep_running(work: _Work) -> None:
-    pauses = _Pauses()
+    pauses = Pauses()
     while True:
         if not await work.fails(restarts=True):
             return
@@ -207,7 +207,7 @@ async def _run_once(work: _Work) -> None:
     await work.fails(restarts=False)
 
 
-class _Pauses:
+class Pauses:
     """Exponential back-off that starts anew after a run of ``RECENT_S``.
 
     The pauses are spread: what one cause has ended in many processes does not return all at once.

@@ -88,7 +88,7 @@ def connect(address: str | None) -> Cluster:
         NothingToShow: there is no cluster, or it refuses the connection.
     """
     local = local_clusters()
-    address = address or _only_one(local)
+    address = address or only_one(local)
     if address in local or address.startswith(_LOOPBACK):
         # A local cluster requires its user's token. If an address is given, Ray does not load the
         # token by itself, so that it is not sent to strangers; here it stays on the machine.
@@ -102,7 +102,7 @@ def connect(address: str | None) -> Cluster:
     return Cluster(ray.get_runtime_context().gcs_address)
 
 
-def _only_one(clusters: Sequence[str]) -> str:
+def only_one(clusters: Sequence[str]) -> str:
     # Ray's own "auto" would pick any of several clusters.
     if not clusters:
         raise NothingToShow("no Ray cluster on this machine; --address names another")

@@ -20,16 +20,22 @@ from app.flow.renewal import Renewals
 logger = logging.getLogger("ray.serve")
 
 _CALL_TIMEOUT_S = 5.0
-# A model that has not reported its names for this long no longer makes an unknown name retryable.
-_NAMELESS_S = 30.0
 _TRY_AGAIN_S = 1.0
 
 
 class ModelRegistry:
-    """The models that requests can name, kept up to date in the background."""
+    """The models that requests can name, kept up to date in the background.
 
-    def __init__(self, source: ModelSource, *, discover_s: float) -> None:
+    Args:
+        source: where they are.
+        discover_s: seconds between two looks for applications that have come or gone.
+        nameless_s: how long a request for an unknown name is asked to try again because a model
+            has not told its names yet, in seconds.
+    """
+
+    def __init__(self, source: ModelSource, *, discover_s: float, nameless_s: float = 30.0) -> None:
         self._source = source
+        self._nameless_s = nameless_s
         self._discover_s = discover_s
         self._ingress = uuid.uuid4().hex
         self._admissions: dict[str, Admission] = {}
@@ -99,7 +105,7 @@ class ModelRegistry:
         admission = self._by_name.get(name)
         if admission is not None:
             return admission
-        since = time.monotonic() - _NAMELESS_S
+        since = time.monotonic() - self._nameless_s
         if not self._discovered or any(self._found[one] > since for one in self._nameless()):
             raise errors.unlisted(name, _TRY_AGAIN_S)
         raise errors.ModelNotFound(name)

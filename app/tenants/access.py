@@ -27,10 +27,10 @@ from app.tenants.limiter import OverLimit, RateLimiter
 from app.tenants.priority_share import PriorityShares, SharePart
 from app.tenants.rate_limit import Ask, Given
 
-_PATIENCE_S: Final = 1.0
+PATIENCE_S: Final = 1.0
 """How long a request waits for an allowance. Longer than the ``Limits`` deployment takes to
 answer."""
-_ANSWERS_S: Final = 3.0
+ANSWERS_S: Final = 3.0
 """How long a request keeps trying if answers arrive, none refuses, and other requests use up the
 allowances that they bring."""
 _IN_FLIGHT_S: Final = 1.0
@@ -84,8 +84,13 @@ class Access:
         keys: Keys,
         limits: LimitSource,
         ingresses: Callable[[], int] = lambda: 1,
+        *,
+        patience_s: float = PATIENCE_S,
+        answers_s: float = ANSWERS_S,
     ) -> None:
         self._ingresses = ingresses
+        self._patience_s = patience_s
+        self._answers_s = answers_s
         self._ring = KeyCache(keys)
         self._allowances = RateLimiter(ingress)
         self._source = limits
@@ -139,7 +144,7 @@ class Access:
                 raise self._limited(caller.key, over)
             # Measured at the last answer and not now: if the event loop was blocked, no answer
             # has arrived.
-            tried_long = self._answered_at > came + _ANSWERS_S
+            tried_long = self._answered_at > came + self._answers_s
             if self._allowances.is_refused(caller.key, tokens, now) or tried_long:
                 raise self._limited(caller.key, over)
             await self._ask_now()
@@ -219,7 +224,7 @@ class Access:
         answered = self._answered
         self._sooner.set()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 await answered.wait()
 
     async def _keep_asking(self) -> None:
@@ -236,7 +241,7 @@ class Access:
     async def _ask(self) -> None:
         asks = self._allowances.asks(time.monotonic())
         try:
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 answers = await self._source.answer(asks)
         except Exception as error:
             self._note_away(error)

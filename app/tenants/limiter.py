@@ -167,3 +167,8 @@ class LimitBooks:
             self._books = {n: book for n, book in self._books.items() if not book.is_idle(now)}
         books = {name: self._books.setdefault(name, LimitBook()) for name in asks}
         return {name: books[name].answer(ask, now) for name, ask in asks.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The limits that are remembered."""
+        return list(self._books)

@@ -17,14 +17,14 @@ import httptools
 
 from app.upstream.silence import Silence
 
-_MOST_UNREAD: Final = 256 * 1024
+MOST_UNREAD: Final = 256 * 1024
 """Bytes of an answer that may wait for a slow client before reading from the engine is paused.
 About a thousand tokens of a stream."""
-_MOST_HELD: Final = 64 * 1024 * 1024
+MOST_HELD: Final = 64 * 1024 * 1024
 """The limit for all answers of an ingress together: 340 full buffers. Beyond it each answer may
-only buffer ``_LEAST_UNREAD``, the most that one read from the socket returns."""
-_LEAST_UNREAD: Final = 64 * 1024
-"""Bytes per answer that do not count in ``_MOST_HELD``. A client that keeps up has fewer."""
+only buffer ``LEAST_UNREAD``, the most that one read from the socket returns."""
+LEAST_UNREAD: Final = 64 * 1024
+"""Bytes per answer that do not count in ``MOST_HELD``. A client that keeps up has fewer."""
 
 
 Body = bytes | Iterable[bytes | memoryview]
@@ -128,7 +128,7 @@ class EngineConnection(asyncio.Protocol):
 
     Attributes:
         held: the bytes that wait for their readers on all connections together, without the first
-            ``_LEAST_UNREAD`` of each connection.
+            ``LEAST_UNREAD`` of each connection.
         complete: whether the whole answer has arrived.
         due: whether ``handle_silence`` is to be called by whoever waits for the answer.
         kept: whether the connection has served an earlier request.
@@ -291,11 +291,11 @@ class EngineConnection(asyncio.Protocol):
             self._slow = None
 
     def _count(self) -> None:
-        """Count the unread bytes beyond ``_LEAST_UNREAD``; pause reading if they are too many."""
-        over = self._unread - _LEAST_UNREAD
+        """Count the unread bytes beyond ``LEAST_UNREAD``; pause reading if they are too many."""
+        over = self._unread - LEAST_UNREAD
         self.held.size += over - self._counted
         self._counted = over
-        if self._unread > _MOST_UNREAD or self.held.size > _MOST_HELD:
+        if self._unread > MOST_UNREAD or self.held.size > MOST_HELD:
             self._pause()
 
     def _pause(self) -> None:
@@ -381,7 +381,7 @@ class EngineConnection(asyncio.Protocol):
             self._fail()
             return
         self._unread += len(data)
-        if self._unread > _LEAST_UNREAD and not self._paused:
+        if self._unread > LEAST_UNREAD and not self._paused:
             self._count()
         # Inlined `_wake`, because this runs for every event.
         waiter = self._waiter

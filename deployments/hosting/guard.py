@@ -131,6 +131,11 @@ class EngineGuard:
         return f"http://{f'[{host}]' if ':' in host else host}:{self._port.port}"
 
     @property
+    def pid(self) -> int:
+        """The pid of its process, also after its end."""
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         """Whether the guard's process runs."""
         return self._process.alive

@@ -402,7 +402,7 @@ def _detach() -> None:
     os.setsid()
 
 
-def _parse(arguments: list[str]) -> Order:
+def parse_order(arguments: list[str]) -> Order:
     options, command = arguments, list[str]()
     if "--" in arguments:
         at = arguments.index("--")
@@ -418,7 +418,7 @@ def _parse(arguments: list[str]) -> Order:
 
 
 def main() -> None:
-    order = _parse(sys.argv[1:])
+    order = parse_order(sys.argv[1:])
     _detach()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     Reaper(order, socket.socket(fileno=0)).run()

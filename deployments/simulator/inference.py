@@ -191,7 +191,7 @@ class Inference:
         if kind is RequestFailure.CRASH:
             # uvloop sends what was written when a turn of the event loop ends.
             await asyncio.sleep(0)
-            _crash()
+            crash()
         elif kind is RequestFailure.HANG:
             await run.stall()
         elif kind in (RequestFailure.ERROR, RequestFailure.ERROR_EVENT):
@@ -211,7 +211,7 @@ class Inference:
 
 async def _fail_at_once(exchange: HttpExchange, failure: InjectedFailures) -> None:
     if failure.request is RequestFailure.CRASH:
-        _crash()
+        crash()
     elif failure.request is RequestFailure.HANG:
         await exchange.gone()
         raise GivenUpError
@@ -223,5 +223,5 @@ def _asked_for(failure: InjectedFailures) -> RefusedError:
     return RefusedError(failure.status, "This failure was asked for.", "InternalServerError")
 
 
-def _crash() -> None:
+def crash() -> None:
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,6 +12,7 @@ from app.tenants.access import Caller
 from app.tenants.keys import KeyLimits, create_key
 from app.tenants.limiter import LimitBooks
 from tests.support.records import NOON
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 
@@ -86,7 +87,7 @@ async def test_a_request_that_waits_for_its_limit_goes_on_through_another_ledger
     key, _ = create_key("acme", created=NOON, limits=KeyLimits(rpm=1))
     caller = Caller("acme", key.key_id, None, key)
     await ingress.reconfigure(with_ledger(tmp_path, "one"))
-    accounts = ingress._services.access
+    accounts = ingress.services.access
     charging = asyncio.create_task(accounts.charge(caller, 10))
     await asyncio.wait_for(ingress.books.asked.wait(), 5)
     await ingress.reconfigure(with_ledger(tmp_path, "two"))
@@ -94,7 +95,7 @@ async def test_a_request_that_waits_for_its_limit_goes_on_through_another_ledger
     ingress.books.may.set()
     await asyncio.wait_for(charging, 5)
     with pytest.raises(errors.RateLimited):
-        await ingress._services.access.charge(caller, 10)
+        await ingress.services.access.charge(caller, 10)
 
 
 @pytest.mark.parametrize("between", [None, "open"])
@@ -103,27 +104,31 @@ async def test_what_is_in_flight_stays_counted_through_another_ledger(ingress, t
     key, _ = create_key("acme", created=NOON)
     caller = Caller("acme", key.key_id, None, key)
     await ingress.reconfigure(with_ledger(tmp_path, "one"))
-    with ingress._services.access.flight(caller, FlightBounds(1, 1)):
+    with ingress.services.access.flight(caller, FlightBounds(1, 1)):
         if between is not None:
             await ingress.reconfigure(with_ledger(tmp_path, "one", between))
-            assert ingress._services.access is None
+            assert ingress.services.access is None
         await ingress.reconfigure(with_ledger(tmp_path, "two"))
         with pytest.raises(errors.TooManyInFlight):
-            ingress._services.access.flight(caller, FlightBounds(1, 1))
+            ingress.services.access.flight(caller, FlightBounds(1, 1))
 
 
-async def test_settings_that_cannot_be_taken_over_change_nothing(ingress, tmp_path):
+async def test_settings_that_cannot_be_taken_over_change_nothing(ingress, stores, tmp_path):
     """59dfe9e: the same once more was taken for done, with the old ledger."""
     await ingress.reconfigure(with_ledger(tmp_path, "one", "open"))
-    services = ingress._services
-    before = (services.settings, services.ledger, services.usage, ingress._store)
+    services = ingress.services
+    before = (services.settings, services.ledger, services.usage)
     (tmp_path / "file").touch()
     bad = with_ledger(tmp_path, "two") | {"journal": {"folder": str(tmp_path / "file" / "sub")}}
     for _ in range(2):
         with pytest.raises(OSError):
             await ingress.reconfigure(bad)
-        assert before == (services.settings, services.ledger, services.usage, ingress._store)
+        assert before == (services.settings, services.ledger, services.usage)
         assert services.access is None
+    made, closed = stores
+    await ingress.reconfigure(with_ledger(tmp_path, "three", "open"))
+    await until(lambda: closed)
+    assert closed == made[:1], "the store in force was still the first"
 
 
 async def test_settings_change_without_leaving_anything_behind(stores, tmp_path, monkeypatch):
@@ -146,7 +151,7 @@ async def test_settings_change_without_leaving_anything_behind(stores, tmp_path,
     assert (len(made), closed) == (1, [])
     await change(auth="keys", folder="b", ledger="two")
     async with asyncio.timeout(10):
-        while ingress._retiring:
+        while not closed:
             await asyncio.sleep(0.01)
     assert (len(made), closed) == (2, made[:1])
     await end(ingress)

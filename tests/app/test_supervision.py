@@ -112,7 +112,7 @@ def test_pauses_double_up_to_the_longest_and_start_anew_after_a_good_run(monkeyp
     now = [0.0]
     monkeypatch.setattr("app.supervision.time.monotonic", lambda: now[0])
     monkeypatch.setattr("app.supervision.random.uniform", lambda low, high: high)
-    pauses = supervision._Pauses()
+    pauses = supervision.Pauses()
     seen = [pauses.next() for _ in range(8)]
     assert seen == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0]
     now[0] = supervision.RECENT_S + 1

@@ -362,11 +362,11 @@ class World:
         settings = IngressSettings(
             auth="keys", engine_timeout_s=timeout_s, stream_timeout_s=timeout_s
         )
-        self._services = Services(
+        self.services = Services(
             self._registry, EngineClient(), settings,
             self.ledger, Access(self._registry.ingress, self._keys, Books()), self.store,
         )  # fmt: skip
-        self._api = build_api(self._services)
+        self._api = build_api(self.services)
         self.engines = {name: SimulatedEngine(self, name) for name in ENGINES}
         self._row = 0
 
@@ -374,16 +374,16 @@ class World:
         for engine in self.engines.values():
             await engine.start()
         self._registry.start()
-        assert self._services.access is not None
-        self._services.access.start()
+        assert self.services.access is not None
+        self.services.access.start()
         await self._registry.wait_known(5)
-        self._services.ready.set()
+        self.services.ready.set()
 
     async def close(self) -> None:
         await self._registry.stop()
-        assert self._services.access is not None
-        await self._services.access.stop()
-        await self._services.engines.close()
+        assert self.services.access is not None
+        await self.services.access.stop()
+        await self.services.engines.close()
         await self.ledger.close()
         for engine in self.engines.values():
             await engine.ended()

@@ -2,17 +2,17 @@ import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from app.cli.cluster import NothingToShow, _only_one, connect
+from app.cli.cluster import NothingToShow, only_one, connect
 
 pytestmark = pytest.mark.unit
 
 
 def test_without_an_address_there_must_be_one_cluster():
-    assert _only_one(["127.0.0.1:1"]) == "127.0.0.1:1"
+    assert only_one(["127.0.0.1:1"]) == "127.0.0.1:1"
     with pytest.raises(NothingToShow, match="no Ray cluster"):
-        _only_one([])
+        only_one([])
     with pytest.raises(NothingToShow, match=r"127\.0\.0\.1:1 or 127\.0\.0\.1:2"):
-        _only_one(["127.0.0.1:1", "127.0.0.1:2"])
+        only_one(["127.0.0.1:1", "127.0.0.1:2"])
 
 
 def test_a_cluster_of_another_python_says_so(monkeypatch):

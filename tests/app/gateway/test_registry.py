@@ -63,8 +63,8 @@ class FakeSource:
 
 
 @asynccontextmanager
-async def following(source):
-    registry = ModelRegistry(source, discover_s=0.005)
+async def following(source, **settings):
+    registry = ModelRegistry(source, discover_s=0.005, **settings)
     registry.start()
     try:
         yield registry
@@ -161,11 +161,10 @@ async def test_a_name_is_unknown_only_once_every_model_has_told_its_own():
         await eventually(lambda: registry.find("n"))
 
 
-async def test_a_model_that_never_tells_its_name_does_not_make_every_name_possible(monkeypatch):
-    monkeypatch.setattr("app.gateway.registry._NAMELESS_S", 0.05)
+async def test_a_model_that_never_tells_its_name_does_not_make_every_name_possible():
     source = FakeSource()
     source.models, source.silent = {"b": snapshot("n")}, {"b"}
-    async with following(source) as registry:
+    async with following(source, nameless_s=0.05) as registry:
         await eventually(lambda: "b" in source.asked)
         await asyncio.sleep(0.06)
         with pytest.raises(errors.ModelNotFound):

@@ -206,7 +206,7 @@ async def test_the_memory_of_a_body_is_given_back_a_part_at_a_time():
         data = request.fields["prompt"].data
         assert data[1] == data[-2] == ord("x")
     assert data[-2] == ord("x"), "not all of it at once"
-    for _ in range(64 * MIB // module._FREED):
+    for _ in range(64 * MIB // module.FREED):
         await asyncio.sleep(0)
     assert data[1] == data[-2] == 0
 

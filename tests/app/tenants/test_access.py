@@ -53,8 +53,8 @@ def key(**more):
 
 
 @asynccontextmanager
-async def access(*keys, books=None, ingress="one", ingresses=1):
-    made = Access(ingress, Keys(*keys), books or Books(), lambda: ingresses)
+async def access(*keys, books=None, ingress="one", ingresses=1, **times):
+    made = Access(ingress, Keys(*keys), books or Books(), lambda: ingresses, **times)
     made.start()
     try:
         yield made
@@ -175,18 +175,17 @@ async def test_what_is_refused_while_the_books_are_away_leaves_nothing_to_take()
 
 
 @asynccontextmanager
-async def silent_books(monkeypatch, rpm=5):
+async def silent_books(rpm=5, **times):
     """Give access, somebody with a key and the books that say nothing, for less patience."""
-    monkeypatch.setattr("app.tenants.access._PATIENCE_S", 0.2)
     stored, text = key(rpm=rpm)
     books = Books()
     books.silent = True
-    async with access(stored, books=books) as made:
+    async with access(stored, books=books, patience_s=0.2, **times) as made:
         yield made, await made.identify(f"Bearer {text}"), books
 
 
-async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
-    async with silent_books(monkeypatch, rpm=200) as (made, caller, books):
+async def test_it_is_found_out_once_that_the_books_are_silent():
+    async with silent_books(rpm=200) as (made, caller, books):
 
         async def waited():
             began = time.monotonic()
@@ -207,9 +206,8 @@ async def test_it_is_found_out_once_that_the_books_are_silent(monkeypatch):
                     await asyncio.sleep(0.01)
 
 
-async def test_nobody_is_refused_because_the_event_loop_stood_still(monkeypatch):
-    monkeypatch.setattr("app.tenants.access._ANSWERS_S", 0.4)
-    async with silent_books(monkeypatch) as (made, caller, _):
+async def test_nobody_is_refused_because_the_event_loop_stood_still():
+    async with silent_books(answers_s=0.4) as (made, caller, _):
         charging = asyncio.create_task(made.charge(caller, 1))
         await asyncio.sleep(0.05)
         time.sleep(0.6)  # noqa: ASYNC251

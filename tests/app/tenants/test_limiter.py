@@ -101,10 +101,10 @@ def test_books_that_nobody_uses_are_forgotten():
     books = LimitBooks()
     ingress = Ingress(books)
     served(ingress, key_with(rpm=4), 1, 3)
-    assert len(books._books) == 1
+    assert len(books.names) == 1
     for at in range(1010, 1600, 10):
         ingress.exchange(float(at))
-    assert len(books._books) == 0
+    assert len(books.names) == 0
 
 
 def test_a_key_that_was_forgotten_has_its_whole_limit_again():
@@ -116,7 +116,7 @@ def test_a_key_that_was_forgotten_has_its_whole_limit_again():
         # The books forget while others speak.
         ingress.request(other, 1, float(at))
         ingress.exchange(float(at))
-    assert list(books._books) == [f"{other.key_id}/requests"]
+    assert books.names == [f"{other.key_id}/requests"]
     assert served(ingress, key, 1, 10, start=1900.0).count(None) == 4
 
 
@@ -162,6 +162,7 @@ def test_keys_that_are_gone_are_forgotten():
         ingress.request(other, 1, at / 2)
         ingress.exchange(at / 2)
     assert len(ingress.allowances) == 1
-    assert list(books._books) == [f"{other.key_id}/requests"]
+    assert books.names == [f"{other.key_id}/requests"]
+    # Nothing else tells whether the book has forgotten ingresses that are gone.
     [holding] = books._books[f"{other.key_id}/requests"]._holdings.values()
     assert not holding.silent

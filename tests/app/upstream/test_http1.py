@@ -192,8 +192,8 @@ async def test_silence_ends_an_answer():
 
 
 async def test_an_engine_waits_for_a_client_that_does_not_read(monkeypatch):
-    monkeypatch.setattr(module, "_LEAST_UNREAD", 500)
-    monkeypatch.setattr(module, "_MOST_UNREAD", 1000)
+    monkeypatch.setattr(module, "LEAST_UNREAD", 500)
+    monkeypatch.setattr(module, "MOST_UNREAD", 1000)
     piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     async with engine([CHUNKED, *[piece] * 400, b"0\r\n\r\n"]) as (running, connections):
         taken = await connections.take(running.url)

@@ -16,6 +16,7 @@ from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect, Route
 from app.upstream.client import EngineBroke, EngineClient, EngineFailed, EngineUnreachable
 from deployments.hosting.guard import EngineGuard, GuardFailed, needs_guard, plan_guard
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
 
@@ -185,7 +186,7 @@ async def test_the_key_opens_nothing_else(admitted, engine):
 
 async def test_it_listens_at_the_nodes_address_alone_and_hides_the_key(tmp_path, engine):
     async with guarded(tmp_path, engine) as (guard, client, _):
-        process = psutil.Process(guard._process.pid)
+        process = psutil.Process(guard.pid)
         # Not by asking: another process may have this port at the other addresses.
         listening = [
             tuple(connection.laddr)
@@ -311,16 +312,15 @@ async def test_a_connection_is_used_again(admitted, engine):
 async def test_its_death_is_noticed(tmp_path, engine):
     async with guarded(tmp_path, engine) as (guard, _, _):
         await guard.check(2)
-        os.kill(guard._process.pid, signal.SIGKILL)
-        await asyncio.wait_for(guard._process.wait(), 5)
-        assert not guard.alive
+        os.kill(guard.pid, signal.SIGKILL)
+        await until(lambda: not guard.alive)
         with pytest.raises(GuardFailed, match="has ended"):
             await guard.check(2)
 
 
 async def test_a_guard_that_hangs_is_noticed(tmp_path, engine):
     async with guarded(tmp_path, engine) as (guard, _, _):
-        os.kill(guard._process.pid, signal.SIGSTOP)
+        os.kill(guard.pid, signal.SIGSTOP)
         with pytest.raises(GuardFailed, match="did not answer"):
             await guard.check(0.2)
 

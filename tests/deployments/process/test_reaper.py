@@ -164,7 +164,9 @@ def test_usage_errors_are_refused() -> None:
 
 
 def test_a_command_may_hold_dashes_of_its_own() -> None:
-    order = reaper._parse(["--owner", "7:9", "--linger", "0.5", "--", "engine", "--", "--owner"])
+    order = reaper.parse_order(
+        ["--owner", "7:9", "--linger", "0.5", "--", "engine", "--", "--owner"]
+    )
     assert order == reaper.Order(["engine", "--", "--owner"], Identity(7, 9), 2.0, 0.5)
 
 

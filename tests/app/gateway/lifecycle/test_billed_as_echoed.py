@@ -194,7 +194,7 @@ def loop():
 def world(loop, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.gateway.handler.Reply", NotedReply)
-        patch.setattr("deployments.simulator.inference._crash", crash)
+        patch.setattr("deployments.simulator.inference.crash", crash)
         # Nobody waits for an engine that looks seldom whether its client has gone.
         patch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
         made = loop.run(make(tmp_path_factory.mktemp("world")))

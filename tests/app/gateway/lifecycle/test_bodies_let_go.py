@@ -29,7 +29,7 @@ HANG_LATER = InjectedFailures(request="hang", after_tokens=2)
 @pytest.fixture
 async def world(tmp_path, monkeypatch):
     monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
-    monkeypatch.setattr("deployments.simulator.inference._crash", crash)
+    monkeypatch.setattr("deployments.simulator.inference.crash", crash)
     monkeypatch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
     made = World(tmp_path)
     await made.start()

@@ -23,7 +23,7 @@ BOUND = 3
 async def world(tmp_path, monkeypatch):
     monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
     made = World(tmp_path)
-    made._services.settings = IngressSettings(
+    made.services.settings = IngressSettings(
         auth="keys", engine_timeout_s=0.25, stream_timeout_s=0.25, max_concurrent_per_key=BOUND
     )
     await made.start()
@@ -38,7 +38,7 @@ def ask(world, plan=(), tenant="plain", **fields):
 
 
 def in_flight(world):
-    return world._services.access._in_flight
+    return world.services.access._in_flight
 
 
 async def test_one_more_than_the_bound_is_refused_and_recorded(world):

@@ -48,7 +48,7 @@ async def world(tmp_path, monkeypatch):
 async def test_every_request_is_answered_and_recorded_in_exactly_one_ledger(world, tmp_path):
     """59dfe9e: those that waited in the queue got 503 ``ledger_unavailable``."""
     asked, asking, stores, retired = [], [], [], []
-    services = world._services
+    services = world.services
     for change in range(CHANGES):
         for number, tenant in enumerate(TENANTS * 3):
             # Some lose their engine before the first byte, and wait for another one.

@@ -22,7 +22,7 @@ async def world(tmp_path, monkeypatch):
     monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
     monkeypatch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
     made = World(tmp_path)
-    made._services.settings = IngressSettings(auth="keys", slow_reader_s=0.1)
+    made.services.settings = IngressSettings(auth="keys", slow_reader_s=0.1)
     await made.start()
     await made.set(ModelSettings(), ["vllm"])
     yield made
@@ -48,13 +48,13 @@ async def test_a_slot_is_free_once_the_engine_has_ended(world, stream):
     assert EngineConnection.held.size == 0
 
 
-@pytest.mark.parametrize("bound", ["_MOST_UNREAD", "of all together"])
+@pytest.mark.parametrize("bound", ["MOST_UNREAD", "of all together"])
 async def test_the_engine_is_stopped_once_the_buffer_is_full(world, monkeypatch, bound):
-    monkeypatch.setattr("app.upstream.http1._LEAST_UNREAD", 4096)
-    if bound == "_MOST_UNREAD":
-        monkeypatch.setattr("app.upstream.http1._MOST_UNREAD", 4096)
+    monkeypatch.setattr("app.upstream.http1.LEAST_UNREAD", 4096)
+    if bound == "MOST_UNREAD":
+        monkeypatch.setattr("app.upstream.http1.MOST_UNREAD", 4096)
     else:
-        monkeypatch.setattr("app.upstream.http1._MOST_HELD", 0)
+        monkeypatch.setattr("app.upstream.http1.MOST_HELD", 0)
     seen, task = asking(world, stream=True, max_tokens=1900)
     await asyncio.wait_for(task, 5)
     assert not seen.whole
@@ -66,9 +66,9 @@ async def test_the_engine_is_stopped_once_the_buffer_is_full(world, monkeypatch,
 
 
 async def test_a_client_that_reads_again_in_time_gets_all(world, monkeypatch):
-    monkeypatch.setattr("app.upstream.http1._LEAST_UNREAD", 2048)
-    monkeypatch.setattr("app.upstream.http1._MOST_UNREAD", 4096)
-    world._services.settings = IngressSettings(auth="keys", slow_reader_s=5)
+    monkeypatch.setattr("app.upstream.http1.LEAST_UNREAD", 2048)
+    monkeypatch.setattr("app.upstream.http1.MOST_UNREAD", 4096)
+    world.services.settings = IngressSettings(auth="keys", slow_reader_s=5)
     seen, task = asking(world, stream=True, max_tokens=200)
     await asyncio.sleep(0.2)
     seen.reads.set()
