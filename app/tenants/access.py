@@ -95,7 +95,7 @@ class Access:
         self._allowances = RateLimiter(ingress)
         self._source = limits
         self._shares = PriorityShares()
-        self._in_flight = InFlight()
+        self.in_flight = InFlight()
         self._asking: asyncio.Task[None] | None = None
         self._sooner = asyncio.Event()
         self._answered = asyncio.Event()
@@ -163,7 +163,7 @@ class Access:
         if caller.key is None:
             return nullcontext()
         try:
-            return self._in_flight.enter(
+            return self.in_flight.enter(
                 caller.key_id, caller.tenant, bounds, max(self._ingresses(), 1)
             )
         except OverBound as over:

@@ -185,7 +185,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(_END)
 
 
-def _side_routes(model: str) -> dict[bytes, Callable[[bool], bytes]]:
+def side_routes(model: str) -> dict[bytes, Callable[[bool], bytes]]:
     """What is asked beside completions: by Frontline of a simulated engine, by routers of any."""
     report = {
         "simulated": True,
@@ -216,7 +216,7 @@ async def _serve(host: str, port: int, model: str, key: str | None) -> None:
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stopped.set)
-    routes, secret = _side_routes(model), key.encode() if key else None
+    routes, secret = side_routes(model), key.encode() if key else None
     server = await loop.create_server(
         lambda: Connection(routes, secret), host, port, reuse_port=True, backlog=4096
     )

@@ -10,6 +10,7 @@ from ray.serve.config import AutoscalingPolicy
 from app.autoscaling import POLICY_PATH
 from app.core.tiers import Tier
 from app.scaling.report import PoolReport, ScalingReport, TierReport
+from app.scaling.scaler import Scaler
 
 pytestmark = pytest.mark.unit
 
@@ -82,7 +83,7 @@ def test_of_two_models_the_last_word_counts(policy):
 
 
 def test_an_error_keeps_everything_as_it_is(policy, caplog, monkeypatch):
-    monkeypatch.setattr(policy._scaler, "decide", lambda *_: 1 / 0)
+    monkeypatch.setattr(Scaler, "decide", lambda *_: 1 / 0)
     assert targets(policy, told(1.0), 5) == 5
     assert "cannot decide" in caplog.text
 

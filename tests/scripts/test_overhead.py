@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 @asynccontextmanager
 async def engine(key=None):
-    routes = mock_engine._side_routes("mock")
+    routes = mock_engine.side_routes("mock")
     server = await asyncio.get_running_loop().create_server(
         lambda: mock_engine.Connection(routes, key), "127.0.0.1", 0
     )

@@ -38,7 +38,7 @@ def ask(world, plan=(), tenant="plain", **fields):
 
 
 def in_flight(world):
-    return world.services.access._in_flight
+    return world.services.access.in_flight
 
 
 async def test_one_more_than_the_bound_is_refused_and_recorded(world):
