@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 SHELLS = ("sgl_kernel", "torchvision", "triton")
 _REAL = {"sgl-kernel", "sglang-kernel", "torchvision", "triton"}
 """The distributions that hold the real packages, and their other names."""
-_GPU = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+GPU = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """What the drivers of GPUs show that SGLang runs on: NVIDIA's, AMD's, either inside WSL."""
 _LACKING = {"triton.knobs"}
 """What older versions do not have either: SGLang does without."""
@@ -49,7 +49,7 @@ class Missing(RuntimeError):
 
 def why_refused() -> str | None:
     """What speaks against the stand-in in this environment; ``None``: nothing."""
-    for path in _GPU:
+    for path in GPU:
         if Path(path).exists():
             return f"this machine has a GPU ({path})"
     for distribution in distributions():

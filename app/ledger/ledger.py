@@ -40,7 +40,7 @@ of usual length."""
 MOST_OWED: Final = 4096
 """Records of shed and refused requests that are kept in memory while the journal has no room: less
 than 4 MiB, and minutes of a client that retries at the given interval."""
-_PAY_S: Final = 0.2  # how often to check for room for them
+PAY_S: Final = 0.2  # how often to check for room for them
 _WAKE_EVERY: Final = 256
 # Space is allocated ahead for twice the number of running requests, to keep up with bursts.
 
@@ -250,7 +250,7 @@ class Ledger:
         if self._owed:
             # This also requests space.
             self._journal.wake()
-            self._pay_at = self._loop.call_later(_PAY_S, self._pay)
+            self._pay_at = self._loop.call_later(PAY_S, self._pay)
 
     async def retire(self) -> None:
         """Close the ledger once all requests with reserved room have ended."""

@@ -31,7 +31,7 @@ from deployments.process.reaper import OWNER_MARK, REAPER_MARK, Identity
 
 _FIRST_WORD_S = 60.0
 """Longest wait for the reaper's first report: a Python start on a loaded node, from a slow disk."""
-_AFTER_KILL_S = 10.0
+AFTER_KILL_S = 10.0
 """How long a process may take to vanish after SIGKILL: freeing a GPU's memory takes seconds."""
 _LOOK_AGAIN_S = 0.02
 
@@ -171,7 +171,7 @@ class EngineProcess:
             raise ValueError(f"grace_s must be a number of seconds from 0, not {grace}")
         self._order(f"stop {grace}")
         try:
-            async with asyncio.timeout(grace + _AFTER_KILL_S):
+            async with asyncio.timeout(grace + AFTER_KILL_S):
                 await self._gone.wait()
         except TimeoutError as error:
             raise EngineNotStopped(f"engine {self.name!r}: processes survive SIGKILL") from error
@@ -286,7 +286,7 @@ def _kill_marked(doomed: Callable[[Marks], bool]) -> list[int]:
 
     Processes that clean up (``reaper.tidies_up``) come last, if they have not ended by themselves.
     """
-    limit = time.monotonic() + _AFTER_KILL_S
+    limit = time.monotonic() + AFTER_KILL_S
     tidied_by = time.monotonic() + reaper.TIDY_S
     killed: list[Identity] = []
     while (left := _running(killed, doomed)) and time.monotonic() < limit:

@@ -19,7 +19,7 @@ def stand_in(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     module = importlib.import_module(NAME)
     # This machine may have a GPU, and the tests' environment may come to hold one of the packages.
-    monkeypatch.setattr(module, "_GPU", (str(tmp_path / "gpu"),))
+    monkeypatch.setattr(module, "GPU", (str(tmp_path / "gpu"),))
     monkeypatch.setattr(module, "distributions", lambda: [])
     monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
     yield module

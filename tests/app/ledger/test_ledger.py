@@ -264,7 +264,7 @@ async def test_a_ledger_is_opened_as_it_is_set(tmp_path, monkeypatch):
 
 
 async def test_what_is_owed_when_the_ledger_ends_is_written_or_told(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("app.ledger.ledger._PAY_S", 60)
+    monkeypatch.setattr("app.ledger.ledger.PAY_S", 60)
     full, room = True, vars(Journal)["room"].fget
     monkeypatch.setattr(Journal, "room", property(lambda own: 0 if full else room(own)))
     for name, full in (("early", False), ("late", True)):

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 from ray.serve._private import constants, replica
 
@@ -36,6 +38,6 @@ def test_it_stays_open_where_deployments_speak_that_way(bound, monkeypatch):
 def test_another_version_of_serve_is_told(monkeypatch, caplog):
     monkeypatch.delattr(replica, "add_port_to_grpc_server")
     with caplog.at_level("ERROR", logger="ray.serve"):
-        monkeypatch.setattr("app.ray_compat.serve_port._log.propagate", True)
+        monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
         keep_on_loopback()
     assert "frontline doctor" in caplog.text

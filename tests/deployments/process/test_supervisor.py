@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deployments.process import reaper, supervisor
@@ -85,6 +86,7 @@ time.sleep(60)
 OWNER = """
 import asyncio, json, os, sys
 from pathlib import Path
+import psutil
 from deployments.process.supervisor import EngineProcess
 
 async def own():
@@ -94,7 +96,8 @@ async def own():
     )
     if "fork" in sys.argv and not os.fork():
         os.execvp("sleep", ["sleep", "60"]) if "exec" in sys.argv else signal_pause()
-    print(json.dumps({"engine": engine.pid, "reaper": engine._reins.reaper.pid}), flush=True)
+    above = psutil.Process(engine.pid).ppid()
+    print(json.dumps({"engine": engine.pid, "reaper": above}), flush=True)
     await engine.wait()
 
 def signal_pause():
@@ -185,7 +188,8 @@ def command_line(pid: int) -> str:
 
 
 def reaper_of(engine: EngineProcess) -> int:
-    return engine._reins.reaper.pid
+    """The pid of its reaper, which is the parent of the main process while that runs."""
+    return psutil.Process(engine.pid).ppid()
 
 
 class Owner:
@@ -316,6 +320,7 @@ async def test_stop_lets_the_engine_end_by_itself(logs: Path) -> None:
 
 async def test_stop_kills_the_whole_tree_at_the_deadline(logs: Path, tmp_path: Path) -> None:
     engine, pids = await start_stubborn(logs, tmp_path / "pids")
+    above = reaper_of(engine)
     began = time.monotonic()
     stopping = asyncio.create_task(engine.stop(0.3))
     await asyncio.sleep(0.2)
@@ -324,7 +329,7 @@ async def test_stop_kills_the_whole_tree_at_the_deadline(logs: Path, tmp_path: P
     assert 0.3 <= time.monotonic() - began < 2
     assert not any(map(running, pids))
     assert engine.returncode == -signal.SIGKILL
-    assert await still_running(reaper_of(engine)) == []
+    assert await still_running(above) == []
 
 
 async def test_stop_again_brings_the_end_forward_and_never_back(logs: Path, tmp_path: Path) -> None:
@@ -372,11 +377,12 @@ async def test_stop_tells_when_something_survives(
     logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, pids = await start_stubborn(logs, tmp_path / "pids")
-    monkeypatch.setattr(supervisor, "_AFTER_KILL_S", 0.1)
-    os.kill(reaper_of(engine), signal.SIGSTOP)  # nobody is there to kill
+    monkeypatch.setattr(supervisor, "AFTER_KILL_S", 0.1)
+    above = reaper_of(engine)
+    os.kill(above, signal.SIGSTOP)  # nobody is there to kill
     with pytest.raises(EngineNotStopped, match="'engine'"):
         await engine.stop(0)
-    os.kill(reaper_of(engine), signal.SIGCONT)
+    os.kill(above, signal.SIGCONT)
     assert await still_running(*pids) == []
 
 
@@ -605,9 +611,10 @@ async def test_the_newest_logs_of_a_name_are_kept(logs: Path) -> None:
 async def test_the_log_of_a_living_engine_is_kept(logs: Path) -> None:
     engine = await start(logs, POLITE)
     for _ in range(2):
-        last = await start(logs, "pass", keep_logs=1)
+        last = await start(logs, POLITE, keep_logs=1)
+        above = reaper_of(last)
         await last.stop()
-        assert await still_running(reaper_of(last)) == []
+        assert await still_running(above) == []
     assert files(logs) == {engine.log_path, last.log_path}
     await engine.stop(5)
 
