@@ -132,6 +132,13 @@ async def test_an_admission_reports_at_most_once_a_second(monkeypatch):
     assert again is not None and again.at == now
 
 
+async def renews_at_once(made):
+    waiting = asyncio.create_task(made.wait_for_renewal())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    return waiting.done()
+
+
 async def test_what_was_counted_is_reported_as_soon_as_a_report_is_due(monkeypatch):
     now = 1000.0
     monkeypatch.setattr("app.flow.admission.time", SimpleNamespace(monotonic=lambda: now))
@@ -146,14 +153,19 @@ async def test_what_was_counted_is_reported_as_soon_as_a_report_is_due(monkeypat
     assert renew() is not None
     now += REPORT_S - 0.1
     assert renew() is None
-    assert made._renewal_at() == now + QUIET_S
-    now += 0.05
+    counted_at, now = now + 0.05, now + QUIET_S - 0.01
+    assert not await renews_at_once(made)
+    now += 0.01
+    assert await renews_at_once(made)
+    now = counted_at
     with pytest.raises(Shed):
         await made.admit(
             QueuedRequest(Tier.DEFAULT, "", 1, fail_fast=True, without=frozenset({"one"}))
         )
-    assert made._renewal_at() == 1000.0 + REPORT_S - 0.1 + RENEWAL_S
-    now = made._renewal_at()
+    now = 1000.0 + REPORT_S - 0.1 + RENEWAL_S - 0.01
+    assert not await renews_at_once(made)
+    now += 0.01
+    assert await renews_at_once(made)
     told = renew()
     assert told is not None and told.sheds == {(Tier.DEFAULT, ShedReason.NO_OTHER_REPLICA): 1}
 

@@ -13,6 +13,7 @@ from app.core.tiers import Tier
 from app.flow.admission import Admission, ModelGone, Shed
 from app.flow.credits import RENEWAL_S
 from app.flow.request import QueuedRequest, RequestState
+from app.flow.scheduler import Scheduler
 
 pytestmark = pytest.mark.unit
 
@@ -341,13 +342,13 @@ async def test_who_was_called_is_told_though_the_gate_fails(monkeypatch):
     first, second = new_request(), new_request()
     await made.admit(first)
     [waiting] = await standing(made, second)
-    end = made._scheduler.end
+    end = Scheduler.end
 
     def fail(*arguments):
         end(*arguments)
         raise RuntimeError
 
-    monkeypatch.setattr(made._scheduler, "end", fail)
+    monkeypatch.setattr(Scheduler, "end", fail)
     with pytest.raises(RuntimeError):
         made.end(first, None)
     async with asyncio.timeout(2):

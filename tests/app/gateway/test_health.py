@@ -17,6 +17,7 @@ from app.gateway.health import CANNOT_SERVE, STORE_AWAY_S, HealthReason, HealthS
 from app.gateway.registry import ModelRegistry
 from app.gateway.services import Services
 from app.ledger.ledger import Ledger
+from app.ledger.segments import SegmentFile
 from app.store.database import StoreAway
 from app.tenants.access import Access
 from app.tenants.keys import KeyTable, create_key
@@ -209,6 +210,10 @@ async def test_journals_that_are_set_aside_or_cannot_be_moved(services, ask, tmp
         await ledger.close()
 
 
+def refuse(segment, data):
+    raise OSError("the disk is broken")
+
+
 async def test_a_store_that_is_away_and_a_ledger_that_refuses(services, ask, tmp_path, monkeypatch):
     store = MemoryStore()
     store.away = True
@@ -223,12 +228,15 @@ async def test_a_store_that_is_away_and_a_ledger_that_refuses(services, ask, tmp
         monkeypatch.setattr("app.gateway.health.STORE_AWAY_S", STORE_AWAY_S)
         store.away = False
         await until(lambda: not ledger.store_away_s(time.monotonic()))
-        ledger._journal.failing = True
-        code, body = await ask()
-        assert (code, body["status"], body["reasons"][0]) == (
-            503, "unavailable", "ledger_unavailable",
-        )  # fmt: skip
-        ledger._journal.failing = False
+        with monkeypatch.context() as failing:
+            failing.setattr(SegmentFile, "write", refuse)
+            settling = asyncio.create_task(ledger.settle(completed("late")))
+            await until(lambda: not ledger.has_room)
+            code, body = await ask()
+            assert (code, body["status"], body["reasons"][0]) == (
+                503, "unavailable", "ledger_unavailable",
+            )  # fmt: skip
+        await settling
         assert (await ask())[0] == 200
     finally:
         await ledger.close()

@@ -180,12 +180,13 @@ def test_a_bad_frame_of_the_own_journal_is_kept_aside_and_told(tmp_path, flushed
             ours.settle(record)
         ours.commit()
         flusher.flush(store)
+        moved = ours.journal.written
         for count, record in enumerate(records[flushed:]):
             ours.settle(record)
             if count % 5 == 4:
                 ours.commit()
         ours.commit()
-        number, start, end = draw_written(ours.journal, flusher, where)
+        number, start, end = draw_written(ours.journal, moved, where)
         before = spoil(segment_path(ours.journal.path, number), start, end, where, length)
         flusher.flush(store)
         assert alarms.PROCESS.counts() == {"journal damaged": 1}
@@ -202,14 +203,14 @@ def test_a_bad_frame_of_the_own_journal_is_kept_aside_and_told(tmp_path, flushed
     assert set(before) >= lost and count_kept(tmp_path) == 1
 
 
-def draw_written(journal, flusher, where):
-    """Return a segment with entries that are not moved yet, and where they begin and end."""
+def draw_written(journal, moved, where):
+    """Return a segment with entries after this position, and where they begin and end."""
     ends = journal.ends | {journal.written.segment: journal.written.size}
-    starts = {flusher._segment: flusher._offset}
+    starts = {moved.segment: moved.size}
     places = [
         (number, start, end)
         for number, end in sorted(ends.items())
-        if number >= flusher._segment and (start := starts.get(number, 0)) < end
+        if number >= moved.segment and (start := starts.get(number, 0)) < end
     ]
     return places[min(int(where * len(places)), len(places) - 1)]
 

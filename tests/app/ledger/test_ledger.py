@@ -239,7 +239,14 @@ async def test_room_is_kept_for_everyone_who_was_let_in(tmp_path):
     assert len(store.records) == len(streams)
 
 
-async def test_a_burst_does_not_outrun_the_space(tmp_path):
+async def test_a_burst_does_not_outrun_the_space(tmp_path, monkeypatch):
+    made = []
+
+    def journal(*arguments):
+        made.append(Journal(*arguments))
+        return made[0]
+
+    monkeypatch.setattr("app.ledger.ledger.Journal", journal)
     async with ledger(tmp_path, MemoryStore(), JournalSettings(segment_mb=1)) as ours:
         with ExitStack() as under_way:
             for place in range(3000):
@@ -247,7 +254,7 @@ async def test_a_burst_does_not_outrun_the_space(tmp_path):
                 if place % 100 == 0:
                     # So many more at once have room, whenever the disk has given it.
                     async with asyncio.timeout(10):
-                        while ours._journal.room < (place + 102) * RESERVED_BYTES:
+                        while made[0].room < (place + 102) * RESERVED_BYTES:
                             await asyncio.sleep(0.01)
 
 
