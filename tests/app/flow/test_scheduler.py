@@ -33,11 +33,12 @@ class Floor:
         self.mode = mode
         self.offers = {}
         self.grants = 0
-        self.told = None
+        self.told = self.told_at = None
 
     def demand(self):
         demand = self.scheduler.demand(self.now)
         self.told = (demand.number, demand.held, demand.running, demand.waiting)
+        self.told_at = self.now
         return demand
 
     def add(self, replica_id, credit, *, routes=EVERYWHERE, pool="pool", slots=8, preempts=False):
@@ -843,14 +844,16 @@ class GateMachine(RuleBasedStateMachine):
         number, *told = floor.told
         says = [
             scheduler.credits.slot_table.held(),
-            {tier: scheduler.credits._running[tier] for tier in Tier},
+            {
+                tier: sum(one.slots for one in self.placed if one.tier is tier) for tier in Tier
+            },
             {tier: scheduler.queue.wanted(tier) for tier in Tier},
         ]
         if number != self.number or says == told:
             self.number, self.changed_at = number, math.inf
         if says != told:
             self.changed_at = min(self.changed_at, floor.now)
-        assert scheduler.renewal_at() <= scheduler.credits._sent_at + SILENCE_S / 3
+        assert scheduler.renewal_at() <= floor.told_at + SILENCE_S / 3
         assert scheduler.renewal_at() <= self.changed_at + RENEWAL_S
 
     @invariant()
