@@ -104,8 +104,12 @@ class Credits:
         Suspensions end. Credits that may have been granted to others are closed.
         """
         self._now = now
-        self.slot_table.closed = now >= self._fresh_until
+        self.slot_table.closed = not self.in_force(now)
         return self.slot_table.resume(now)
+
+    def in_force(self, now: float) -> bool:
+        """Return whether the credits may be used. If not, others may have been granted them."""
+        return now < self._fresh_until
 
     def next_change(self) -> float:
         """Return when ``advance`` may next open a slot; infinity if never."""
@@ -169,7 +173,7 @@ class Credits:
             return
         else:
             # The new Model cannot tell whether the former one has given these credits away.
-            anew |= now >= self._fresh_until
+            anew |= not self.in_force(now)
         self._life, self._applied = grant.life, grant.number
         self._fresh_until = max(self._fresh_until, grant.sent_at + SILENCE_S)
         self._at_most, self._keep = grant.at_most, grant.keep
@@ -207,7 +211,7 @@ class Credits:
         too. Excess requests are then at most as many as the credits it holds, and the engine's own
         priority order absorbs them.
         """
-        if demand.sent_at < self._fresh_until:
+        if self.in_force(demand.sent_at):
             self._fresh_until = max(self._fresh_until, demand.sent_at + SILENCE_S)
             self.advance(now)
 
