@@ -26,7 +26,8 @@ class Holdings(Generic[Kind]):
         """Return how many holders use something."""
         return len(self._amounts)
 
-    def _add(self, holder: tuple[Kind, str], amount: int) -> None:
+    def add(self, holder: tuple[Kind, str], amount: int) -> None:
+        """Add to what a holder uses. Only ``Holding`` calls it, and takes away what it added."""
         left = self._amounts.get(holder, 0) + amount
         if left:
             self._amounts[holder] = left
@@ -62,7 +63,7 @@ class Holding(Generic[Kind]):
             if holdings.of(kind, name) + amount > bound:
                 return kind
         for holder in self._holders:
-            holdings._add(holder, amount)
+            holdings.add(holder, amount)
         self.amount += amount
         return None
 
@@ -70,7 +71,7 @@ class Holding(Generic[Kind]):
         """Give the whole amount back. Idempotent."""
         amount, self.amount = self.amount, 0
         for holder in self._holders:
-            self._holdings._add(holder, -amount)
+            self._holdings.add(holder, -amount)
 
     def __enter__(self) -> None:
         pass

@@ -60,17 +60,21 @@ class PriorityShare:
         self._parts += 1
         return SharePart(self, allowed)
 
-    def _leave(self, part: SharePart) -> None:
+    def leave(self, part: SharePart) -> None:
+        """Take an undecided request out. Only ``SharePart`` calls this and what follows."""
         self._undecided_priority -= part.allowed
 
-    def _count(self, now: float, *, priority: bool) -> None:
+    def count(self, now: float, *, priority: bool) -> None:
+        """Count a request that is decided."""
         self._all.add(1, now)
         self._priority.add(int(priority), now)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Note that a request has ended."""
         self._parts -= 1
 
-    def _lower(self) -> None:
+    def lower(self) -> None:
+        """Take a priority request back that is served at a lower tier after all."""
         self._priority.take_back(1)
 
 
@@ -93,10 +97,10 @@ class SharePart:
         It is called again if the engine was lost and the request is lowered.
         """
         if self._served is None:
-            self._book._leave(self)
-            self._book._count(now, priority=priority)
+            self._book.leave(self)
+            self._book.count(now, priority=priority)
         elif self._served and not priority:
-            self._book._lower()
+            self._book.lower()
         self._served = priority
 
     def end(self) -> None:
@@ -104,6 +108,6 @@ class SharePart:
         if self._ended:
             return
         if self._served is None:
-            self._book._leave(self)
-        self._book._end()
+            self._book.leave(self)
+        self._book.end()
         self._ended = True
