@@ -44,7 +44,8 @@ from deployments.engines.registry import adapter_named
 
 logger = logging.getLogger("ray.serve")
 
-_STATUS_PERIOD_S = 0.5
+STATUS_PERIOD_S = 0.5
+"""Pause between two rounds of questions to a pool's replicas, in seconds."""
 _STATUS_TIMEOUT_S = 5.0
 # Shorter while no replica is known: there may be none that could answer.
 _FIRST_TIMEOUT_S = 1.0
@@ -226,7 +227,7 @@ class Model:
 
     async def _watch(self, pool: str) -> None:
         while True:
-            await asyncio.sleep(_STATUS_PERIOD_S)
+            await asyncio.sleep(STATUS_PERIOD_S)
             await self._look(pool)
 
     async def _look(self, pool: str) -> None:

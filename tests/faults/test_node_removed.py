@@ -35,7 +35,8 @@ NO_HEADROOM = {"queue": {"headroom": 0}}
 def another_node():
     """A worker node beside the head node that the tests' cluster has."""
     nodes = Cluster()
-    nodes.head_node = worker._global_node
+    # private: Ray's Cluster takes over a head node that it has not started in no other way.
+    nodes.head_node = worker._global_node  # noqa: SLF001
     node = nodes.add_node(num_cpus=4, resources={AWAY: 2})
     try:
         yield lambda: nodes.remove_node(node, allow_graceful=False)

@@ -76,7 +76,8 @@ def write_serves(folder, backends=ROUTES["the ingress"], port=8000, **settings):
     )
     path = folder / "haproxy.cfg"
     api = HAProxyApi(config, {one.name: one for one in backends}, config_file_path=str(path))
-    api._generate_config_file_internal()
+    # private: Serve writes the file in no other way without starting HAProxy.
+    api._generate_config_file_internal()  # noqa: SLF001
     return path
 
 
