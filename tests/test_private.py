@@ -23,19 +23,22 @@ def is_private(node):
     return isinstance(text, str) and PRIVATE.fullmatch(text) is not None
 
 
-def reaches(node):
-    match node:
-        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in BY_NAME:
-            return any(map(is_private, node.args))
-        case ast.ImportFrom():
-            return any(PRIVATE.fullmatch(alias.name) for alias in node.names)
-    return False
+def reached(tree):
+    """Yield the lines where something private is imported or named by a string."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in BY_NAME:
+                if any(map(is_private, node.args)):
+                    yield node.lineno
+            case ast.ImportFrom():
+                if any(PRIVATE.fullmatch(alias.name) for alias in node.names):
+                    yield node.lineno
 
 
 def unexplained(source):
     """Return the lines that reach into something private below no reason."""
     lines = source.splitlines()
-    found = {node.lineno for node in ast.walk(ast.parse(source)) if reaches(node)}
+    found = set(reached(ast.parse(source)))
     found |= {number for number, line in enumerate(lines, 1) if "# noqa: SLF001" in line}
     return [lines[number - 1] for number in sorted(found) if not REASON.match(lines[number - 2])]
 

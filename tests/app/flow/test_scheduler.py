@@ -33,7 +33,7 @@ class Floor:
         self.mode = mode
         self.offers = {}
         self.grants = 0
-        self.told = self.told_at = None
+        self.told, self.told_at = None, -math.inf
 
     def demand(self):
         demand = self.scheduler.demand(self.now)
