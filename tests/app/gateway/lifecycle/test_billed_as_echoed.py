@@ -14,9 +14,8 @@ import uvloop
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from app.core.dialect import Route
-from deployments.simulator.settings import SimulatedSettings
 from tests.support.engine_scripts import CRASH, DEARER, HANG, ONE_OF_TWO, Ask, Pause, Run, scripts
-from tests.support.world import KEYS, MODEL, NotedReply, World, crash
+from tests.support.world import KEYS, MODEL, World
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 
@@ -192,14 +191,9 @@ def loop():
 
 @pytest.fixture(scope="module")
 def world(loop, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.gateway.handler.Reply", NotedReply)
-        patch.setattr("deployments.simulator.inference.crash", crash)
-        # Nobody waits for an engine that looks seldom whether its client has gone.
-        patch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
-        made = loop.run(make(tmp_path_factory.mktemp("world")))
-        yield made
-        loop.run(made.close())
+    made = loop.run(make(tmp_path_factory.mktemp("world")))
+    yield made
+    loop.run(made.close())
 
 
 async def make(folder):

@@ -13,9 +13,9 @@ from app.contracts.status import Sleep
 from app.core.dialect import Route
 from app.gateway.lifecycle import Lifecycle
 from app.protocol.requests import Inbound
-from deployments.simulator.settings import InjectedFailures, SimulatedSettings
+from deployments.simulator.settings import InjectedFailures
 from tests.support.waiting import until
-from tests.support.world import ALIAS, HANG_UP, NotedReply, Seen, World, crash
+from tests.support.world import ALIAS, HANG_UP, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -27,10 +27,7 @@ HANG_LATER = InjectedFailures(request="hang", after_tokens=2)
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
-    monkeypatch.setattr("deployments.simulator.inference.crash", crash)
-    monkeypatch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
+async def world(tmp_path):
     made = World(tmp_path)
     await made.start()
     await made.set(MODEL, ["vllm"])

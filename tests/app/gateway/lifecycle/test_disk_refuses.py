@@ -10,9 +10,8 @@ import pytest
 
 from app.config.model import ModelSettings
 from app.core.dialect import Route
-from deployments.simulator.settings import SimulatedSettings
 from tests.support.waiting import until
-from tests.support.world import MODEL, NotedReply, Seen, World
+from tests.support.world import MODEL, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -41,10 +40,7 @@ class Disk:
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
-    # Nobody waits for an engine that looks seldom whether its client has gone.
-    monkeypatch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
+async def world(tmp_path):
     made = World(tmp_path)
     try:
         await made.start()

@@ -8,7 +8,7 @@ import pytest
 from app.config.model import ModelSettings
 from app.core.dialect import Route
 from deployments.simulator.settings import InjectedFailures
-from tests.support.world import ALIAS, NotedReply, Seen, World
+from tests.support.world import ALIAS, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -16,8 +16,7 @@ FIELDS = {"model": ALIAS, "messages": [{"role": "user", "content": "hello"}], "m
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
+async def world(tmp_path):
     made = World(tmp_path)
     await made.start()
     yield made

@@ -11,7 +11,7 @@ from app.core.dialect import Route
 from app.tenants.concurrency import Holder
 from deployments.simulator.settings import InjectedFailures
 from tests.support.waiting import until
-from tests.support.world import MODEL, QUEUE, NotedReply, Seen, World
+from tests.support.world import MODEL, QUEUE, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -20,8 +20,7 @@ BOUND = 3
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
+async def world(tmp_path):
     made = World(tmp_path)
     made.services.settings = IngressSettings(
         auth="keys", engine_timeout_s=0.25, stream_timeout_s=0.25, max_concurrent_per_key=BOUND

@@ -9,7 +9,7 @@ from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.tenants.keys import KeyLimits
 from deployments.simulator.settings import InjectedFailures
-from tests.support.world import ALIAS, KEYS, NotedReply, Seen, World
+from tests.support.world import ALIAS, KEYS, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -22,7 +22,6 @@ FIELDS = {
 
 @pytest.fixture
 async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
     monkeypatch.setitem(KEYS, "metered", {"limits": KeyLimits(tpm=120)})
     made = World(tmp_path)
     await made.start()

@@ -8,7 +8,7 @@ import pytest
 from app.config.model import ModelSettings
 from app.contracts.status import Sleep
 from app.core.dialect import Route
-from tests.support.world import ALIAS, NotedReply, Seen, World
+from tests.support.world import ALIAS, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -19,7 +19,6 @@ NOWHERE = {**WAKING, "missing": {"vllm": "GPU: 8"}}
 
 @pytest.fixture
 async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
     monkeypatch.setattr("app.flow.scheduler.GIVE_UP_S", 0.05)
     made = World(tmp_path)
     await made.start()

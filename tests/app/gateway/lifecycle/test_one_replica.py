@@ -8,9 +8,9 @@ import pytest
 from app.config.model import ModelSettings
 from app.contracts.status import Sleep
 from app.core.dialect import Route
-from deployments.simulator.settings import InjectedFailures, SimulatedSettings
+from deployments.simulator.settings import InjectedFailures
 from tests.support.waiting import until
-from tests.support.world import ALIAS, HANG_UP, NotedReply, Seen, World, crash
+from tests.support.world import ALIAS, HANG_UP, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -22,10 +22,7 @@ MODEL = ModelSettings.load({"queue": {"headroom": 0}}, "user_config")
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
-    monkeypatch.setattr("deployments.simulator.inference.crash", crash)
-    monkeypatch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
+async def world(tmp_path):
     made = World(tmp_path)
     await made.start()
     await made.set(MODEL, ["vllm"])

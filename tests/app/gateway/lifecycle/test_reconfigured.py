@@ -12,7 +12,7 @@ from app.core.dialect import Route
 from app.ledger.ledger import Ledger
 from deployments.simulator.settings import InjectedFailures
 from tests.support.waiting import until
-from tests.support.world import MODEL, NotedReply, Seen, World
+from tests.support.world import MODEL, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -36,8 +36,7 @@ class Store:
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
+async def world(tmp_path):
     made = World(tmp_path, timeout_s=5)
     await made.start()
     await made.set(ModelSettings(), ["vllm", "sglang"])

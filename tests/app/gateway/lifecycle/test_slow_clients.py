@@ -8,9 +8,8 @@ from app.config.ingress import IngressSettings
 from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.upstream.http1 import EngineConnection
-from deployments.simulator.settings import SimulatedSettings
 from tests.support.waiting import until
-from tests.support.world import ALIAS, NotedReply, Seen, World
+from tests.support.world import ALIAS, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -18,9 +17,7 @@ FIELDS = {"model": ALIAS, "messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.fixture
-async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
-    monkeypatch.setattr(SimulatedSettings, "disconnect_seconds", 0.0)
+async def world(tmp_path):
     made = World(tmp_path)
     made.services.settings = IngressSettings(auth="keys", slow_reader_s=0.1)
     await made.start()

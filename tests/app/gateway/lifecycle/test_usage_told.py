@@ -9,7 +9,7 @@ import pytest
 from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.protocol.sse import EventReader, parse_block
-from tests.support.world import ALIAS, ENGINES, NotedReply, Seen, World
+from tests.support.world import ALIAS, ENGINES, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -39,7 +39,6 @@ IMPOSSIBLE = [
 
 @pytest.fixture
 async def world(tmp_path, monkeypatch):
-    monkeypatch.setattr("app.gateway.handler.Reply", NotedReply)
     monkeypatch.setitem(ENGINES, "vllm", {"embedding_dimensions": 4})
     # No engine is slow on purpose here, but the machine may be.
     made = World(tmp_path, timeout_s=30)
