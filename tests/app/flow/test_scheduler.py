@@ -844,9 +844,7 @@ class GateMachine(RuleBasedStateMachine):
         number, *told = floor.told
         says = [
             scheduler.credits.slot_table.held(),
-            {
-                tier: sum(one.slots for one in self.placed if one.tier is tier) for tier in Tier
-            },
+            {tier: sum(one.slots for one in self.placed if one.tier is tier) for tier in Tier},
             {tier: scheduler.queue.wanted(tier) for tier in Tier},
         ]
         if number != self.number or says == told:
