@@ -67,7 +67,13 @@ class Gathering(NamedTuple):
 
 
 class Scheduler:
-    """Admits the requests of one model in one ingress."""
+    """Admits the requests of one model in one ingress.
+
+    Attributes:
+        queue: the requests that wait.
+        credits: its credits, and the slots that they give.
+        gathering: the large request that gathers slots now; ``None`` if there is none.
+    """
 
     def __init__(self, ingress: str, settings: QueueSettings) -> None:
         self.queue = RequestQueue(settings)
@@ -78,7 +84,7 @@ class Scheduler:
         self._opens: Callable[[float], float] | None = None
         # When waiting requests are shed because no node fits an engine; infinity: not planned.
         self._gives_up_at = math.inf
-        self._gathering: Gathering | None = None
+        self.gathering: Gathering | None = None
         self._slot_table = self.credits.slot_table
         self._slot_table.slack = settings.affinity_slack
         # The slots that one request can take, by tier.
@@ -283,7 +289,7 @@ class Scheduler:
         elif shed is not None:
             self._shed(shed, ShedReason.DISPLACED, now)
             changed.append(shed)
-        if request.slots == 1 and shed is None and self._gathering is None:
+        if request.slots == 1 and shed is None and self.gathering is None:
             return changed
         # Another large request may be next now, or none.
         return self._dispatch(now, changed)
@@ -321,7 +327,7 @@ class Scheduler:
     def _dispatch(self, now: float, changed: list[QueuedRequest]) -> list[QueuedRequest]:
         """Place waiting requests while there is room for any, and append them to ``changed``."""
         queue = self.queue
-        if not queue.count and self._gathering is None:
+        if not queue.count and self.gathering is None:
             return changed
         while True:
             while queue.count and self._slot_table.has_room:
@@ -331,11 +337,11 @@ class Scheduler:
                 placed = self._place(request, now) or self._place(request, now, out_of_turn=True)
                 assert placed, "a request is taken out of the queue only if there is room for it"
                 changed.append(request)
-            before, self._gathering = self._gathering, self._gather(now)
-            gathering = self._gathering
+            before, self.gathering = self.gathering, self._gather(now)
+            gathering = self.gathering
             self._slot_table.gathered = None if gathering is None else gathering.replica_id
             # Slots that are not gathered any more are for others.
-            if before is None or before == self._gathering:
+            if before is None or before == self.gathering:
                 return changed
 
     def _gather(self, now: float) -> Gathering | None:
@@ -344,7 +350,7 @@ class Scheduler:
         if found is None:
             return None
         request, alone = found
-        before = self._gathering
+        before = self.gathering
         able = self._slot_table.able(request.tier, request.route, request.without, request.slots)
         same = before.replica_id if before is not None and before.request is request else None
         if any(replica.replica_id == same for replica in able):
@@ -356,7 +362,7 @@ class Scheduler:
 
     def _gathers(self) -> Gathers | None:
         """Return where slots are gathered, as the Model needs it."""
-        gathering = self._gathering
+        gathering = self.gathering
         if gathering is None:
             return None
         request = gathering.request
@@ -378,7 +384,7 @@ class Scheduler:
     def _find(
         self, request: QueuedRequest, *, prefix: int | None = None, out_of_turn: bool = False
     ) -> ReplicaSlots | None:
-        gathering = self._gathering
+        gathering = self.gathering
         held_back = None
         if gathering is not None and gathering.keeps_out(request):
             held_back = gathering.replica_id

@@ -56,12 +56,13 @@ from tests.support.records import completed
 MODEL, ALIAS = "acme/model", "model"
 KEY = "engine-key"
 ENGINES: dict[str, dict[str, Any]] = {
-    "vllm": {},
+    "vllm": {"preemption": False},
     "unordered": {"policy": "fcfs"},
-    "sglang": {"dialect": "sglang"},
+    "sglang": {"dialect": "sglang", "preemption": False},
     "tensorrt": {"dialect": "tensorrt_llm"},
 }
-"""One honours priority everywhere, one nowhere, two on some routes."""
+"""One honours priority everywhere, one nowhere, two on some routes. None preempts: what is silent
+has failed."""
 SLOTS = 2
 QUEUE = {
     "priority": {"max_waiting": 3, "max_wait_s": 0.3},
@@ -300,7 +301,13 @@ class Source:
         self.snapshot = replace(self.snapshot, settings=settings, replicas=tuple(replicas), **more)
         self._allocator.configure(settings.queue)
         self._allocator.set_replicas(
-            Capacity(one.replica_id, one.pool, one.slots, one.dialect.native_priority)
+            Capacity(
+                one.replica_id,
+                one.pool,
+                one.slots,
+                one.dialect.native_priority,
+                one.dialect.preempts,
+            )
             for one in self.snapshot.replicas
         )
         self._news.set()
@@ -356,15 +363,15 @@ class World:
         self.store.prepare()
         journal = JournalSettings(segment_mb=1, flush_interval_s=0.01, progress_tokens=1)
         self.ledger = Ledger(folder / "journal", journal, self.store)
-        self._source = Source(self)
-        self._registry = ModelRegistry(self._source, discover_s=60)
+        self.source = Source(self)
+        self.registry = ModelRegistry(self.source, discover_s=60)
         self._keys = KeptKeys()
         settings = IngressSettings(
             auth="keys", engine_timeout_s=timeout_s, stream_timeout_s=timeout_s
         )
         self.services = Services(
-            self._registry, EngineClient(), settings,
-            self.ledger, Access(self._registry.ingress, self._keys, Books()), self.store,
+            self.registry, EngineClient(), settings,
+            self.ledger, Access(self.registry.ingress, self._keys, Books()), self.store,
         )  # fmt: skip
         self._api = build_api(self.services)
         self.engines = {name: SimulatedEngine(self, name) for name in ENGINES}
@@ -373,14 +380,14 @@ class World:
     async def start(self) -> None:
         for engine in self.engines.values():
             await engine.start()
-        self._registry.start()
+        self.registry.start()
         assert self.services.access is not None
         self.services.access.start()
-        await self._registry.wait_known(5)
+        await self.registry.wait_known(5)
         self.services.ready.set()
 
     async def close(self) -> None:
-        await self._registry.stop()
+        await self.registry.stop()
         assert self.services.access is not None
         await self.services.access.stop()
         await self.services.engines.close()
@@ -393,9 +400,9 @@ class World:
         """Change the model, and return once the ingress knows; ``more`` is of its snapshot."""
         published = time.monotonic()
         up = [self.engines[name] for name in sorted(engines)]
-        self._source.publish(model, [engine.status for engine in up if engine.up], **more)
-        while (admission := self._registry.find(MODEL)) is None or (
-            admission.snapshot is not self._source.snapshot
+        self.source.publish(model, [engine.status for engine in up if engine.up], **more)
+        while (admission := self.registry.find(MODEL)) is None or (
+            admission.snapshot is not self.source.snapshot
         ):
             await asyncio.sleep(0.001)
         for crash in self.crashes:
@@ -405,7 +412,7 @@ class World:
 
     def taken(self) -> int:
         """How many slots are taken, as the ingress believes."""
-        admission = self._registry.find(MODEL)
+        admission = self.registry.find(MODEL)
         assert admission is not None
         return sum(admission.demand().running.values())
 

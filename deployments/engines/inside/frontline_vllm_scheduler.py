@@ -137,7 +137,7 @@ def _why_not(scheduler: Any) -> str | None:
 class Preempting:
     """Mixed into a scheduler of vLLM: makes room for better requests at the start of a step."""
 
-    _rules = Rules()
+    rules = Rules()
     _off: str | None = "it has not started"
 
     def start_preempting(self, why_not: str | None) -> None:
@@ -147,7 +147,7 @@ class Preempting:
         self._suspended: set[Any] = set()
         self._preemptions = 0
         if why_not is None:
-            logger.info("Running requests give way to better tiers: %s", self._rules)
+            logger.info("Running requests give way to better tiers: %s", self.rules)
         else:
             logger.warning("No running request gives way to a better tier: %s", why_not)
 
@@ -164,7 +164,7 @@ class Preempting:
         # On a throttled step vLLM admits no prefill, so room would stay empty.
         throttled = any(args) or any(kwargs.values())
         if self._off is None and (self.waiting or self._suspended) and not throttled:
-            self._make_room()
+            self.make_room()
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -175,10 +175,10 @@ class Preempting:
             history.suspend(request.num_output_tokens, time.monotonic())
             self._suspended.add(request)
 
-    def _make_room(self: Any) -> None:
+    def make_room(self: Any) -> None:
         try:
             self._look_after_suspended(time.monotonic())
-            victims = self._victims()
+            victims = self.victims_now()
         except Exception:
             # The requests go on in vLLM's own order: slower for some, but all are served.
             self._off = "choosing whom to suspend has failed; see the engine's log"
@@ -198,19 +198,19 @@ class Preempting:
                 history.resume(now)
                 self._suspended.discard(request)
                 continue
-            best = self._rules.best_priority
-            too_long = history.total_s(now) > self._rules.longest_suspended_s
+            best = self.rules.best_priority
+            too_long = history.total_s(now) > self.rules.longest_suspended_s
             if too_long and request.priority > best:
                 self.waiting.remove_request(request)
                 request.priority = best
                 self.waiting.add_request(request)
 
-    def _victims(self: Any) -> list[Any]:
+    def victims_now(self: Any) -> list[Any]:
         if not self.waiting:
             return []
         worst = max((one.priority for one in self.running), default=None)
         best = self.waiting.peek_request().priority
-        if worst is None or worst - best <= self._rules.margin:
+        if worst is None or worst - best <= self.rules.margin:
             return []
         # With any of these vLLM has work of its own that comes first.
         if self.pause_state.name != "UNPAUSED" or self.kv_holding_waiting:
@@ -223,7 +223,7 @@ class Preempting:
             free_slots=self.max_num_active_reqs - inside,
             free_blocks=cache.block_pool.get_num_free_blocks() - cache.watermark_blocks,
             blocks_of=lambda index: self._blocks(self.running[index]),
-            rules=self._rules,
+            rules=self.rules,
         )
         return [self.running[index] for index in chosen]
 

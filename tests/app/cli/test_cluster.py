@@ -2,7 +2,7 @@ import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from app.cli.cluster import NothingToShow, only_one, connect
+from app.cli.cluster import NothingToShow, connect, only_one
 
 pytestmark = pytest.mark.unit
 

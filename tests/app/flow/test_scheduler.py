@@ -558,7 +558,7 @@ def usable(floor, request):
         if floor.mode is PriorityMode.QUEUE
         or (floor.mode is PriorityMode.AUTO and request.route in offers[place].routes)
     ]
-    gathering = floor.scheduler._gathering
+    gathering = floor.scheduler.gathering
     held_back = None
     if gathering is not None and gathering.keeps_out(request):
         held_back = gathering.replica_id

@@ -260,7 +260,7 @@ def test_room_is_made_only_for_a_request_that_vllm_would_start(vllm, newcomer, m
     scheduler.add_request(*inside)
     steps(scheduler, 1)
     scheduler.add_request(Request(PRIORITY, **newcomer))
-    assert bool(scheduler._victims()) is makes_room
+    assert bool(scheduler.victims_now()) is makes_room
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_these_run_to_their_end(vllm, victim):
     scheduler.add_request(Request(FLEX, **victim))
     steps(scheduler, 2)
     scheduler.add_request(Request(PRIORITY))
-    assert scheduler._victims() == []
+    assert scheduler.victims_now() == []
 
 
 def test_a_step_that_admits_no_prompt_makes_no_room(vllm):
@@ -301,7 +301,7 @@ def test_a_victim_is_not_taken_for_one_that_was_scheduled_in_the_step_before(vll
     scheduler.add_request(flex)
     steps(scheduler, 1)
     scheduler.add_request(Request(PRIORITY))
-    scheduler._make_room()
+    scheduler.make_room()
     assert scheduler.prev_step_scheduled_req_ids == set()
 
 
@@ -326,11 +326,12 @@ def test_preemptions_of_vllm_itself_count(vllm):
     scheduler = make(slots=1)
     flex = Request(FLEX)
     scheduler.add_request(flex)
-    for _ in range(scheduler._rules.most_preemptions):
+    for _ in range(scheduler.rules.most_preemptions):
         steps(scheduler, 1)
         scheduler.running.remove(flex)
-        scheduler._preempt_request(flex, 0.0)
-    steps(scheduler, scheduler._rules.tokens_between)
+        # private: vLLM's own, with which it preempts where blocks are short.
+        scheduler._preempt_request(flex, 0.0)  # noqa: SLF001
+    steps(scheduler, scheduler.rules.tokens_between)
     scheduler.add_request(Request(PRIORITY))
     steps(scheduler, 1)
     assert scheduler.running == [flex]

@@ -126,9 +126,9 @@ class ScriptedWorld:
     async def serve(self, *replicas, **settings):
         times = {"stream_timeout_s": 10.0, "stream_headers_after_s": SOON_S}
         times |= {"stream_comment_s": SOON_S, **settings}
-        self.world._services.settings = IngressSettings(auth="keys", **times)
-        self.world._source.publish(MODEL, replicas or [self.replica("one")])
-        admission = self.world._registry.find
+        self.world.services.settings = IngressSettings(auth="keys", **times)
+        self.world.source.publish(MODEL, replicas or [self.replica("one")])
+        admission = self.world.registry.find
         await until(lambda: len(admission("acme/model").snapshot.replicas) == len(replicas or [1]))
 
     def asking(self, *scripts, route=Route.CHAT, **fields):
@@ -147,7 +147,7 @@ class ScriptedWorld:
 
     @property
     def suspects(self):
-        return self.world._registry.find("acme/model").demand().suspects
+        return self.world.registry.find("acme/model").demand().suspects
 
 
 @pytest.fixture
