@@ -1,6 +1,5 @@
 """Whom an engine suspends: the decision alone, and a long run of it in a small engine of values."""
 
-import heapq
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -173,23 +172,22 @@ class SmallEngine:
 
     def arrive(self, priority, length):
         job = Job(priority, self.now, length)
-        self._wait(job)
+        self.queue.append(job)
         return job
 
     def step(self):
-        for job in [one[2] for one in self.queue]:
+        for job in self.queue:
             overdue = job.history.total_s(self.now) > self.rules.longest_suspended_s
             if overdue and job.history.since is not None:
                 job.priority = self.rules.best_priority
-        self.queue = [(job.priority, job.arrival, job) for _, _, job in self.queue]
-        heapq.heapify(self.queue)
         for job in self._victims():
             self.inside.remove(job)
             job.history.suspend(job.done, self.now)
             job.preempted_at.append(job.done)
-            self._wait(job)
+            self.queue.append(job)
+        self.queue.sort(key=self._place)
         while self.queue and len(self.inside) < self.slots:
-            job = heapq.heappop(self.queue)[2]
+            job = self.queue.pop(0)
             job.history.resume(self.now)
             self.inside.append(job)
         self.now += 1
@@ -199,9 +197,9 @@ class SmallEngine:
                 job.ended = self.now
                 self.inside.remove(job)
 
-    def _wait(self, job):
-        job.arrival += 1e-6 * (len(self.queue) + 1)  # no two are equal: a heap compares jobs
-        heapq.heappush(self.queue, (job.priority, job.arrival, job))
+    @staticmethod
+    def _place(job):
+        return job.priority, job.arrival
 
     def _victims(self):
         chosen = choose(
@@ -215,7 +213,7 @@ class SmallEngine:
                 )
                 for job in self.inside
             ],
-            [Waiting(priority) for priority, _, _ in sorted(self.queue)],
+            [Waiting(job.priority) for job in sorted(self.queue, key=self._place)],
             slots=self.slots - len(self.inside),
             rules=self.rules,
         )
