@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import orjson
@@ -41,7 +42,7 @@ from deployments.hosting.launch import (
 )
 from deployments.hosting.multinode import OtherRanks, RankEnded, lead, node_address
 from deployments.hosting.ports import reserve_port
-from deployments.hosting.probe import probe_request
+from deployments.hosting.probe import HangProbe, probe_request
 from deployments.process.supervisor import sweep_orphans
 
 logger = logging.getLogger("ray.serve")
@@ -116,7 +117,7 @@ class EngineReplica:
         keep_on_loopback()
         self._pool = pool
         self._failed_checks = 0
-        self._suspected = self._hangs = False
+        self._probe = HangProbe(pool.probe_timeout_s)
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(LOOPBACK)
         span, self._meeting_place = lead(pool)
@@ -152,7 +153,7 @@ class EngineReplica:
     async def status(self) -> ReplicaStatus | None:
         """Return the engine's status; ``None`` once it has ended, and while it may hang."""
         alive = self._process.alive and (self._guard is None or self._guard.alive)
-        return self._status if alive and not self._suspected else None
+        return self._status if alive and not self._probe.doubtful else None
 
     async def probe(self, replica_id: str, route: str) -> None:
         """Find out whether the engine hangs. Does nothing if ``replica_id`` is another replica's.
@@ -161,20 +162,16 @@ class EngineReplica:
         Its health route may still answer: vLLM's does while the GPU is stuck. So the probe requests
         a single token, ahead of all other requests. Any answer proves that the engine is alive.
         """
-        if replica_id != self._status.replica_id or self._suspected:
+        if replica_id != self._status.replica_id or self._probe.hangs:
             return
-        self._suspected = True
-        timeout_s = self._pool.probe_timeout_s
         request = probe_request(self._launch.served_name, Route(route), self._facts.dialect)
         try:
-            async with asyncio.timeout(timeout_s):
-                await self._http.post_json(Route(route).path, request)
-        except TimeoutError:
-            self._hangs = True
-            logger.error("%s hangs: not one token within %s s", self._status, timeout_s)
+            await self._probe.run(partial(self._http.post_json, Route(route).path, request))
         except ConnectionLost:
-            pass  # the engine has ended: `status` and `check_health` see that by themselves
-        self._suspected = self._hangs
+            return  # the engine has ended: `status` and `check_health` see that by themselves
+        if self._probe.hangs:
+            seconds = self._pool.probe_timeout_s
+            logger.error("%s hangs: not one token within %s s", self._status, seconds)
 
     async def check_health(self) -> None:
         """Check the engine, its parts on other nodes, and its guard. Serve calls this.
@@ -189,7 +186,7 @@ class EngineReplica:
             await self._ranks.check_answers(self._pool.health_timeout_s)
         if not self._process.alive:
             raise EngineUnhealthy(f"the engine has ended; its last lines:\n{self._process.tail()}")
-        if self._hangs:
+        if self._probe.hangs:
             raise EngineUnhealthy("the engine hangs: it takes requests and generates nothing")
         timeout_s = self._pool.health_timeout_s
         if not await self._http.answers(self._adapter.health_path, timeout_s):

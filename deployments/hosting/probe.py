@@ -1,13 +1,57 @@
-"""The smallest request that makes an engine generate. Pure."""
+"""Finds out whether an engine hangs, by the smallest request that makes it generate."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
 
+DOUBT_S: Final = 2.0
+"""How long a probe may take before the replica is offered no more, in seconds. A token at the head
+of the engine's queue takes a step or two."""
 _TEXT: Final = "1"
+
+
+class HangProbe:
+    """Whether an engine hangs, as far as probes have shown.
+
+    Attributes:
+        doubtful: whether a probe takes long, or the engine hangs: no requests should go there.
+        hangs: whether a probe got no answer in time. Final.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.doubtful = self.hangs = False
+        self._timeout_s = timeout_s
+        self._runs = False
+
+    async def run(self, ask: Callable[[], Awaitable[object]]) -> None:
+        """Ask for a token, unless a probe is under way or the engine is known to hang.
+
+        An engine that answers at once goes on getting requests meanwhile: one whose streams are
+        silent only because they are suspended does.
+
+        Raises:
+            Exception: what ``ask`` raises. It shows that the engine does not hang.
+        """
+        if self._runs or self.hangs:
+            return
+        self._runs = True
+        doubt = asyncio.get_running_loop().call_later(DOUBT_S, self._doubt)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await ask()
+        except TimeoutError:
+            self.hangs = True
+        finally:
+            doubt.cancel()
+            self._runs, self.doubtful = False, self.hangs
+
+    def _doubt(self) -> None:
+        self.doubtful = True
 
 
 def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
