@@ -10,10 +10,10 @@ If ingresses together want more for priority than there is, each gets a part of 
 proportion to what it wants. Otherwise the one that happens to have the slots would keep them.
 
 The suspended must get on as well. Once a tier has had suspended requests on a replica for its
-starvation age without a break, priority leaves one slot in ``starvation_every`` there to them, at
-least one, until nobody is suspended any more. So each of them is resumed after at most that age
-and the requests suspended before it, and the engine has no reason to suspend it again: priority
-does not fill the slots.
+starvation age without a break, priority leaves one slot in ``starvation_every`` there, at least
+one, until no request of that tier is left there. So each of them is resumed after at most that age
+and the requests that come before it, and then goes on to its end: priority does not fill the
+slots.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class PreemptingReplicas:
         self._slots: dict[str, int] = {}
         self._demands: dict[str, Demand] = {}
         self._totals: dict[str, Taken] = {}
-        # Since when a tier has had suspended requests on a replica.
+        # Since when a tier has had suspended requests on a replica, and where that was too long.
         self._since: dict[tuple[str, Tier], float] = {}
+        self._owed: set[tuple[str, Tier]] = set()
 
     def configure(self, settings: QueueSettings) -> None:
         """Apply changed settings."""
@@ -53,6 +54,7 @@ class PreemptingReplicas:
         self._slots = dict(slots)
         self._totals = {replica_id: self._total(replica_id) for replica_id in slots}
         self._since = {key: at for key, at in self._since.items() if key[0] in slots}
+        self._owed = {key for key in self._owed if key[0] in slots}
 
     def report(self, demand: Demand, now: float) -> None:
         """Record what an ingress runs there and wants."""
@@ -149,10 +151,13 @@ class PreemptingReplicas:
     def _note(self, replica_ids: Iterable[str], now: float) -> None:
         for replica_id in replica_ids:
             for tier in _LOWER:
-                if self._suspended(self._totals[replica_id], self._slots[replica_id], tier):
-                    self._since.setdefault((replica_id, tier), now)
+                key, totals = (replica_id, tier), self._totals[replica_id]
+                if self._suspended(totals, self._slots[replica_id], tier):
+                    self._since.setdefault(key, now)
                 else:
-                    self._since.pop((replica_id, tier), None)
+                    self._since.pop(key, None)
+                if not totals[tier.rank]:
+                    self._owed.discard(key)
 
     @staticmethod
     def _suspended(taken: Taken, slots: int, tier: Tier) -> int:
@@ -161,10 +166,14 @@ class PreemptingReplicas:
         return max(0, taken[tier.rank] - left)
 
     def _left_to_suspended(self, replica_id: str, now: float) -> int:
-        settings = self._settings
-        ages = ((tier, self._since.get((replica_id, tier), math.inf)) for tier in _LOWER)
-        overdue = any(now - at >= settings.of(tier).starvation_age_s for tier, at in ages)
-        return math.ceil(self._slots[replica_id] / settings.starvation_every) if overdue else 0
+        """Return how many slots of a replica priority leaves to requests that were suspended."""
+        settings, owed = self._settings, False
+        for tier in _LOWER:
+            key = (replica_id, tier)
+            if now - self._since.get(key, math.inf) >= settings.of(tier).starvation_age_s:
+                self._owed.add(key)
+            owed |= key in self._owed
+        return math.ceil(self._slots[replica_id] / settings.starvation_every) if owed else 0
 
 
 def _priority(demand: Demand) -> int:

@@ -80,9 +80,12 @@ def test_once_some_have_been_suspended_for_their_age_priority_leaves_a_part_to_t
     assert limit(on, "one", "a", 8, age_s - 0.1) == 8
     # One slot in four.
     assert limit(on, "one", "a", 8, age_s) == 6
-    report(on, "one", {"a": (6, 2, 0)}, now=age_s + 1)
-    assert limit(on, "one", "a", 8, age_s + 1) == 8, "nobody is suspended any more"
+    resumed = (6, 2, 0) if tier is D else (5, 2, 1)
+    report(on, "one", {"a": resumed}, now=age_s + 1)
     assert on.suspended(age_s + 1) == {D: Suspended(), F: Suspended()}
+    assert limit(on, "one", "a", 8, age_s + 1) == 6, "or it would be suspended again at once"
+    report(on, "one", {"a": (6, 0, 0)}, now=age_s + 2)
+    assert limit(on, "one", "a", 8, age_s + 2) == 8
 
 
 def test_an_ingress_that_is_gone_counts_no_more():
