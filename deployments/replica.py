@@ -238,7 +238,7 @@ class EngineReplica:
         ``graceful_shutdown_timeout_s``, Serve kills this actor, and the engine with it.
         """
         logged = -1
-        while not (self._hangs or self._failed_checks >= _CHECKS_TO_FAIL):
+        while not (self._probe.hangs or self._failed_checks >= _CHECKS_TO_FAIL):
             connections = await asyncio.to_thread(count_connections, self._port.port)
             if not connections:
                 return
