@@ -162,14 +162,14 @@ class EngineReplica:
         Its health route may still answer: vLLM's does while the GPU is stuck. So the probe requests
         a single token, ahead of all other requests. Any answer proves that the engine is alive.
         """
-        if replica_id != self._status.replica_id or self._probe.hangs:
+        if replica_id != self._status.replica_id:
             return
         request = probe_request(self._launch.served_name, Route(route), self._facts.dialect)
         try:
-            await self._probe.run(partial(self._http.post_json, Route(route).path, request))
+            hangs = await self._probe.run(partial(self._http.post_json, Route(route).path, request))
         except ConnectionLost:
             return  # the engine has ended: `status` and `check_health` see that by themselves
-        if self._probe.hangs:
+        if hangs:
             seconds = self._pool.probe_timeout_s
             logger.error("%s hangs: not one token within %s s", self._status, seconds)
 

@@ -28,8 +28,10 @@ class HangProbe:
         self._timeout_s = timeout_s
         self._runs = False
 
-    async def run(self, ask: Callable[[], Awaitable[object]]) -> None:
+    async def run(self, ask: Callable[[], Awaitable[object]]) -> bool:
         """Ask for a token, unless a probe is under way or the engine is known to hang.
+
+        Returns whether this probe has shown that it hangs.
 
         An engine that answers at once goes on getting requests meanwhile: one whose streams are
         silent only because they are suspended does.
@@ -38,7 +40,7 @@ class HangProbe:
             Exception: what ``ask`` raises. It shows that the engine does not hang.
         """
         if self._runs or self.hangs:
-            return
+            return False
         self._runs = True
         doubt = asyncio.get_running_loop().call_later(DOUBT_S, self._doubt)
         try:
@@ -49,6 +51,7 @@ class HangProbe:
         finally:
             doubt.cancel()
             self._runs, self.doubtful = False, self.hangs
+        return self.hangs
 
     def _doubt(self) -> None:
         self.doubtful = True
