@@ -321,6 +321,17 @@ PEERS = (
 )
 
 
+# Nothing of ours is on its path, and it asks nobody for prices or models.
+QUIET = {
+    "PYTHONPATH": "",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    # It listens on loopback, for as long as the benchmark runs.
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    "NODE_ENV": "production",
+}
+"""A peer's environment."""
+
+
 @contextmanager
 def peers(
     folder: Path, engine: Gateway, home: Path, wanted: Callable[[str], bool]
@@ -342,15 +353,7 @@ def peers(
 def _peer(peer: Peer, installed: Path, folder: Path, engine: Gateway) -> Iterator[Gateway]:
     port, log = free_port(), folder / f"{peer.name}.log"
     command = peer.command(installed.resolve(), port, engine.port, folder)
-    # Nothing of ours is on its path, and it asks nobody for prices or models.
-    quiet = {
-        "PYTHONPATH": "",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-        # It listens on loopback, for as long as the benchmark runs.
-        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-        "NODE_ENV": "production",
-    }
-    with running(peer.name, command, log, **quiet) as process:
+    with running(peer.name, command, log, **QUIET) as process:
 
         def processes() -> Roles:
             with suppress(psutil.Error):

@@ -63,6 +63,7 @@ class Endpoint:
         key: sent as a bearer token.
         tiers: what a request of each tier has in its body.
         body: what every request has in its body besides.
+        headers: further headers of a request of each tier.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Endpoint:
     key: str
     tiers: Mapping[str, Mapping[str, Any]]
     body: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,8 @@ class Answer:
     """One request and what came of it. Times are of ``time.monotonic``.
 
     ``started`` is when it was sent for the first time: a shed request is sent again when the server
-    said, and its time to the first token goes on counting.
+    said, and its time to the first token goes on counting. ``asked`` is its ``max_tokens``,
+    ``moments`` are those of its events from the first token on.
     """
 
     tier: str
@@ -112,6 +115,8 @@ class Answer:
     first: float = 0.0
     ended: float = 0.0
     tokens: int = 0
+    asked: int = 0
+    moments: list[float] = field(default_factory=list)
     queue_s: float | None = None
     served: str = ""
     sheds: int = 0
@@ -164,11 +169,15 @@ class Load:
         """Whether as many requests were made as may be."""
         return self.sent >= self._most
 
-    async def ask(self, tier: str, label: str) -> Answer:
-        """Make one request, again and again until it is not shed."""
+    async def ask(self, tier: str, label: str, tokens: int | None = None) -> Answer:
+        """Make one request, again and again until it is not shed.
+
+        ``tokens`` is its ``max_tokens``, if that is not the workload's to choose.
+        """
         self.sent += 1
-        body = self._body(tier, label, self.sent)
-        answer = Answer(tier, time.monotonic())
+        asked = self._workload.length(self.sent) if tokens is None else tokens
+        body = self._body(tier, label, self.sent, asked)
+        answer = Answer(tier, time.monotonic(), asked=asked)
         self.open.append(answer)
         try:
             while (wait_s := await self._attempt(answer, body)) is not None:
@@ -189,12 +198,12 @@ class Load:
             if answer.error:
                 await asyncio.sleep(_RETRY_S)
 
-    def _body(self, tier: str, label: str, number: int) -> bytes:
+    def _body(self, tier: str, label: str, number: int, asked: int) -> bytes:
         return orjson.dumps(
             {
                 "model": self._endpoint.model,
                 "messages": [{"role": "user", "content": self._workload.prompt(label, number)}],
-                "max_tokens": self._workload.length(number),
+                "max_tokens": asked,
                 "temperature": 0,
                 "stream": True,
                 "stream_options": {"include_usage": True},
@@ -205,7 +214,10 @@ class Load:
 
     async def _attempt(self, answer: Answer, body: bytes) -> float | None:
         """Send a request once; return how long to wait if it was shed."""
-        async with self._session.post(self._url, data=body, allow_redirects=False) as response:
+        headers = self._endpoint.headers.get(answer.tier)
+        async with self._session.post(
+            self._url, data=body, headers=headers, allow_redirects=False
+        ) as response:
             if response.status == 429:
                 await response.read()
                 answer.sheds += 1
@@ -231,7 +243,9 @@ class Load:
                 last = last if done else event.data
                 if not answer.first and _has_text(event.data):
                     answer.first = now
-                chunks += bool(answer.first)
+                if answer.first:
+                    chunks += 1
+                    answer.moments.append(now)
         if not (done and answer.first):
             answer.error = answer.error or "incomplete stream"
             return

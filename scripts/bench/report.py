@@ -45,7 +45,7 @@ def cells(row: Row) -> list[str]:
     if row.errors:
         served += f"; {row.errors} failed"
     return [
-        row.endpoint, row.phase, row.tier, str(row.count), *map(_milliseconds, times),
+        row.endpoint, row.phase, row.tier, str(row.count), *map(milliseconds, times),
         f"{row.requests_per_s:.2f}", f"{row.tokens_per_s:.1f}", str(row.sheds), served,
     ]  # fmt: skip
 
@@ -95,7 +95,7 @@ def write(
     """Write everything as JSON, every first token included."""
     results = {
         **about,
-        "rows": [_finite(asdict(row)) for row in rows],
+        "rows": [finite(asdict(row)) for row in rows],
         "goals": [asdict(goal) for goal in goals],
         "trials": [_trial(trial) for trial in trials],
     }
@@ -150,11 +150,12 @@ def _trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no ``nan``."""
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row for JSON, which has no ``nan``."""
     missing = {name for name, v in row.items() if isinstance(v, float) and math.isnan(v)}
     return {name: None if name in missing else value for name, value in row.items()}
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Return a time as the tables show it."""
     return "-" if math.isnan(seconds) else f"{seconds * 1e3:.1f}"

@@ -189,13 +189,19 @@ async def _arrivals(load: Load, plan: Plan, rate: float) -> None:
 
 
 async def _measure(trial: Trial, name: str, what: Awaitable[object]) -> Window:
+    window, trial.efforts[name] = await watched(what, trial.processes)
+    return window
+
+
+async def watched(what: Awaitable[object], processes: Processes) -> tuple[Window, Effort]:
+    """Await something; return how long it took, and what generator and server used meanwhile."""
     with _no_collection():
-        effort = trial.efforts[name] = Effort(trial.processes)
+        effort = Effort(processes)
         start = time.monotonic()
         effort.begin()
         await what
         effort.end()
-    return Window(start, time.monotonic())
+    return Window(start, time.monotonic()), effort
 
 
 @contextmanager
