@@ -3,6 +3,8 @@
     scripts/bench/contention.py --target simulated        Frontline, then its engine without it
     scripts/bench/contention.py --target vllm             the same with vLLM on the CPU
     scripts/bench/contention.py --base-url URL --model M  a server that runs already
+    scripts/bench/contention.py --mode burst --target vllm  bursts of priority, with and without
+                                                           preemption, and through the peers
 
 Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
 """
@@ -23,22 +25,38 @@ from typing import Any
 import uvloop
 from rich.console import Console
 
-from scripts.bench import report, targets
+from scripts.bench import burst_report, burst_summary, report, targets
+from scripts.bench.burst import BurstPlan, BurstTrial, Contender, run_bursts
 from scripts.bench.load import Endpoint, RefusedAddress, Workload, require_loopback
 from scripts.bench.summary import goals_of, rows_of
-from scripts.bench.targets import ENGINE_TIERS, FRONTLINE_TIERS, Target
+from scripts.bench.targets import ENGINE_TIERS, FRONTLINE_TIERS, Contenders, Target
 from scripts.bench.trial import Plan, Trial, run_trial
 
 _CONTAINED = "FRONTLINE_BENCH_CONTAINED"
 _GRACE_S = 30.0
 _STARTED = {"simulated": targets.simulated, "vllm": targets.vllm}
+_CONTENDERS = {"simulated": targets.burst_simulated, "vllm": targets.burst_vllm}
 
 # A run over vLLM on two cores is to take minutes: its answers are short, its windows long, as
 # its rates are small.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "simulated": {"tokens": 32, "prompt_words": 48, "together_s": 80.0, "idle_requests": 100},
-    "vllm": {"tokens": 8, "prompt_words": 12, "together_s": 90.0, "idle_requests": 20},
-}
+_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "arrivals": {
+        "simulated": {"tokens": 32, "prompt_words": 48, "together_s": 80.0, "idle_requests": 100},
+        "vllm": {"tokens": 8, "prompt_words": 12, "together_s": 90.0, "idle_requests": 20},
+    },
+    "burst": {
+        "simulated": {
+            "tokens": 100, "prompt_words": 48, "bursts": 8, "every_s": 3.0, "idle_bursts": 3,
+        },
+        # Long answers are what a burst without preemption waits for. With three times as many
+        # clients as slots, no slot is ever idle.
+        "vllm": {
+            "tokens": 200, "spread": 0.25, "prompt_words": 12, "clients": 24, "alone_s": 10.0,
+            "bursts": 3, "every_s": 5.0, "idle_bursts": 2,
+        },
+    },
+}  # fmt: skip
+_COMMON: dict[str, Any] = {"clients": 160, "spread": 0.5, "alone_s": 20.0}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -50,16 +68,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what.add_argument("--target", choices=_STARTED, help="start this, measure it, end it")
     what.add_argument("--base-url", help="an OpenAI base URL, with /v1")
     parser.add_argument(
+        "--mode",
+        choices=_DEFAULTS,
+        default="arrivals",
+        help="how priority comes: one by one, or as many at once as there are slots",
+    )
+    parser.add_argument(
         "--no-engine", action="store_true", help="with --target: leave out the engine by itself"
     )
     _add_server_options(parser)
     _add_load_options(parser)
+    _add_burst_options(parser)
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a goal is missed")
     given = parser.parse_args(arguments)
-    for name, value in _DEFAULTS[given.target or "simulated"].items():
+    defaults = _COMMON | _DEFAULTS[given.mode][given.target or "simulated"]
+    for name, value in defaults.items():
         if getattr(given, name) is None:
             setattr(given, name, value)
+    if given.mode == "burst" and given.base_url and not given.burst_size:
+        parser.error("--mode burst with --base-url needs --burst-size")
     return given
 
 
@@ -80,14 +108,12 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_load_options(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load")
-    load.add_argument("--clients", type=int, default=160, help="default-tier clients at once")
+    load.add_argument("--clients", type=int, help="default-tier clients at once")
     load.add_argument("--tokens", type=int, help="mean length of an answer")
-    load.add_argument(
-        "--spread", type=float, default=0.5, help="how far lengths vary, as a share of the mean"
-    )
+    load.add_argument("--spread", type=float, help="how far lengths vary, as a share of the mean")
     load.add_argument("--prompt-words", type=int)
     load.add_argument("--idle-requests", type=int, help="priority requests with nothing else")
-    load.add_argument("--alone-s", type=float, default=20.0, help="default alone; twice")
+    load.add_argument("--alone-s", type=float, help="default alone; twice")
     load.add_argument("--together-s", type=float, help="how long priority arrives")
     load.add_argument("--rate", type=float, help="priority requests a second")
     load.add_argument(
@@ -100,6 +126,18 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--max-requests", type=int, default=50_000, help="for each endpoint")
 
 
+def _add_burst_options(parser: argparse.ArgumentParser) -> None:
+    burst = parser.add_argument_group("with --mode burst")
+    burst.add_argument("--burst-size", type=int, help="requests at once; not set: the slots")
+    burst.add_argument("--burst-tokens", type=int, default=16, help="length of their answers")
+    burst.add_argument("--idle-bursts", type=int, help="on the idle engine, each turn")
+    burst.add_argument("--bursts", type=int, help="on the saturated engine, each turn")
+    burst.add_argument("--every-s", type=float, help="from one of those to the next, at least")
+    burst.add_argument("--flex-clients", type=int, default=0, help="flex clients at once")
+    burst.add_argument("--rounds", type=int, default=1, help="turns of each endpoint")
+    burst.add_argument("--only", nargs="+", metavar="NAME", help="only these endpoints")
+
+
 @contextmanager
 def running(base_url: str, options: argparse.Namespace) -> Iterator[Target]:
     """A server that somebody else has started."""
@@ -109,6 +147,13 @@ def running(base_url: str, options: argparse.Namespace) -> Iterator[Target]:
     yield Target(
         (Endpoint(base_url, base_url, options.model, options.api_key, tiers, options.body),)
     )
+
+
+@contextmanager
+def running_contender(base_url: str, options: argparse.Namespace) -> Iterator[Contenders]:
+    """The same as the only one that bursts go to."""
+    with running(base_url, options) as target:
+        yield Contenders((Contender(target.endpoints[0]),), options.burst_size)
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -158,6 +203,66 @@ def tell(
     return all(goal.met for goal in goals if goal.endpoint == trials[0].endpoint)
 
 
+def burst_plan_of(options: argparse.Namespace, slots: int) -> BurstPlan:
+    """Return how much of everything was asked for, with bursts."""
+    return BurstPlan(
+        clients=options.clients,
+        flex_clients=options.flex_clients,
+        size=options.burst_size or slots,
+        tokens=options.burst_tokens,
+        idle_bursts=options.idle_bursts,
+        bursts=options.bursts,
+        every_s=options.every_s,
+        alone_s=options.alone_s,
+        rounds=options.rounds,
+        most=options.max_requests,
+    )
+
+
+def run_burst_mode(options: argparse.Namespace, workload: Workload, console: Console) -> bool:
+    """Measure bursts, show and write the results; return whether every goal is met."""
+    address = options.base_url
+    start = _CONTENDERS[options.target]() if options.target else running_contender(address, options)
+    with start as contenders:
+        plan = burst_plan_of(options, contenders.slots)
+        chosen = [
+            c for c in contenders.each if c.endpoint.name in (options.only or c.endpoint.name)
+        ]
+        about: dict[str, Any] = {
+            "machine": report.machine(),
+            "plan": asdict(plan),
+            "workload": asdict(workload),
+            "engine": contenders.engine,
+        }
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            trials = runner.run(
+                run_bursts(chosen, workload, plan, console.log, contenders.processes)
+            )
+    return tell_bursts(console, options, about, trials, contenders.simulated)
+
+
+def tell_bursts(
+    console: Console, options: argparse.Namespace, about: dict[str, Any],
+    trials: list[BurstTrial], simulated: bool,
+) -> bool:  # fmt: skip
+    """Show and write the results of bursts; return whether every goal is met."""
+    rows = [burst_summary.row_of(trial) for trial in trials]
+    goals = burst_summary.goals_of(rows, simulated=simulated)
+    console.print(burst_report.table(rows))
+    burst_report.show(console, trials)
+    report.show_goals(console, goals)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"burst-{options.target or 'url'}.json"
+    burst_report.write(path, about, trials, rows, goals)
+    tables = (burst_report.markdown(rows), burst_report.goals_markdown(goals))
+    path.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
+    size = about["plan"]["size"]
+    title = f"{size} priority requests at once, {_title(options, about)}"
+    burst_report.draw(path.with_suffix(".png"), title, trials)
+    console.print(f"{path} (and .md, .png)")
+    return all(goal.met for goal in goals)
+
+
 def _title(options: argparse.Namespace, about: dict[str, Any]) -> str:
     return f"{options.clients} default clients; {about['engine']}"
 
@@ -165,8 +270,10 @@ def _title(options: argparse.Namespace, about: dict[str, Any]) -> str:
 def run(options: argparse.Namespace) -> int:
     """Measure, and return the exit status."""
     console = Console(width=None if sys.stdout.isatty() else 150, log_path=False)
-    plan = plan_of(options)
     workload = Workload(options.prompt_words, options.tokens, options.spread)
+    if options.mode == "burst":
+        return 0 if run_burst_mode(options, workload, console) or not options.check else 1
+    plan = plan_of(options)
     start = _STARTED[options.target]() if options.target else running(options.base_url, options)
     about: dict[str, Any] = {
         "machine": report.machine(),
