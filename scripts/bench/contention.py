@@ -4,7 +4,8 @@
     scripts/bench/contention.py --target vllm             the same with vLLM on the CPU
     scripts/bench/contention.py --base-url URL --model M  a server that runs already
     scripts/bench/contention.py --mode burst --target vllm  bursts of priority, with and without
-                                                           preemption, and through the peers
+                                                            preemption, and through the peers
+    scripts/bench/contention.py --mode fill --target vllm   flex fills what the others leave idle
 
 Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
 """
@@ -16,7 +17,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import uvloop
 from rich.console import Console
 
-from scripts.bench import burst_report, burst_summary, report, targets
+from scripts.bench import burst_report, burst_summary, fill, report, targets
 from scripts.bench.burst import BurstPlan, BurstTrial, Contender, run_bursts
 from scripts.bench.load import Endpoint, RefusedAddress, Workload, require_loopback
 from scripts.bench.summary import goals_of, rows_of
@@ -55,6 +56,10 @@ _DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "bursts": 3, "every_s": 5.0, "idle_bursts": 2,
         },
     },
+    "fill": {
+        "simulated": {"tokens": 100, "prompt_words": 48, "alone_s": 12.0},
+        "vllm": {"tokens": 24, "prompt_words": 12, "alone_s": 12.0},
+    },
 }  # fmt: skip
 _COMMON: dict[str, Any] = {"clients": 160, "spread": 0.5, "alone_s": 20.0}
 
@@ -71,7 +76,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--mode",
         choices=_DEFAULTS,
         default="arrivals",
-        help="how priority comes: one by one, or as many at once as there are slots",
+        help="priority comes one by one, or as many at once as there are slots; "
+        "or flex fills what default and priority leave idle",
     )
     parser.add_argument(
         "--no-engine", action="store_true", help="with --target: leave out the engine by itself"
@@ -86,8 +92,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(given, name) is None:
             setattr(given, name, value)
-    if given.mode == "burst" and given.base_url and not given.burst_size:
-        parser.error("--mode burst with --base-url needs --burst-size")
+    if given.mode != "arrivals" and given.base_url and not given.burst_size:
+        parser.error("--base-url needs --burst-size, as many as there are slots")
     return given
 
 
@@ -241,6 +247,34 @@ def run_burst_mode(options: argparse.Namespace, workload: Workload, console: Con
     return tell_bursts(console, options, about, trials, contenders.simulated)
 
 
+def _chosen(contenders: Contenders, only: Sequence[str] | None) -> list[Contender]:
+    return [one for one in contenders.each if only is None or one.endpoint.name in only]
+
+
+def run_fill_mode(options: argparse.Namespace, workload: Workload, console: Console) -> None:
+    """Measure what flex costs that fills what is idle; show and write the results."""
+    address = options.base_url
+    start = _CONTENDERS[options.target]() if options.target else running_contender(address, options)
+    names = options.only or (options.target and [burst_summary.HEADROOM, burst_summary.PREEMPTION])
+    with start as contenders, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        slots, seconds = options.burst_size or contenders.slots, options.alone_s
+        chosen = _chosen(contenders, names)
+        trials = runner.run(
+            fill.run_fill(chosen, workload, slots, seconds, console.log, contenders.processes)
+        )
+    rows = [row for trial in trials for row in fill.rows_of(trial)]
+    about = {
+        "machine": report.machine(),
+        "engine": contenders.engine,
+        "workload": asdict(workload),
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"fill-{options.target or 'url'}.json"
+    fill.write(path, about, rows)
+    console.print(fill.markdown(rows), soft_wrap=True)
+    console.print(f"{path} (and .md)")
+
+
 def tell_bursts(
     console: Console, options: argparse.Namespace, about: dict[str, Any],
     trials: list[BurstTrial], simulated: bool,
@@ -273,6 +307,9 @@ def run(options: argparse.Namespace) -> int:
     workload = Workload(options.prompt_words, options.tokens, options.spread)
     if options.mode == "burst":
         return 0 if run_burst_mode(options, workload, console) or not options.check else 1
+    if options.mode == "fill":
+        run_fill_mode(options, workload, console)
+        return 0
     plan = plan_of(options)
     start = _STARTED[options.target]() if options.target else running(options.base_url, options)
     about: dict[str, Any] = {

@@ -6,7 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from scripts.bench import burst_report, contention, priority_peers, targets
+from scripts.bench import burst_report, contention, fill, priority_peers, targets
 from scripts.bench.burst import BurstPlan, BurstTrial, Contender, counted, run_bursts
 from scripts.bench.burst_summary import (
     HEADROOM,
@@ -302,3 +302,13 @@ async def test_a_server_that_does_not_answer_ends_the_run(server):
     server.fails = True
     with pytest.raises(RuntimeError, match="it does not answer: HTTP 500"):
         await run_bursts([contender(server, "it")], WORKLOAD, PLAN, lambda _: None)
+
+
+async def test_flex_fills_what_the_others_leave(server):
+    trials = await fill.run_fill([contender(server, "it")], WORKLOAD, 4, 0.3, lambda _: None)
+    rows = [row for trial in trials for row in fill.rows_of(trial)]
+    assert [(row.tier, row.phase) for row in rows] == [
+        ("priority", fill.WITHOUT), ("priority", fill.WITH), ("default", fill.WITHOUT),
+        ("default", fill.WITH), ("flex", fill.FLEX), ("flex", fill.WITH),
+    ]  # fmt: skip
+    assert all(row.count and row.tokens_per_s > 0 for row in rows)
