@@ -17,7 +17,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -26,8 +26,8 @@ from typing import Any
 import uvloop
 from rich.console import Console
 
-from scripts.bench import burst_report, burst_summary, fill, report, targets
-from scripts.bench.burst import BurstPlan, BurstTrial, Contender, run_bursts
+from scripts.bench import burst_modes, report, targets
+from scripts.bench.burst import Contender
 from scripts.bench.load import Endpoint, RefusedAddress, Workload, require_loopback
 from scripts.bench.summary import goals_of, rows_of
 from scripts.bench.targets import ENGINE_TIERS, FRONTLINE_TIERS, Contenders, Target
@@ -84,7 +84,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     _add_server_options(parser)
     _add_load_options(parser)
-    _add_burst_options(parser)
+    burst_modes.add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a goal is missed")
     given = parser.parse_args(arguments)
@@ -130,18 +130,6 @@ def _add_load_options(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--regular", action="store_true", help="arrivals at equal distances")
     load.add_argument("--max-requests", type=int, default=50_000, help="for each endpoint")
-
-
-def _add_burst_options(parser: argparse.ArgumentParser) -> None:
-    burst = parser.add_argument_group("with --mode burst")
-    burst.add_argument("--burst-size", type=int, help="requests at once; not set: the slots")
-    burst.add_argument("--burst-tokens", type=int, default=16, help="length of their answers")
-    burst.add_argument("--idle-bursts", type=int, help="on the idle engine, each turn")
-    burst.add_argument("--bursts", type=int, help="on the saturated engine, each turn")
-    burst.add_argument("--every-s", type=float, help="from one of those to the next, at least")
-    burst.add_argument("--flex-clients", type=int, default=0, help="flex clients at once")
-    burst.add_argument("--rounds", type=int, default=1, help="turns of each endpoint")
-    burst.add_argument("--only", nargs="+", metavar="NAME", help="only these endpoints")
 
 
 @contextmanager
@@ -209,107 +197,27 @@ def tell(
     return all(goal.met for goal in goals if goal.endpoint == trials[0].endpoint)
 
 
-def burst_plan_of(options: argparse.Namespace, slots: int) -> BurstPlan:
-    """Return how much of everything was asked for, with bursts."""
-    return BurstPlan(
-        clients=options.clients,
-        flex_clients=options.flex_clients,
-        size=options.burst_size or slots,
-        tokens=options.burst_tokens,
-        idle_bursts=options.idle_bursts,
-        bursts=options.bursts,
-        every_s=options.every_s,
-        alone_s=options.alone_s,
-        rounds=options.rounds,
-        most=options.max_requests,
-    )
-
-
-def run_burst_mode(options: argparse.Namespace, workload: Workload, console: Console) -> bool:
-    """Measure bursts, show and write the results; return whether every goal is met."""
-    address = options.base_url
-    start = _CONTENDERS[options.target]() if options.target else running_contender(address, options)
-    with start as contenders:
-        plan = burst_plan_of(options, contenders.slots)
-        chosen = [
-            c for c in contenders.each if c.endpoint.name in (options.only or c.endpoint.name)
-        ]
-        about: dict[str, Any] = {
-            "machine": report.machine(),
-            "plan": asdict(plan),
-            "workload": asdict(workload),
-            "engine": contenders.engine,
-        }
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            trials = runner.run(
-                run_bursts(chosen, workload, plan, console.log, contenders.processes)
-            )
-    return tell_bursts(console, options, about, trials, contenders.simulated)
-
-
-def _chosen(contenders: Contenders, only: Sequence[str] | None) -> list[Contender]:
-    return [one for one in contenders.each if only is None or one.endpoint.name in only]
-
-
-def run_fill_mode(options: argparse.Namespace, workload: Workload, console: Console) -> None:
-    """Measure what flex costs that fills what is idle; show and write the results."""
-    address = options.base_url
-    start = _CONTENDERS[options.target]() if options.target else running_contender(address, options)
-    names = options.only or (options.target and [burst_summary.HEADROOM, burst_summary.PREEMPTION])
-    with start as contenders, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        slots, seconds = options.burst_size or contenders.slots, options.alone_s
-        chosen = _chosen(contenders, names)
-        trials = runner.run(
-            fill.run_fill(chosen, workload, slots, seconds, console.log, contenders.processes)
-        )
-    rows = [row for trial in trials for row in fill.rows_of(trial)]
-    about = {
-        "machine": report.machine(),
-        "engine": contenders.engine,
-        "workload": asdict(workload),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"fill-{options.target or 'url'}.json"
-    fill.write(path, about, rows)
-    console.print(fill.markdown(rows), soft_wrap=True)
-    console.print(f"{path} (and .md)")
-
-
-def tell_bursts(
-    console: Console, options: argparse.Namespace, about: dict[str, Any],
-    trials: list[BurstTrial], simulated: bool,
-) -> bool:  # fmt: skip
-    """Show and write the results of bursts; return whether every goal is met."""
-    rows = [burst_summary.row_of(trial) for trial in trials]
-    goals = burst_summary.goals_of(rows, simulated=simulated)
-    console.print(burst_report.table(rows))
-    burst_report.show(console, trials)
-    report.show_goals(console, goals)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"burst-{options.target or 'url'}.json"
-    burst_report.write(path, about, trials, rows, goals)
-    tables = (burst_report.markdown(rows), burst_report.goals_markdown(goals))
-    path.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
-    size = about["plan"]["size"]
-    title = f"{size} priority requests at once, {_title(options, about)}"
-    burst_report.draw(path.with_suffix(".png"), title, trials)
-    console.print(f"{path} (and .md, .png)")
-    return all(goal.met for goal in goals)
-
-
 def _title(options: argparse.Namespace, about: dict[str, Any]) -> str:
     return f"{options.clients} default clients; {about['engine']}"
+
+
+def run_by_turns(options: argparse.Namespace, workload: Workload, console: Console) -> int:
+    """Measure bursts, or flex that fills what is idle, and return the exit status."""
+    address, target = options.base_url, options.target
+    start = _CONTENDERS[target]() if target else running_contender(address, options)
+    if options.mode == "burst":
+        met = burst_modes.run_burst(options, start, workload, console)
+        return 0 if met or not options.check else 1
+    burst_modes.run_fill(options, start, workload, console)
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and return the exit status."""
     console = Console(width=None if sys.stdout.isatty() else 150, log_path=False)
     workload = Workload(options.prompt_words, options.tokens, options.spread)
-    if options.mode == "burst":
-        return 0 if run_burst_mode(options, workload, console) or not options.check else 1
-    if options.mode == "fill":
-        run_fill_mode(options, workload, console)
-        return 0
+    if options.mode != "arrivals":
+        return run_by_turns(options, workload, console)
     plan = plan_of(options)
     start = _STARTED[options.target]() if options.target else running(options.base_url, options)
     about: dict[str, Any] = {

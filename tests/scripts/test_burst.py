@@ -6,7 +6,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from scripts.bench import burst_report, contention, fill, priority_peers, targets
+from scripts.bench import burst_modes, burst_report, contention, fill, priority_peers, targets
 from scripts.bench.burst import BurstPlan, BurstTrial, Contender, counted, run_bursts
 from scripts.bench.burst_summary import (
     HEADROOM,
@@ -204,10 +204,10 @@ def test_each_peer_is_told_the_tier_in_its_own_way(tmp_path):
 @pytest.mark.parametrize("target", ["simulated", "vllm"])
 def test_a_burst_is_as_large_as_the_engine_unless_told_otherwise(target):
     options = contention.parse(["--mode", "burst", "--target", target])
-    assert contention.burst_plan_of(options, 8).size == 8
-    assert contention.burst_plan_of(options, 8).clients >= 2 * 8
+    assert burst_modes.plan_of(options, 8).size == 8
+    assert burst_modes.plan_of(options, 8).clients >= 2 * 8
     options = contention.parse(["--mode", "burst", "--target", target, "--burst-size", "3"])
-    assert contention.burst_plan_of(options, 8).size == 3
+    assert burst_modes.plan_of(options, 8).size == 3
 
 
 def test_a_burst_on_a_server_that_runs_already_has_a_size(capsys):
