@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,21 +23,32 @@ REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Start what scripts/run ends in, on a model that is there at once; its output, by line."""
+def config(tmp_path, monkeypatch):
+    """A config file of a model that is there at once."""
     monkeypatch.setenv("FRONTLINE_TEST_LEDGER", str(tmp_path))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [ingress_app(auth="keys"), simulated_app("one")],
-    }
+    applications = [ingress_app(auth="keys"), simulated_app("one")]
+    http_options = {"host": "127.0.0.1", "port": port}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "proxy_location": "HeadOnly",
+                "http_options": http_options,
+                "applications": applications,
+            }
+        )
+    )
+    return path
+
+
+@contextmanager
+def running(config):
+    """Start what scripts/run ends in; yield the process and its output, by line."""
     started = subprocess.Popen(
-        [sys.executable, REPO / "scripts/serve.py", path],
+        [sys.executable, REPO / "scripts/serve.py", config],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         # Its cluster stands beside the one that other tests of this process have.
         env=os.environ | apart() | {"PYTHONUNBUFFERED": "1"},
@@ -59,25 +71,41 @@ def run(tmp_path, monkeypatch):
         output.close()
 
 
-@pytest.mark.timeout(240)
-def test_it_says_ready_where_keys_are_asked_for_and_ends_when_the_raylet_dies(run):
-    started, lines = run
+def said(lines, pattern):
+    return re.search(pattern, "".join(lines))
 
-    def said(pattern):
-        return re.search(pattern, "".join(lines))
+
+def becomes_ready(started, lines):
+    """Wait until it says so; false if Ray itself did not start.
+
+    A raylet waits 15 s for its agents and ends then, which a busy machine may take.
+    """
 
     def ready():
-        assert started.poll() is None, "".join(lines)
-        return said(r"Ready after \d+ s: test/one")
+        return said(lines, r"Ready after \d+ s: test/one")
 
     try:
-        eventually(ready, 150)
+        eventually(lambda: ready() or started.poll() is not None, 150)
     except AssertionError:
         pytest.fail("".join(lines))
-    assert said("Clients need an API key") and said("Bearer .KEY")
-    family = [started, *psutil.Process(started.pid).children(recursive=True)]
-    raylet = next(one for one in family[1:] if one.name() == "raylet")
-    raylet.kill()
-    assert started.wait(40) == 1
-    eventually(lambda: said("Ray's raylet has died") and said("everything has ended"))
-    assert not [one for one in family[1:] if one.is_running()]
+    if not ready():
+        assert said(lines, "Ray's raylet has died"), "".join(lines)
+    return ready()
+
+
+@pytest.mark.timeout(500)
+def test_it_says_ready_where_keys_are_asked_for_and_ends_when_the_raylet_dies(config):
+    for _ in range(3):
+        with running(config) as (started, lines):
+            if not becomes_ready(started, lines):
+                continue
+            assert said(lines, "Clients need an API key") and said(lines, "Bearer .KEY")
+            family = [started, *psutil.Process(started.pid).children(recursive=True)]
+            raylet = next(one for one in family[1:] if one.name() == "raylet")
+            raylet.kill()
+            assert started.wait(40) == 1
+            eventually(lambda: said(lines, "Ray's raylet has died"))
+            eventually(lambda: said(lines, "everything has ended"))
+            assert not [one for one in family[1:] if one.is_running()]
+            return
+    pytest.fail("Ray did not start")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from app.cli.main import main
 from tests.support.cluster import PLAIN, eventually, ingress_app, ledger_url, simulated_app
 
-SLOW = 40
+SLOW = 16
 SLOW_READER_S = 2
 MOST_TOKENS = 90_000
 """Fifteen minutes' worth."""

@@ -93,7 +93,7 @@ async def test_a_model_sleeps_and_the_first_request_wakes_it(deploy):
             assert float(headers["x-queue-time-ms"]) > 2000
         assert ready(frontline, "dormant") == 1
         # 1 -> 0: it is listed all the same.
-        await eventually_async(lambda: ready(frontline, "dormant") == 0, 40)
+        await eventually_async(lambda: ready(frontline, "dormant") == 0, 80)
         resting = lambda: frontline.snapshot("dormant").sleep  # noqa: E731
         rest = await eventually_async(resting)
         assert rest.start_s >= 3

@@ -22,10 +22,14 @@ PRIORITY, DEFAULT = -100, 0
 
 
 def narrow(*, replicas=1, slots=1, **queue):
-    """A model with few slots and an engine slow enough for a queue to form."""
+    """A model with few slots and an engine slow enough for a queue to form.
+
+    It preempts nothing, so that nobody is placed but on a free slot.
+    """
     return simulated_app(
         "narrow",
         settings={"queue": {"headroom": 0, **queue}},
+        preemption=False,
         slots=slots,
         replicas=replicas,
         tokens_per_second=40,

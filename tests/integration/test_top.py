@@ -24,7 +24,13 @@ def model(frontline):
     """Three slots for all and one for priority, an engine too slow to end, and a short line."""
     line = {"default": {"max_waiting": 2}, "flex": {"max_waiting": 0}, "headroom": 0.25}
     frontline.deploy(
-        simulated_app("watched", settings={"queue": line}, slots=SLOTS, tokens_per_second=2)
+        simulated_app(
+            "watched",
+            settings={"queue": line},
+            slots=SLOTS,
+            tokens_per_second=2,
+            preemption=False,
+        )
     )
     frontline.wait_ready("watched")
     yield frontline

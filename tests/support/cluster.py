@@ -40,7 +40,7 @@ _MARK = "FRONTLINE_TEST_RUN"
 _LEDGER = "FRONTLINE_TEST_LEDGER"
 _POOL_SETTINGS = (
     *("slots", "weight", "cost_per_hour", "python"),
-    *("health_timeout_s", "probe_timeout_s"),
+    *("health_timeout_s", "probe_timeout_s", "preemption"),
 )
 _NOT_THE_ENGINES = ("replicas", "autoscaling", *_POOL_SETTINGS)
 
