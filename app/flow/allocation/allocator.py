@@ -355,7 +355,7 @@ class CreditAllocator:
                 added |= gathered
                 added |= self._pick(account, pool, lacking, leave.keys() | gathered.keys())
                 at_most[name] = terms.at_most
-                if gathered or self._gathers_in(account, pool, gatherers):
+                if self._gathers_in(account, pool, gatherers):
                     # What it has gathered stays, whatever its share.
                     at_most[name] = max(at_most[name], account.holdings[name].held)
                     at_most[name] += sum(gathered.values())
@@ -402,10 +402,11 @@ class CreditAllocator:
         held: Counter[str] = Counter()
         firm: Counter[str] = Counter()
         running: Counter[str] = Counter()
+        firm_at = account.demand.firm
         for replica_id, count in account.held.items():
             if (name := self._pool_of.get(replica_id)) is not None:
                 held[name] += count
-                firm[name] += account.demand.firm.get(replica_id, (0, 0))[1]
+                firm[name] += firm_at.get(replica_id, (0, 0))[1]
                 running[name] += account.demand.held.get(replica_id, (0, 0))[1]
         holdings = {
             name: IngressHoldings(

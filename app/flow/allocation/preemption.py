@@ -99,7 +99,8 @@ class PreemptingReplicas:
         """
         demand = self._demands.get(ingress)
         own = demand.taken if demand is not None else {}
-        contended = self._wanted() > sum(self._slots.values())
+        wanted = sum(_priority(demand) for demand in self._demands.values())
+        contended = wanted > sum(self._slots.values())
         limits = {}
         for replica_id, slots in self._slots.items():
             others = self._totals[replica_id][0] - own.get(replica_id, _NONE)[0]
@@ -109,20 +110,16 @@ class PreemptingReplicas:
             if gathers and who != ingress:
                 most -= gathers
             elif contended and not gathers:
-                most = min(most, self._part(ingress, slots - left))
+                most = min(most, self._part(ingress, slots - left, wanted))
             if most < slots:
                 limits[replica_id] = max(0, most)
         return limits
 
-    def _wanted(self) -> int:
-        return sum(_priority(demand) for demand in self._demands.values())
-
-    def _part(self, ingress: str, slots: int) -> int:
-        """Return an ingress's part of the slots of a replica.
+    def _part(self, ingress: str, slots: int, wanted: int) -> int:
+        """Return an ingress's part of the slots of a replica; all together want ``wanted``.
 
         What is left by rounding goes to those whose priority requests have waited longest.
         """
-        wanted = self._wanted()
         parts = {
             name: slots * _priority(demand) // wanted for name, demand in self._demands.items()
         }
