@@ -157,17 +157,11 @@ class Model:
         report = self._demand.report(
             ingresses,
             pools,
-            settings.queue.headroom_share(preempts=self._preempts()),
+            settings.queue.headroom_share(preempts=self._snapshot.preempts),
             settings.scaling,
             self._allocator.suspended(time.monotonic()),
         )
         return report.to_metrics()
-
-    def _preempts(self) -> bool:
-        """Whether every replica that priority may use preempts."""
-        dialects = [status.dialect for status in self._snapshot.replicas]
-        able = [dialect for dialect in dialects if dialect.native_priority]
-        return bool(able) and all(dialect.preempts for dialect in able)
 
     def _pool_report(self, pool: PoolSettings) -> PoolReport:
         seen = self._seen.get(pool.name)
@@ -332,7 +326,7 @@ def _capacity(snapshot: ModelSnapshot, status: ReplicaStatus) -> Capacity:
     honours = mode is PriorityMode.QUEUE or (
         mode is PriorityMode.AUTO and status.dialect.native_priority
     )
-    return Capacity(status.replica_id, status.pool, status.slots, honours, status.dialect.preempts)
+    return Capacity(status.replica_id, status.pool, status.slots, honours, status.preempts)
 
 
 def _check_pool(where: Key, pool: PoolSettings) -> None:

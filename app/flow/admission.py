@@ -317,5 +317,5 @@ def _offer(status: ReplicaStatus) -> Offer:
         status.slots,
         routes,
         status.weight,
-        preempts=status.dialect.preempts,
+        preempts=status.preempts,
     )

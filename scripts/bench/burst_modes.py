@@ -56,9 +56,7 @@ def run_burst(
     """Measure bursts, show and write the results; return whether every goal is met."""
     with start as contenders:
         plan = plan_of(options, contenders.slots)
-        chosen = [
-            c for c in contenders.each if c.endpoint.name in (options.only or c.endpoint.name)
-        ]
+        chosen = _chosen(contenders, options.only)
         about: dict[str, Any] = {
             "machine": report.machine(),
             "plan": asdict(plan),
