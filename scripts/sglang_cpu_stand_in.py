@@ -5,6 +5,9 @@ build, the second is a gigabyte of GPU compiler, the third has no CPU build in t
 On a CPU without AMX, SGLang computes with torch's own operators and calls none of them, so empty
 shells are enough to import it. Whatever of them is called nevertheless says what is missing.
 
+torch's compiler asks Triton for its version, also on a CPU. So it is switched off: a request with
+`repetition_penalty`, whose function SGLang compiles, would end the engine.
+
     python sglang_cpu_stand_in.py install
 
 installs the shells into the environment of that python; only `scripts/setup sglang-cpu` does.
@@ -38,6 +41,9 @@ import sglang_cpu_stand_in
 
 sglang_cpu_stand_in.take_the_place_of(__name__)
 '''
+
+_WITHOUT_COMPILER = 'import os; os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")\n'
+"""Python runs it at its start, from a file of paths (``site``)."""
 
 
 class Missing(RuntimeError):
@@ -188,6 +194,7 @@ def install() -> None:
         raise SystemExit(f"no CPU-only stand-in is installed: {reason}")
     folder = Path(sysconfig.get_path("purelib"))
     shutil.copyfile(__file__, folder / "sglang_cpu_stand_in.py")
+    (folder / "sglang_cpu_stand_in.pth").write_text(_WITHOUT_COMPILER)
     for shell in SHELLS:
         (folder / shell).mkdir()
         (folder / shell / "__init__.py").write_text(_SHELL)

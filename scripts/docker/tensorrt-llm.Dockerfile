@@ -3,10 +3,11 @@
 #   docker build -f scripts/docker/tensorrt-llm.Dockerfile -t frontline/tensorrt-llm:0.1.0 .
 #
 # The engine keeps its own interpreter, /usr/bin/python3, which the pool names (`python:`); Ray and
-# Frontline run under theirs. Not built here: there is no GPU on which it could run.
+# Frontline run under theirs. 1.3.0rc26 is the first whose requests have a priority, by the dates of its
+# sources. Not built here: there is no GPU on which it could run.
 FROM frontline/ingress:0.1.0 AS frontline
 
-FROM nvcr.io/nvidia/tensorrt-llm/release:1.2.1
+FROM nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc26
 USER root
 COPY --from=frontline /opt/python /opt/python
 COPY --from=frontline /opt/frontline /opt/frontline

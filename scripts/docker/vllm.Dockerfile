@@ -6,7 +6,7 @@
 # Frontline run under theirs. Not built here: there is no GPU on which it could run.
 FROM frontline/ingress:0.1.0 AS frontline
 
-FROM vllm/vllm-openai:v0.32.0
+FROM vllm/vllm-openai:v0.33.0
 USER root
 COPY --from=frontline /opt/python /opt/python
 COPY --from=frontline /opt/frontline /opt/frontline

@@ -1,6 +1,7 @@
 """Which environment scripts/setup uses, with Pythons that only say that they install something."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -85,3 +86,110 @@ def test_what_was_made_of_another_lock_is_not_used(clone, python):
     (clone / "requirements/app.lock").write_text("ray==2.61.0\n")
     both, used = set_up(clone, first)
     assert both == {made, used} and used != made
+
+
+APT = """#!/bin/bash
+echo "$*" >>"{log}"
+case "$*" in
+  *" update") touch "{lists}" ;;
+  *download*) [[ -e "{lists}" ]] && touch prometheus_1_amd64.deb ;;
+esac
+"""
+DPKG = """#!/bin/bash
+case "$1" in
+  --print-architecture) echo amd64 ;;
+  -x) mkdir -p "$3/usr/bin" && printf '#!/bin/bash\\n' >"$3/usr/bin/promtool" &&
+    chmod +x "$3/usr/bin/promtool" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("lists_are_there", [True, False])
+def test_prometheus_is_unpacked_from_debians_packages_with_lists_of_its_own(
+    clone, tmp_path, lists_are_there
+):
+    """A bare machine has no package lists, and only root may change the machine's."""
+    tools, lists, log = tmp_path / "tools", tmp_path / "lists", tmp_path / "log"
+    tools.mkdir()
+    for name, text in (("apt-get", APT.format(log=log, lists=lists)), ("dpkg", DPKG)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    if lists_are_there:
+        lists.touch()
+    home = tmp_path / "home"
+    environment = {"FRONTLINE_HOME": str(home), "PATH": f"{tools}:/usr/bin:/bin"}
+    for _ in range(2):
+        subprocess.run(
+            [clone / "scripts/setup", "prometheus"], env=environment, check=True,
+            capture_output=True,
+        )  # fmt: skip
+    assert (home / "tools/prometheus/usr/bin/promtool").exists()
+    called = log.read_text()
+    assert called.count(" update") == (not lists_are_there)
+    if not lists_are_there:
+        assert f"Dir::State::lists={home}/tools/prometheus-" in called
+
+
+def test_an_engine_for_gpus_has_an_environment_of_its_own(clone, tmp_path, python):
+    folder = python("3.11.7")
+    shutil.copy(folder / "python3.11", folder / "python3.12")
+    home = tmp_path / "home"
+    environment = {"FRONTLINE_HOME": str(home), "PATH": f"{folder}:/usr/bin:/bin"}
+    for engine in ("vllm", "sglang", "tensorrt-llm"):
+        (clone / f"requirements/{engine}.lock").write_text(f"{engine}==1.0\n")
+        # Fewer gigabytes than it wants are free here.
+        text = (clone / "scripts/setup").read_text()
+        (clone / "scripts/setup").write_text(re.sub(r'"\$part" 2[05]000', '"$part" 1', text))
+        subprocess.run([clone / "scripts/setup", engine], env=environment, check=True)
+        assert (home / "envs" / engine / "bin/python").exists()
+    assert not (home / "envs/app").exists() and not (home / "envs/vllm-cpu").exists()
+
+
+def test_tensorrt_llm_needs_a_python_that_it_has_a_package_for(clone, tmp_path, python):
+    (clone / "requirements/tensorrt-llm.lock").write_text("tensorrt-llm==1.0\n")
+    folder = python("3.11.7")
+    path = tmp_path / "tools"
+    path.mkdir()
+    for tool in ("bash", "cat", "cut", "dirname", "env", "mkdir", "readlink", "sha256sum", "uname"):
+        (path / tool).symlink_to(shutil.which(tool))
+    ended = subprocess.run(
+        [clone / "scripts/setup", "tensorrt-llm"], capture_output=True, text=True,
+        env={"FRONTLINE_HOME": str(tmp_path / "home"), "PATH": f"{folder}:{path}"},
+    )  # fmt: skip
+    assert ended.returncode == 1 and "none of python3.12 found" in ended.stderr
+
+
+NPM = """#!/bin/bash
+echo "$*" >>"{log}"
+while [[ $1 != --prefix ]]; do shift; done
+[[ -e $2/package-lock.json ]] && mkdir "$2/node_modules"
+"""
+
+
+@pytest.mark.parametrize("npm", [True, False])
+def test_clients_in_javascript_are_installed_where_npm_is(clone, tmp_path, python, npm):
+    (clone / "requirements/clients.lock").write_text("langchain-openai==1.0\n")
+    (clone / "requirements/clients-node").mkdir()
+    for name in ("package.json", "package-lock.json"):
+        (clone / "requirements/clients-node" / name).write_text("{}")
+    tools, log, home = tmp_path / "tools", tmp_path / "log", tmp_path / "home"
+    tools.mkdir()
+    for tool in Path("/usr/bin").iterdir():
+        if tool.name not in ("npm", "node"):
+            (tools / tool.name).symlink_to(tool)
+    if npm:
+        for name, text in (("npm", NPM.format(log=log)), ("node", "#!/bin/bash\necho v20\n")):
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+    environment = {"FRONTLINE_HOME": str(home), "PATH": f"{python('3.11.7')}:{tools}"}
+    for _ in range(2):
+        ended = subprocess.run(
+            [clone / "scripts/setup", "clients"], env=environment, capture_output=True, text=True
+        )
+        assert (home / "envs/clients/bin/python").exists()
+        assert (home / "envs/clients-node/node_modules").exists() is npm
+        assert ended.returncode == (0 if npm else 1)
+        assert ("need Node.js with npm" in ended.stderr) is not npm
+    if npm:
+        [command] = log.read_text().splitlines()
+        assert command.startswith("ci ") and "--ignore-scripts" in command

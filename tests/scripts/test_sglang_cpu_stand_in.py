@@ -1,4 +1,6 @@
 import importlib
+import os
+import site
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +71,20 @@ def test_a_type_can_be_tested_against_and_an_error_caught(installed):
 def test_what_older_tritons_lack_is_not_there(installed):
     with pytest.raises(ImportError):
         importlib.import_module("triton.knobs")
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_torchs_compiler_is_off_unless_told_otherwise(
+    installed, monkeypatch, tmp_path, before, after
+):
+    """It would ask Triton for its version, and so end SGLang at a request with a penalty."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "")
+    if before is None:
+        monkeypatch.delenv("TORCH_COMPILE_DISABLE")
+    else:
+        monkeypatch.setenv("TORCH_COMPILE_DISABLE", before)
+    site.addpackage(str(tmp_path), "sglang_cpu_stand_in.pth", set())
+    assert os.environ["TORCH_COMPILE_DISABLE"] == after
 
 
 def test_other_packages_are_found_as_before(installed):
