@@ -21,6 +21,22 @@ class Route(StrEnum):
     COMPLETIONS = "completions"
     EMBEDDINGS = "embeddings"
     RESPONSES = "responses"
+    MESSAGES = "messages"
+    """Anthropic's messages."""
+    COUNT_TOKENS = "messages/count_tokens"
+    """Anthropic's count of a prompt's tokens. Nothing is generated."""
+    TOKENIZE = "tokenize"
+    """vLLM's and SGLang's: the tokens of a text or of messages."""
+    DETOKENIZE = "detokenize"
+    """The text of tokens."""
+    RERANK = "rerank"
+    """Orders documents by how well they fit a query."""
+    SCORE = "score"
+    """How well texts fit others."""
+    CLASSIFY = "classify"
+    """The classes of texts."""
+    POOLING = "pooling"
+    """The vectors of a pooling model, as it makes them."""
 
     @property
     def path(self) -> str:
@@ -32,13 +48,53 @@ class Route(StrEnum):
         """The request field that holds the prompt."""
         return _PROMPT_FIELDS[self]
 
+    @property
+    def is_anthropic(self) -> bool:
+        """Whether the route has Anthropic's shapes instead of OpenAI's."""
+        # By identity, as in the others: the hash of an enum's member is computed in Python, and
+        # every request asks several times.
+        return self is _MESSAGES or self is _COUNT_TOKENS
+
+    @property
+    def generates(self) -> bool:
+        """Whether an answer has tokens of its own."""
+        return self is _CHAT or self is _COMPLETIONS or self is _RESPONSES or self is _MESSAGES
+
+    @property
+    def takes_slot(self) -> bool:
+        """Whether the engine runs a sequence for a request; without one, it is not queued."""
+        return not (self is _COUNT_TOKENS or self is _TOKENIZE or self is _DETOKENIZE)
+
 
 _PROMPT_FIELDS = {
     Route.CHAT: "messages",
     Route.COMPLETIONS: "prompt",
     Route.EMBEDDINGS: "input",
     Route.RESPONSES: "input",
+    Route.MESSAGES: "messages",
+    Route.COUNT_TOKENS: "messages",
+    Route.TOKENIZE: "prompt",
+    Route.DETOKENIZE: "tokens",
+    Route.RERANK: "documents",
+    Route.SCORE: "text_2",
+    Route.CLASSIFY: "input",
+    Route.POOLING: "input",
 }
+_CHAT, _COMPLETIONS, _RESPONSES = Route.CHAT, Route.COMPLETIONS, Route.RESPONSES
+_MESSAGES, _COUNT_TOKENS = Route.MESSAGES, Route.COUNT_TOKENS
+_TOKENIZE, _DETOKENIZE = Route.TOKENIZE, Route.DETOKENIZE
+TOKEN_ROUTES = frozenset({Route.TOKENIZE, Route.DETOKENIZE})
+"""The routes to an engine's tokenizer, which not every engine has."""
+MESSAGES_ROUTES = frozenset(route for route in Route if route.is_anthropic)
+"""The routes of Anthropic's API, which not every engine has."""
+POOLED_ROUTES = frozenset({Route.RERANK, Route.SCORE, Route.CLASSIFY, Route.POOLING})
+"""The routes of models that do not generate, beside embeddings; not every engine has them."""
+OPENAI_ROUTES = frozenset({Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS, Route.RESPONSES})
+"""The routes that are served by every engine, if the model is of the right kind."""
+GENERATING_ROUTES = frozenset(route for route in OPENAI_ROUTES if route.generates)
+"""Those of them that a model which generates has."""
+SLOT_ROUTES = frozenset(route for route in Route if route.takes_slot)
+"""The routes on which a request takes a slot, and on which priority has a meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +112,13 @@ class Dialect:
             its token usage on every chunk.
         accepted_fields: by route, the request fields that the engine accepts; other fields are
             dropped. A route that is not named here tolerates unknown fields.
+        routes: the routes that the engine has.
+        priority_headers: by route, the request header that carries the priority. On other routes
+            it is the ``priority`` field of the body.
         preempts: whether the running engine has proved that a waiting request takes the slot of a
             running one of a lower tier, which later resumes exactly where it stopped. False if
             that is unknown.
+        generates: whether the running engine generates text. If not, its model only embeds.
     """
 
     engine: str
@@ -68,6 +128,9 @@ class Dialect:
     stream_options: Mapping[str, Any] = field(default_factory=dict)
     accepted_fields: Mapping[Route, frozenset[str]] = field(default_factory=dict)
     preempts: bool = False
+    generates: bool = True
+    routes: frozenset[Route] = OPENAI_ROUTES
+    priority_headers: Mapping[Route, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert not self.priority_routes or set(self.priority_values) == set(Tier), (

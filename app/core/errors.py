@@ -3,17 +3,25 @@
     ApiError
     ├── InvalidRequest       400  the request itself is invalid
     │   ├── InvalidKey       401  no API key, or one that does not work
+    │   ├── UnsupportedEndpoint 400  no engine of the model has the route
     │   ├── HostNotAllowed   403  the `Host` header is not one that this ingress serves
+    │   ├── CrossSite        403  a browser sent it for a page of another site
+    │   ├── AdminRequired    403  the key is not an admin key
     │   ├── ModelNotFound    404
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
+    │   ├── TierUnavailable  400, 403, 429  the tier must not be lowered, and cannot be had
+    │   ├── WebSocketRefused 426  the client wants a WebSocket
     │   ├── RequestTimeout   408
     │   ├── BodyTooLarge     413
     │   ├── UnsupportedMediaType 415  the body is not declared to be JSON
+    │   ├── UnsupportedEncoding 415  the body is compressed in a way that is not decoded
     │   └── Overloaded       429  shed by the queue; carries Retry-After
     ├── RateLimited          429  over a limit of its key; carries Retry-After
+    ├── InsufficientQuota    429  over a budget of its key or tenant
     ├── TooManyInFlight      429  over a bound on requests in flight; carries Retry-After
     ├── UsageBusy            429  too many usage queries at once; carries Retry-After
+    ├── TooManySignIns       429  too many failed sign-ins; carries Retry-After
     ├── EngineRejected       4xx  the engine rejected the request; its own message
     └── ServerError          500
         ├── EngineBusy       429, 503  the engine has no room; its status and Retry-After
@@ -27,6 +35,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -86,7 +95,8 @@ class InvalidKey(InvalidRequest):
             "Incorrect API key provided."
             if given
             else "You didn't provide an API key. You need to provide your API key in an "
-            "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY).",
+            "Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY), or in "
+            "an x-api-key header.",
             code="invalid_api_key",
         )
         self.headers["www-authenticate"] = "Bearer"
@@ -102,6 +112,53 @@ class HostNotAllowed(InvalidRequest):
             "Requests to this server must name it in their Host header as localhost, 127.0.0.1, "
             "[::1], or a host that its operator has listed in allowed_hosts.",
             code="host_not_allowed",
+        )
+
+
+class CrossSite(InvalidRequest):
+    """A browser sent the request for a page of another site, or it does not say for which."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This request must come from a page of this server: a browser says so in its "
+            "Sec-Fetch-Site or Origin header.",
+            code="cross_site_request",
+        )
+
+
+class AdminRequired(InvalidRequest):
+    """The key works, but it is not an admin key."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The board shows the traffic of all tenants. It needs an admin key "
+            "(frontline keys create --admin).",
+            code="admin_key_required",
+        )
+
+
+class RouteNotAllowed(InvalidRequest):
+    """The key works, but not for this route."""
+
+    status = 403
+
+    def __init__(self, route: str) -> None:
+        super().__init__(
+            f"This API key may not be used for {route}. GET /v1/me lists its routes.",
+            code="route_not_allowed",
+        )
+
+
+class UnsupportedEndpoint(InvalidRequest):
+    """The model's engines do not have the route."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This model does not support this endpoint.", code="unsupported_endpoint", param="model"
         )
 
 
@@ -137,6 +194,34 @@ class MethodNotAllowed(InvalidRequest):
             f"Not allowed to {method} on {path[:200]}; use {allowed}.", code="method_not_supported"
         )
         self.headers["allow"] = allowed
+
+
+class WebSocketRefused(InvalidRequest):
+    """The client asks for a WebSocket. Clients that can do without one then use HTTP."""
+
+    status = 426
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"No WebSocket is served at {path[:200]}; use HTTP.", code="websocket_not_supported"
+        )
+        # The protocol that the client is to use instead; the header is required with this status.
+        self.headers |= {"upgrade": "HTTP/1.1", "connection": "Upgrade"}
+
+
+class TierUnavailable(InvalidRequest):
+    """The tier that the request insists on cannot be served; ``reason`` is in a header."""
+
+    def __init__(self, status: int, reason: str, retry_after_s: float | None) -> None:
+        super().__init__(
+            f"The service tier cannot be served ({reason}), and a lower one is not wanted.",
+            code="service_tier_unavailable",
+            param="service_tier",
+        )
+        self.status = status
+        self.headers["x-service-tier-reason"] = reason
+        if retry_after_s is not None:
+            self.headers |= _retry_headers(retry_after_s)
 
 
 class RequestTimeout(InvalidRequest):
@@ -177,6 +262,20 @@ class UnsupportedMediaType(InvalidRequest):
         )
 
 
+class UnsupportedEncoding(InvalidRequest):
+    """The body's content coding is not decoded here; ``known`` are those that are."""
+
+    status = 415
+
+    def __init__(self, known: Iterable[str]) -> None:
+        names = ", ".join(known)
+        super().__init__(
+            f"Unsupported Content-Encoding: send the body as it is, or one of {names}.",
+            code="unsupported_content_encoding",
+        )
+        self.headers["accept-encoding"] = names
+
+
 class Overloaded(InvalidRequest):
     """The queue has shed the request. The message and the type are DeepInfra's."""
 
@@ -205,6 +304,25 @@ class RateLimited(ApiError):
         self.headers |= _retry_headers(retry_after_s)
 
 
+class InsufficientQuota(ApiError):
+    """A budget of the request's key or tenant is spent. Type, code and message are OpenAI's.
+
+    There is no ``Retry-After``: the next period may be weeks away, and a total never ends. The
+    clients of OpenAI and Anthropic retry a 429 unless ``x-should-retry`` forbids it.
+    """
+
+    status = 429
+    type = "insufficient_quota"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "You exceeded your current quota, please check your plan and billing details. "
+            "GET /v1/me shows the budgets of your API key.",
+            code="insufficient_quota",
+        )
+        self.headers["x-should-retry"] = "false"
+
+
 class UsageBusy(ApiError):
     """The bound on concurrent usage queries is reached."""
 
@@ -217,6 +335,20 @@ class UsageBusy(ApiError):
             code="rate_limit_exceeded",
         )
         self.headers |= _retry_headers(1.0)
+
+
+class TooManySignIns(ApiError):
+    """Too many sign-ins have failed here lately."""
+
+    status = 429
+    type = "requests"
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(
+            "Too many sign-ins have failed. Please try again in a minute.",
+            code="rate_limit_exceeded",
+        )
+        self.headers |= _retry_headers(retry_after_s)
 
 
 class TooManyInFlight(ApiError):
@@ -291,6 +423,16 @@ class EngineBusy(ServerError):
         self.status = status
         sane = _SECONDS.fullmatch(retry_after) is not None
         self.headers |= _retry_headers(int(retry_after) if sane else _BUSY_S)
+
+
+def spend_unknown(retry_after_s: float) -> Unavailable:
+    """Return the error for a request of a key whose spend cannot be read."""
+    return Unavailable(
+        "What this API key has spent of its budget cannot be read at the moment, so the request "
+        "was not served. Try again in a few seconds.",
+        "budget_unavailable",
+        retry_after_s,
+    )
 
 
 def unlisted(model: str, retry_after_s: float) -> Unavailable:

@@ -6,7 +6,7 @@ in, so it may change at any time.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
 Kind = TypeVar("Kind", bound=Hashable)
@@ -26,13 +26,25 @@ class Holdings(Generic[Kind]):
         """Return how many holders use something."""
         return len(self._amounts)
 
-    def add(self, holder: tuple[Kind, str], amount: int) -> None:
-        """Add to what a holder uses. Only ``Holding`` calls it, and takes away what it added."""
-        left = self._amounts.get(holder, 0) + amount
-        if left:
-            self._amounts[holder] = left
-        else:
-            self._amounts.pop(holder, None)
+    def add(self, holders: Iterable[tuple[Kind, str]], amount: int) -> None:
+        """Add to what holders use. Only ``Holding`` calls it, and takes away what it added."""
+        amounts = self._amounts
+        for holder in holders:
+            left = amounts.get(holder, 0) + amount
+            if left:
+                amounts[holder] = left
+            else:
+                amounts.pop(holder, None)
+
+    def first_over(
+        self, holders: Iterable[tuple[Kind, str]], amount: int, bounds: Iterable[int]
+    ) -> Kind | None:
+        """Return the first kind whose bound would be exceeded by so much more, if any."""
+        amounts = self._amounts
+        for holder, bound in zip(holders, bounds, strict=True):
+            if amounts.get(holder, 0) + amount > bound:
+                return holder[0]
+        return None
 
 
 class Holding(Generic[Kind]):
@@ -58,20 +70,17 @@ class Holding(Generic[Kind]):
             amount: how much to add.
             bounds: how much each holder may use, in the order of the holders.
         """
-        holdings = self._holdings
-        for (kind, name), bound in zip(self._holders, bounds, strict=True):
-            if holdings.of(kind, name) + amount > bound:
-                return kind
-        for holder in self._holders:
-            holdings.add(holder, amount)
-        self.amount += amount
-        return None
+        over = self._holdings.first_over(self._holders, amount, bounds)
+        if over is None:
+            self._holdings.add(self._holders, amount)
+            self.amount += amount
+        return over
 
     def give_back(self) -> None:
         """Give the whole amount back. Idempotent."""
         amount, self.amount = self.amount, 0
-        for holder in self._holders:
-            self._holdings.add(holder, -amount)
+        if amount:
+            self._holdings.add(self._holders, -amount)
 
     def __enter__(self) -> None:
         pass

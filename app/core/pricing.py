@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
 from functools import cached_property
-from types import MappingProxyType
 from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, Field, model_validator
@@ -26,6 +25,7 @@ for sums. Python's default of 28 digits would silently round the costs of long p
 """
 
 _NOTHING: Final = Decimal(0)
+_ONE: Final = Decimal(1)
 _MAX_PRICE: Final = 1_000_000
 _MAX_DECIMALS: Final = 12
 
@@ -57,26 +57,56 @@ class TokenUsage:
 class Prices:
     """The prices of one request: a rate card's, in USD per million tokens, and the served tier's
     factor on all of them.
+
+    Attributes:
+        input: for a token of the prompt that the engine computed.
+        cached_input: for a token of the prompt that was in the engine's prefix cache.
+        output: for a generated token.
+        multiplier: the factor on all of them.
+        long_from: the fewest prompt tokens of a long request; 0 for no such limit.
+        long: the prices of all tokens of a long request.
     """
 
     input: Decimal
     cached_input: Decimal
     output: Decimal
     multiplier: Decimal
+    long_from: int = 0
+    long: Prices | None = None
+    _per_token: tuple[Decimal, Decimal, Decimal] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # The exponent of a cost is the same whether the factors or the sum come first.
+        prices = (self.input, self.cached_input, self.output)
+        each = (EXACT.multiply(price, self.multiplier) for price in prices)
+        per_token = tuple(EXACT.scaleb(price, _TOKENS_EXPONENT) for price in each)
+        object.__setattr__(self, "_per_token", per_token)
+
+    def of(self, usage: TokenUsage) -> Prices:
+        """Return the prices that apply to ``usage``: the long ones, or these without them."""
+        if self.long is None:
+            return self
+        return self._long_of(usage) or Prices(
+            self.input, self.cached_input, self.output, self.multiplier
+        )
 
     def cost(self, usage: TokenUsage) -> Decimal:
         """Return what ``usage`` costs, in USD, exactly."""
         if not usage.prompt_tokens and not usage.completion_tokens:
             return _NOTHING
-        times, fresh = EXACT.multiply, usage.prompt_tokens - usage.cached_tokens
-        at_default = EXACT.add(
-            EXACT.add(
-                times(Decimal(fresh), self.input),
-                times(Decimal(usage.cached_tokens), self.cached_input),
-            ),
-            times(Decimal(usage.completion_tokens), self.output),
+        if (long := self._long_of(usage)) is not None:
+            return long.cost(usage)
+        fresh, cached, generated = self._per_token
+        times, add = EXACT.multiply, EXACT.add
+        prompt = add(
+            times(usage.prompt_tokens - usage.cached_tokens, fresh),
+            times(usage.cached_tokens, cached),
         )
-        return EXACT.scaleb(times(at_default, self.multiplier), _TOKENS_EXPONENT)
+        return add(prompt, times(usage.completion_tokens, generated))
+
+    def _long_of(self, usage: TokenUsage) -> Prices | None:
+        """Return the prices of a long request; ``None`` if ``usage`` is not that of one."""
+        return self.long if usage.prompt_tokens >= self.long_from else None
 
 
 class Multipliers(Settings):
@@ -93,22 +123,19 @@ class Multipliers(Settings):
             case Tier.FLEX:
                 return self.flex
             case Tier.DEFAULT:
-                return Decimal(1)
+                return _ONE
 
 
-class RateCard(Settings):
-    """The prices of one model, in USD per million tokens."""
+class TokenPrices(Settings):
+    """Prices in USD per million tokens."""
 
-    input: Price = Field(default=Decimal(0), description="Prompt tokens.")
+    input: Price = Field(description="Prompt tokens.")
     cached_input: Price = Field(
         default=Decimal(0),
         description="Prompt tokens found in the engine's prefix cache. Not set: the price of "
         "`input`.",
     )
-    output: Price = Field(default=Decimal(0), description="Generated tokens.")
-    multipliers: Multipliers = Field(
-        default=Multipliers(), description="Factor on all prices, by tier; see below."
-    )
+    output: Price = Field(description="Generated tokens.")
 
     @model_validator(mode="before")
     @classmethod
@@ -117,20 +144,88 @@ class RateCard(Settings):
             return {**values, "cached_input": values["input"]}
         return values
 
+    def flat(self, multiplier: Decimal) -> Prices:
+        """Return these prices with a factor, whatever the length of the prompt."""
+        return Prices(self.input, self.cached_input, self.output, multiplier)
+
+
+class LongContext(TokenPrices):
+    """The prices of requests with long prompts."""
+
+    above: int = Field(
+        gt=0,
+        description="A request with more prompt tokens than this has these prices for all of its "
+        "tokens. Tokens found in the prefix cache count.",
+    )
+
+
+class TierPrices(TokenPrices):
+    """The prices of one tier, of its own instead of a factor on those of `default`."""
+
+    long_context: LongContext | None = Field(
+        default=None, description="Prices of requests with long prompts. Not set: the same."
+    )
+
+    def prices(self, multiplier: Decimal) -> Prices:
+        """Return these prices with a factor, those of long prompts included."""
+        short = self.flat(multiplier)
+        if self.long_context is None:
+            return short
+        long = self.long_context
+        return replace(short, long_from=long.above + 1, long=long.flat(multiplier))
+
+
+class RateCard(TierPrices):
+    """The prices of one model, in USD per million tokens."""
+
+    free: bool = Field(
+        default=False,
+        description="Whether the model costs nothing. No price is set then. Otherwise `input` and "
+        "`output` must be set, so that no model is free because a line was forgotten.",
+    )
+    multipliers: Multipliers = Field(
+        default=Multipliers(), description="Factor on all prices, by tier; see below."
+    )
+    priority: TierPrices | None = Field(
+        default=None,
+        description="Own prices of `priority`, instead of its factor; see below.",
+    )
+    flex: TierPrices | None = Field(
+        default=None, description="Own prices of `flex`, instead of its factor; see below."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _free_without_prices(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("free") is not True:
+            return values
+        if priced := [name for name in values if name != "free"]:
+            raise ValueError(f"the card says `free: true`, so {priced[0]!r} may not be set")
+        return {"free": True, "input": 0, "output": 0}
+
+    @model_validator(mode="after")
+    def _one_price_for_each_tier(self) -> RateCard:
+        for tier in (Tier.PRIORITY, Tier.FLEX):
+            if self._own(tier) is not None and tier.value in self.multipliers.model_fields_set:
+                raise ValueError(f"{tier.value} has own prices and a multiplier: leave one out")
+        return self
+
+    def _own(self, tier: Tier) -> TierPrices | None:
+        return {Tier.PRIORITY: self.priority, Tier.FLEX: self.flex}.get(tier)
+
     @cached_property
     def version(self) -> str:
         """A short hash of these prices: equal cards have equal versions."""
-        prices = [self.input, self.cached_input, self.output]
-        factors = [self.multipliers.of(tier) for tier in Tier]
-        text = " ".join(format(price.normalize(), "f") for price in prices + factors)
+        text = " ".join(" ".join(_words(self.at(tier))) for tier in Tier)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @cached_property
     def _prices(self) -> Mapping[Tier, Prices]:
-        return {
-            tier: Prices(self.input, self.cached_input, self.output, self.multipliers.of(tier))
-            for tier in Tier
-        }
+        def of(tier: Tier) -> Prices:
+            own = self._own(tier)
+            return self.prices(self.multipliers.of(tier)) if own is None else own.prices(_ONE)
+
+        return {tier: of(tier) for tier in Tier}
 
     def at(self, tier: Tier) -> Prices:
         """Return the prices of a request served at ``tier``."""
@@ -138,17 +233,40 @@ class RateCard(Settings):
 
     @cached_property
     def by_tier(self) -> Mapping[Tier, Mapping[str, Decimal]]:
-        """The price of each kind of token at each tier."""
-        return MappingProxyType(
-            {
-                tier: {
-                    "input": EXACT.multiply(prices.input, prices.multiplier),
-                    "cached_input": EXACT.multiply(prices.cached_input, prices.multiplier),
-                    "output": EXACT.multiply(prices.output, prices.multiplier),
-                }
-                for tier, prices in self._prices.items()
-            }
-        )
+        """The price of each kind of token at each tier, of requests whose prompts are not long."""
+        # A plain dictionary: a card is pickled with what it has worked out.
+        return {tier: _by_kind(one) for tier, one in self._prices.items()}
+
+    @cached_property
+    def long_by_tier(self) -> Mapping[Tier, tuple[int, Mapping[str, Decimal]]]:
+        """The prompt tokens above which a request is long, and its prices; tiers without are left
+        out.
+        """
+        found = ((tier, one.long_from - 1, one.long) for tier, one in self._prices.items())
+        return {tier: (above, _by_kind(long)) for tier, above, long in found if long is not None}
+
+
+FREE: Final = RateCard.model_validate({"free": True})
+"""The card of a model that costs nothing."""
+
+
+def _by_kind(prices: Prices) -> Mapping[str, Decimal]:
+    """Return the price of each kind of token, its multiplier included."""
+    kinds = {
+        "input": prices.input,
+        "cached_input": prices.cached_input,
+        "output": prices.output,
+    }
+    return {kind: EXACT.multiply(price, prices.multiplier) for kind, price in kinds.items()}
+
+
+def _words(prices: Prices) -> Iterator[str]:
+    """Yield all numbers of them, each written in one way."""
+    for price in (prices.input, prices.cached_input, prices.output, prices.multiplier):
+        yield format(price.normalize(), "f")
+    if prices.long is not None:
+        yield f"from {prices.long_from}"
+        yield from _words(prices.long)
 
 
 def cost(usage: TokenUsage, card: RateCard, tier: Tier) -> Decimal:

@@ -20,3 +20,5 @@ class ShedReason(StrEnum):
     """Its replica failed before the first byte, and there is no other."""
     NOT_OFFERED = "engine_not_offered"
     """No node of the cluster has offered what the model's engines require, for a while."""
+    ENGINE_FAILED = "engine_failed"
+    """The model's engines have failed to start, a while ago."""

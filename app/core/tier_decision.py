@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from app.core.tiers import PriorityMode, Tier, TierOffer, TierReason
+from app.core.tiers import Tier, TierOffer, TierReason
 
 if TYPE_CHECKING:
     from app.core.pricing import RateCard
+
+ANSWER_CUT_OFF: Final = "answer_cut_off"
+"""The reason of a downgrade whose answer was cut off or failed: its record has the reason of that
+instead of the tier's."""
+_TIER_REASONS: Final = frozenset(reason.value for reason in TierReason)
+DOWNGRADE_REASONS: Final = (*(reason.value for reason in TierReason), ANSWER_CUT_OFF)
+"""Every reason that ``downgrade_reason`` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +72,24 @@ class TierAdmission:
 
 
 def admit(
-    requested: Tier | None, default_tier: Tier, offer: TierOffer, rights: TierRights = ALL_RIGHTS
+    requested: Tier | None,
+    default_tier: Tier,
+    offer: TierOffer,
+    rights: TierRights = ALL_RIGHTS,
+    reason: TierReason | None = None,
 ) -> TierAdmission:
     """Return the tier at which a request joins the queue.
 
     Args:
-        requested: the result of ``parse_requested``.
+        requested: the tier that the request names (``parse_requested``).
         default_tier: the tier of a request that requests none.
         offer: the model's tiers.
         rights: the key's rights.
+        reason: why ``requested`` already stands for another tier, which there is not here.
     """
     wanted = requested or default_tier
-    reason = None
+    if reason is not None:
+        return TierAdmission(requested, Tier.DEFAULT, reason)
     if not offer.offers(wanted):
         reason = TierReason.MODEL_DOES_NOT_OFFER_TIER
     elif wanted is not Tier.DEFAULT and wanted not in rights.tiers:
@@ -84,6 +97,40 @@ def admit(
     elif wanted is Tier.PRIORITY and rights.over_share:
         reason = TierReason.OVER_PRIORITY_SHARE
     return TierAdmission(requested, wanted if reason is None else Tier.DEFAULT, reason)
+
+
+def downgrade_reason(requested: Tier | None, served: Tier | None, reason: str | None) -> str | None:
+    """Return why a request was not served as requested; ``None`` if it was, or was not served.
+
+    This is the one definition of a downgrade, for metrics, the board and the usage page. It covers
+    each request whose answer named a reason in ``x-service-tier-reason``: also one that requested a
+    tier by a word that there is not here (``scale``), by its key's default, or flex where there is
+    none. A request that was refused because it insists on its tier is no downgrade.
+
+    Args:
+        requested: the tier that the request names; ``None`` for none, or ``auto``.
+        served: the tier that it was served at; ``None`` if it reached no engine.
+        reason: the reason in its record: why the tier differs, or why there is no whole answer.
+    """
+    if served is None:
+        return None
+    if reason in _TIER_REASONS:
+        return reason
+    return None if requested in (None, served) else ANSWER_CUT_OFF
+
+
+def keeps_to_tier(
+    requested: Tier | None, reason: TierReason | None, *, strict: bool, required: bool
+) -> bool:
+    """Return whether a request may be served, although ``reason`` lowers its tier.
+
+    Args:
+        requested: the tier that the request names.
+        reason: why it would be served at another tier than wanted; ``None`` if it would not.
+        strict: the model refuses requests that name a tier which they would not get.
+        required: the request itself wants its tier, or no answer.
+    """
+    return reason is None or not (required or (strict and requested is not None))
 
 
 def decide(
@@ -107,9 +154,7 @@ def decide(
         rate_card: the prices in force now.
     """
     served, reason = admitted.tier, admitted.reason
-    delivered = queued_as is Tier.PRIORITY and (
-        offer.priority is PriorityMode.QUEUE or route_honoured
-    )
+    delivered = queued_as is Tier.PRIORITY and offer.priority.delivers(honoured=route_honoured)
     if not offer.offers(served):
         served, reason = Tier.DEFAULT, TierReason.MODEL_DOES_NOT_OFFER_TIER
     elif served is Tier.PRIORITY and not delivered:

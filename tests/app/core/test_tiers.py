@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.pricing import RateCard
-from app.core.tier_decision import TierDecision, TierRights, admit, decide
+from app.core.pricing import FREE
+from app.core.tier_decision import TierDecision, TierRights, admit, decide, keeps_to_tier
 from app.core.tiers import (
     ACCEPTED_VALUES,
     PriorityMode,
@@ -19,19 +23,75 @@ pytestmark = pytest.mark.unit
 offers = st.builds(TierOffer, st.sampled_from(PriorityMode), st.booleans())
 
 
+def test_when_priority_is_delivered():
+    delivered = {
+        (mode, honoured)
+        for mode in PriorityMode
+        for honoured in (False, True)
+        if mode.delivers(honoured=honoured)
+    }
+    in_queue = {(PriorityMode.QUEUE, False), (PriorityMode.QUEUE, True)}
+    assert delivered == in_queue | {(PriorityMode.AUTO, True)}
+
+
 @pytest.mark.parametrize(
     ("value", "tier"),
     [
         (None, None),
         ("auto", None),
         ("default", Tier.DEFAULT),
+        ("standard", Tier.DEFAULT),
+        ("standard_only", Tier.DEFAULT),
+        ("on_demand", Tier.DEFAULT),
         ("priority", Tier.PRIORITY),
         ("fast", Tier.PRIORITY),
+        ("performance", Tier.PRIORITY),
         ("flex", Tier.FLEX),
+        ("batch", Tier.FLEX),
     ],
 )
-def test_accepted_values(value, tier):
-    assert parse_requested(value) is tier
+def test_words_that_have_a_tier_here(value, tier):
+    assert parse_requested(value)[::2] == (tier, None)
+
+
+@pytest.mark.parametrize("value", ["scale", "reserved", "ultrafast"])
+@given(offer=offers, default_tier=st.sampled_from(Tier))
+def test_premium_words_without_a_tier_here_are_served_as_default(value, offer, default_tier):
+    word = parse_requested(value)
+    admission = admit(word.tier, default_tier, offer, reason=word.reason)
+    assert (admission.tier, admission.reason) == (Tier.DEFAULT, TierReason.NO_SUCH_TIER)
+    for queued_as in (Tier.PRIORITY, Tier.DEFAULT):
+        decision = decide(
+            admission,
+            queued_as=queued_as,
+            offer=offer,
+            native_priority=True,
+            route_honoured=True,
+            rate_card=FREE,
+        )
+        assert (decision.served, decision.reason) == (Tier.DEFAULT, TierReason.NO_SUCH_TIER)
+
+
+def literals_of(package):
+    """Return every string that the types of an SDK allow for a request's tier."""
+    found = set()
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for words in re.findall(r"service_tier: .*?Literal\[(.*?)\]", path.read_text()):
+            found |= set(re.findall(r'"(\w+)"', words))
+    return found
+
+
+def test_every_word_that_the_official_sdk_allows_is_served():
+    words = literals_of(openai)
+    assert words >= {"auto", "scale", "ultrafast"}
+    assert words <= set(ACCEPTED_VALUES)
+
+
+@given(st.sampled_from(TierReason), st.sampled_from([None, *Tier]), st.booleans(), st.booleans())
+def test_a_tier_is_lowered_only_where_nobody_insists(reason, requested, strict, required):
+    kept = keeps_to_tier(requested, reason, strict=strict, required=required)
+    assert kept is not (required or (strict and requested is not None))
+    assert keeps_to_tier(requested, None, strict=strict, required=required)
 
 
 @given(
@@ -105,7 +165,7 @@ def test_priority_is_decided_only_when_it_is_delivered(
         offer=offer,
         native_priority=native,
         route_honoured=honoured,
-        rate_card=RateCard(),
+        rate_card=FREE,
     )
     wanted = requested or default
     assert decision.requested is requested
@@ -127,7 +187,7 @@ def test_the_reason_tells_a_deaf_route_from_a_deaf_engine():
             offer=TierOffer(),
             native_priority=native,
             route_honoured=False,
-            rate_card=RateCard(),
+            rate_card=FREE,
         ).reason
 
     assert reason(native=True) is TierReason.ROUTE_DOES_NOT_HONOUR_PRIORITY
@@ -143,14 +203,14 @@ def test_a_tier_that_is_withdrawn_while_a_request_waits_is_not_served(wanted, be
         offer=now,
         native_priority=native,
         route_honoured=native,
-        rate_card=RateCard(),
+        rate_card=FREE,
     )
     assert now.offers(decision.served) and before.offers(decision.served)
 
 
 def test_a_decision_never_changes_and_never_lowers_without_a_reason():
-    decision = TierDecision(Tier.FLEX, Tier.FLEX, None, RateCard())
+    decision = TierDecision(Tier.FLEX, Tier.FLEX, None, FREE)
     with pytest.raises(AttributeError):
         decision.served = Tier.DEFAULT  # type: ignore[misc]
     with pytest.raises(AssertionError):
-        TierDecision(Tier.PRIORITY, Tier.DEFAULT, None, RateCard())
+        TierDecision(Tier.PRIORITY, Tier.DEFAULT, None, FREE)
