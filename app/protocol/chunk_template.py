@@ -9,7 +9,6 @@ text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -17,8 +16,6 @@ import orjson
 _USAGE: Final = b',"usage":'
 _DATA: Final = b"data: "
 _DIGITS: Final = b"0123456789"
-_MANY: Final = 4
-"""The smallest number of chunks that are worth processing together."""
 _KEPT: Final = 4
 """How many templates a stream keeps: each choice of ``n``, or kind of delta, has its own."""
 
@@ -26,14 +23,15 @@ _KEPT: Final = 4
 class _Template(NamedTuple):
     """The bytes around the text and the numbers, in the engine's block and in the client's event.
 
-    ``shape`` is the usage and what follows it, without digits. ``choice`` is the index of the
-    choice.
+    ``shape`` is the usage and what follows it, without digits. ``wire_between`` stands between the
+    texts of two events that follow each other. ``choice`` is the index of the choice.
     """
 
     head: bytes
     middle: bytes
     shape: bytes
     wire_head: bytes
+    wire_between: bytes
     wire_tail: bytes
     choice: int
 
@@ -52,7 +50,6 @@ class Splicer:
         self.deltas = self.size = 0
         self._templates: list[_Template] = []
         self._learned = self._spliced = 0
-        self._all_alike = True
 
     def splice(self, blocks: Sequence[bytes], place: int, wire: list[bytes]) -> int:
         """Append the client's events for chunks, up to the first chunk that must be parsed.
@@ -66,82 +63,32 @@ class Splicer:
             The index of the first chunk that must be parsed, or the number of blocks.
         """
         while place < len(blocks):
-            for template in self._templates:
-                # Chunks mostly arrive one by one; then this is not worth trying.
-                many = self._all_alike and len(blocks) - place >= _MANY
-                if many and (done := self._splice_all(template, blocks, place, wire)):
-                    place += done
-                    break
-                texts = self._texts(template, blocks, place)
+            rest = blocks[place:] if place else blocks
+            for head, middle, shape, wire_head, between, wire_tail, choice in self._templates:
+                begin, skip, usage, texts = len(head), len(middle), b"", list[bytes]()
+                for block in rest:
+                    end = block.rfind(middle)
+                    if end < begin or not block.startswith(head):
+                        break
+                    text, numbers = block[begin:end], block[end + skip :]
+                    # A quote ends the text, unless a backslash escapes it.
+                    if text.endswith(b"\\") or numbers.translate(None, _DIGITS) != shape:
+                        break
+                    usage = numbers
+                    texts.append(text)
                 if texts:
-                    head, tail = template.wire_head, template.wire_tail
-                    wire += (head, (tail + head).join(texts), tail)
-                    self._spliced += len(texts)
-                    place += len(texts)
+                    wire += (wire_head, between.join(texts), wire_tail)
+                    if shape:
+                        self.usages[choice] = usage[:-1]
+                    else:
+                        self.size += sum(map(len, texts))
                     break
             else:
                 break
-        return place
-
-    def _splice_all(
-        self, template: _Template, blocks: Sequence[bytes], place: int, wire: list[bytes]
-    ) -> int:
-        """Append the events of many chunks at once; return the number of chunks.
-
-        It processes all chunks except trailing ones that do not match the template, or none if
-        another one does not match. In that case it is not tried again for this stream: if kinds of
-        chunks alternate, it would fail at each of them.
-        """
-        head, middle, shape, _, tail, choice = template
-        if not blocks[place].startswith(head):
-            return 0
-        end = len(blocks)
-        while end > place and middle not in blocks[end - 1]:
-            end -= 1
-        count = end - place
-        if count < _MANY:
-            return 0
-        begins, _, numbers = zip(*[b.rpartition(middle) for b in blocks[place:end]], strict=True)
-        joined = tail.join((*begins, b""))
-        alike = joined.startswith(head) and joined.count(tail + head) == count - 1
-        alike = alike and b"".join(numbers).translate(None, _DIGITS) == shape * count
-        # As in `_texts`: a backslash may hide the quote that seems to end a text.
-        if not alike or b"\\" + tail in joined:
-            self._all_alike = False
-            return 0
-        if head != template.wire_head:
-            joined = template.wire_head + joined[len(head) :]
-            joined = joined.replace(tail + head, tail + template.wire_head)
-        wire.append(joined)
-        self.deltas += count
-        if shape:
-            self.usages[choice] = numbers[-1][:-1]
-        else:
-            self.size += sum(map(len, begins)) - count * len(head)
-        self._spliced += count
-        return count
-
-    def _texts(self, template: _Template, blocks: Sequence[bytes], place: int) -> list[bytes]:
-        """Return the texts of consecutive chunks, from ``place`` on, that match the template."""
-        head, middle, shape = template.head, template.middle, template.shape
-        begin, skip, usage, texts = len(head), len(middle), b"", list[bytes]()
-        for block in islice(blocks, place, None):
-            end = block.rfind(middle)
-            if end < begin or not block.startswith(head):
-                break
-            text, numbers = block[begin:end], block[end + skip :]
-            # A quote ends the text, unless a backslash escapes it.
-            if text.endswith(b"\\") or numbers.translate(None, _DIGITS) != shape:
-                break
-            usage = numbers
-            texts.append(text)
-        if texts:
             self.deltas += len(texts)
-            if shape:
-                self.usages[template.choice] = usage[:-1]
-            else:
-                self.size += sum(map(len, texts))
-        return texts
+            self._spliced += len(texts)
+            place += len(texts)
+        return place
 
     def learn(self, data: bytes, text: str, usage: object, event: bytes, choice: int = 0) -> None:
         """Keep a chunk as a template.
@@ -189,7 +136,9 @@ def _template(data: bytes, text: str, usage: object, event: bytes, choice: int) 
         if start < len(_USAGE) or not _is(rest[start:-1], usage):
             return None
         rest, shape = rest[:start], rest[start:].translate(None, _DIGITS)
-    return _Template(_DATA + head, rest, shape, wire_head + b'"', b'"' + wire_rest, choice)
+    wire_head, wire_tail = wire_head + b'"', b'"' + wire_rest
+    between = wire_tail + wire_head
+    return _Template(_DATA + head, rest, shape, wire_head, between, wire_tail, choice)
 
 
 def _is(json: bytes, value: object) -> bool:

@@ -7,7 +7,13 @@ from typing import Any
 
 import orjson
 
-from app.core.errors import ApiError, EngineBusy, EngineRejected, InvalidRequest, ServerError
+from app.core.errors import (
+    ApiError,
+    EngineBusy,
+    EngineRejected,
+    ServerError,
+    UnsupportedEndpoint,
+)
 
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
@@ -43,13 +49,20 @@ _PATH = re.compile(r"(?<![\w/.:-])/(?:[\w.+@-]+/)+[\w.+@-]*")
 _ADDRESS = re.compile(r"\b(?:https?://)?(?:localhost|\d{1,3}(?:\.\d{1,3}){3}):\d+\S*")
 
 
+# What TensorRT-LLM answers, with 400, where it has failed itself.
+_OWN_FAULT = re.compile(
+    r"Generation failed\b|Internal server error|CUDA (error|out of memory)", re.I
+)
+
+
 def from_engine(status: int, body: bytes, prompt_field: str, retry_after: str = "") -> ApiError:
     """Translate an engine's error answer.
 
     ``prompt_field`` is the request field of the prompt, ``retry_after`` the engine's header. The
     supported formats are OpenAI's wrapped one (vLLM, TensorRT-LLM), the unwrapped one (SGLang) and
     FastAPI's ``detail``. 429 and 503 mean that the engine has no room. 401 and 403 concern the
-    engine's own key, so they become server errors. Other 4xx are client errors, with the engine's
+    engine's own key, so they become server errors, as does a 400 that reports the engine's own
+    fault. Other 4xx are client errors, with the engine's
     message.
     """
     if status in (429, 503):
@@ -58,10 +71,10 @@ def from_engine(status: int, body: bytes, prompt_field: str, retry_after: str = 
         return ServerError()
     fields = _error_fields(body)
     if status == 404 and fields.get("message") in (None, "Not Found"):
-        return InvalidRequest(
-            "This model does not support this endpoint.", code="unsupported_endpoint", param="model"
-        )
+        return UnsupportedEndpoint()
     quoted = str(fields.get("message") or "The engine refused the request.")
+    if status == 400 and _OWN_FAULT.match(quoted):
+        return ServerError()
     place, message = _read_problems(quoted) or (None, quoted)
     message = _scrub(message)
     param, code = fields.get("param"), fields.get("code")

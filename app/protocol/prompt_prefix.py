@@ -1,4 +1,4 @@
-"""A hash of a prompt's prefix, used to route requests to the replica that has it cached. Pure."""
+"""A hash of what requests share, used to route them to the replica that has it cached. Pure."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _CHARACTERS: Final = 256
 _MOST_ITEMS: Final = 8
 """How many messages are searched for the first user message. Usually it is the first or second. A
 few messages of the worst shape take 2 ms."""
+_LONGEST_NAME: Final = 512
+"""Characters of a client's own name for a prefix. OpenAI's ``prompt_cache_key`` is shorter."""
 _LONGEST_CHARACTER: Final = 12
 """Bytes of the longest encoding of one character: two ``\\u`` escapes."""
 
@@ -33,16 +35,48 @@ def prompt_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
         start: Any = prompt[:_CHARACTERS]
     elif isinstance(prompt, RawJson):
         start = _raw_start(route, prompt)
-    elif isinstance(prompt, list) and route is not Route.EMBEDDINGS:
+    elif isinstance(prompt, list) and route.generates:
         start = _leading(prompt) or prompt[:1]
     else:
         return None
     if start is None:
         return None
-    instructions = fields.get("instructions")
+    instructions = _system(fields) if route.is_anthropic else fields.get("instructions")
     if isinstance(instructions, RawJson):
         instructions = crc32(instructions.data[:LONGEST_PARSED])
     return crc32(orjson.dumps([instructions, start]))
+
+
+def _system(fields: Mapping[str, Any]) -> Any:
+    """Return the system prompt of a messages request, without what differs by request in it.
+
+    Claude Code begins it with a block that holds a hash of the request. Engines leave it out.
+    """
+    system = fields.get("system")
+    if not isinstance(system, list):
+        return system
+    return [block for block in system if not _is_billing_header(block)]
+
+
+def _is_billing_header(block: object) -> bool:
+    text = block.get("text") if isinstance(block, dict) else None
+    return isinstance(text, str) and text.startswith("x-anthropic-billing-header")
+
+
+def named_prefix(fields: Mapping[str, Any], name: str) -> int | None:
+    """Return a hash of the text with which a client names what its requests share, if there is one.
+
+    ``name`` is the field: ``prompt_cache_key`` or ``user``. Other values than text are the engine's
+    to refuse.
+    """
+    value = fields.get(name)
+    if value is None:
+        return None
+    if isinstance(value, RawJson):
+        return crc32(value.data[:LONGEST_PARSED]) if value.startswith(b'"') else None
+    if not isinstance(value, str) or not value:
+        return None
+    return crc32(orjson.dumps([name, value[:_LONGEST_NAME]]))
 
 
 def _leading(items: Iterable[Any]) -> list[Any] | None:
@@ -60,7 +94,7 @@ def _leading(items: Iterable[Any]) -> list[Any] | None:
 def _raw_start(route: Route, raw: RawJson) -> Any:
     if raw.startswith(b'"'):
         return _first_characters(raw)
-    if not raw.startswith(b"[") or route is Route.EMBEDDINGS:
+    if not raw.startswith(b"[") or not route.generates:
         return None
     try:
         leading = _leading(first_items(raw))

@@ -16,20 +16,21 @@ from app.core import errors
 from app.core.dialect import Dialect, Route
 from app.core.pricing import TokenUsage, cost
 from app.core.tier_decision import TierDecision
-from app.core.tiers import Tier, UnknownTierError, parse_requested
-from app.protocol import engine_errors
+from app.core.tiers import Tier, TierReason, UnknownTierError, parse_requested
+from app.protocol import anthropic, engine_errors
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED, Members, Reparsed
-from app.protocol.json_body.parse import LONGEST_WHOLE, parse_plain, scan_object
+from app.protocol.json_body.parse import LONGEST_WHOLE, is_sparse, parse_plain, scan_object
 from app.protocol.json_body.scan import Steps, run
 from app.protocol.json_body.spliced import Spliced
-from app.protocol.prompt_prefix import prompt_prefix
+from app.protocol.prompt_prefix import named_prefix, prompt_prefix
 from app.protocol.sse import Event
 from app.protocol.token_estimate import Estimate, choices_per_prompt, estimate_tokens
 from app.protocol.usage import read_usage
 
-FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast"})
+FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast", "require_tier"})
 """Request fields that never reach an engine: Frontline's own, and a client's engine priority."""
 
+_PREAMBLE: Final = frozenset({b"message_start", b"ping"})
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
 
 
@@ -43,11 +44,16 @@ class Inbound:
             values are ``RawJson``.
         model: the name of the model, an id or an alias.
         requested_tier: the tier in ``service_tier``; ``None`` for none or ``auto``.
+        tier_reason: why it is not what ``service_tier`` says: no tier here is.
+        require_tier: whether to refuse the request instead of serving it at another tier.
         stream: whether the answer is to be streamed.
         stream_options: the client's own options, empty if there are none.
         fail_fast: whether to refuse the request instead of queueing it.
         length: the length of the body, in bytes.
-        prefix: a hash of the prompt's prefix (``app.protocol.prompt_prefix``).
+        prefix: a hash of ``prompt_cache_key`` if there is one, else of the prompt's prefix
+            (``app.protocol.prompt_prefix``).
+        user_prefix: a hash of ``user`` or ``metadata.user_id``; ``None`` where
+            ``prompt_cache_key`` goes first.
         expected_tokens: the estimated tokens of prompt and answer together.
         expected_prompt_tokens: the estimated tokens of all its prompts.
         choices_per_prompt: how many choices it wants per prompt.
@@ -68,6 +74,9 @@ class Inbound:
     expected_prompt_tokens: int = 0
     choices_per_prompt: int = 1
     sequences: int = 1
+    tier_reason: TierReason | None = None
+    require_tier: bool = False
+    user_prefix: int | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -87,7 +96,7 @@ def parse_request(route: Route, body: bytes) -> Inbound:
         InvalidRequest: it is not a JSON object, or a field that Frontline uses is invalid.
     """
     inbound = parse_plain_request(route, body) if len(body) <= LONGEST_WHOLE else None
-    return run(read_request(route, memoryview(body))) if inbound is None else inbound
+    return run(read_long_request(route, body)) if inbound is None else inbound
 
 
 def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
@@ -99,12 +108,30 @@ def parse_plain_request(route: Route, body: bytes) -> Inbound | None:
         InvalidRequest: as ``parse_request``.
     """
     fields = parse_plain(body)
-    if fields is None:
-        return None
+    return None if fields is None else _plain_inbound(route, body, fields)
+
+
+def _plain_inbound(route: Route, body: bytes, fields: dict[str, Any]) -> Inbound:
     prefix = prompt_prefix(route, fields)
     tokens = estimate_tokens(route, fields, len(body))
     kept = fields if len(body) <= LONGEST_KEPT_PARSED else Reparsed(body, fields)
     return _inbound(route, fields, kept, len(body), prefix, tokens)
+
+
+def read_long_request(route: Route, body: bytes | memoryview) -> Steps[Inbound]:
+    """Read a request body that ``parse_plain_request`` does not, yielding every few milliseconds.
+
+    ``bytes`` are parsed whole if they are long and sparse, and are scanned otherwise.
+
+    Raises:
+        InvalidRequest: as ``parse_request``.
+    """
+    if isinstance(body, bytes) and len(body) > LONGEST_WHOLE and is_sparse(body):
+        fields = parse_plain(body)
+        yield
+        if fields is not None:
+            return _plain_inbound(route, body, fields)
+    return (yield from read_request(route, memoryview(body)))
 
 
 def read_request(route: Route, body: memoryview) -> Steps[Inbound]:
@@ -134,43 +161,68 @@ def _inbound(
     if not isinstance(model, str) or not model:
         raise errors.InvalidRequest("you must provide a model parameter", param="model")
     try:
-        requested = parse_requested(fields.get("service_tier"))
+        word = parse_requested(fields.get("service_tier"))
     except UnknownTierError as error:
         raise errors.InvalidRequest(
             str(error), param="service_tier", code="invalid_value"
         ) from None
+    _require_supported(route, fields)
+    cache_key = named_prefix(fields, "prompt_cache_key")
+    return Inbound(
+        route,
+        kept,
+        model,
+        word.tier,
+        _flag(fields, "stream") and route.generates,
+        _stream_options(fields),
+        _flag(fields, "fail_fast"),
+        length,
+        prefix if cache_key is None else cache_key,
+        tokens.total,
+        tokens.prompt,
+        choices_per_prompt(fields),
+        tokens.sequences,
+        word.reason,
+        _flag(fields, "require_tier"),
+        _user_prefix(route, fields) if cache_key is None else None,
+    )
+
+
+def _require_supported(route: Route, fields: Mapping[str, Any]) -> None:
+    """Refuse values for which an answer could not be counted and billed."""
     if route is Route.RESPONSES and fields.get("background") not in (None, False):
-        # Its answer would be fetched later, without being counted or billed. Engines accept other
-        # values than `true` for it, too.
+        # Its answer would be fetched later. Engines accept other values than `true` for it, too.
         raise errors.InvalidRequest(
             "Background responses are not supported: leave 'background' out.",
             param="background",
             code="unsupported_value",
         )
-    return Inbound(
-        route,
-        kept,
-        model,
-        requested,
-        _flag(fields, "stream"),
-        _stream_options(fields),
-        _flag(fields, "fail_fast"),
-        length,
-        prefix,
-        tokens.total,
-        tokens.prompt,
-        choices_per_prompt(fields),
-        tokens.sequences,
-    )
+    encoding = fields.get("encoding_format")
+    if not route.generates and isinstance(encoding, str) and encoding.startswith("bytes"):
+        # vLLM's: the answer is no JSON, and has no usage.
+        raise errors.InvalidRequest(
+            "This 'encoding_format' is not supported: use 'float' or 'base64'.",
+            param="encoding_format",
+            code="unsupported_value",
+        )
+
+
+def _user_prefix(route: Route, fields: Mapping[str, Any]) -> int | None:
+    if not route.is_anthropic:
+        return named_prefix(fields, "user")
+    metadata = fields.get("metadata")
+    return named_prefix(metadata, "user_id") if isinstance(metadata, dict) else None
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:
     value = fields.get(name)
-    if value is not None and not isinstance(value, bool):
+    if value is None:
+        return False
+    if not isinstance(value, bool):
         raise errors.InvalidRequest(
             f"Invalid type for '{name}': expected a boolean.", param=name, code="invalid_type"
         )
-    return bool(value)
+    return value
 
 
 def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -226,11 +278,19 @@ def _set_own_fields(
 ) -> None:
     route = inbound.route
     fields["model"] = model_id
-    if route in dialect.priority_routes:
+    if route in dialect.priority_routes and route not in dialect.priority_headers:
         fields["priority"] = dialect.priority_values[tier]
     if inbound.stream and route in _STREAM_OPTION_ROUTES:
         clients = {} if route in dialect.accepted_fields else inbound.stream_options
         fields["stream_options"] = {**clients, **dialect.stream_options}
+
+
+def priority_header(route: Route, dialect: Dialect, tier: Tier) -> bytes:
+    """Return the header line with the engine's priority for ``tier``, if it takes it there."""
+    name = dialect.priority_headers.get(route)
+    if name is None or route not in dialect.priority_routes:
+        return b""
+    return f"{name}: {dialect.priority_values[tier]}\r\n".encode()
 
 
 def _only(fields: Mapping[str, Any], accepted: frozenset[str]) -> Mapping[str, Any]:
@@ -255,6 +315,16 @@ def stamp(answer: dict[str, Any], decision: TierDecision, tokens: TokenUsage | N
         usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
 
 
+def is_preamble(event: Event, route: Route) -> bool:
+    """Return whether an event may be followed by an error although nothing was generated.
+
+    SGLang begins each stream of messages with ``message_start``, also one that it refuses.
+    """
+    if route is not Route.MESSAGES:
+        return False
+    return event.name in _PREAMBLE or b'"type":"message_start"' in event.data[:64]
+
+
 def stream_error(event: Event, route: Route) -> errors.ApiError | None:
     """Return the error in a stream's first event, if there is one.
 
@@ -266,6 +336,9 @@ def stream_error(event: Event, route: Route) -> errors.ApiError | None:
     fields = orjson.loads(event.data)
     if not isinstance(fields, dict) or not fields.get("error") or fields.get("choices"):
         return None
+    if route.is_anthropic:
+        status = anthropic.error_status(fields)
+        return engine_errors.from_engine(status, event.data, route.prompt_field)
     code = fields["error"].get("code") if isinstance(fields["error"], dict) else None
     status = code if isinstance(code, int) and 400 <= code < 600 else 500
     return engine_errors.from_engine(status, event.data, route.prompt_field)

@@ -7,7 +7,7 @@ finishes the answer, are parsed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import orjson
@@ -18,9 +18,12 @@ from app.core.dialect import Route
 from app.core.tier_decision import TierDecision
 from app.protocol import engine_errors
 from app.protocol.chunk_template import Splicer, only_text
+from app.protocol.events import BROKEN_OFF, EventStamper, error_event, event_of, read_event
+from app.protocol.messages import MessagesStamper, stamp_message
 from app.protocol.requests import Inbound, stamp
-from app.protocol.sse import DONE, Event, comments, parse_block
+from app.protocol.sse import DONE, Event
 from app.protocol.usage import (
+    NOT_BILLED,
     Count,
     Counted,
     choice_text_size,
@@ -61,6 +64,8 @@ class StreamStamper(Protocol):
 
 def stream_stamper(inbound: Inbound, decision: TierDecision) -> StreamStamper:
     """Return the stamper for a request's stream."""
+    if inbound.route is Route.MESSAGES:
+        return MessagesStamper(inbound, decision)
     if inbound.route is Route.RESPONSES:
         return ResponsesStamper(inbound, decision)
     return ChunkStamper(inbound, decision)
@@ -108,7 +113,7 @@ class ChunkStamper:
             # A held chunk must be sent before the next event of any kind.
             if splicer is not None and not self._held:
                 place = splicer.splice(blocks, place, wire)
-            if place < len(blocks) and (event := _event_of(blocks[place], wire)):
+            if place < len(blocks) and (event := event_of(blocks[place], wire)):
                 self.broken = not read_event(self._parsed, event, wire)
             place += 1
         return b"".join(wire)
@@ -204,38 +209,23 @@ class ChunkStamper:
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def break_off(self) -> bytes:
-        error = error_event(errors.ServerError(_BROKEN_OFF), self._route)
+        error = error_event(errors.ServerError(BROKEN_OFF), self._route)
         return b"".join((*self._release(self._shown_usage()), error))
 
 
-class ResponsesStamper:
+class ResponsesStamper(EventStamper):
     """Stamps the events of the Responses route that contain the response object."""
 
     _LAST: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 
     def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
-        self.ended = self.failed = self.broken = False
-        self._count = Count(inbound.expected_prompt_tokens)
+        super().__init__(inbound, decision)
         self._unreported = False
-        self._decision = decision
         self._sequence_number = -1
 
     @property
     def odd_usage(self) -> bool:
         return self._count.odd or (self._unreported and not self.failed)
-
-    def counted(self) -> Counted:
-        return self._count.result()
-
-    def feed(self, blocks: Sequence[bytes]) -> bytes:
-        wire: list[bytes] = []
-        for block in blocks:
-            # As above.
-            if self.failed or self.broken:
-                break
-            if event := _event_of(block, wire):
-                self.broken = not read_event(self._stamped, event, wire)
-        return b"".join(wire)
 
     def _stamped(self, event: Event) -> Iterator[bytes]:
         if event.data == DONE:
@@ -272,24 +262,18 @@ class ResponsesStamper:
         stamp(response, self._decision)
 
     def break_off(self) -> bytes:
-        return self._error(errors.ServerError(_BROKEN_OFF))
+        return self._error(errors.ServerError(BROKEN_OFF))
 
     def _error(self, error: errors.ApiError) -> bytes:
         return error_event(error, Route.RESPONSES, self._sequence_number + 1)
 
 
-def error_event(error: errors.ApiError, route: Route, number: int = 0) -> bytes:
-    """Return the event that ends a stream with an error; ``number``: its place in the stream."""
-    if route is not Route.RESPONSES:
-        return Event(error.body()).encode()
-    fields = {
-        "type": "error",
-        "code": error.code,
-        "message": error.message,
-        "param": error.param,
-        "sequence_number": number,
-    }
-    return Event(orjson.dumps(fields), b"error").encode()
+def _without_tokens(body: bytes, route: Route) -> bytes:
+    answer = orjson.loads(body)
+    if route is Route.DETOKENIZE and "prompt" not in answer:
+        # SGLang's name for it; vLLM's is `prompt`.
+        return orjson.dumps({**answer, "prompt": answer["text"]})
+    return body
 
 
 def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple[bytes, Counted]:
@@ -299,8 +283,14 @@ def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple
         ServerError: the answer cannot be parsed, or cannot be encoded again.
     """
     try:
+        if not inbound.route.takes_slot:
+            # Nothing was generated, and nothing is billed.
+            return _without_tokens(body, inbound.route), NOT_BILLED
         answer = orjson.loads(body)
-        counted = count_answer(answer, inbound.route, inbound.expected_prompt_tokens).result()
+        counted = count_answer(answer, inbound.route, inbound.expected_prompt_tokens)
+        if inbound.route is Route.MESSAGES:
+            stamp_message(answer, counted, decision)
+            return orjson.dumps(answer), counted
         if counted.estimated and read_usage(answer.get("usage")) != counted.usage:
             answer["usage"] = usage_fields(counted, inbound.route)
         stamp(answer, decision, counted.usage)
@@ -309,24 +299,6 @@ def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple
         # Any exception, for the reason given in `read_event`.
         alarms.PROCESS.raised("unreadable answer", "an engine's answer was not passed on", error)
         raise errors.ServerError from None
-
-
-def _event_of(block: bytes, wire: list[bytes]) -> Event | None:
-    """Return the event of a block, if any; append its comments to the client's bytes."""
-    if comment := comments(block):
-        wire.append(comment)
-    return parse_block(block)
-
-
-def read_event(read: Callable[[Event], Iterator[bytes]], event: Event, wire: list[bytes]) -> bool:
-    """Append the client's bytes for an event; return whether the event could be read."""
-    try:
-        wire.extend(read(event))
-    except Exception as error:
-        # Engines can send anything: no JSON, no object, or nesting too deep to encode.
-        alarms.PROCESS.raised("unreadable event", "an engine's stream was broken off", error)
-        return False
-    return True
 
 
 def _only_choice(choices: list[dict[str, Any]]) -> int | None:
@@ -346,7 +318,6 @@ def _usage_of(raw: bytes) -> object:
 
 
 _COMMON: Final = ("id", "object", "created", "model", "system_fingerprint")
-_BROKEN_OFF: Final = "The engine was lost before the answer was complete."
 
 
 def _error_event(chunk: dict[str, Any], route: Route) -> bytes:

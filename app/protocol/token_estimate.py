@@ -8,7 +8,11 @@ Only fields that engines read count, per route:
 | chat completions | the larger of ``max_completion_tokens`` and ``max_tokens`` | ``n`` |
 | completions | ``max_tokens`` | prompts x the larger of ``n`` and ``best_of`` |
 | responses | ``max_output_tokens`` | 1 |
-| embeddings | none | inputs |
+| embeddings, classify, pooling | none | inputs |
+| rerank | none | documents |
+| score | none | the longer one of its arrays |
+| messages | ``max_tokens`` | 1 |
+| count_tokens, tokenize, detokenize | none; the prompt is not charged either | 1 |
 
 The larger of two fields is an upper bound, whichever field an engine prefers. Engines parse
 requests with Pydantic, which also accepts numbers written as text or as floats, so these count as
@@ -18,7 +22,7 @@ well.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from app.core.dialect import Route
@@ -48,7 +52,14 @@ _ANSWER_FIELDS: Final = {
     Route.CHAT: ("max_completion_tokens", "max_tokens"),
     Route.COMPLETIONS: ("max_tokens",),
     Route.RESPONSES: ("max_output_tokens",),
-    Route.EMBEDDINGS: (),
+    Route.MESSAGES: ("max_tokens",),
+}
+_INPUTS_FIELDS: Final = {
+    Route.EMBEDDINGS: ("input",),
+    Route.CLASSIFY: ("input",),
+    Route.POOLING: ("input",),
+    Route.RERANK: ("documents",),
+    Route.SCORE: ("text_1", "text_2", "queries", "documents", "items", "data_1", "data_2"),
 }
 _COPIES_FIELDS: Final = {Route.CHAT: ("n",), Route.COMPLETIONS: ("n", "best_of")}
 
@@ -66,7 +77,11 @@ _MEDIA: Final = {
     "video_url": OTHER_MEDIA_TOKENS,
     "file": OTHER_MEDIA_TOKENS,
     "file_data": OTHER_MEDIA_TOKENS,
+    # Anthropic's images and documents.
+    "source": OTHER_MEDIA_TOKENS,
 }
+_INLINE: Final = frozenset({"input_audio", "file", "file_data", "source"})
+"""Content parts whose payload is not a URL."""
 _PAYLOADS: Final = ("url", "data", "file_data")
 
 
@@ -92,27 +107,41 @@ def estimate_tokens(route: Route, fields: Mapping[str, Any], length: int) -> Est
         fields: its top-level members; a long one may be ``RawJson``.
         length: the length of the whole body, in bytes.
     """
+    if not route.takes_slot:
+        return Estimate(0, 1, 1)
     prompt, answer, number = _prompt_tokens(route, fields, length), 0, sequences(route, fields)
-    if route is not Route.EMBEDDINGS:
-        limits = [_count(fields.get(name)) for name in _ANSWER_FIELDS[route]]
-        answer = (max(limits) or _USUAL_ANSWER) * number
+    if route.generates:
+        answer = (_largest(fields, _ANSWER_FIELDS[route]) or _USUAL_ANSWER) * number
     return Estimate(prompt, prompt + answer + 1, number)
 
 
 def sequences(route: Route, fields: Mapping[str, Any]) -> int:
     """Return how many sequences an engine runs for a request; at least 1."""
-    copies = max((_count(fields.get(name)) for name in _COPIES_FIELDS.get(route, ())), default=1)
+    copies = _largest(fields, _COPIES_FIELDS.get(route, ()))
     if route is Route.COMPLETIONS:
         embeds = fields.get("prompt_embeds")
         prompts = _prompts(fields.get("prompt")) + (_prompts(embeds) if embeds else 0)
     else:
-        prompts = _prompts(fields.get("input")) if route is Route.EMBEDDINGS else 1
+        prompts = max(
+            (_prompts(fields.get(name)) for name in _INPUTS_FIELDS.get(route, ())), default=1
+        )
     return max(copies, 1) * max(prompts, 1)
 
 
 def choices_per_prompt(fields: Mapping[str, Any]) -> int:
     """Return how many choices a request wants per prompt; at least 1."""
-    return _count(fields.get("n")) or 1
+    return _largest(fields, ("n",)) or 1
+
+
+def _largest(fields: Mapping[str, Any], names: Iterable[str]) -> int:
+    """Return the largest number in some fields, or 0."""
+    largest = 0
+    for name in names:
+        value = fields.get(name)
+        # Most requests have none of them, or one.
+        if value is not None:
+            largest = max(largest, _count(value))
+    return largest
 
 
 def _count(value: object) -> int:
@@ -167,7 +196,7 @@ def _raw_strings(raw: RawJson) -> int:
 
 def _prompt_tokens(route: Route, fields: Mapping[str, Any], length: int) -> int:
     prompt = fields.get(route.prompt_field)
-    if route in (Route.COMPLETIONS, Route.EMBEDDINGS):
+    if route is Route.COMPLETIONS or not route.generates:
         return _token_ids(prompt) or length // _BYTES_PER_TOKEN
     if length <= _SMALL:
         return length // _BYTES_PER_TOKEN
@@ -197,11 +226,12 @@ def _token_ids(prompt: object) -> int:
 
 def _media(messages: object) -> Iterator[tuple[int, int]]:
     """Yield size in bytes and maximum tokens of all inline media in messages or input items."""
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict):
-                continue
+    if not isinstance(messages, list):
+        return
+    # There may be 100,000 short strings beside them. Parsed JSON has no subclasses of `dict`.
+    contents = [message.get("content") for message in messages if type(message) is dict]
+    for content in [one for one in contents if type(one) is list]:
+        for part in [one for one in content if type(one) is dict]:
             for name in part.keys() & _MEDIA.keys():
                 if size := _payload(part[name], name):
                     yield size, _MEDIA[name]
@@ -214,7 +244,7 @@ def _payload(value: object, name: str) -> int:
         value = max(held, key=len, default="")
     if not isinstance(value, str):
         return 0
-    inline = value.startswith("data:") or name in ("input_audio", "file", "file_data")
+    inline = value.startswith("data:") or name in _INLINE
     return len(value) if inline else 0
 
 

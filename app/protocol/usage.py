@@ -18,12 +18,15 @@ from typing import Any, Final, NamedTuple
 
 from app.core.dialect import Route
 from app.core.pricing import TokenUsage
+from app.protocol import anthropic
 
 MOST_TOKENS: Final = 10**9
 """More than any context length: a larger count is impossible."""
 _BYTES_PER_TOKEN: Final = 5
 """Slightly more than the average token has, so that deltas of one token count as one."""
-_NOT_TEXT: Final = frozenset({"role", "type", "id", "call_id", "status", "logprobs", "annotations"})
+_NOT_TEXT: Final = frozenset(
+    {"role", "type", "id", "call_id", "status", "logprobs", "annotations", "signature"}
+)
 _TEXTS: Final = ("message", "text", "delta")
 
 
@@ -39,7 +42,11 @@ class Counted(NamedTuple):
     estimated: bool = False
 
 
-class _Reported(NamedTuple):
+NOT_BILLED: Final = Counted(TokenUsage(0, 0, 0))
+"""What an answer of a route that generates nothing is billed for."""
+
+
+class Reported(NamedTuple):
     """The counts in a ``usage`` object; ``None`` stands for an impossible number."""
 
     prompt: int | None
@@ -64,7 +71,7 @@ class Count:
         # By choice and by prompt: engines count each choice of a stream separately.
         self._completions: dict[int, int] = {}
         self._prompts: dict[int, tuple[int, int]] = {}
-        self._final: _Reported | None = None
+        self._final: Reported | None = None
         self._deltas = self._bytes = 0
 
     def told(self, usage: object, choice: int | None = None) -> bool:
@@ -74,9 +81,10 @@ class Count:
             usage: the engine's value; ``None`` is no usage.
             choice: the choice that it describes; ``None`` if it describes the whole answer.
         """
-        if usage is None:
-            return False
-        reported = _read(usage)
+        return usage is not None and self.take(_read(usage), choice)
+
+    def take(self, reported: Reported, choice: int | None = None) -> bool:
+        """Do the same for a ``usage`` object that is read already."""
         self._odd = self._odd or reported.odd
         if choice is None:
             self._final = reported
@@ -94,11 +102,6 @@ class Count:
         """Record text that was sent: the number of deltas, and their bytes."""
         self._deltas += deltas
         self._bytes += size
-
-    @property
-    def tells_completion(self) -> bool:
-        """Whether the engine has reported a number of tokens above 0 for the whole answer."""
-        return self._final is not None and bool(self._final.completion)
 
     @property
     def odd(self) -> bool:
@@ -121,7 +124,7 @@ class Count:
         usage = TokenUsage(prompt, cached, completion)
         return Counted(usage, completion_estimated or prompt_estimated)
 
-    def _completion(self, final: _Reported | None) -> tuple[int, bool]:
+    def _completion(self, final: Reported | None) -> tuple[int, bool]:
         reported, sane = sum(self._completions.values()), final is None
         if final is not None and final.completion is not None:
             # An answer has at least the tokens of its choices.
@@ -133,16 +136,23 @@ class Count:
         return estimate, True
 
 
-def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> Count:
-    """Return the count of an answer that is not streamed."""
-    count = Count(expected_prompt)
+def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> Counted:
+    """Return the tokens of an answer that is not streamed."""
     usage = answer.get("usage")
+    if route.is_anthropic:
+        usage = anthropic.plain_usage(usage)
     # A stream may be cut off before its usage arrives; a whole answer must have it.
-    count.told({} if usage is None else usage)
-    if route is not Route.EMBEDDINGS and not count.tells_completion:
+    reported = _read({} if usage is None else usage)
+    prompt, cached, completion, odd = reported
+    has_all = not route.generates or completion
+    if not odd and has_all and prompt is not None and completion is not None:
+        return Counted(TokenUsage(prompt, cached, completion))
+    count = Count(expected_prompt)
+    count.take(reported)
+    if not has_all:
         size = sum(map(text_size, _parts(answer)))
         count.sent(bool(size), size)
-    return count
+    return count.result()
 
 
 def text_size(value: object) -> int:
@@ -164,6 +174,8 @@ def choice_text_size(choice: object) -> int:
 def usage_fields(counted: Counted, route: Route) -> dict[str, Any]:
     """Return a ``usage`` object in a route's format, for tokens that the engine did not report."""
     usage, estimated = counted
+    if route.is_anthropic:
+        return anthropic.usage_fields(usage) | ({"usage_estimated": True} if estimated else {})
     prompt, completion = usage.prompt_tokens, usage.completion_tokens
     names = ("prompt", "completion") if route is not Route.RESPONSES else ("input", "output")
     return {
@@ -188,15 +200,16 @@ def _parts(answer: dict[str, Any]) -> Iterable[object]:
     for choice in _list(answer.get("choices")):
         yield from ((choice.get(name) for name in _TEXTS) if isinstance(choice, dict) else ())
     yield from _list(answer.get("output"))
+    yield from _list(answer.get("content"))
 
 
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _read(usage: object) -> _Reported:
+def _read(usage: object) -> Reported:
     if not isinstance(usage, dict):
-        return _Reported(None, 0, None, odd=True)
+        return Reported(None, 0, None, odd=True)
     prompt = _tokens(usage.get("prompt_tokens", usage.get("input_tokens")))
     completion = usage.get("completion_tokens")
     if completion is None:
@@ -209,7 +222,7 @@ def _read(usage: object) -> _Reported:
     cached = _cached(details)
     most = prompt or 0
     odd = prompt is None or completion is None or cached is None or cached > most
-    return _Reported(prompt, min(cached or 0, most), completion, odd)
+    return Reported(prompt, min(cached or 0, most), completion, odd)
 
 
 def _cached(details: object) -> int | None:

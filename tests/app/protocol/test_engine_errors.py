@@ -163,3 +163,20 @@ def test_a_wrong_key_is_not_repeated_back():
         error = errors.InvalidKey(given=was_given)
         assert (error.status, error.code, error.param) == (401, "invalid_api_key", None)
         assert error.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Generation failed: CUDA error: an illegal memory access was encountered",
+        "Generation failed",
+        "CUDA out of memory. Tried to allocate 2 GiB",
+    ],
+)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_engines_own_fault_is_not_the_requests(words, wrapped):
+    """410afd7: TensorRT-LLM's 400 was passed on as one, so that no client tried again."""
+    error = {"message": words, "type": "BadRequestError", "param": None, "code": 400}
+    found = from_engine(400, {"error": error} if wrapped else error)
+    assert found.status == 500 and "CUDA" not in found.message
+    assert from_engine(400, {"message": f"Invalid prompt: '{words}'"}).status == 400

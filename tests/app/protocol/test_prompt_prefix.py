@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from app.core.dialect import Route
 from app.protocol.json_body.raw import RawJson
 from app.protocol.prompt_prefix import prompt_prefix
+from app.protocol.requests import parse_request
 
 pytestmark = pytest.mark.unit
 
@@ -38,3 +39,24 @@ def test_it_stays_as_a_conversation_grows():
 def test_what_is_no_prompt_has_none(raw):
     assert prompt_prefix(Route.EMBEDDINGS, {"input": RawJson(raw)}) is None or raw[:1] == b'"'
     prompt_prefix(Route.CHAT, {"messages": RawJson(raw)})
+
+
+NAMES = st.one_of(st.none(), st.text(max_size=2000), st.integers(-9, 9), st.just({}))
+
+
+@given(NAMES, NAMES, st.sampled_from(list(Route)), st.booleans())
+def test_a_name_of_the_client_goes_before_the_prompts_beginning(key, user, route, long):
+    prompt = "x" * (200_000 if long else 10)
+
+    def read(text, **names):
+        if route.is_anthropic and "user" in names:
+            names["metadata"] = {"user_id": names.pop("user")}
+        fields = {"model": "m", route.prompt_field: f"{text}{prompt}", **names}
+        return parse_request(route, orjson.dumps(fields))
+
+    one, another = read("a", prompt_cache_key=key, user=user), read("b", prompt_cache_key=key)
+    named = isinstance(key, str) and key != ""
+    assert (one.prefix == another.prefix) is named
+    assert (one.user_prefix is not None) is (isinstance(user, str) and user != "" and not named)
+    if isinstance(user, str) and user:
+        assert one.user_prefix == read("b", prompt_cache_key=key, user=user).user_prefix

@@ -44,6 +44,27 @@ def test_what_an_engine_reads_is_expected(route, fields, least):
 
 
 @pytest.mark.parametrize(
+    ("route", "fields", "number"),
+    [
+        (Route.EMBEDDINGS, {"input": ["a", "b"]}, 2),
+        (Route.CLASSIFY, {"input": ["a", "b"]}, 2),
+        (Route.POOLING, {"input": [[1, 2], [3]]}, 2),
+        (Route.POOLING, {"messages": [{"role": "user", "content": "x"}]}, 1),
+        (Route.RERANK, {"query": "q", "documents": ["a", "b", "c"]}, 3),
+        (Route.RERANK, {"query": "q", "documents": "a"}, 1),
+        (Route.SCORE, {"text_1": ["a"] * 4, "text_2": ["b"] * 4}, 4),
+        (Route.SCORE, {"queries": "a", "documents": ["b"] * 5}, 5),
+        (Route.SCORE, {"queries": "a", "items": ["b"] * 6}, 6),
+    ],
+)
+@pytest.mark.parametrize("many", [1, 200_000])
+def test_each_text_of_a_pooled_route_is_a_sequence(route, fields, number, many):
+    # Long bodies are not parsed.
+    padded = {**fields, "padding": "x" * many}
+    assert parse_request(route, orjson.dumps({"model": "m", **padded})).sequences == number
+
+
+@pytest.mark.parametrize(
     ("route", "ignored"),
     [
         (Route.COMPLETIONS, "max_completion_tokens"),

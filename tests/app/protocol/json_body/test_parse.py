@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.core.errors import InvalidRequest
 from app.protocol.json_body.depth import MAX_DEPTH
-from app.protocol.json_body.parse import parse_plain, scan_object
+from app.protocol.json_body.parse import FEW, is_sparse, parse_plain, scan_object
 from app.protocol.json_body.scan import MOST_MEMBERS, run
 
 pytestmark = pytest.mark.unit
@@ -74,3 +74,16 @@ def test_too_many_members_are_left_to_the_scanner():
     assert parse_plain(body) is None
     with pytest.raises(InvalidRequest, match="at most 4096 fields"):
         run(scan_object(memoryview(body)))
+
+
+@given(
+    st.integers(0, 400),
+    st.integers(0, 400),
+    st.binary(max_size=40).map(lambda text: text.replace(b"{", b"").replace(b"[", b"")),
+)
+@example(512, 0, b"")
+@example(256, 256, b",")
+@example(256, 257, b",")
+def test_a_sparse_document_has_few_opening_brackets(arrays, objects, between):
+    body = between.join([b"[", b"]"] * arrays + [b"{", b"}"] * objects)
+    assert is_sparse(body) == (arrays + objects <= FEW)
