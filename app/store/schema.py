@@ -24,6 +24,9 @@ from sqlalchemy import (
     TypeDecorator,
     false,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 
 class Amount(TypeDecorator[Decimal]):
@@ -65,6 +68,24 @@ class Moment(TypeDecorator[datetime]):
         return datetime.fromisoformat(value) if isinstance(value, str) else value
 
 
+class hour_of(FunctionElement[str]):
+    """The hour of a time, in UTC, as text such as ``2026-11-29T22``."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(hour_of)
+def _hour_in_postgresql(element: hour_of, compiler: SQLCompiler, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24')"
+
+
+@compiles(hour_of, "sqlite")
+def _hour_in_sqlite(element: hour_of, compiler: SQLCompiler, **options: Any) -> str:
+    return f"substr({compiler.process(element.clauses, **options)}, 1, 13)"
+
+
 metadata = MetaData()
 
 usage_records = Table(
@@ -98,6 +119,10 @@ usage_records = Table(
     Column("ended", Moment, nullable=False),
     # Journals and ingresses from before there was the column write records without it.
     Column("usage_estimated", Boolean, nullable=False, server_default=false()),
+    # NULL where the engine does not tell how often it has suspended a request.
+    Column("preemptions", Integer),
+    # The ingress process that recorded it; empty in records from before there was the column.
+    Column("ingress", Text, nullable=False, server_default=""),
     # The day of `arrived` in UTC, which is the day on the bill.
     Column("day", Date, nullable=False),
     Index("usage_records_by_tenant", "tenant", "day"),
@@ -121,4 +146,43 @@ api_keys = Table(
     Column("priority_share", Amount),
     Column("created", Moment, nullable=False),
     Column("revoked", Moment),
+    # Ingresses from before there was the column create no keys, but `frontline keys` of then does.
+    Column("admin", Boolean, nullable=False, server_default=false()),
+    # The models and routes that it may use, separated by commas; NULL for all.
+    Column("models", Text),
+    Column("routes", Text),
+    Column("in_flight", Integer),
+    Column("expires", Moment),
+)
+
+# As `api_keys`: read as text, and checked row by row.
+budgets = Table(
+    "budgets",
+    metadata,
+    # Whose it is: `key` or `tenant`, and the key's id or the tenant's name.
+    Column("owner", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("period", Text, primary_key=True),
+    Column("usd", Amount, nullable=False),
+    # Whether requests over it are refused; otherwise it only alerts.
+    Column("hard", Boolean, nullable=False),
+)
+
+# The tokens of all records, by what a cost is computed from: a trigger of the database adds each
+# record as it is written, in the same transaction. So what was spent is read from a few rows.
+spend = Table(
+    "spend",
+    metadata,
+    Column("key_id", Text, primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("ingress", Text, primary_key=True),
+    Column("tenant", Text, primary_key=True),
+    Column("input_price", Amount, primary_key=True),
+    Column("cached_input_price", Amount, primary_key=True),
+    Column("output_price", Amount, primary_key=True),
+    Column("multiplier", Amount, primary_key=True),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Index("spend_by_tenant", "tenant", "day"),
 )

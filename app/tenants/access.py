@@ -12,12 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from app import alarms, supervision
 from app.config.ingress import FlightBounds
 from app.core import errors
+from app.core.dialect import Route
 from app.core.tier_decision import ALL_RIGHTS, TierRights
 from app.core.tiers import Tier
 from app.tenants.concurrency import InFlight, OverBound
@@ -25,7 +26,8 @@ from app.tenants.key_cache import KeyCache, Keys
 from app.tenants.keys import ApiKey, bearer
 from app.tenants.limiter import OverLimit, RateLimiter
 from app.tenants.priority_share import PriorityShares, SharePart
-from app.tenants.rate_limit import Ask, Given
+from app.tenants.rate_limit import LEASE_S, Ask, Given
+from app.tenants.sessions import is_valid, session_key_id
 
 PATIENCE_S: Final = 1.0
 """How long a request waits for an allowance. Longer than the ``Limits`` deployment takes to
@@ -62,6 +64,20 @@ class Caller:
     key_id: str = ""
     default_tier: Tier | None = None
     key: ApiKey | None = None
+
+    def require_route(self, route: Route) -> None:
+        """Raise ``RouteNotAllowed`` if the key may not use a route."""
+        if self.key is not None and not self.key.scope.allows_route(route):
+            raise errors.RouteNotAllowed(route.value)
+
+    def sees(self, model_id: str) -> bool:
+        """Return whether the caller may use a model, and know of it."""
+        return self.key is None or self.key.scope.allows_model(model_id)
+
+
+def caller_of(key: ApiKey) -> Caller:
+    """Return the caller who has a key."""
+    return Caller(key.tenant, key.key_id, key.default_tier, key)
 
 
 NOBODY: Final = Caller()
@@ -126,7 +142,28 @@ class Access:
         key = await self._ring.find(text) if text else None
         if key is None:
             raise errors.InvalidKey(given=text is not None)
-        return Caller(key.tenant, key.key_id, key.default_tier, key)
+        return caller_of(key)
+
+    async def sign_in(self, text: str) -> ApiKey | None:
+        """Return the working key that somebody has typed, or ``None``."""
+        return await self._ring.find(text)
+
+    async def session(self, token: str, now: float) -> Caller | None:
+        """Return who is signed in by a session token (``app.tenants.sessions``), or ``None``.
+
+        ``now`` is in Unix seconds.
+        """
+        key_id = session_key_id(token)
+        if key_id is None:
+            return None
+        await self._ring.look_up(key_id)
+        return self.known_session(token, now)
+
+    def known_session(self, token: str, now: float) -> Caller | None:
+        """Do the same without reading the store."""
+        key_id = session_key_id(token)
+        key = None if key_id is None else self._ring.by_id(key_id)
+        return caller_of(key) if key is not None and is_valid(token, key, now) else None
 
     async def charge(self, caller: Caller, tokens: int) -> None:
         """Charge a request with this many expected tokens to its key's limits.
@@ -162,6 +199,9 @@ class Access:
         """
         if caller.key is None:
             return nullcontext()
+        own = caller.key.limits.in_flight
+        if own is not None and own < bounds.key:
+            bounds = replace(bounds, key=own)
         try:
             return self.in_flight.enter(
                 caller.key_id, caller.tenant, bounds, max(self._ingresses(), 1)
@@ -210,6 +250,14 @@ class Access:
         part = self._shares.enter(key.key_id, float(share), time.monotonic(), wants=may_ask)
         return TierRights(key.tiers, over_share=may_ask and not part.allowed), part
 
+    def known_key(self, key_id: str) -> ApiKey | None:
+        """Return a working key by its id, without reading the store."""
+        return self._ring.by_id(key_id)
+
+    def knows_key(self, text: str) -> bool:
+        """Return whether a text is a working key, without reading the store."""
+        return self._ring.known(text) is not None
+
     def headers(self, caller: Caller) -> list[tuple[str, str]]:
         """Return the headers that show a client the state of its limits."""
         return [] if caller.key is None else self._allowances.headers(caller.key, time.monotonic())
@@ -239,7 +287,8 @@ class Access:
             await self._ask()
 
     async def _ask(self) -> None:
-        asks = self._allowances.asks(time.monotonic())
+        sent_at = time.monotonic()
+        asks = self._allowances.asks(sent_at)
         try:
             async with asyncio.timeout(self._patience_s):
                 answers = await self._source.answer(asks)
@@ -247,15 +296,23 @@ class Access:
             self._note_away(error)
         else:
             # Outside the `try`: an error of our own here does not mean that limits are away.
-            self._answered_at = time.monotonic()
-            self._set_away(False)
-            self._allowances.receive(answers, self._answered_at)
+            self._receive(answers, sent_at)
         finally:
             self._answered.set()
             self._answered = asyncio.Event()
         # Waiting requests take from the allowance first, before the next ask gives up the amount
         # that seems unused.
         await asyncio.sleep(0)
+
+    def _receive(self, answers: Mapping[str, Given], sent_at: float) -> None:
+        now = time.monotonic()
+        self._allowances.receive(answers, now)
+        if now - sent_at < LEASE_S:
+            self._answered_at = now
+            self._set_away(False)
+        else:
+            # This process stood still: what the answers give has expired already.
+            self._note_away(TimeoutError(f"limits answered after {now - sent_at:.1f} s"))
 
     def _note_away(self, error: Exception) -> None:
         alarms.PROCESS.raised("limits away", "each ingress keeps to its own part of them", error)

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from app.config.ingress import FlightBounds
 from app.core.holdings import Holding, Holdings
-from app.tenants.rate_limit import split_limit
+from app.tenants.allowance import split_limit
 
 
 class Holder(StrEnum):

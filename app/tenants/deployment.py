@@ -1,16 +1,20 @@
-"""The ``Limits`` deployment: one small actor that shares limits out among the ingresses."""
+"""The ``Limits`` deployment: one small actor that shares limits out among the ingresses, and tells
+each of them what the others have spent."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from ray import serve
 
 from app.ray_compat.serve_port import keep_on_loopback
+from app.tenants.budget import SpendId
 from app.tenants.limiter import LimitBooks
 from app.tenants.rate_limit import Ask, Given
+from app.tenants.spending import Parts, SpendBook, SpendReport
 
 
 class Limits:
@@ -19,10 +23,15 @@ class Limits:
     def __init__(self) -> None:
         keep_on_loopback()
         self._books = LimitBooks()
+        self._spend = SpendBook()
 
     async def answer(self, asks: Mapping[str, Ask]) -> dict[str, Given]:
         """Return the allowance for each ask of an ingress, by the name of the limit."""
         return self._books.answer(asks, time.monotonic())
+
+    async def spend(self, report: SpendReport) -> dict[SpendId, dict[str, Decimal]]:
+        """Note what an ingress has spent; return what all have, by ingress."""
+        return self._spend.answer(report, time.monotonic())
 
 
 class ServeLimits:
@@ -35,6 +44,11 @@ class ServeLimits:
         """See ``Limits.answer``."""
         given: Mapping[str, Given] = await self._handle.answer.remote(asks)
         return given
+
+    async def spend(self, report: SpendReport) -> Mapping[SpendId, Parts]:
+        """See ``Limits.spend``."""
+        parts: Mapping[SpendId, Parts] = await self._handle.spend.remote(report)
+        return parts
 
 
 deployment = serve.deployment(

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from app import supervision
@@ -70,7 +71,16 @@ class KeyCache:
 
     def known(self, text: str) -> ApiKey | None:
         """Return the key that a client has sent, without reading the store."""
-        return self._table.find(text)
+        return self._table.find(text, datetime.now(UTC))
+
+    def by_id(self, key_id: str) -> ApiKey | None:
+        """Return a working key by its id, without reading the store."""
+        return self._table.get(key_id, datetime.now(UTC))
+
+    async def look_up(self, key_id: str) -> ApiKey | None:
+        """Return a working key by its id; the store is read if there is none, as in ``find``."""
+        await self._ensure(key_id)
+        return self.by_id(key_id)
 
     async def find(self, text: str) -> ApiKey | None:
         """Return the key that a client has sent, or ``None`` if it does not work.
@@ -80,12 +90,16 @@ class KeyCache:
         key = self.known(text)
         if key is not None or (key_id := key_id_of(text)) is None:
             return key
+        await self._ensure(key_id)
+        return self.known(text)
+
+    async def _ensure(self, key_id: str) -> None:
+        """Read the store again unless there is a key with this id."""
         for _ in range(2):
             if key_id in self._table.by_id:
                 break
             # Twice, because the first may join a read that began before the key was created.
             await self._read_again()
-        return self.known(text)
 
     async def _read_again(self) -> None:
         """Read the keys soon, or join a read that is under way."""

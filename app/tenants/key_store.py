@@ -7,23 +7,16 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Engine,
-    Row,
-    Text,
-    case,
-    cast,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Engine, Row, insert, update
 
+from app.core.dialect import Route
 from app.core.tiers import Tier
-from app.store.database import translated
+from app.store.database import migrate, translated
 from app.store.schema import api_keys
+from app.store.text_rows import BOOLEANS, INVALID, fault, select_as_text
+from app.tenants.budget_store import BudgetTable, add_budget, read_budgets
 from app.tenants.keys import MAX_NAME, ApiKey, KeyLimits, KeyTable
+from app.tenants.scope import KeyScope, joined
 
 
 class KeyStore:
@@ -34,9 +27,10 @@ class KeyStore:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._prepared = False
 
     def add(self, key: ApiKey) -> None:
-        """Store a new key."""
+        """Store a new key with its budgets."""
         values = {
             "key_id": key.key_id,
             "secret_hash": key.secret_hash,
@@ -49,9 +43,16 @@ class KeyStore:
             "priority_share": key.limits.priority_share,
             "created": key.created,
             "revoked": key.revoked,
+            "admin": key.admin,
+            "models": joined(key.scope.models),
+            "routes": joined(key.scope.routes),
+            "in_flight": key.limits.in_flight,
+            "expires": key.expires,
         }
         with translated(), self._engine.begin() as connection:
             connection.execute(insert(api_keys).values(values))
+            for budget in key.budgets:
+                add_budget(connection, budget)
 
     def revoke(self, key_id: str, at: datetime) -> bool:
         """Revoke a key; return whether there was a working key with this id."""
@@ -71,50 +72,59 @@ class KeyStore:
         return sorted(keys, key=lambda key: (key.created, key.key_id)), unreadable
 
     def table(self) -> KeyTable:
-        """Return the working keys, and the errors of invalid rows."""
-        return KeyTable.of(*self._read(every=False))
+        """Return the working keys, and the errors of invalid rows.
+
+        The tables are migrated first, because those of an older version lack columns.
+        """
+        if not self._prepared:
+            migrate(self._engine)
+        # Until a read has succeeded; the store may come back as another one.
+        self._prepared = False
+        keys = KeyTable.of(*self._read(every=False))
+        self._prepared = True
+        return keys
 
     def _read(self, *, every: bool) -> tuple[list[ApiKey], dict[str, str]]:
-        # Read as text, so that the database returns a row whatever it holds.
-        columns: list[ColumnElement[Any]] = [
-            cast(column, Text).label(column.name) for column in api_keys.c
-        ]
-        if self._engine.dialect.name == "sqlite":
-            columns = [_sqlite_text(column).label(column.name) for column in api_keys.c]
-        query = select(*columns)
+        query = select_as_text(api_keys, self._engine.dialect)
         if not every:
             query = query.where(api_keys.c.revoked.is_(None))
         with translated(), self._engine.connect() as connection:
             rows: Sequence[Row[Any]] = connection.execute(query).all()
+            budgets = read_budgets(connection)
         keys, unreadable = [], {}
         for row in rows:
             try:
-                keys.append(_key(row))
-            except (ValueError, ArithmeticError, TypeError, AttributeError) as error:
-                unreadable[str(row.key_id)[:MAX_NAME]] = f"{type(error).__name__}: {error}"[:200]
+                keys.append(_key(row, budgets))
+            except INVALID as error:
+                unreadable[str(row.key_id)[:MAX_NAME]] = fault(error)
+        for (owner, name), why in budgets.unreadable.items():
+            unreadable[f"of the budget of {owner} {name}"[:MAX_NAME]] = why
         return keys, unreadable
 
 
-def _sqlite_text(column: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return a column as text. SQLite stores bytes in any column; they become an invalid text."""
-    return case((func.typeof(column) == "blob", "bytes\n"), else_=cast(column, Text))
-
-
-def _key(row: Row[Any]) -> ApiKey:
+def _key(row: Row[Any], budgets: BudgetTable) -> ApiKey:
     """Return the key of a row of text values.
 
     Raises:
-        ValueError, ArithmeticError, TypeError, AttributeError: a value is invalid.
+        ValueError, ArithmeticError, TypeError, AttributeError, LookupError: a value is invalid.
     """
     if not (row.key_id or "").isalnum():
         raise ValueError("a key has an id")
     tiers = frozenset(Tier(name) for name in row.tiers.split(","))
     share = None if row.priority_share is None else Decimal(row.priority_share)
-    limits = KeyLimits(_whole(row.rpm), _whole(row.tpm), share)
+    limits = KeyLimits(_whole(row.rpm), _whole(row.tpm), share, _whole(row.in_flight))
+    routes = _parts(row.routes)
+    scope = KeyScope(_parts(row.models), None if routes is None else frozenset(map(Route, routes)))
     return ApiKey(
         row.key_id, row.secret_hash, row.tenant, row.name, Tier(row.default_tier), tiers, limits,
         _moment(row.created), None if row.revoked is None else _moment(row.revoked),
+        BOOLEANS[row.admin], scope, None if row.expires is None else _moment(row.expires),
+        budgets.of(row.key_id, row.tenant),
     )  # fmt: skip
+
+
+def _parts(text: str | None) -> frozenset[str] | None:
+    return None if text is None else frozenset(text.split(","))
 
 
 def _whole(text: str | None) -> int | None:

@@ -19,6 +19,8 @@ from decimal import Decimal
 from typing import Final
 
 from app.core.tiers import Tier
+from app.tenants.budget import Budget, Owner, parse_budgets
+from app.tenants.scope import EVERYTHING, KeyScope
 
 _PREFIX: Final = "fl"
 _ID_BYTES: Final = 8
@@ -40,11 +42,14 @@ class KeyLimits:
         tpm: tokens of prompts and answers in any minute.
         priority_share: the share of its requests that may be served as priority, from 0 to 1.
             Requests above it are served as default.
+        in_flight: requests in flight at once, over all ingresses. The ingress's own bound on a key
+            holds beside it.
     """
 
     rpm: int | None = None
     tpm: int | None = None
     priority_share: Decimal | None = None
+    in_flight: int | None = None
 
     @property
     def any_rate(self) -> bool:
@@ -52,7 +57,7 @@ class KeyLimits:
         return self.rpm is not None or self.tpm is not None
 
     def __post_init__(self) -> None:
-        for name, limit in (("rpm", self.rpm), ("tpm", self.tpm)):
+        for name, limit in (("rpm", self.rpm), ("tpm", self.tpm), ("in_flight", self.in_flight)):
             if limit is not None and type(limit) is not int:
                 raise ValueError(f"{name} is a whole number")
             if limit is not None and limit < 1:
@@ -75,6 +80,10 @@ class ApiKey:
         limits: its limits.
         created: when it was created, in UTC.
         revoked: when it was revoked, in UTC; ``None`` while it works.
+        admin: whether it opens the board, which shows the traffic of all tenants.
+        scope: the models and routes that it may use.
+        expires: from when on it does not work, in UTC; ``None`` for never.
+        budgets: its own budgets and those of its tenant.
     """
 
     key_id: str
@@ -86,6 +95,10 @@ class ApiKey:
     limits: KeyLimits
     created: datetime
     revoked: datetime | None = None
+    admin: bool = False
+    scope: KeyScope = EVERYTHING
+    expires: datetime | None = None
+    budgets: tuple[Budget, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tenant:
@@ -96,6 +109,12 @@ class ApiKey:
             raise ValueError("the hash of a secret has 64 hexadecimal digits")
         if not {Tier.DEFAULT, self.default_tier} <= self.tiers:
             raise ValueError("the default tier of a key must be among its tiers")
+        if self.expires is not None and self.expires.utcoffset() is None:
+            raise ValueError("expires has a time zone")
+
+    def works(self, now: datetime) -> bool:
+        """Return whether it is neither revoked nor expired."""
+        return self.revoked is None and (self.expires is None or now < self.expires)
 
 
 def create_key(
@@ -105,9 +124,15 @@ def create_key(
     default_tier: Tier = Tier.DEFAULT,
     tiers: Iterable[Tier] = tuple(Tier),
     limits: KeyLimits | None = None,
+    admin: bool = False,
+    scope: KeyScope = EVERYTHING,
+    expires: datetime | None = None,
+    budgets: Iterable[str] = (),
     created: datetime,
 ) -> tuple[ApiKey, str]:
     """Return a new key and the text that its owner sends. The text cannot be recovered later.
+
+    ``budgets`` are texts as ``parse_budget`` reads them.
 
     Raises:
         ValueError: a value is out of its bounds; the message names it.
@@ -115,17 +140,19 @@ def create_key(
     key_id, secret = secrets.token_hex(_ID_BYTES), secrets.token_hex(_SECRET_BYTES)
     allowed = frozenset(tiers) | {Tier.DEFAULT}
     key = ApiKey(
-        key_id, _hash(secret), tenant, name, default_tier, allowed, limits or KeyLimits(), created
-    )
+        key_id, _hash(secret), tenant, name, default_tier, allowed, limits or KeyLimits(), created,
+        admin=admin, scope=scope, expires=expires,
+        budgets=parse_budgets(budgets, Owner.KEY, key_id),
+    )  # fmt: skip
     return key, f"{_PREFIX}-{key_id}-{secret}"
 
 
 @dataclass(frozen=True, slots=True)
 class KeyTable:
-    """The working keys at one moment.
+    """The keys at one moment.
 
     Attributes:
-        by_id: the working keys, by key id.
+        by_id: the keys that are not revoked, by key id. Some may have expired.
         unreadable: the error of each invalid row, by key id. Those keys do not work. The errors
             contain no secret.
     """
@@ -139,14 +166,19 @@ class KeyTable:
         by_id = {key.key_id: key for key in keys if key.revoked is None}
         return cls(by_id, unreadable or {})
 
-    def find(self, text: str) -> ApiKey | None:
-        """Return the key that a client has sent, or ``None`` if it does not work.
+    def get(self, key_id: str, now: datetime) -> ApiKey | None:
+        """Return the key with an id, or ``None`` if it does not work now."""
+        key = self.by_id.get(key_id)
+        return key if key is not None and key.works(now) else None
+
+    def find(self, text: str, now: datetime) -> ApiKey | None:
+        """Return the key that a client has sent, or ``None`` if it does not work now.
 
         The secret is compared in constant time. A client can find out that a key id exists, which
         is no secret.
         """
         match = _FORM.fullmatch(text)
-        key = self.by_id.get(match[1]) if match else None
+        key = self.get(match[1], now) if match else None
         if key is None or match is None:
             return None
         return key if hmac.compare_digest(_hash(match[2]), key.secret_hash) else None

@@ -14,16 +14,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from app.tenants.allowance import Allowance, LimitState, rate_limit_headers
 from app.tenants.keys import ApiKey
-from app.tenants.rate_limit import (
-    MINUTE_S,
-    Allowance,
-    Ask,
-    Given,
-    LimitBook,
-    LimitState,
-    rate_limit_headers,
-)
+from app.tenants.rate_limit import Ask, Given, LimitBook
+from app.tenants.window import MINUTE_S
 
 _FORGET_EVERY_S: Final = float(MINUTE_S)
 
@@ -69,17 +63,24 @@ class RateLimiter:
         """Charge a request with this many expected tokens, or return the limit that it exceeds."""
         if not key.limits.any_rate:
             return None
-        taken: list[tuple[Allowance, int]] = []
+        enough: list[tuple[Allowance, int]] = []
         over: OverLimit | None = None
+        waits = not self._alone
         for measure, allowance, amount in self._needed(key, tokens):
             # All limits are tried, so that everything missing is requested in one ask.
             if allowance.take_alone(amount, now) if self._alone else allowance.take(amount, now):
-                taken.append((allowance, amount))
-            elif over is None:
+                enough.append((allowance, amount))
+                continue
+            waits = waits and not allowance.is_refused(amount, now)
+            if over is None:
                 over = OverLimit(measure, allowance.limit, allowance.standing(now).frees_in_s)
         if over is not None:
-            for allowance, amount in taken:
+            for allowance, amount in enough:
                 allowance.untake(amount)
+                if waits:
+                    # Otherwise the next ask gives up what is here, and the request finds one limit
+                    # missing and then the other, again and again.
+                    allowance.want(amount)
         return over
 
     def is_refused(self, key: ApiKey, tokens: int, now: float) -> bool:

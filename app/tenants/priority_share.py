@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from app.tenants.rate_limit import MINUTE_S, Window
+from app.tenants.window import MINUTE_S, Window
 
 _FORGET_EVERY_S: Final = float(MINUTE_S)
 

@@ -2,6 +2,7 @@ import ast
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from app.ledger.record_store import RecordStore, Wanted
 from app.store import migrations
 from app.store.database import StoreAway, StoreTooSlow, connect, migrate, translated
 from app.store.schema import metadata, usage_records
-from tests.support.records import completed
+from app.tenants.budget import Budget, Owner, Period
+from tests.support.records import NOON, completed
 
 pytestmark = pytest.mark.unit
 
@@ -43,22 +45,29 @@ def test_a_step_of_the_past_does_not_change_with_the_code(path):
     assert {name.partition(".")[0] for name in imported} <= {"__future__", "alembic", "sqlalchemy"}
 
 
-def test_records_from_before_estimates_were_counted(engine, monkeypatch):
+def test_records_from_before_estimates_and_preemptions_were_counted(engine, monkeypatch):
     upgrade = command.upgrade
     monkeypatch.setattr(command, "upgrade", lambda config, _: upgrade(config, "0001"))
     migrate(engine)
     monkeypatch.undo()
-    record, columns = completed(), [c for c in usage_records.c if c.name != "usage_estimated"]
+    new = {"usage_estimated", "preemptions", "ingress"}
+    record, columns = completed(), [c for c in usage_records.c if c.name not in new]
     values = {**record.to_fields(), "day": record.origin.arrived.date()}
     with engine.begin() as connection:
-        values.pop("usage_estimated")
+        for name in new:
+            values.pop(name)
         # Not `usage_records.insert()`, which would know the new column.
         connection.execute(insert(Table("usage_records", MetaData(), *map(copy, columns))), values)
     assert migrate(engine)
-    assert list(RecordStore(engine).each(Wanted())) == [record]
+    store = RecordStore(engine)
+    assert list(store.each(Wanted())) == [record]
+    spend = Budget(Owner.KEY, record.origin.key_id, Period.TOTAL, Decimal(1)).at(NOON.date())
+    assert store.spent(spend) == {"": record.cost}
     with engine.begin() as connection:
         connection.execute(insert(usage_records), {**values, "request_id": "of an old ingress"})
-    assert {r.usage_estimated for r in RecordStore(engine).each(Wanted())} == {False}
+    assert store.spent(spend) == {"": 2 * record.cost}
+    found = list(store.each(Wanted()))
+    assert {(one.usage_estimated, one.preemptions) for one in found} == {(False, None)}
 
 
 def copy(column):

@@ -214,6 +214,23 @@ async def test_nobody_is_refused_because_the_event_loop_stood_still():
         await charging
 
 
+async def test_nobody_is_refused_because_the_answers_had_expired_when_they_came(monkeypatch):
+    monkeypatch.setattr("app.tenants.access.LEASE_S", 0.2)
+    monkeypatch.setattr("app.tenants.allowance.LEASE_S", 0.2)
+    stored, text = key(rpm=100, tpm=1000)
+
+    class Still(Books):
+        async def answer(self, asks):
+            given = await super().answer(asks)
+            time.sleep(0.25)  # noqa: ASYNC251
+            return given
+
+    async with access(stored, books=Still(), answers_s=0.2) as made:
+        caller = await made.identify(f"Bearer {text}")
+        assert await admitted(made, caller, 5) == 5
+        assert made.limits_away
+
+
 async def test_many_at_once_and_a_large_one_among_them_all_get_by_where_there_is_room():
     stored, text = key(rpm=100_000, tpm=1_000_000)
     async with access(stored) as made:

@@ -1,13 +1,18 @@
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url, text
+from alembic import command
+from sqlalchemy import Column, MetaData, Table, make_url, text
 
+from app.core.dialect import Route
 from app.core.tiers import Tier
 from app.store.database import connect, migrate
+from app.store.schema import api_keys
 from app.tenants.key_store import KeyStore
 from app.tenants.keys import KeyLimits, create_key
+from app.tenants.scope import KeyScope
 from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
@@ -20,15 +25,33 @@ def store(engine):
 
 
 def test_keys_come_back_as_they_were(store):
-    limits = KeyLimits(rpm=60, tpm=10**12, priority_share=Decimal("0.333"))
+    limits = KeyLimits(rpm=60, tpm=10**12, priority_share=Decimal("0.333"), in_flight=7)
+    scope = KeyScope(frozenset({"acme/*", "m"}), frozenset({Route.CHAT, Route.EMBEDDINGS}))
     full, text = create_key(
-        "acme", name="é", default_tier=Tier.FLEX, tiers=[Tier.FLEX], limits=limits, created=NOON
-    )
-    plain, _ = create_key("acme", created=NOON)
+        "acme", name="é", default_tier=Tier.FLEX, tiers=[Tier.FLEX], limits=limits, scope=scope,
+        expires=NOON + timedelta(days=1), budgets=["day=0.5:warn", "total=1000"], created=NOON,
+    )  # fmt: skip
+    plain, _ = create_key("acme", admin=True, created=NOON)
     store.add(full)
     store.add(plain)
     assert store.all() == sorted([full, plain], key=lambda key: key.key_id)
-    assert store.table().find(text) == full
+    assert store.table().find(text, NOON) == full
+
+
+def test_keys_of_an_older_version_are_read_at_once(engine, monkeypatch):
+    upgrade = command.upgrade
+    monkeypatch.setattr(command, "upgrade", lambda config, _: upgrade(config, "0002"))
+    migrate(engine)
+    monkeypatch.undo()
+    key, sent = create_key("acme", created=NOON)
+    values = {
+        "key_id": key.key_id, "secret_hash": key.secret_hash, "tenant": "acme", "name": "",
+        "default_tier": "default", "tiers": "priority,default,flex", "created": NOON,
+    }  # fmt: skip
+    old = Table("api_keys", MetaData(), *(Column(name, api_keys.c[name].type) for name in values))
+    with engine.begin() as connection:
+        connection.execute(old.insert(), values)
+    assert KeyStore(engine).table().find(sent, NOON) == key
 
 
 def test_a_key_is_revoked_once(store):
@@ -37,7 +60,7 @@ def test_a_key_is_revoked_once(store):
     assert store.revoke(key.key_id, NOON)
     assert not store.revoke(key.key_id, NOON)
     assert not store.revoke("nobody", NOON)
-    assert store.table().find(text) is None
+    assert store.table().find(text, NOON) is None
     assert [each.revoked for each in store.all()] == [NOON]
 
 
@@ -50,7 +73,18 @@ BAD: dict[str, list[Any]] = {
     "rpm": ["many", 0, -1, 1.5, "", b"\x01"],
     "tpm": ["1k", 0, 10.25],
     "priority_share": ["0,5", "NaN", "2", "-1", "", "Infinity", b"1/2"],
+    "admin": ["maybe", 2, "", b"1"],
+    "models": ["", "a,,b", "[a-z]", "x" * 201, b"m"],
+    "routes": ["", "chat", "chat/completions,", b"messages"],
+    "in_flight": ["many", 0, -1, 1.5],
+    "expires": ["tomorrow", "", "2026-01-01T00:00:00", b"now"],
     "created": ["yesterday", "", 12, "2026-01-01T00:00:00", b"now"],
+}
+
+
+OPTIONAL = {
+    *("rpm", "tpm", "priority_share", "in_flight"),
+    *("models", "routes", "expires", "revoked"),
 }
 
 
@@ -67,8 +101,8 @@ def test_a_row_that_cannot_be_read_is_refused_alone(tmp_path, column, value):
         statement = text(f"UPDATE api_keys SET {column} = :value WHERE key_id = :id")
         connection.execute(statement, {"value": value, "id": bad[0].key_id})
     table = store.table()
-    assert table.find(bad[1]) is None
-    assert [table.find(sent) for _, sent in good] == [key for key, _ in good]
+    assert table.find(bad[1], NOON) is None
+    assert [table.find(sent, NOON) for _, sent in good] == [key for key, _ in good]
     assert list(table.unreadable) == [bad[0].key_id]
     assert bad[0].secret_hash not in str(table.unreadable)
     assert {key.key_id for key in store.all()} == {key.key_id for key, _ in good}
@@ -78,18 +112,20 @@ def test_a_row_that_cannot_be_read_is_refused_alone(tmp_path, column, value):
 def test_a_row_that_is_null_where_nothing_may_be_is_refused_alone(tmp_path):
     engine = connect(make_url(f"sqlite:///{tmp_path}/usage.db"))
     columns = [*BAD, "key_id", "revoked"]
+    migrate(engine)
     with engine.begin() as connection:
+        connection.execute(text("DROP TABLE api_keys"))
         connection.execute(text(f"CREATE TABLE api_keys ({', '.join(columns)})"))
     store = KeyStore(engine)
     good, sent = create_key("acme", created=NOON)
     store.add(good)
-    required = [c for c in columns if c not in ("rpm", "tpm", "priority_share", "revoked")]
+    required = [c for c in columns if c not in OPTIONAL]
     for column in required:
         store.add(create_key("acme", created=NOON)[0])
         with engine.begin() as connection:
             connection.execute(
                 text(f"UPDATE api_keys SET {column} = NULL WHERE rowid = last_insert_rowid()")
             )
-    assert store.table().find(sent) == good
+    assert store.table().find(sent, NOON) == good
     assert list(store.table().by_id) == [good.key_id]
     engine.dispose()

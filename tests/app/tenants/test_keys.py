@@ -1,3 +1,4 @@
+from datetime import timedelta
 from decimal import Decimal
 
 import pytest
@@ -17,26 +18,36 @@ def make(**values) -> tuple[ApiKey, str]:
 
 def test_a_key_works_until_it_is_revoked():
     key, text = make()
-    assert KeyTable.of([key]).find(text) is key
+    assert KeyTable.of([key]).find(text, NOON) is key
     revoked = ApiKey(**{name: getattr(key, name) for name in ApiKey.__slots__} | {"revoked": NOON})
-    assert KeyTable.of([revoked]).find(text) is None
+    assert KeyTable.of([revoked]).find(text, NOON) is None
+
+
+@given(st.timedeltas(timedelta(days=-9), timedelta(days=9)))
+def test_a_key_works_until_it_expires(after):
+    key, text = make(expires=NOON)
+    table = KeyTable.of([key])
+    works = after < timedelta(0)
+    assert key.works(NOON + after) is works
+    assert table.find(text, NOON + after) is table.get(key.key_id, NOON + after)
+    assert (table.find(text, NOON + after) is key) is works
 
 
 def test_nothing_but_the_whole_key_works():
     key, text = make()
     other, _ = make()
     table = KeyTable.of([key, other])
-    assert table.find(text.replace(key.key_id, other.key_id)) is None
+    assert table.find(text.replace(key.key_id, other.key_id), NOON) is None
     for place in range(len(text)):
         changed = text[:place] + ("0" if text[place] != "0" else "1") + text[place + 1 :]
-        assert table.find(changed) is None
+        assert table.find(changed, NOON) is None
     for wrong in ("", text[:-1], text + "0", text.upper(), f" {text}", f"{text}\n"):
-        assert table.find(wrong) is None
+        assert table.find(wrong, NOON) is None
 
 
 @given(st.text())
 def test_anything_may_be_sent(text):
-    assert KeyTable.of([make()[0]]).find(text) is None
+    assert KeyTable.of([make()[0]]).find(text, NOON) is None
     assert key_id_of(text) is None
 
 
@@ -45,7 +56,7 @@ def test_what_is_stored_and_shown_does_not_work_as_a_key():
     secret = text.rsplit("-", 1)[1]
     assert secret not in repr(key) and secret != key.secret_hash
     assert key.secret_hash not in repr(key)
-    assert KeyTable.of([key]).find(f"fl-{key.key_id}-{key.secret_hash}") is None
+    assert KeyTable.of([key]).find(f"fl-{key.key_id}-{key.secret_hash}", NOON) is None
     assert key_id_of(text) == key.key_id
 
 

@@ -1,10 +1,15 @@
+import heapq
+import itertools
+import random
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.tenants.keys import KeyLimits, create_key
 from app.tenants.limiter import LimitBooks, Measure, RateLimiter
-from app.tenants.rate_limit import MINUTE_S
+from app.tenants.window import MINUTE_S
 from tests.support.records import NOON
 
 pytestmark = pytest.mark.unit
@@ -165,3 +170,91 @@ def test_keys_that_are_gone_are_forgotten():
     assert len(ingress.allowances) == 1
     assert books.names == [f"{other.key_id}/requests"]
     assert ingress.told[f"{other.key_id}/requests"].ingresses == 1
+
+
+class Requests:
+    """Clients of one key at some ingresses, whose asks take their time; all time is made up.
+
+    As ``app.tenants.access`` does, a request that is not admitted is tried again with each answer.
+    """
+
+    def __init__(self, seed, latency_s, pause_s, ingresses, key):
+        self.chance, self.latency_s, self.pause_s = random.Random(seed), latency_s, pause_s
+        self.books, self.key, self.longest_s, self.now = LimitBooks(), key, 0.0, 1000.0
+        self.ingresses = [RateLimiter(f"i{n}") for n in range(ingresses)]
+        self.waiting = [[] for _ in self.ingresses]
+        self.asking = [False] * ingresses
+        self.events, self.order = [], itertools.count()
+
+    def after(self, wait_s, event, *arguments):
+        entry = (self.now + wait_s, next(self.order), partial(event, *arguments))
+        heapq.heappush(self.events, entry)
+
+    def run(self, clients, seconds):
+        for _ in range(clients):
+            self.after(self.chance.uniform(0, self.pause_s), self.come)
+        while self.events and self.events[0][0] < 1000 + seconds:
+            self.now, _, event = heapq.heappop(self.events)
+            event()
+        for came, _ in itertools.chain(*self.waiting):
+            self.longest_s = max(self.longest_s, self.now - came)
+        return self.longest_s
+
+    def come(self):
+        number = self.chance.randrange(len(self.ingresses))
+        self.waiting[number].append((self.now, self.chance.choice((5, 35, 400))))
+        self.admit(number)
+
+    def admit(self, number):
+        waiting, self.waiting[number] = self.waiting[number], []
+        for came, tokens in waiting:
+            if self.ingresses[number].take(self.key, tokens, self.now) is None:
+                self.longest_s = max(self.longest_s, self.now - came)
+                self.after(self.chance.expovariate(2), self.end, number, tokens, self.now)
+            else:
+                self.waiting[number].append((came, tokens))
+        self.ask(number)
+
+    def end(self, number, tokens, began):
+        used = self.chance.randint(0, tokens)
+        age_s = self.now - began
+        self.ingresses[number].put_right(self.key, tokens, used, age_s, self.now)
+        self.after(self.chance.expovariate(1 / self.pause_s), self.come)
+        self.ask(number)
+
+    def ask(self, number):
+        due = self.ingresses[number].next_ask()
+        if self.asking[number] or due == float("inf"):
+            return
+        if due > self.now:
+            self.after(due - self.now + 1e-6, self.ask, number)
+            return
+        self.asking[number] = True
+        self.after(self.on_the_way(), self.answer, number, self.ingresses[number].asks(self.now))
+
+    def answer(self, number, asks):
+        self.after(self.on_the_way(), self.receive, number, self.books.answer(asks, self.now))
+
+    def receive(self, number, answers):
+        self.asking[number] = False
+        self.ingresses[number].receive(answers, self.now)
+        self.admit(number)
+
+    def on_the_way(self):
+        return self.chance.uniform(0, self.latency_s / 2)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    latency_s=st.sampled_from([0.01, 0.1, 0.5, 0.9]),
+    pause_s=st.sampled_from([0.1, 1.0, 5.0, 20.0]),
+    clients=st.sampled_from([1, 2, 6]),
+    ingresses=st.integers(1, 2),
+)
+def test_where_there_is_room_nobody_waits_for_more_than_a_few_answers(
+    seed, latency_s, pause_s, clients, ingresses
+):
+    key = key_with(rpm=10**6, tpm=10**9)
+    waited_s = Requests(seed, latency_s, pause_s, ingresses, key).run(clients, 90)
+    assert waited_s < 4 * latency_s + 0.1

@@ -8,19 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.core.errors import RateLimited
-from app.tenants.rate_limit import (
-    LEASE_S,
-    MINUTE_S,
-    RENEWAL_S,
+from app.tenants.allowance import (
     Allowance,
-    Ask,
-    LimitBook,
     LimitState,
-    Window,
     duration,
     rate_limit_headers,
     split_limit,
 )
+from app.tenants.rate_limit import LEASE_S, RENEWAL_S, Ask, LimitBook
+from app.tenants.window import MINUTE_S
 
 pytestmark = pytest.mark.unit
 
@@ -301,23 +297,6 @@ def test_what_an_ingress_held_cannot_be_used_once_others_may_have_it():
     assert not one.take(1, later)
 
 
-@given(st.lists(st.tuples(st.integers(-20, 50), st.floats(0, 20)), max_size=50))
-def test_a_window_never_counts_too_little(amounts):
-    """Against a list of all amounts, where what is taken back is taken from the oldest left."""
-    window, kept, now = Window(), [], 1000.0
-    for amount, pause in amounts:
-        now += pause
-        kept = [[at, left] for at, left in kept if at > now - MINUTE_S]
-        assert sum(left for _, left in kept) <= window.used(now)
-        window.add(amount, now)
-        if amount >= 0:
-            kept.append([now, amount])
-        else:
-            for entry in kept:
-                back = min(entry[1], -amount)
-                entry[1], amount = entry[1] - back, amount + back
-
-
 def test_an_ingress_on_its_own_keeps_to_its_part():
     assert [split_limit(100, n) for n in (0, 1, 3, 1000)] == [100, 100, 33, 1]
 
@@ -419,37 +398,6 @@ def test_a_debt_is_paid_however_large_and_late_it_is(seed, ingresses, limit, fac
                 running.append((net.now + took, took, ingress, expected, actual))
         net.step()
     assert began is not None
-
-
-windows = st.lists(
-    st.tuples(st.sampled_from(["add", "overdraw", "back"]), st.integers(0, 40), st.floats(0, 20)),
-    max_size=40,
-)
-
-
-@given(windows, st.integers(1, 50))
-def test_a_window_with_debts_says_when_they_are_paid(events, limit):
-    window, now = Window(), 1000.0
-    for what, amount, pause in events:
-        now += pause
-        before = window.used(now)
-        if what == "add":
-            # As those who ask are given no more than there is.
-            amount = max(0, min(amount, limit - before))
-            window.add(amount, now)
-        elif what == "overdraw":
-            window.overdraw(amount, now, limit)
-        else:
-            amount = -min(amount, before)
-            window.take_back(-amount)
-        assert window.used(now) == before + amount
-    owed = window.used(now)
-    for amount in {1, owed // 2, owed} - {0} if owed else ():
-        at = window.frees_at(amount, now)
-        later = copy.deepcopy(window)
-        assert later.used(at - 0.01) > owed - amount
-        assert later.used(at) <= owed - amount
-    assert window.used(now + (owed + 2) * (MINUTE_S + 1)) == 0
 
 
 def is_forgotten(net, ingress):
