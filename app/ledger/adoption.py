@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,11 @@ _log = logging.getLogger(__name__)
 class Adopter:
     """Adopts the journals of one folder.
 
+    Args:
+        folder: the folder.
+        store: where the records go.
+        on_moved: is called with the number of records whenever some have been moved.
+
     Attributes:
         set_aside: how many journals with unreadable parts it has found.
         kept: how many such journals are in the folder now, from any process. An operator may remove
@@ -49,12 +54,15 @@ class Adopter:
         failing: the errors of journals that could not be moved, by name. They stay and are retried.
     """
 
-    def __init__(self, folder: Path, store: Records) -> None:
+    def __init__(
+        self, folder: Path, store: Records, on_moved: Callable[[int], None] = lambda _: None
+    ) -> None:
         self.set_aside = 0
         self.kept = 0
         self.failing: dict[str, str] = {}
         self._folder = folder
         self._store = store
+        self._on_moved = on_moved
         self._again_at: dict[str, float] = {}
         self._unread_too = True
 
@@ -125,6 +133,7 @@ class Adopter:
         while batch := list(islice(bodies, BATCH)):
             add_or_set_aside(self._store, batch, journal.parent)
             moved += len(batch)
+            self._on_moved(len(batch))
         if left.unread:
             self._keep(journal, UNREAD, f"{len(left.unread)} entries, first: {left.unread[0]}")
         elif damaged:

@@ -25,7 +25,7 @@ from app.config.journal import JournalSettings
 from app.ledger.adoption import BATCH, Adopter
 from app.ledger.codec import Kind, read_segment
 from app.ledger.dead_letter import Records, add_or_set_aside
-from app.ledger.journal import Journal
+from app.ledger.journal import Journal, Position
 from app.ledger.segments import keep_segment, segment_path
 from app.store.database import StoreAway
 from app.supervision import PROCESS, keep_thread
@@ -62,6 +62,11 @@ class OwnJournal:
                 return moved
             self._segment, self._offset = self._segment + 1, 0
             self._remove_what_is_not_needed()
+
+    @property
+    def position(self) -> Position:
+        """Everything before it has been moved. May be read from any thread."""
+        return Position(self._segment, self._offset)
 
     def rewind(self) -> None:
         """Start again at the oldest kept segment: the store that had the records is gone."""
@@ -138,6 +143,11 @@ class Flusher:
     def away(self) -> bool:
         """Whether the last attempt to move records to the store failed."""
         return self.away_since is not None
+
+    @property
+    def position(self) -> Position:
+        """Everything in the own journal before it has been moved."""
+        return self._own.position
 
     def stop(self) -> None:
         """End the thread after its current step."""

@@ -26,6 +26,7 @@ from sqlalchemy import Engine
 from app.config.journal import JournalSettings
 from app.core.paths import expand_path
 from app.core.pricing import TokenUsage
+from app.ledger.backlog import Backlog, backlog_between
 from app.ledger.codec import Kind, Progress
 from app.ledger.dead_letter import Records
 from app.ledger.flusher import Flusher
@@ -129,6 +130,16 @@ class Ledger:
         since = self._flusher.away_since
         return 0.0 if since is None else max(0.0, now - since)
 
+    def backlog(self) -> Backlog:
+        """Return what the journal holds that has not been moved to the store yet."""
+        journal = self._journal
+        return backlog_between(self._flusher.position, journal.written, dict(journal.ends))
+
+    @property
+    def limit_bytes(self) -> int:
+        """Most disk space for the journals of this node."""
+        return self._settings.max_bytes
+
     @property
     def journals_set_aside(self) -> int:
         """How many journals of this node are set aside, because parts of them are unreadable."""
@@ -183,8 +194,10 @@ class Ledger:
             kept.set_result(False)
         return Opening(kept)
 
-    def progress(self, request_id: str, usage: TokenUsage, estimated: bool = False) -> None:
+    def progress(self, request_id: str, usage: TokenUsage, estimated: bool = False) -> float:
         """Update the usage of an open stream; it is written after some tokens or seconds.
+
+        Returns when the next update is due, by the monotonic clock, if few tokens come until then.
 
         Args:
             request_id: the stream's request id.
@@ -192,17 +205,18 @@ class Ledger:
             estimated: whether the tokens are Frontline's estimate and not the engine's count.
         """
         tokens, since = self._steps[request_id]
-        generated = usage.completion_tokens
-        if generated - tokens < self._settings.progress_tokens:
-            now = time.monotonic()
-            if generated == tokens or now - since < self._settings.progress_s:
-                return
+        generated, now = usage.completion_tokens, time.monotonic()
+        pause_s = self._settings.progress_s
+        few = generated - tokens < self._settings.progress_tokens
+        if few and (generated == tokens or now - since < pause_s):
+            return since + pause_s
         if not self._journal.has_room(self._in_flight * RESERVED_BYTES):
             # The remaining room is for the records themselves.
-            return
-        self._steps[request_id] = (generated, time.monotonic())
+            return since + pause_s
+        self._steps[request_id] = (generated, now)
         step = Progress(request_id, usage, now_utc(), estimated)
         self._write_lazily(Entry.of(step.kind, request_id, step.to_json()))
+        return now + pause_s
 
     async def settle(self, record: UsageRecord) -> None:
         """Write the settled record of a request. Send the last byte only when this has returned.

@@ -20,12 +20,13 @@ _TEXT_OR_NONE: Final = (str, type(None))
 _SECONDS: Final = (float, int)
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     **dict.fromkeys(("request_id", "tenant", "key_id", "model", "route", "state"), _TEXT),
-    **dict.fromkeys(("engine", "replica", "rate_card", "cost", "arrived"), _TEXT),
+    **dict.fromkeys(("engine", "replica", "rate_card", "cost", "arrived", "ingress"), _TEXT),
     **dict.fromkeys(("requested_tier", "served_tier", "reason", "ended"), _TEXT_OR_NONE),
     **dict.fromkeys(("input_price", "cached_input_price", "output_price"), _TEXT_OR_NONE),
     "multiplier": _TEXT_OR_NONE,
     **dict.fromkeys(("stream", "usage_estimated"), (bool,)),
     **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), (int,)),
+    "preemptions": (int, type(None)),
     "queue_s": _SECONDS,
     **dict.fromkeys(("ttft_s", "duration_s"), (*_SECONDS, type(None))),
 }
@@ -62,8 +63,10 @@ def read_record(body: bytes) -> UsageRecord:
     version = fields.pop("version", 1)
     if type(version) is not int or not 1 <= version <= VERSION:
         raise NotUnderstood(f"it is of version {str(version)[:20]}, and this is {VERSION}")
-    # Older records lack this field.
+    # Older records lack these fields.
     fields.setdefault("usage_estimated", False)
+    fields.setdefault("preemptions", None)
+    fields.setdefault("ingress", "")
     _check_types(fields)
     try:
         record = UsageRecord.from_fields(_converted(fields))

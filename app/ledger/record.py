@@ -17,6 +17,7 @@ from app.core.tiers import Tier
 
 NOTHING_USED: Final = TokenUsage(0, 0, 0)
 _FREE: Final = Decimal(0)
+_NO_OFFSET: Final = timedelta(0)
 MAX_TEXT: Final = 300
 """Longest text in a record, in characters."""
 VERSION: Final = 1
@@ -39,6 +40,9 @@ class State(StrEnum):
     """It was refused by the queue."""
     REFUSED = "refused"
     """It was refused before the queue, for example because of a limit of its key."""
+    ABANDONED = "abandoned"
+    """It ended before an engine received it, and nobody refused it: its client has left, or the
+    ingress failed. The ledger has no record of it."""
 
     @property
     def served(self) -> bool:
@@ -46,7 +50,7 @@ class State(StrEnum):
         return self not in _NOT_SERVED
 
 
-_NOT_SERVED: Final = frozenset({State.SHED, State.REFUSED})
+_NOT_SERVED: Final = frozenset({State.SHED, State.REFUSED, State.ABANDONED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ class Origin:
         stream: whether the answer is streamed.
         requested: the requested tier; ``None`` for none, or ``auto``.
         arrived: when the request arrived, in UTC. Its day is the day on the bill.
+        ingress: the name of the ingress process that records it, by which spend is added up
+            (``app.tenants.spending``); empty in records from before budgets.
     """
 
     request_id: str
@@ -72,12 +78,15 @@ class Origin:
     stream: bool
     requested: Tier | None
     arrived: datetime
+    ingress: str = ""
 
     def __post_init__(self) -> None:
         if not self.request_id:
             raise ValueError("a record has a request id")
-        _check_texts(self.request_id, self.tenant, self.key_id, self.model, self.route)
-        if self.arrived.utcoffset() != timedelta(0):
+        _check_texts(
+            self.request_id, self.tenant, self.key_id, self.model, self.route, self.ingress
+        )
+        if self.arrived.utcoffset() != _NO_OFFSET:
             raise ValueError("times are in UTC")
 
 
@@ -93,14 +102,17 @@ class UsageRecord:
         engine: the name of the engine that answered, or empty.
         replica: the engine replica, or empty.
         usage: the tokens that it used.
-        prices: its prices, from the rate card at its decision; ``None`` if it was not served.
+        prices: its prices, from the rate card at its decision; ``None`` if it was not served. A
+            settled record has those that apply to its tokens.
         rate_card: that card's version, or empty.
         cost: the exact cost of the tokens at the prices, in USD.
         queue_s: how long it waited in the queue, in seconds.
         ttft_s: from arrival to the first byte of the answer, in seconds; ``None`` without one.
         ended: when it ended, in UTC; ``None`` while it is open.
+        duration_s: from arrival to the end, in seconds; ``None`` while it is open.
         usage_estimated: whether the tokens are Frontline's estimate or clamp, and not the engine's
             own final count.
+        preemptions: how often the engine has suspended it; ``None`` if that is not known.
     """
 
     origin: Origin
@@ -116,7 +128,9 @@ class UsageRecord:
     ttft_s: float | None
     ended: datetime | None
     usage_estimated: bool = False
+    preemptions: int | None = None
     cost: Decimal = field(init=False)
+    duration_s: float | None = field(init=False)
 
     def __post_init__(self) -> None:
         _check_texts(self.reason or "", self.engine, self.replica, self.rate_card)
@@ -127,11 +141,19 @@ class UsageRecord:
             cost = self.prices.cost(self.usage)
         elif self.served or self.prices or self.usage != NOTHING_USED or self.usage_estimated:
             raise ValueError("a request that was not served has no tier, prices or tokens")
+        elif self.preemptions is not None:
+            raise ValueError("a request that was not served was not suspended")
         object.__setattr__(self, "cost", cost)
-        if (self.state is State.OPEN) is not (self.ended is None):
+        ended, duration_s = self.ended, None
+        if (self.state is State.OPEN) is not (ended is None):
             raise ValueError("a record is open until it has ended")
-        if self.ended is not None and self.ended.utcoffset() != timedelta(0):
-            raise ValueError("times are in UTC")
+        if ended is not None:
+            if ended.utcoffset() != _NO_OFFSET:
+                raise ValueError("times are in UTC")
+            duration_s = (ended - self.origin.arrived).total_seconds()
+        object.__setattr__(self, "duration_s", duration_s)
+        if (self.preemptions or 0) < 0:
+            raise ValueError("a count is not negative")
         for seconds in (self.queue_s, self.ttft_s or 0.0):
             if not 0 <= seconds < math.inf:
                 raise ValueError("times are not negative")
@@ -176,6 +198,7 @@ class UsageRecord:
         ttft_s: float | None = None,
         reason: str | None = None,
         estimated: bool = False,
+        preemptions: int | None = None,
     ) -> Self:
         """Return the settled form of an open record.
 
@@ -187,21 +210,17 @@ class UsageRecord:
         # Not `replace`, which iterates over the fields for every request.
         return type(self)(
             self.origin, state, self.served, reason or self.reason, self.engine, self.replica,
-            usage, self.prices, self.rate_card, self.queue_s, ttft_s,
-            max(ended, self.origin.arrived), estimated,
+            usage, self.prices and self.prices.of(usage), self.rate_card, self.queue_s, ttft_s,
+            max(ended, self.origin.arrived), estimated, preemptions,
         )  # fmt: skip
-
-    @property
-    def duration_s(self) -> float | None:
-        """From arrival to the end, in seconds; ``None`` while it is open."""
-        return None if self.ended is None else (self.ended - self.origin.arrived).total_seconds()
 
     def to_fields(self) -> dict[str, Any]:
         """Return the record as a flat mapping with the names of the store's columns.
 
         Amounts are ``Decimal`` and times ``datetime``; tiers and states are strings.
         """
-        origin, usage, prices = self.origin, self.usage, self.prices
+        origin, usage = self.origin, self.usage
+        prices = self.prices and self.prices.of(usage)
         return {
             "request_id": origin.request_id,
             "tenant": origin.tenant,
@@ -230,6 +249,8 @@ class UsageRecord:
             "arrived": origin.arrived,
             "ended": self.ended,
             "usage_estimated": self.usage_estimated,
+            "preemptions": self.preemptions,
+            "ingress": origin.ingress,
         }
 
     @classmethod
@@ -243,6 +264,7 @@ class UsageRecord:
         origin = Origin(
             fields["request_id"], fields["tenant"], fields["key_id"], fields["model"],
             fields["route"], fields["stream"], requested and Tier(requested), fields["arrived"],
+            fields["ingress"],
         )  # fmt: skip
         usage = TokenUsage(
             fields["prompt_tokens"], fields["cached_tokens"], fields["completion_tokens"]
@@ -253,6 +275,7 @@ class UsageRecord:
             origin, State(fields["state"]), served and Tier(served), fields["reason"],
             fields["engine"], fields["replica"], usage, prices, fields["rate_card"],
             fields["queue_s"], fields["ttft_s"], fields["ended"], fields["usage_estimated"],
+            fields["preemptions"],
         )  # fmt: skip
         if record.cost != fields["cost"]:
             raise ValueError("the cost is that of the tokens at the prices")
@@ -268,6 +291,11 @@ def now_utc() -> datetime:
     return datetime.now(UTC)
 
 
+def is_stored_text(text: str) -> bool:
+    """Return whether a text that is not empty may be in a record; PostgreSQL rejects NUL."""
+    return 0 < len(text) <= MAX_TEXT and "\0" not in text
+
+
 def _text_of_amount(value: object) -> str:
     if isinstance(value, Decimal):
         return format(value, "f")
@@ -276,5 +304,6 @@ def _text_of_amount(value: object) -> str:
 
 def _check_texts(*texts: str) -> None:
     # PostgreSQL rejects NUL in text, and a record that no store accepts would block the others.
-    if max(map(len, texts)) > MAX_TEXT or "\0" in "".join(texts):
+    whole = "".join(texts)
+    if (len(whole) > MAX_TEXT and max(map(len, texts)) > MAX_TEXT) or "\0" in whole:
         raise ValueError(f"text in a record is at most {MAX_TEXT} characters, without NUL")

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Final
 
-from sqlalchemy import Boolean, ColumnElement, Engine, Float, TextClause, and_, func, select, text
+from sqlalchemy import (
+    Boolean,
+    ColumnElement,
+    Engine,
+    Float,
+    Integer,
+    TextClause,
+    and_,
+    func,
+    select,
+    text,
+    tuple_,
+)
 
-from app.core.pricing import Prices, TokenUsage
+from app.core.pricing import EXACT, Prices, TokenUsage
+from app.core.tiers import Tier
 from app.ledger.record import UsageRecord
 from app.ledger.usage import Grouping, Total, add_up
 from app.store.database import StoreAway, StoreRefuses, migrate, translated
-from app.store.schema import Amount, Moment, usage_records
+from app.store.schema import Amount, Moment, hour_of, spend, usage_records
 from app.store.sqlite_file import MISSING, Identity, identity, path_of, was_replaced
+from app.tenants.budget import Owner, SpendId
 
 READ_AT_ONCE: Final = 1000
 _SERVER: Final[Identity] = (-1, -1)
 """The identity of a store that is a database server and not a file."""
+
+
+Place = tuple[datetime, str]
+"""Where a record stands in the order of arrival: when it arrived, and its request id."""
 
 
 class TooManyRows(Exception):
@@ -35,7 +53,7 @@ class RecordStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._prepared: Identity | None = None
-        self._insert = _insert_statement(engine.dialect.name)
+        self._insert = insert_statement(engine.dialect.name)
 
     def prepare(self) -> bool:
         """Migrate the tables if needed.
@@ -85,6 +103,17 @@ class RecordStore:
             for row in streamed.execute(query.order_by(*order)).mappings():
                 yield UsageRecord.from_fields(dict(row))
 
+    def latest(self, wanted: Wanted, most: int, before: Place | None = None) -> list[UsageRecord]:
+        """Return at most so many records, the latest first; ``before`` one, if it is given."""
+        columns = usage_records.c
+        query = select(usage_records).where(wanted.condition())
+        if before is not None:
+            query = query.where(tuple_(columns.arrived, columns.request_id) < before)
+        query = query.order_by(columns.arrived.desc(), columns.request_id.desc()).limit(most)
+        with translated(), self._engine.connect() as connection:
+            rows = connection.execute(query).mappings().all()
+        return [UsageRecord.from_fields(dict(row)) for row in rows]
+
     def totals(
         self, wanted: Wanted, groupings: Sequence[Grouping], max_rows: int | None = None
     ) -> list[Total]:
@@ -116,6 +145,28 @@ class RecordStore:
             for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
         ]
 
+    def spent(self, of: SpendId) -> dict[str, Decimal]:
+        """Return what a key or a tenant has spent in a period, in USD, by the recording ingress.
+
+        It is the exact sum of their records. The tables are migrated first, because those of an
+        older version have no sums.
+        """
+        self.prepare()
+        columns = spend.c
+        owner = columns.key_id if of.owner is Owner.KEY else columns.tenant
+        wanted = owner == of.name
+        if of.start is not None and of.end is not None:
+            wanted = and_(wanted, columns.day >= of.start, columns.day < of.end)
+        group = [columns.ingress, *(columns[price.name] for price in _PRICES)]
+        sums = [func.sum(columns[tokens.name]) for tokens in _TOKENS]
+        with translated(), self._engine.connect() as connection:
+            rows = connection.execute(select(*group, *sums).where(wanted).group_by(*group)).all()
+        parts: dict[str, Decimal] = {}
+        for ingress, *row in rows:
+            cost = Prices(*row[:4]).cost(TokenUsage(*map(int, row[4:])))
+            parts[ingress] = EXACT.add(parts.get(ingress, Decimal(0)), cost)
+        return parts
+
 
 def _group_value(value: object) -> str | None:
     if isinstance(value, bool):
@@ -136,6 +187,7 @@ def _total(row: Sequence[Any]) -> Total:
 _columns = usage_records.c
 _GROUPS: Final = {
     Grouping.DAY: _columns.day,
+    Grouping.HOUR: hour_of(_columns.arrived),
     Grouping.TENANT: _columns.tenant,
     Grouping.KEY: _columns.key_id,
     Grouping.MODEL: _columns.model,
@@ -149,6 +201,7 @@ _PRICES: Final = (
     _columns.output_price,
     _columns.multiplier,
 )
+_DEFAULTS: Final = {"usage_estimated": "false", "ingress": "''"}
 _TOKENS: Final = (_columns.prompt_tokens, _columns.cached_tokens, _columns.completion_tokens)
 
 
@@ -161,12 +214,18 @@ class Wanted:
         since: the first day.
         until: the day after the last.
         model: only this model.
+        key: only the key with this id.
+        tier: only requests that were served at this tier.
+        requests: only the requests with these ids.
     """
 
     tenant: str | None = None
     since: date | None = None
     until: date | None = None
     model: str | None = None
+    key: str | None = None
+    tier: Tier | None = None
+    requests: tuple[str, ...] | None = None
 
     def condition(self) -> ColumnElement[bool]:
         """Return the SQL condition of the filter."""
@@ -176,15 +235,23 @@ class Wanted:
             None if self.since is None else columns.day >= self.since,
             None if self.until is None else columns.day < self.until,
             None if self.model is None else columns.model == self.model,
+            None if self.key is None else columns.key_id == self.key,
+            None if self.tier is None else columns.served_tier == self.tier.value,
+            None if self.requests is None else columns.request_id.in_(self.requests),
         ]
         return and_(True, *(each for each in conditions if each is not None))
 
 
-def _insert_statement(dialect: str) -> TextClause:
+def insert_statement(dialect: str) -> TextClause:
+    """Return the statement that writes a batch of records, a JSON array in ``:batch``."""
     names = [column.name for column in usage_records.c if column.name != "day"]
+    entries = ""
     if dialect == "sqlite":
         values = ", ".join(_or_default(name, f"json_extract(value, '$.{name}')") for name in names)
-        source = f"{values}, substr(json_extract(value, '$.arrived'), 1, 10) FROM json_each(:batch)"
+        source = f"{values}, substr(json_extract(value, '$.arrived'), 1, 10) FROM entries"
+        # SQLite would write each record's JSON anew for every column that is extracted from it:
+        # 40 us for a record instead of 14.
+        entries = "WITH entries AS MATERIALIZED (SELECT value FROM json_each(:batch)) "
         # Without a WHERE, SQLite parses ON CONFLICT as the ON of a join.
         source += " WHERE true"
     else:
@@ -195,14 +262,15 @@ def _insert_statement(dialect: str) -> TextClause:
             f"FROM json_to_recordset(CAST(:batch AS json)) AS entry({typed})"
         )
     return text(
-        f"INSERT INTO usage_records ({', '.join(names)}, day) SELECT {source} "
+        f"{entries}INSERT INTO usage_records ({', '.join(names)}, day) SELECT {source} "
         "ON CONFLICT (request_id) DO NOTHING"
     )
 
 
 def _or_default(name: str, value: str) -> str:
-    # Older records lack this field, and NULL would be rejected.
-    return f"coalesce({value}, false)" if name == "usage_estimated" else value
+    # Older records lack these fields, and NULL would be rejected.
+    default = _DEFAULTS.get(name)
+    return value if default is None else f"coalesce({value}, {default})"
 
 
 def _postgresql_type(name: str) -> str:
@@ -215,4 +283,4 @@ def _postgresql_type(name: str) -> str:
         return "boolean"
     if isinstance(kind, Float):
         return "double precision"
-    return "bigint" if name.endswith("_tokens") else "text"
+    return "bigint" if isinstance(kind, Integer) else "text"

@@ -19,6 +19,8 @@ class Grouping(StrEnum):
     """The fields by which totals can be grouped."""
 
     DAY = "day"
+    HOUR = "hour"
+    """The hour of arrival in UTC, such as ``2026-11-29T22``."""
     TENANT = "tenant"
     KEY = "key"
     MODEL = "model"

@@ -24,17 +24,17 @@ def test_a_record_comes_back_from_json_with_every_digit(record):
 @given(usages, cards, st.sampled_from(Tier))
 def test_the_cost_is_exact_however_long_the_prices(usage, card, tier):
     record = opened(card=card, served=tier).settle(State.COMPLETED, usage, ended=NOON)
+    own = {Tier.PRIORITY: card.priority, Tier.FLEX: card.flex}.get(tier)
+    prices, factor = own or card, 1 if own else Fraction(card.multipliers.of(tier))
+    if prices.long_context is not None and usage.prompt_tokens > prices.long_context.above:
+        prices = prices.long_context
     fresh = usage.prompt_tokens - usage.cached_tokens
     expected = (
-        (
-            fresh * Fraction(card.input)
-            + usage.cached_tokens * Fraction(card.cached_input)
-            + usage.completion_tokens * Fraction(card.output)
-        )
-        * Fraction(card.multipliers.of(tier))
-        / 10**6
+        fresh * Fraction(prices.input)
+        + usage.cached_tokens * Fraction(prices.cached_input)
+        + usage.completion_tokens * Fraction(prices.output)
     )
-    assert Fraction(record.cost) == expected
+    assert Fraction(record.cost) == expected * factor / 10**6
 
 
 def test_a_worked_example():
@@ -69,6 +69,10 @@ def test_only_what_was_served_can_be_estimated():
     refused = UsageRecord.not_served(origin(), State.SHED, "queue_full", queue_s=0, ended=NOON)
     with pytest.raises(ValueError, match="not served"):
         replace(refused, usage_estimated=True)
+    with pytest.raises(ValueError, match="not suspended"):
+        replace(refused, preemptions=0)
+    with pytest.raises(ValueError, match="not negative"):
+        replace(completed(), preemptions=-1)
 
 
 def test_a_record_settles_once():
