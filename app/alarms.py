@@ -14,6 +14,35 @@ from typing import Final
 
 EVERY_S: Final = 60.0
 """How often one alarm is logged, at most."""
+NAMES: Final = (
+    "access log full",
+    "access log lost",
+    "billed otherwise than echoed",
+    "budgets not shared",
+    "budgets unread",
+    "engine metrics",
+    "journal damaged",
+    "journal not moved",
+    "journal set aside",
+    "limits away",
+    "node not examined",
+    "nodes not checked",
+    "observer",
+    "odd usage",
+    "preemption lost",
+    "record refused",
+    "refused for request_memory",
+    "refused for tenant_request_memory",
+    "refused for too_large",
+    "sign-in refused",
+    "start report",
+    "traces full",
+    "traces lost",
+    "unreadable answer",
+    "unreadable event",
+)
+"""The names of all alarms. Metrics show each with 0 from the start, so that the first one counts as
+an increase."""
 
 _log = logging.getLogger("ray.serve")
 

@@ -28,6 +28,8 @@ LONGEST_PAUSE_S: Final = 10.0
 RECENT_S: Final = 60.0
 """How long a failure counts as recent; work that has run for so long starts from the first pause
 again."""
+CANCEL_AGAIN_S: Final = 5.0
+"""How long a cancelled task may take to clean up before it is cancelled again."""
 
 _log = logging.getLogger("ray.serve")
 
@@ -54,7 +56,18 @@ class Registry:
 
     def __init__(self) -> None:
         self._failures: dict[str, Failures] = {}
+        self._started: set[str] = set()
         self._lock = threading.Lock()
+
+    def started(self, name: str) -> None:
+        """Record that work of this name has been started."""
+        with self._lock:
+            self._started.add(name)
+
+    def names(self) -> set[str]:
+        """Return the names of all work that was ever started or has failed."""
+        with self._lock:
+            return self._started | self._failures.keys()
 
     def failed(
         self, name: str, error: BaseException, *, restarts: bool = True, about: str = ""
@@ -109,6 +122,7 @@ def keep_running(
         registry: where failures are counted.
         about: what the work is for, such as a model's name; logged, not counted by.
     """
+    registry.started(name)
     return _hold(name, _keep_running(_Work(name, work, registry, about)))
 
 
@@ -120,6 +134,7 @@ def run_once(
     about: str = "",
 ) -> asyncio.Task[None]:
     """Run ``work`` once on the running event loop; a failure is reported, not raised."""
+    registry.started(name)
     return _hold(name, _run_once(_Work(name, work, registry, about)))
 
 
@@ -139,6 +154,7 @@ def keep_thread(
         registry: where failures are counted.
     """
     ending = stop or threading.Event()
+    registry.started(name)
 
     def run() -> None:
         pauses = Pauses()
@@ -157,11 +173,20 @@ def keep_thread(
 
 
 async def stop(*tasks: asyncio.Task[Any] | None) -> None:
-    """Cancel tasks and return once all of them have ended."""
-    running = [task for task in tasks if task is not None]
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
+    """Cancel tasks and return once all of them have ended.
+
+    A cancellation can be lost: a ``gather`` whose part fails at the same moment raises that error
+    instead. So tasks that go on are cancelled again.
+    """
+    running = {task for task in tasks if task is not None}
+    while running:
+        for task in running:
+            task.cancel()
+        ended, running = await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+        for task in ended:
+            if not task.cancelled():
+                # Its supervision has reported it; asyncio would log it as never retrieved.
+                task.exception()
 
 
 def _hold(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

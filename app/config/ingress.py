@@ -13,14 +13,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, StringConstraints
 
+from app.config.access_log import AccessLogSettings
 from app.config.hosts import ANY_HOST, HOST_NAME, HostRule
 from app.config.journal import JournalSettings
+from app.config.origins import ORIGIN, OriginRule
 from app.config.usage_reads import UsageSettings
 from app.core.settings import Problem, Settings, SettingsError
 from app.core.tiers import Tier
 from app.store.database_url import DEFAULT_URL, StoreUrl
 
 HostName = Annotated[str, StringConstraints(pattern=HOST_NAME, max_length=253)]
+Origin = Annotated[str, StringConstraints(pattern=ORIGIN, max_length=300)]
 
 LONGEST_STOP_S = 3700.0
 """How long a stopping replica may go on serving requests that it has accepted, in seconds. Longer
@@ -62,8 +65,8 @@ class IngressSettings(Settings):
     auth: Literal["open", "keys"] = Field(
         default="open",
         description="Who may call. `open`: everyone who reaches the port; meant for a developer's "
-        "own machine. `keys`: every route except `/health` and `/livez` requires an API key "
-        "(`frontline keys create`).",
+        "own machine. `keys`: every route except `/health`, `/livez`, `/login` and `/static` "
+        "requires an API key (`frontline keys create`); pages take a session instead.",
     )
     open_to_network: bool = Field(
         default=False,
@@ -79,6 +82,13 @@ class IngressSettings(Settings):
         "with `auth: open` on loopback: no further host. Not set, with `auth: keys`: every host, "
         "because such a page has no key. Not set, with `open_to_network`: every host, because "
         "anyone who reaches the port is served and the names that it is reached by are unknown.",
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        default=(),
+        description="Origins whose web pages may call the API from a browser, such as "
+        "`https://app.example.com` or, with any port, `http://localhost:*`; `*` allows all. "
+        "Preflights need no key. None by default: with `auth: open`, any page that a user of the "
+        "machine opens could otherwise use the models.",
     )
     max_concurrent_per_key: int = Field(
         default=2000,
@@ -97,6 +107,17 @@ class IngressSettings(Settings):
     default_tier: Tier = Field(
         default=Tier.DEFAULT,
         description="Tier of requests without `service_tier`, or with `auto`.",
+    )
+    list_aliases: bool = Field(
+        default=False,
+        description="Whether the models list has an entry for each alias, too. Off, because most "
+        "clients show the list to people, to whom one model is one entry.",
+    )
+    affinity_by_user: bool = Field(
+        default=False,
+        description="Whether requests of one `user` (on messages `metadata.user_id`) prefer one "
+        "replica, if they have no `prompt_cache_key`. Off, because prompts of different users "
+        "often begin alike, and are then better kept together.",
     )
     max_body_bytes: int = Field(
         default=64 * 1024 * 1024,
@@ -139,7 +160,8 @@ class IngressSettings(Settings):
         gt=0,
         description="Longest wait for an answer that is not streamed, in seconds. Then the "
         "request is sent to another replica, once, or gets 503 if there is none. Ten minutes is "
-        "what the OpenAI SDKs wait by default.",
+        "what the OpenAI SDKs wait by default. On an engine that preempts, default and flex may "
+        "take `suspended_timeout_s` longer; meanwhile the replica is only asked for a token.",
     )
     stream_timeout_s: float = Field(
         default=120.0,
@@ -200,6 +222,9 @@ class IngressSettings(Settings):
         default=JournalSettings(),
         description="Where records are kept until they are in the database; see below.",
     )
+    access_log: AccessLogSettings = Field(
+        default=AccessLogSettings(), description="One line of JSON for each request; see below."
+    )
     usage: UsageSettings = Field(
         default=UsageSettings(), description="Bounds on `GET /v1/usage`; see below."
     )
@@ -211,6 +236,11 @@ class IngressSettings(Settings):
             return HostRule.of(self.allowed_hosts)
         everywhere = self.auth == "keys" or self.open_to_network
         return HostRule.of([ANY_HOST] if everywhere else [])
+
+    @cached_property
+    def cors_rule(self) -> OriginRule:
+        """Which origins' pages may call."""
+        return OriginRule.of(self.cors_origins)
 
     @cached_property
     def body_limits(self) -> BodyLimits:

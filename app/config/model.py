@@ -10,7 +10,8 @@ from pydantic import Field, StringConstraints, model_validator
 
 from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
-from app.core.pricing import RateCard
+from app.config.slo import SloSettings
+from app.core.pricing import FREE, RateCard
 from app.core.settings import Settings
 from app.core.tiers import PriorityMode, TierOffer
 
@@ -135,6 +136,12 @@ class TierSettings(Settings):
         "`off`: never.",
     )
     flex: bool = Field(default=True, description="Whether `flex` is offered.")
+    strict: bool = Field(
+        default=False,
+        description="Whether a request that names a tier which it would not get is refused with "
+        "4xx. Not set, it is served as `default`, at the default price, which is what most clients "
+        "expect. A client asks for the same with `require_tier`.",
+    )
 
     @cached_property
     def offer(self) -> TierOffer:
@@ -146,7 +153,9 @@ class ModelSettings(Settings):
     """``user_config`` of a model's ``Model`` deployment. Changes need no restart."""
 
     rate_card: RateCard = Field(
-        default=RateCard(), description="Prices of the model. Not set: free."
+        default=FREE,
+        description="Prices of the model. Not set: free, with a warning in the model's log; "
+        "`frontline check` asks for it.",
     )
     tiers: TierSettings = Field(default=TierSettings(), description="Tiers that the model offers.")
     queue: QueueSettings = Field(
@@ -157,4 +166,9 @@ class ModelSettings(Settings):
         default=ScalingSettings(),
         description="How many replicas the model gets, if its application uses Frontline's "
         "autoscaling policy.",
+    )
+    slo: SloSettings = Field(
+        default=SloSettings(),
+        description="Service level objectives by tier, such as `{priority: {ttft_ms: 500, p: "
+        "0.99}}`. They are measured and alerted on; no request depends on them. Not set: none.",
     )

@@ -86,10 +86,10 @@ class QueueSettings(Settings):
     inputs_per_slot: int = Field(
         default=32,
         gt=0,
-        description="How many inputs of an embeddings request take one slot. An input is one step "
-        "of prefill and no sequence that stays in the engine, so ordinary batches need not wait "
-        "for each other. With the default, a batch of 100 inputs takes 4 slots, and one of 2,048, "
-        "the most in OpenAI's API, takes 64.",
+        description="How many inputs of an embeddings request, or texts to rank, take one slot. "
+        "An input is one step of prefill and no sequence that stays in the engine, so ordinary "
+        "batches need not wait for each other. With the default, a batch of 100 inputs takes 4 "
+        "slots, and one of 2,048, the most in OpenAI's API, takes 64.",
     )
     affinity_slack: float = Field(
         default=0.25,

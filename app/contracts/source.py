@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from app.contracts.credits import Demand, Renewal
+from app.contracts.news import ModelNews
 from app.contracts.stats import QueueReport
 
 
@@ -33,6 +34,16 @@ class ModelSource(Protocol):
             demand: what the ingress holds and wants.
             report: the ingress's report; ``None`` if none is due.
             known: the version of the last snapshot; empty for none.
+        """
+        ...
+
+    async def news(self, application: str, life: str, number: int) -> ModelNews:
+        """Return the state of a model, and its history after a point.
+
+        Args:
+            application: the model's application.
+            life: the life of the Model in the last news; empty for none.
+            number: the number in the last news.
         """
         ...
 

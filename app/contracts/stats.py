@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from app.contracts.credits import Demand
+from app.contracts.grown import set_grown_state
+from app.contracts.slo import TierAttainment
 from app.contracts.status import ModelSnapshot
+from app.contracts.traffic import Traffic
 from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
 
@@ -27,7 +30,8 @@ class Suspended:
 
     Attributes:
         slots: how many slots they would take.
-        oldest_s: for how long a replica has had some without a break, at most, in seconds.
+        oldest_s: for how long a replica has had some, at most, in seconds. Breaks of less than a
+            second do not count.
     """
 
     slots: int = 0
@@ -49,6 +53,7 @@ class QueueReport:
         arrived: how many requests have arrived, by tier.
         finished: how many placed requests have ended, by tier, with whatever outcome.
         served_s: the sum of the times that these held a slot, in seconds, by tier.
+        traffic: what has happened to the requests that have ended; ``None`` if the Model knows.
     """
 
     at: float
@@ -60,6 +65,7 @@ class QueueReport:
     arrived: Mapping[Tier, int] = field(default_factory=dict)
     finished: Mapping[Tier, int] = field(default_factory=dict)
     served_s: Mapping[Tier, float] = field(default_factory=dict)
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,14 @@ class ModelBoard:
     Attributes:
         snapshot: the model as it is served now. It contains the keys of its engines.
         ingresses: the ingresses that are not silent, sorted by name.
+        slo: how many streams met their objective, by tier; tiers without one are left out.
+        downgrades: requests that were not served as requested, by reason, since the ingresses
+            started.
     """
 
     snapshot: ModelSnapshot
     ingresses: tuple[IngressBoard, ...]
+    slo: Mapping[Tier, TierAttainment] = field(default_factory=dict)
+    downgrades: Mapping[str, int] = field(default_factory=dict)
+
+    __setstate__ = set_grown_state

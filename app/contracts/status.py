@@ -11,8 +11,25 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from app.config.model import ModelSettings, TierSettings
+from app.contracts.grown import set_grown_state
+from app.contracts.start import PoolStart, StartFailure
 from app.core.dialect import Dialect, Route
-from app.core.tiers import PriorityMode, Tier
+from app.core.tiers import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """What an engine reports of the requests that it has suspended since it started.
+
+    Attributes:
+        preemptions: how often it has suspended one.
+        suspended: how many are suspended now.
+        suspended_s: for how long, all together, in seconds.
+    """
+
+    preemptions: int
+    suspended: int
+    suspended_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +47,8 @@ class ReplicaStatus:
         dialect: the engine's HTTP dialect.
         weight: the weight of its pool, which sets its share of the load.
         start_s: how long it took from its start until its engine was ready, in seconds.
+        preempted: what its engine reported last of suspended requests; ``None`` if it reports
+            nothing. A status that differs in this alone is equal: it is sent to no ingress.
     """
 
     replica_id: str
@@ -42,6 +61,7 @@ class ReplicaStatus:
     dialect: Dialect
     weight: float = 1.0
     start_s: float = 0.0
+    preempted: Preempted | None = field(default=None, compare=False)
 
     def honours_priority(self, route: Route) -> bool:
         """Whether the engine has native priority in force on this route."""
@@ -64,6 +84,8 @@ class Availability(StrEnum):
     ASLEEP = "asleep"
     """It has no replica because it had no requests; the first request wakes it."""
     STARTING = "starting"
+    FAILED = "failed"
+    """Its engines have failed to start. Serve may try again."""
     NOT_OFFERED = "engine_not_offered"
     """No node of the cluster offers what its engines require, and none is expected."""
 
@@ -98,6 +120,9 @@ class ModelSnapshot:
             being deployed or have failed.
         pools: the names of its pools.
         missing: by pool, the resources that a replica requires and no node offers, in words.
+        failed: by pool without replicas, why its last start failed. It names paths, so clients see
+            only ``failure_reason``.
+        starts: by replica, what each engine that is starting does.
     """
 
     id: str
@@ -109,6 +134,10 @@ class ModelSnapshot:
     sleep: Sleep | None = None
     pools: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, StartFailure] = field(default_factory=dict)
+    starts: Mapping[str, PoolStart] = field(default_factory=dict)
+
+    __setstate__ = set_grown_state
 
     @property
     def state(self) -> Availability:
@@ -117,8 +146,25 @@ class ModelSnapshot:
             return Availability.READY
         if self.pools and all(pool in self.missing for pool in self.pools):
             return Availability.NOT_OFFERED
-        sleeps = self.sleep is not None and not self.sleep.waking
-        return Availability.ASLEEP if sleeps else Availability.STARTING
+        if self.sleep is not None:
+            return Availability.STARTING if self.sleep.waking else Availability.ASLEEP
+        if self.failed and all(pool in self.missing or pool in self.failed for pool in self.pools):
+            return Availability.FAILED
+        return Availability.STARTING
+
+    @property
+    def failure_reason(self) -> str | None:
+        """Why its engines have failed to start, without paths; ``None`` if they have not."""
+        if self.state is not Availability.FAILED:
+            return None
+        return "; ".join(dict.fromkeys(failure.reason for failure in self.failed.values()))
+
+    @property
+    def start_phases(self) -> str:
+        """What its engines that are starting do, in words; empty if that is unknown."""
+        return "; ".join(
+            dict.fromkeys(start.phase for start in self.starts.values() if start.phase)
+        )
 
     @property
     def service_tiers(self) -> tuple[Tier, ...]:
@@ -138,6 +184,18 @@ class ModelSnapshot:
         return bool(honouring) and all(dialect.preempts for dialect in honouring)
 
     @property
+    def pools_to_come(self) -> frozenset[str]:
+        """The pools that have no ready replica now and may have one later."""
+        ready = {replica.pool for replica in self.replicas}
+        return frozenset(self.pools) - ready - self.missing.keys() - self.failed.keys()
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The routes that some ready engine has."""
+        served = frozenset[Route]().union(*(one.dialect.routes for one in self.replicas))
+        return tuple(route for route in Route if route in served)
+
+    @property
     def context_length(self) -> int | None:
         """The shortest context of its replicas, in tokens, which all of them accept."""
         lengths = [replica.context_length for replica in self.replicas]
@@ -151,6 +209,6 @@ class ModelSnapshot:
 
 def served_tiers(tiers: TierSettings, *, native: bool) -> tuple[Tier, ...]:
     """Return the tiers served, given the tiers offered and whether native priority is in force."""
-    delivered = native or tiers.priority is PriorityMode.QUEUE
+    delivered = tiers.priority.delivers(honoured=native)
     offered = (tier for tier in Tier if tiers.offer.offers(tier))
     return tuple(tier for tier in offered if delivered or tier is not Tier.PRIORITY)

@@ -41,7 +41,8 @@ _LEAST_CONNECTIONS = 100
 _UNLIMITED = 1 << 30
 
 # Serve's replica decodes these as UTF-8 outside our application, and answers 500 if that fails.
-_DECODED = ("x-request-id", "traceparent", "tracestate")
+# The values are the longest that pass, in bytes: a trace's state has at most 512.
+_DECODED = {"x-request-id": 200, "traceparent": 200, "tracestate": 512}
 # Serve obeys these headers: a client could get a timeout error in plain text, or keep its request
 # running after it disconnects.
 _OBEYED = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
@@ -81,14 +82,19 @@ class ProxyBounds:
             BadSetting: a variable has a bad value.
         """
         return cls(
-            head_timeout_s=_number(environ, "FRONTLINE_HEAD_TIMEOUT_S", cls.head_timeout_s, 1),
-            client_connections=_number(environ, "FRONTLINE_CLIENT_CONNECTIONS", 0, 0),
+            head_timeout_s=whole_number(environ, "FRONTLINE_HEAD_TIMEOUT_S", cls.head_timeout_s, 1),
+            client_connections=whole_number(environ, "FRONTLINE_CLIENT_CONNECTIONS", 0, 0),
             trusted_proxies=_networks(environ, "FRONTLINE_TRUSTED_PROXIES"),
             descriptors=descriptors,
         )
 
 
-def _number(environ: Mapping[str, str], name: str, default: int, least: int) -> int:
+def whole_number(environ: Mapping[str, str], name: str, default: int, least: int) -> int:
+    """Return the value of an environment variable; the default if it is not set or empty.
+
+    Raises:
+        BadSetting: it is not a whole number of at least ``least``.
+    """
     text = environ.get(name, "").strip()
     if not text:
         return default
@@ -355,12 +361,12 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
 def _decoded_rules() -> list[str]:
     """Remove headers that Serve decodes, unless each has one value of printable ASCII."""
     rules = []
-    for name in _DECODED:
+    for name, longest in _DECODED.items():
         value = f"req.fhdr({name})"
         rules += [
             f"http-request del-header {name} if {{ req.fhdr_cnt({name}) gt 1 }}",
             f"http-request del-header {name} if {{ {value} -m found }} "
-            rf"!{{ {value} -m reg '^[\x20-\x7e]{{1,200}}$' }}",
+            rf"!{{ {value} -m reg '^[\x20-\x7e]{{1,{longest}}}$' }}",
         ]
     return rules
 

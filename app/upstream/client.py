@@ -19,10 +19,11 @@ from app.core import errors
 from app.core.dialect import Route
 from app.protocol import engine_errors
 from app.protocol.json_body.spliced import Spliced
-from app.protocol.requests import stream_error
-from app.protocol.sse import EventReader, comments, parse_block
+from app.protocol.requests import is_preamble, stream_error
+from app.protocol.sse import comments, parse_block
 from app.upstream.http1 import ConnectionLost, Response, request_head
 from app.upstream.pool import Connections
+from app.upstream.preemptions import EngineEvents
 from app.upstream.silence import Silence
 
 _COLON: Final = ord(":")
@@ -89,9 +90,15 @@ class _Pulse:
 
 @dataclass(frozen=True, slots=True)
 class UnaryAnswer:
-    """A whole answer with status 200."""
+    """A whole answer with status 200.
+
+    Attributes:
+        body: its body.
+        preemptions: how often the engine has suspended its request; ``None`` if it does not tell.
+    """
 
     body: bytes
+    preemptions: int | None = None
 
 
 class StreamedAnswer:
@@ -104,7 +111,7 @@ class StreamedAnswer:
     def __init__(
         self,
         first: list[bytes],
-        reader: EventReader,
+        reader: EngineEvents,
         response: Response,
         pulse: _Pulse,
         read_timeout_s: float,
@@ -128,6 +135,11 @@ class StreamedAnswer:
         """Whether the engine has sent the whole answer, even if it has not been read yet."""
         return self._response.complete
 
+    @property
+    def preemptions(self) -> int | None:
+        """How often the engine has suspended the request so far; ``None`` if it does not tell."""
+        return self._reader.preemptions
+
     def watch(
         self, slow_s: float, on_slow: Callable[[], None], on_complete: Callable[[], None]
     ) -> None:
@@ -150,11 +162,19 @@ class StreamedAnswer:
             EngineBroke: the connection ended before the HTTP message did.
         """
         blocks, self._first = self._first, []
+        response = self._response
         try:
-            while not blocks and (piece := await self._response.next_piece()):
+            while not blocks:
+                # Not `next_piece`: another coroutine for each event.
+                piece = response.take_piece()
+                if not piece:
+                    if response.complete:
+                        break
+                    await response.more()
+                    continue
                 blocks = self._reader.blocks(piece)
                 if piece[0] == _COLON and not _has_event(blocks):
-                    self._response.disregard()
+                    response.disregard()
                 else:
                     self._pulse.beat()
         except ConnectionLost as error:
@@ -186,13 +206,17 @@ class EngineClient:
         body: bytes | Spliced,
         *,
         request_id: str,
+        trace: bytes = b"",
         read_timeout_s: float,
         silence: Silence | None = None,
+        headers: bytes = b"",
     ) -> UnaryAnswer | StreamedAnswer:
         """Send a request to an engine and return its answer.
 
-        The engine gets only the headers set here, and none of the client's. ``read_timeout_s`` is
-        the longest pause between two reads, in seconds. ``silence`` watches shorter pauses, from
+        The engine gets only the headers set here, ``headers``, which are lines of a request's head,
+        and of the client's at most its trace context: ``trace`` has the lines that pass it on.
+        ``read_timeout_s`` is the longest pause between two reads, in seconds. ``silence`` watches
+        shorter pauses, from
         the sending on; what its ``handle`` raises is raised here.
 
         Raises:
@@ -201,8 +225,8 @@ class EngineClient:
             ApiError: the engine rejected the request.
         """
         url = replica.base_url
-        own = b"x-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (request_id.encode(), len(body))
-        head = _head(route, url, replica.key) + own
+        own = b"x-request-id: %b\r\ncontent-length: %d\r\n" % (request_id.encode(), len(body))
+        head = _head(route, url, replica.key) + headers + own + trace + b"\r\n"
         pulse = self._pulses.get(replica.replica_id)
         if pulse is None:
             pulse = self._pulses[replica.replica_id] = _Pulse()
@@ -244,7 +268,7 @@ async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryA
             response.status, body, route.prompt_field, response.retry_after
         )
         raise _fault(error)
-    return UnaryAnswer(body)
+    return UnaryAnswer(body, response.preemptions)
 
 
 def _has_event(blocks: list[bytes]) -> bool:
@@ -253,17 +277,21 @@ def _has_event(blocks: list[bytes]) -> bool:
 
 async def _read_first(
     response: Response, route: Route, pulse: _Pulse, silence: Silence | None
-) -> tuple[list[bytes], EventReader]:
+) -> tuple[list[bytes], EngineEvents]:
     """Return the first events of a stream. Raises the error that a stream begins with, if any."""
-    reader = EventReader()
+    reader, begun = EngineEvents(response.preemptions), list[bytes]()
     while piece := await response.next_piece():
         blocks = reader.blocks(piece)
-        first = next((event for block in blocks if (event := parse_block(block))), None)
-        if first is not None:
+        events = [event for block in blocks if (event := parse_block(block))]
+        if events or begun:
             pulse.beat()
+            begun += blocks
+            first = next((event for event in events if not is_preamble(event, route)), None)
+            if first is None:
+                continue
             if failure := stream_error(first, route):
                 raise _fault(failure)
-            return blocks, reader
+            return begun, reader
         if blocks:
             response.disregard()
             if silence is not None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import ClassVar, Final, cast
 from urllib.parse import urlsplit
 
 import httptools
 
+from app.upstream import preemptions
 from app.upstream.silence import Silence
 
 MOST_UNREAD: Final = 256 * 1024
@@ -54,16 +55,23 @@ class Response:
         status: the HTTP status.
         content_type: without parameters, in lower case; empty if there is none.
         retry_after: that header; empty if there is none.
+        preemptions: how often the engine has suspended the request so far; ``None`` if unknown.
     """
 
-    __slots__ = ("_connection", "content_type", "retry_after", "status")
+    __slots__ = ("_connection", "content_type", "preemptions", "retry_after", "status")
 
     def __init__(
-        self, connection: EngineConnection, status: int, content_type: bytes, retry_after: bytes
+        self,
+        connection: EngineConnection,
+        status: int,
+        content_type: bytes,
+        retry_after: bytes,
+        preemptions: int | None,
     ) -> None:
         self.status = status
         self.content_type = content_type
         self.retry_after = retry_after.decode("latin-1").strip()
+        self.preemptions = preemptions
         self._connection = connection
 
     @property
@@ -107,11 +115,16 @@ class Response:
         """
         connection = self._connection
         while not (piece := connection.take_piece()) and not connection.complete:
-            if connection.due:
-                await connection.handle_silence()
-            else:
-                await connection.news()
+            await connection.more()
         return piece
+
+    def more(self) -> Awaitable[None]:
+        """Return what is to be awaited before the next ``take_piece``; see ``next_piece``.
+
+        Raises:
+            ConnectionLost: the connection ended before the body did.
+        """
+        return self._connection.more()
 
 
 class Held:
@@ -130,7 +143,8 @@ class EngineConnection(asyncio.Protocol):
         held: the bytes that wait for their readers on all connections together, without the first
             ``LEAST_UNREAD`` of each connection.
         complete: whether the whole answer has arrived.
-        due: whether ``handle_silence`` is to be called by whoever waits for the answer.
+        due: whether something is to be done because nothing has arrived for a while; ``more``
+            returns it to whoever waits for the answer.
         kept: whether the connection has served an earlier request.
         idle_since: when it was given back, by the event loop's clock, in seconds.
     """
@@ -163,6 +177,7 @@ class EngineConnection(asyncio.Protocol):
         self._sending = False
         self.unwatch()
         self._content_type = self._retry_after = b""
+        self._preemptions: int | None = None
         self.complete = self._head_came = self._keeps_alive = self._lost = False
         self._silent = self._answered = False
 
@@ -204,12 +219,10 @@ class EngineConnection(asyncio.Protocol):
             transport.write(head)
             await self._write(transport, body)
         while not self._head_came:
-            if self.due:
-                await self.handle_silence()
-            else:
-                await self.news()
+            await self.more()
         content_type = self._content_type.partition(b";")[0].strip().lower()
-        return Response(self, self._parser.get_status_code(), content_type, self._retry_after)
+        status = self._parser.get_status_code()
+        return Response(self, status, content_type, self._retry_after, self._preemptions)
 
     async def _write(
         self, transport: asyncio.Transport, pieces: Iterable[bytes | memoryview]
@@ -248,7 +261,15 @@ class EngineConnection(asyncio.Protocol):
         """See ``Response.disregard``."""
         self._received_at = self._alive_at
 
-    async def handle_silence(self) -> None:
+    def more(self) -> Awaitable[None]:
+        """Return an awaitable: for more of the answer, or for what is due without it.
+
+        Raises:
+            ConnectionLost: the connection has ended.
+        """
+        return self._handle_silence() if self.due else self.news()
+
+    async def _handle_silence(self) -> None:
         """Do what is due because nothing has arrived for a while."""
         self.due = False
         if self._silence is not None:
@@ -407,6 +428,8 @@ class EngineConnection(asyncio.Protocol):
             self._content_type = value
         elif len(name) == 11 and name.lower() == b"retry-after":
             self._retry_after = value
+        elif len(name) == len(preemptions.HEADER) and name.lower() == preemptions.HEADER:
+            self._preemptions = preemptions.read_count(value)
 
     def on_headers_complete(self) -> None:
         self._head_came = self._parser.get_status_code() >= 200

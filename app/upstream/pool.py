@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -107,7 +108,13 @@ class Connections:
 
 
 async def fetch(
-    base_url: str, method: str, path: str, *, key: str | None = None, json: bytes | None = None
+    base_url: str,
+    method: str,
+    path: str,
+    *,
+    key: str | None = None,
+    json: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
     """Send one request over a new connection; return the answer's status and body.
 
@@ -117,12 +124,14 @@ async def fetch(
         path: the path, with its leading slash.
         key: a bearer token.
         json: the body.
+        headers: further headers.
 
     Raises:
         ConnectionLost: no connection can be opened, it ended before the answer did, or nothing
             arrived for five minutes.
     """
     head = request_head(method, path, base_url, key) + b"connection: close\r\n"
+    head += b"".join(f"{name}: {value}\r\n".encode() for name, value in (headers or {}).items())
     if json is not None:
         head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(json)
     connection = await _connect(base_url)

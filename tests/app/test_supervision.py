@@ -123,3 +123,22 @@ def test_failures_are_recent_for_a_while(registry):
     registry.failed("reader", ValueError(), restarts=True)
     now = registry.failures()["reader"].last_at
     assert registry.recent(now + 1.0) and not registry.recent(now + supervision.RECENT_S + 1)
+
+
+async def test_a_task_that_loses_its_cancellation_is_stopped_all_the_same(monkeypatch):
+    """At 410afd7 the caller waited for ever."""
+    monkeypatch.setattr(supervision, "CANCEL_AGAIN_S", 0.01)
+    lost = []
+
+    async def look():
+        while len(lost) < 3:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                lost.append(True)
+        await asyncio.sleep(60)
+
+    task = run_once("look", look, Registry())
+    await asyncio.sleep(0)
+    await stop(task)
+    assert task.done() and len(lost) == 3
