@@ -21,14 +21,20 @@ from app.contracts.credits import Demand, Grant
 from app.contracts.stats import REPORT_S, QueueReport
 from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Route
+from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
 from app.flow.credits import RENEWAL_S
 from app.flow.request import QueuedRequest, RequestState
 from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
-from app.flow.stats import Tally
+from app.flow.stats import PoolSlots, QueueState, Tally
 
 _TICK_AGAIN_S: Final = 0.2
+# States in which no engine can be expected.
+_HOPELESS: Final = {
+    Availability.NOT_OFFERED: ShedReason.NOT_OFFERED,
+    Availability.FAILED: ShedReason.ENGINE_FAILED,
+}
 
 
 class Shed(Exception):
@@ -66,6 +72,7 @@ class Admission:
         self._scheduler = Scheduler(ingress, QueueSettings())
         self._snapshot: ModelSnapshot | None = None
         self._replicas: dict[str, ReplicaStatus] = {}
+        self._lacking: dict[Route, frozenset[str]] = {}
         self._waiting: dict[QueuedRequest, asyncio.Future[Slot]] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -102,11 +109,19 @@ class Admission:
         now = time.monotonic()
         self._snapshot = snapshot
         self._sleep_state(snapshot.sleep, now)
-        if snapshot.state is Availability.NOT_OFFERED:
-            self._scheduler.withdraw(now)
-        else:
+        if (reason := _HOPELESS.get(snapshot.state)) is None:
             self._scheduler.offer()
+        else:
+            self._scheduler.withdraw(now, reason)
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
+        self._lacking = {
+            route: frozenset(
+                status.replica_id
+                for status in snapshot.replicas
+                if route not in status.dialect.routes
+            )
+            for route in Route
+        }
         offers = [_offer(status) for status in snapshot.replicas]
         # Replicas before settings: with the old replicas, the scheduler would place requests on
         # replicas that are gone.
@@ -143,6 +158,19 @@ class Admission:
         """
         self._call(partial(self._scheduler.lost, suspend=suspend), request, time.monotonic())
         return await self._slot_of(request)
+
+    def lacking(self, route: Route) -> frozenset[str]:
+        """Return the ids of the ready replicas whose engine does not have a route."""
+        return self._lacking[route]
+
+    def serving(self, route: Route) -> list[ReplicaStatus]:
+        """Return the ready replicas whose engine has a route."""
+        lacking = self._lacking[route]
+        return [one for one in self.snapshot.replicas if one.replica_id not in lacking]
+
+    def delivers_priority(self, route: Route) -> bool:
+        """Whether a new request could be served as priority on a route, as far as is known."""
+        return self._scheduler.delivers_priority(route)
 
     def has_another(self, request: QueuedRequest) -> bool:
         """Whether a placed request could go to another replica, now or later."""
@@ -197,6 +225,23 @@ class Admission:
             now,
             headroom=scheduler.credits.slot_table.headroom,
             grants_per_s={tier: scheduler.queue.grant_rate(tier, now) for tier in Tier},
+        )
+
+    def state(self) -> QueueState:
+        """Return the state of the queue now."""
+        now, scheduler = time.monotonic(), self._scheduler
+        queue, credits = scheduler.queue, scheduler.credits
+        pools: dict[str, PoolSlots] = {}
+        for one in credits.slot_table:
+            slots = PoolSlots(one.credit, one.running, one.free)
+            pools[one.kind.pool] = pools.get(one.kind.pool, PoolSlots()) + slots
+        return QueueState(
+            waiting={tier: queue.wanted(tier) for tier in Tier},
+            oldest_s={tier: queue.oldest_s(tier, now) for tier in Tier},
+            running=credits.running,
+            sheds=self._tally.sheds,
+            preemptions={tier: credits.preemptions[tier] for tier in Tier},
+            pools=pools,
         )
 
     def receive(self, grant: Grant) -> None:

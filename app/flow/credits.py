@@ -49,10 +49,16 @@ them if one of its demands is lost."""
 
 
 class Credits:
-    """The credits of one model in one ingress, and the requests running on them."""
+    """The credits of one model in one ingress, and the requests running on them.
+
+    Attributes:
+        preemptions: how many slots requests took beyond the credits of a replica that preempts, by
+            their tier: its engine suspends as many running requests of lower tiers.
+    """
 
     def __init__(self, ingress: str) -> None:
         self.slot_table = SlotTable()
+        self.preemptions: Counter[Tier] = Counter()
         self.ingresses = 1
         self._ingress = ingress
         self._number = 0
@@ -83,7 +89,14 @@ class Credits:
         """Place a request on a replica that ``slot_table.find`` has returned."""
         self._note_change()
         self._running[tier] += slots
+        if replica.kind.preempts and (over := replica.running + slots - replica.credit) > 0:
+            self.preemptions[tier] += min(slots, over)
         self.slot_table.occupy(replica, tier, slots)
+
+    @property
+    def running(self) -> dict[Tier, int]:
+        """How many slots running requests take, by tier."""
+        return {tier: self._running[tier] for tier in Tier}
 
     def release(self, replica_id: str, tier: Tier, slots: int = 1) -> None:
         """Free the slots of a request that has ended; give up credits if too many are held."""

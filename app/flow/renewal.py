@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from app import supervision
 from app.contracts.credits import Renewal
 from app.contracts.source import ModelSource, SourceAway
+from app.contracts.stats import QueueReport
 from app.contracts.status import ModelSnapshot
+from app.contracts.traffic import Traffic
 from app.flow.admission import Admission
 
 _RENEWAL_TIMEOUT_S: Final = 1.0
@@ -23,6 +26,34 @@ _LISTEN_AGAIN_S: Final = 1.0
 _log = logging.getLogger("ray.serve")
 
 
+class TrafficReports:
+    """What to report of the traffic of one model: nothing while the Model has the latest counts.
+
+    Args:
+        traffic: returns the counts of a model by its id, as they are now.
+    """
+
+    def __init__(self, traffic: Callable[[str], Traffic]) -> None:
+        self._traffic = traffic
+        # The life of the Model, and how many requests the counts that it has are of.
+        self._known: tuple[str, int] | None = None
+
+    def due(self, model: str) -> Traffic | None:
+        """Return a copy of the counts; ``None`` if the Model has them already."""
+        traffic = self._traffic(model)
+        if self._known is not None and self._known[1] == traffic.requests:
+            return None
+        # A copy, because it is sent from another thread.
+        return Traffic.of([traffic])
+
+    def received(self, life: str, traffic: Traffic | None) -> None:
+        """Record that the Model has answered a report with these counts."""
+        if traffic is not None:
+            self._known = (life, traffic.requests)
+        elif self._known is not None and self._known[0] != life:
+            self._known = None
+
+
 class Renewals:
     """Keeps the admission of one model up to date, in two background tasks."""
 
@@ -33,13 +64,18 @@ class Renewals:
         ingress: str,
         admission: Admission,
         update: Callable[[ModelSnapshot], None],
+        traffic: Callable[[str], Traffic],
     ) -> None:
-        """``update`` applies a changed snapshot to the admission; an exception is a fault."""
+        """``update`` applies a changed snapshot to the admission; an exception is a fault.
+
+        ``traffic`` returns the counts of a model by its id.
+        """
         self._source = source
         self._application = application
         self._ingress = ingress
         self._admission = admission
         self._update = update
+        self._traffic = TrafficReports(traffic)
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     def start(self) -> None:
@@ -62,7 +98,7 @@ class Renewals:
         """Renew credits until cancelled. After a restart it requests the whole snapshot again."""
         known, away = "", False
         while True:
-            demand, report = self._admission.demand(), self._admission.report()
+            demand, report = self._admission.demand(), self._report()
             try:
                 async with asyncio.timeout(_RENEWAL_TIMEOUT_S):
                     renewal = await self._source.renew(self._application, demand, report, known)
@@ -81,7 +117,16 @@ class Renewals:
                 self._take(renewal)
                 # Set only now: a snapshot that could not be applied must be sent again.
                 known = renewal.version
+                traffic = None if report is None else report.traffic
+                self._traffic.received(renewal.grant.life, traffic)
             await self._admission.wait_for_renewal()
+
+    def _report(self) -> QueueReport | None:
+        """Return the report that is due, with the traffic that the Model does not know."""
+        report = self._admission.report()
+        if report is None or not self._admission.known:
+            return report
+        return replace(report, traffic=self._traffic.due(self._admission.snapshot.id))
 
     def _take(self, renewal: Renewal) -> None:
         """Apply a Model's answer. The grant is applied even if the snapshot cannot be."""

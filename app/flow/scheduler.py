@@ -18,7 +18,7 @@ repeated calls have no effect.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 from app.config.queue import QueueSettings
@@ -84,6 +84,7 @@ class Scheduler:
         self._opens: Callable[[float], float] | None = None
         # When waiting requests are shed because no node fits an engine; infinity: not planned.
         self._gives_up_at = math.inf
+        self._gives_up_for = ShedReason.NOT_OFFERED
         self.gathering: Gathering | None = None
         self._slot_table = self.credits.slot_table
         self._slot_table.slack = settings.affinity_slack
@@ -98,9 +99,13 @@ class Scheduler:
         assert request.state is RequestState.NEW, "a request arrives once"
         changed = self._advance(now)
         request.arrived = now
-        if request.tier is Tier.PRIORITY and not self._slot_table.delivers(request.route):
+        if request.tier is Tier.PRIORITY and not self.delivers_priority(request.route):
             request.tier = Tier.DEFAULT
         return self._admit(request, now, changed)
+
+    def delivers_priority(self, route: Hashable) -> bool:
+        """Whether priority can be delivered on a route, as far as is known."""
+        return self._slot_table.delivers(route)
 
     def end(
         self, request: QueuedRequest, now: float, tokens: int | None = None
@@ -185,8 +190,12 @@ class Scheduler:
         """Record that the model is not asleep."""
         self._opens = None
 
-    def withdraw(self, now: float) -> None:
-        """Record that no node offers what the model's engines require. Idempotent."""
+    def withdraw(self, now: float, reason: ShedReason = ShedReason.NOT_OFFERED) -> None:
+        """Record that no engine can be expected, and why. Idempotent.
+
+        Requests wait for ``GIVE_UP_S`` from the first call on; the latest reason is theirs.
+        """
+        self._gives_up_for = reason
         if self._gives_up_at == math.inf:
             self._gives_up_at = now + GIVE_UP_S
 
@@ -208,14 +217,16 @@ class Scheduler:
 
         A request that begins to starve takes effect at the next event, and needs no tick.
         """
-        gives_up_at = self._gives_up_at if self.queue.count else math.inf
-        return min(self.queue.next_expiry(), self.credits.next_change(), gives_up_at)
+        opens_at = self.credits.next_change()
+        if not self.queue.count:
+            return opens_at
+        return min(self.queue.next_expiry(), opens_at, self._gives_up_at)
 
     def renewal_at(self) -> float:
         """Return when the next demand is due; an event may bring it forward."""
-        return self.credits.renewal_at(
-            waits=self.queue.count > 0, priority_waits=self.queue.waiting(Tier.PRIORITY) > 0
-        )
+        waits = self.queue.count > 0
+        priority_waits = waits and self.queue.waiting(Tier.PRIORITY) > 0
+        return self.credits.renewal_at(waits=waits, priority_waits=priority_waits)
 
     def demand(self, now: float) -> Demand:
         """Return the demand to send to the Model now."""
@@ -260,7 +271,7 @@ class Scheduler:
                 changed.append(request)
             if now >= self._gives_up_at:
                 for request in self.queue.clear():
-                    self._shed(request, ShedReason.NOT_OFFERED, now)
+                    self._shed(request, self._gives_up_for, now)
                     changed.append(request)
         if self.credits.advance(now):
             self._dispatch(now, changed)
@@ -292,12 +303,14 @@ class Scheduler:
         if request.slots == 1 and shed is None and self.gathering is None:
             return changed
         # Another large request may be next now, or none.
-        return self._dispatch(now, changed)
+        self._dispatch(now, changed)
+        # It may have been placed after all, which is no change of another request.
+        return [one for one in changed if one is not request]
 
     def _refusal(self, request: QueuedRequest, now: float) -> ShedReason | None:
         """Return why a request without room may not wait; ``None`` if it may."""
         if now >= self._gives_up_at:
-            return ShedReason.NOT_OFFERED
+            return self._gives_up_for
         if self._is_stranded(request):
             return ShedReason.NO_OTHER_REPLICA
         return ShedReason.FAIL_FAST if request.fail_fast else None
@@ -387,7 +400,9 @@ class Scheduler:
         gathering = self.gathering
         held_back = None
         if gathering is not None and gathering.keeps_out(request):
-            held_back = gathering.replica_id
+            # A replica may just have gone. Then nothing is gathered there any more.
+            gone = self._slot_table.get(gathering.replica_id) is None
+            held_back = None if gone else gathering.replica_id
         return self._slot_table.find(
             request.tier,
             request.route,

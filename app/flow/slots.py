@@ -372,8 +372,8 @@ class SlotTable:
     ) -> list[Kind]:
         kinds = self._honouring.get(route)
         if kinds is None:
-            queue = self._mode is PriorityMode.QUEUE
-            kinds = [k for k in self._all if k.honours and k.ready and (queue or route in k.routes)]
+            mode = self._mode
+            kinds = [k for k in self._all if k.ready and mode.delivers(honoured=route in k.routes)]
             self._honouring[route] = kinds
         if not without:
             return kinds
@@ -439,8 +439,7 @@ class SlotTable:
         """Recompute where headroom is kept, and the sums."""
         self._all = list(self._kinds.values())
         for kind in self._all:
-            auto = self._mode is PriorityMode.AUTO and bool(kind.routes)
-            kind.honours = auto or self._mode is PriorityMode.QUEUE
+            kind.honours = self._mode.delivers(honoured=bool(kind.routes))
             kind.kept = kind.honours and (self.headroom_everywhere or not kind.preempts)
         self._not_kept = [kind for kind in self._all if not kind.kept]
         self._preempting = any(kind.preempts for kind in self._all)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Final
 
 from app.config.queue import QueueSettings
 from app.core.dialect import Route
+
+# A tuple, because the scheduler takes any name of a route, which equals the member but has another
+# hash.
+_SHARE_SLOTS: Final = tuple(route for route in Route if route.takes_slot and not route.generates)
 
 
 def weight(sequences: int, route: Hashable, settings: QueueSettings, slots: int) -> int:
@@ -13,12 +18,12 @@ def weight(sequences: int, route: Hashable, settings: QueueSettings, slots: int)
 
     Args:
         sequences: how many sequences the engine runs for it (``Inbound.sequences``).
-        route: the route of the request. The inputs of an embeddings request share slots.
+        route: the route of the request. The inputs of one that generates nothing share slots.
         settings: the settings of the model's queue.
         slots: the slots of the replica.
     """
     if sequences <= 1:
         return 1
-    if route == Route.EMBEDDINGS:
+    if route in _SHARE_SLOTS:
         sequences = -(-sequences // settings.inputs_per_slot)
     return max(min(sequences, slots), 1)

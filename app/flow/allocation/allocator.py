@@ -35,9 +35,8 @@ On replicas whose engine preempts, credits are for default and flex. Slots taken
 credits do not count as held, because default takes them back. Priority obeys the limits of
 ``app.flow.allocation.preemption`` instead.
 
-A large request needs several slots of one replica at once. An ingress whose next request is large
-names the replica on which it gathers them. The Model has the others leave it, one gatherer for
-each replica, the one that waits at the best tier or has waited longest.
+Where an ingress gathers slots for a large request, the others leave them to it
+(``app.flow.allocation.gathering``).
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from app.config.queue import QueueSettings
 from app.contracts.credits import Demand, Grant
 from app.contracts.stats import Suspended
 from app.core.tiers import Tier
 from app.flow.allocation.fair_share import Want
+from app.flow.allocation.gathering import Gathering
 from app.flow.allocation.preemption import PreemptingReplicas
 from app.flow.allocation.rebalance import IngressHoldings, Terms, balance
 from app.flow.credits import RENEWAL_S, SILENCE_S
@@ -120,18 +119,6 @@ class _Account:
     # Whether it lacked slots for priority at its last grant.
     urgent: bool = False
     woken: bool = False
-
-
-class _Gatherer(NamedTuple):
-    """An ingress that gathers slots on a replica; the lowest comes first.
-
-    ``rank`` is that of its tier, or the best one if no tier gets slots before it.
-    """
-
-    rank: int
-    minus_oldest_s: float
-    ingress: str
-    slots: int
 
 
 class CreditAllocator:
@@ -217,13 +204,13 @@ class CreditAllocator:
         if self._listening:
             return []
         urgent = any(account.urgent for account in self._accounts.values())
-        gatherers = self._gatherers()
+        gathering = self._gathering()
         names = [
             name
             for name, account in self._accounts.items()
             if not account.woken
             and (
-                self._should_leave(account, gatherers)
+                self._should_leave(account, gathering)
                 or self._should_renew(account, now, urgent=urgent)
             )
         ]
@@ -252,51 +239,33 @@ class CreditAllocator:
         known = account.pending.at_most.get(name) if account.pending else None
         return held > terms.at_most and (urgent or terms.at_most != known)
 
-    def _should_leave(self, account: _Account, gatherers: Mapping[str, _Gatherer]) -> bool:
+    def _should_leave(self, account: _Account, gathering: Gathering) -> bool:
         """Whether an ingress does not know yet that another one gathers slots where it has some."""
         known = account.pending.leave if account.pending is not None else {}
-        leave = self._leave(account.demand.ingress, gatherers)
         return any(
             account.held.get(replica_id, 0) > sum(left) and replica_id not in known
-            for replica_id, left in leave.items()
+            for replica_id, left in self._left_by(account, gathering).items()
         )
 
-    def _gatherers(self) -> dict[str, _Gatherer]:
-        """Return who gathers slots, by replica."""
-        found: dict[str, _Gatherer] = {}
-        for name, account in self._accounts.items():
-            wish = account.demand.gathers
-            if wish is None or wish.replica_id not in self._pool_of:
-                continue
-            better = _TIERS[: wish.tier.rank]
-            others = (one.demand for one in self._accounts.values() if one is not account)
-            if not wish.alone and any(one.waiting[tier] for one in others for tier in better):
-                continue
-            rank = 0 if wish.alone else wish.tier.rank
-            mine = _Gatherer(rank, -account.demand.oldest_s[wish.tier], name, wish.slots)
-            found[wish.replica_id] = min(mine, found.get(wish.replica_id, mine))
-        return found
+    def _gathering(self) -> Gathering:
+        demands = [account.demand for account in self._accounts.values()]
+        return Gathering(demands, self._pool_of)
 
-    def _leave(
-        self, ingress: str, gatherers: Mapping[str, _Gatherer]
-    ) -> dict[str, tuple[int, int]]:
+    def _left_by(self, account: _Account, gathering: Gathering) -> dict[str, tuple[int, int]]:
         """Return how many credits an ingress keeps where another one gathers, and how many free."""
-        leave = {}
-        for replica_id, gatherer in gatherers.items():
-            if gatherer.ingress != ingress:
-                name = self._pool_of[replica_id]
-                pool = self._pools[name]
-                # Headroom is kept elsewhere meanwhile, if there is anywhere else.
-                alone = len(pool.replicas) == 1
-                headroom = self._terms(name, pool)[ingress].headroom if alone else 0
-                # It stays free for priority, unless priority comes after the one that gathers.
-                leave[replica_id] = (headroom, 0) if gatherer.rank == 0 else (0, headroom)
-        return leave
+        ingress = account.demand.ingress
+
+        def headroom(replica_id: str) -> int:
+            name = self._pool_of[replica_id]
+            pool = self._pools[name]
+            # Headroom is kept elsewhere meanwhile, if there is anywhere else.
+            return self._terms(name, pool)[ingress].headroom if len(pool.replicas) == 1 else 0
+
+        return gathering.left_by(ingress, headroom)
 
     def _limits(self, ingress: str, now: float) -> dict[str, int]:
         """Return how many slots the priority requests of an ingress may take, by replica."""
-        gatherers = self._gatherers().items()
-        first = {replica: (one.ingress, one.slots) for replica, one in gatherers if one.rank == 0}
+        first = self._gathering().before_priority()
         return self._preempting.limits(ingress, now, first)
 
     def _open(self, demand: Demand, now: float) -> _Account:
@@ -346,16 +315,18 @@ class CreditAllocator:
             for_tier: dict[str, Tier] = {}
             headroom = keep = 0
             account.urgent = False
-            gatherers = self._gatherers()
-            leave = self._leave(account.demand.ingress, gatherers)
+            gathering = self._gathering()
+            leave = self._left_by(account, gathering)
+            gathers_on = gathering.replicas_of(account.demand.ingress)
+            wanted = gathering.lacking(account.demand, account.held)
             for name, pool in self._pools.items():
                 terms = self._terms(name, pool)[account.demand.ingress]
                 lacking = terms.up_to - account.holdings[name].held
-                gathered = self._gathered(account, pool, gatherers)
+                gathered = {r: min(n, pool.room[r]) for r, n in wanted.items() if r in pool.room}
                 added |= gathered
                 added |= self._pick(account, pool, lacking, leave.keys() | gathered.keys())
                 at_most[name] = terms.at_most
-                if self._gathers_in(account, pool, gatherers):
+                if not pool.replicas.keys().isdisjoint(gathers_on):
                     # What it has gathered stays, whatever its share.
                     at_most[name] = max(at_most[name], account.holdings[name].held)
                     at_most[name] += sum(gathered.values())
@@ -483,26 +454,6 @@ class CreditAllocator:
         if tier is Tier.FLEX or not yields:
             return holdings
         return replace(holdings, in_use=holdings.in_use - yields)
-
-    def _gathers_in(
-        self, account: _Account, pool: _Pool, gatherers: Mapping[str, _Gatherer]
-    ) -> bool:
-        """Whether an ingress gathers slots on a replica of a pool."""
-        name = account.demand.ingress
-        return any(one.ingress == name for r, one in gatherers.items() if r in pool.replicas)
-
-    def _gathered(
-        self, account: _Account, pool: _Pool, gatherers: Mapping[str, _Gatherer]
-    ) -> dict[str, int]:
-        """Choose the credits to add where an ingress gathers slots: as many as it needs there."""
-        added = {}
-        for replica_id, gatherer in gatherers.items():
-            if gatherer.ingress == account.demand.ingress and replica_id in pool.room:
-                running = account.demand.firm.get(replica_id, (0, 0))[1]
-                lacking = running + gatherer.slots - account.held.get(replica_id, 0)
-                if lacking > 0:
-                    added[replica_id] = min(lacking, pool.room[replica_id])
-        return added
 
     def _pick(
         self, account: _Account, pool: _Pool, wanted: int, without: AbstractSet[str]

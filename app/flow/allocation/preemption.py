@@ -10,21 +10,27 @@ If ingresses together want more for priority than there is, each gets a part of 
 proportion to what it wants. Otherwise the one that happens to have the slots would keep them.
 
 The suspended must get on as well. Once a tier has had suspended requests on a replica for its
-starvation age without a break, priority leaves one slot in ``starvation_every`` there, at least
-one, until no request of that tier is left there. So each of them is resumed after at most that age
-and the requests that come before it, and then goes on to its end: priority does not fill the
-slots.
+starvation age, without a break of ``SHORTEST_BREAK_S``, priority leaves one slot in
+``starvation_every`` there, at least one, until no request of that tier is left there. So each of
+them is resumed after at most that age and the requests that come before it, and then goes on to its
+end: priority does not fill the slots.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from app.config.queue import QueueSettings
 from app.contracts.credits import Demand
 from app.contracts.stats import Suspended
 from app.core.tiers import Tier
+
+SHORTEST_BREAK_S: Final = 1.0
+"""Shortest time without suspended requests after which their age starts anew. Where priority
+requests end and begin all the time there are gaps of milliseconds between them, in which nothing
+that was suspended gets on."""
 
 Taken = tuple[int, ...]
 """Slots taken on a replica, by tier."""
@@ -41,8 +47,10 @@ class PreemptingReplicas:
         self._slots: dict[str, int] = {}
         self._demands: dict[str, Demand] = {}
         self._totals: dict[str, Taken] = {}
-        # Since when a tier has had suspended requests on a replica, and where that was too long.
+        # Since when a tier has had suspended requests on a replica, since when it has none again,
+        # and where that was too long.
         self._since: dict[tuple[str, Tier], float] = {}
+        self._break: dict[tuple[str, Tier], float] = {}
         self._owed: set[tuple[str, Tier]] = set()
 
     def configure(self, settings: QueueSettings) -> None:
@@ -54,6 +62,7 @@ class PreemptingReplicas:
         self._slots = dict(slots)
         self._totals = {replica_id: self._total(replica_id) for replica_id in slots}
         self._since = {key: at for key, at in self._since.items() if key[0] in slots}
+        self._break = {key: at for key, at in self._break.items() if key[0] in slots}
         self._owed = {key for key in self._owed if key[0] in slots}
 
     def report(self, demand: Demand, now: float) -> None:
@@ -132,12 +141,16 @@ class PreemptingReplicas:
     def suspended(self, now: float) -> dict[Tier, Suspended]:
         """Return which requests engines have suspended, by tier."""
         suspended = {}
+        for key in list(self._break):
+            self._end_break(key, now)
         for tier in _LOWER:
             slots = sum(
                 self._suspended(self._totals[replica_id], slots, tier)
                 for replica_id, slots in self._slots.items()
             )
-            since = [at for (_, one), at in self._since.items() if one is tier]
+            since = [
+                at for key, at in self._since.items() if key[1] is tier and key not in self._break
+            ]
             suspended[tier] = Suspended(slots, now - min(since, default=now))
         return suspended
 
@@ -149,12 +162,21 @@ class PreemptingReplicas:
         for replica_id in replica_ids:
             for tier in _LOWER:
                 key, totals = (replica_id, tier), self._totals[replica_id]
+                self._end_break(key, now)
                 if self._suspended(totals, self._slots[replica_id], tier):
                     self._since.setdefault(key, now)
-                else:
-                    self._since.pop(key, None)
+                    self._break.pop(key, None)
+                elif key in self._since:
+                    self._break.setdefault(key, now)
                 if not totals[tier.rank]:
+                    self._since.pop(key, None)
+                    self._break.pop(key, None)
                     self._owed.discard(key)
+
+    def _end_break(self, key: tuple[str, Tier], now: float) -> None:
+        """Forget since when there were suspended requests, if there are none for long enough."""
+        if now - self._break.get(key, math.inf) >= SHORTEST_BREAK_S:
+            del self._since[key], self._break[key]
 
     @staticmethod
     def _suspended(taken: Taken, slots: int, tier: Tier) -> int:
@@ -167,6 +189,7 @@ class PreemptingReplicas:
         settings, owed = self._settings, False
         for tier in _LOWER:
             key = (replica_id, tier)
+            self._end_break(key, now)
             if now - self._since.get(key, math.inf) >= settings.of(tier).starvation_age_s:
                 self._owed.add(key)
             owed |= key in self._owed

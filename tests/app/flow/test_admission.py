@@ -51,6 +51,17 @@ async def standing(made, *requests):
     return tasks
 
 
+async def test_the_replicas_that_have_a_route_change_with_the_model():
+    snapshot = model("one", "two")
+    one, two = snapshot.replicas
+    two = replace(two, dialect=replace(two.dialect, routes=frozenset({Route.EMBEDDINGS})))
+    made = admission(replace(snapshot, replicas=(one, two)))
+    assert made.lacking(Route.CHAT) == {"two"} and made.serving(Route.CHAT) == [one]
+    assert made.lacking(Route.EMBEDDINGS) == set()
+    made.update(replace(snapshot, replicas=(two,)))
+    assert made.lacking(Route.CHAT) == {"two"} and made.serving(Route.CHAT) == []
+
+
 async def test_with_room_nobody_waits():
     made = admission(model("one"))
     request = new_request()

@@ -804,3 +804,18 @@ def test_a_model_that_dies_after_it_gave_credits_away_costs_no_slot_twice(which)
 
 TestCreditMachine = CreditMachine.TestCase
 TestCreditMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+
+
+def test_slots_taken_beyond_the_credits_of_a_replica_that_preempts_are_counted():
+    one = Credits("one")
+    one.set_replicas([Offer("a", "pool", 2, frozenset({"chat"}), preempts=True)], PriorityMode.AUTO)
+    one.slot_table.add_credits("a", 2)
+    occupy(one, "a", F, times=2)
+    assert one.preemptions == {}
+    occupy(one, "a", P, times=2)
+    assert (one.preemptions, one.running) == ({P: 2}, {P: 2, D: 0, F: 2})
+    one.release("a", F)
+    one.release("a", F)
+    one.release("a", P)
+    occupy(one, "a", D)
+    assert one.preemptions == {P: 2}

@@ -23,6 +23,10 @@ QUEUE = QueueSettings()
         (Route.EMBEDDINGS, 33, 8, 2),
         (Route.EMBEDDINGS, 100, 8, 4),
         (Route.EMBEDDINGS, 2048, 8, 8),
+        ("embeddings", 33, 8, 2),
+        (Route.RERANK, 33, 8, 2),
+        (Route.SCORE, 33, 8, 2),
+        (Route.MESSAGES, 33, 8, 8),
     ],
 )
 def test_a_request_takes_a_slot_for_each_sequence_and_embeddings_share_them(

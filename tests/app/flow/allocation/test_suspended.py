@@ -1,7 +1,7 @@
 """Lower tiers get on (promise 7): ingresses, a Model and an engine that preempts without bounds."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.config.queue import QueueSettings
@@ -90,6 +90,8 @@ def have_ended(requests):
     every=st.sampled_from([2, 4, 10]),
     tiers=st.lists(st.sampled_from([D, F]), min_size=1, max_size=8),
 )
+# Between two priority requests there are always gaps of a moment.
+@example(ingresses=2, slots=8, every=2, tiers=[D, F, D])
 def test_whoever_was_running_when_a_flood_of_priority_began_gets_on(ingresses, slots, every, tiers):
     world = World(ingresses, slots, every)
     last = ingresses - 1
