@@ -1,0 +1,1 @@
+"""The files in configs/monitoring, as Python: scraping, rules and the dashboard."""
