@@ -1,0 +1,78 @@
+"""Who looks at a page: by the cookie of a browser that has signed in, or by an API key."""
+
+from __future__ import annotations
+
+import time
+from http.cookies import CookieError, SimpleCookie
+from typing import Final
+
+from fastapi import Request
+
+from app.core import errors
+from app.gateway.handler import identify
+from app.gateway.request_body import Headers
+from app.gateway.services import Services
+from app.tenants.access import Caller
+
+COOKIE: Final = "frontline_session"
+
+
+async def visitor(services: Services, request: Request) -> Caller:
+    """Return who looks at a page. Pages of models are as public as ``GET /v1/models``.
+
+    Raises:
+        HostNotAllowed: the request names a host that is not served here.
+        InvalidKey: keys are required, and the request has none that works, and no session.
+    """
+    headers = dict(request.scope["headers"])
+    token = None if b"authorization" in headers else session_token(headers)
+    if token is None:
+        return await identify(services, headers)
+    await services.ready.wait()
+    services.settings.host_rule.require(headers)
+    access = services.access
+    caller = None if access is None else await access.session(token, time.time())
+    return caller or await identify(services, headers)
+
+
+async def admin(services: Services, request: Request) -> Caller:
+    """Return who looks at the board; where no keys are required, it is as open as the API.
+
+    Raises:
+        HostNotAllowed, InvalidKey: see ``visitor``.
+        AdminRequired: the visitor's key is not an admin key.
+    """
+    caller = await visitor(services, request)
+    if services.access is not None and not is_admin(caller):
+        raise errors.AdminRequired
+    return caller
+
+
+def is_admin(caller: Caller) -> bool:
+    """Return whether somebody has an admin key."""
+    return caller.key is not None and caller.key.admin
+
+
+def still_admin(services: Services, caller: Caller, headers: Headers) -> bool:
+    """Return whether somebody who was let in to the board may go on. Reads no store."""
+    access = services.access
+    if access is None or caller.key is None:
+        return access is None and caller.key is None
+    token = None if b"authorization" in headers else session_token(headers)
+    if token is None:
+        known = access.known_key(caller.key_id)
+        return known is not None and known.admin
+    now = access.known_session(token, time.time())
+    return now is not None and is_admin(now)
+
+
+def session_token(headers: Headers) -> str | None:
+    """Return the session token in a request's cookies, or ``None``."""
+    text = headers.get(b"cookie")
+    if text is None:
+        return None
+    try:
+        cookie = SimpleCookie(text.decode("latin-1")).get(COOKIE)
+    except CookieError:
+        return None
+    return None if cookie is None else cookie.value
