@@ -33,15 +33,15 @@ KEEP_ALIVE_SECONDS = 5
 """How long an idle connection is kept: vLLM's and TensorRT-LLM's default."""
 BACKLOG = 2048
 CHILD_SECONDS = 3600
-"""How long the child that is left behind lives if nobody ends it."""
+"""How long the process of ``leave_child`` lives if nothing ends it."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: what SIGTERM does is a setting of ours."""
+    """uvicorn without its signal handlers: a setting decides what SIGTERM does."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
+        """Install no signal handlers."""
         yield
 
 
@@ -104,7 +104,7 @@ async def _serve(options: argparse.Namespace, settings: SimulatedSettings, key: 
     serving: asyncio.Task[None] | None = None
     if application.wire.listens_before_ready:
         serving = asyncio.create_task(server.serve([listener]))
-    # Else it is bound but not listening: connections are refused until the engine is ready.
+    # Otherwise it is bound but does not listen: connections are refused until the engine is ready.
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(stopped.wait(), settings.startup_seconds)
         return 0
@@ -114,7 +114,7 @@ async def _serve(options: argparse.Namespace, settings: SimulatedSettings, key: 
         stopping = asyncio.create_task(_stop_with(await gather(_ranks(options)), engine))
         stopping.add_done_callback(lambda _: print("another part has gone", flush=True))
     application.ready = True
-    # A collection over everything loaded so far would show as a hiccup in hundreds of streams.
+    # A garbage collection over everything loaded so far would pause hundreds of streams.
     gc.freeze()
     serving = serving or asyncio.create_task(server.serve([listener]))
     address = f"{options.host}:{listener.getsockname()[1]}"
@@ -131,7 +131,7 @@ async def _serve(options: argparse.Namespace, settings: SimulatedSettings, key: 
 
 def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    # As vLLM 0.32 does, so that whoever has reserved the port can hold it until this moment.
+    # As vLLM 0.32 does, so that the process that reserved the port can hold it until now.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))

@@ -1,5 +1,7 @@
-"""The engine's HTTP server, as an ASGI application without a framework: it must never be what a
-load test measures."""
+"""The engine's HTTP server: an ASGI application without a framework, so that it is fast.
+
+A load test should measure Frontline, not this server.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
+from frontline_tally import telling
 
 from app.core.dialect import Route
 from app.core.settings import SettingsError
@@ -17,6 +20,7 @@ from deployments.simulator import VERSION
 from deployments.simulator.engine import Engine
 from deployments.simulator.exchange import JSON, HttpExchange, Receive, Scope, Send
 from deployments.simulator.inference import Inference
+from deployments.simulator.observations import EngineState
 from deployments.simulator.requests import (
     InvalidBodyError,
     RefusedError,
@@ -41,8 +45,8 @@ _ROUTES: Final = {route.path: route for route in Route}
 class Application:
     """Routes requests to the engine and writes its answers in its dialect.
 
-    Every route demands the key, unlike vLLM's, whose key guards ``/v1`` alone; with the setting
-    ``guarded: false`` none does, as with TensorRT-LLM's server.
+    Every route requires the key. (vLLM's key protects only ``/v1``.) With the setting
+    ``guarded: false`` no route does, as with TensorRT-LLM's server.
     """
 
     def __init__(self, engine: Engine, served_name: str, model: str, key: str) -> None:
@@ -56,12 +60,14 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
+        if self.wire.tells_preemptions:
+            send = telling(send)
         exchange = HttpExchange(scope, receive, send)
         if not self._admitted(exchange.headers):
             await exchange.answer(401, _unauthorized())
             return
         route = _ROUTES.get(exchange.path)
-        if route is None:
+        if route is None or route not in self.wire.routes:
             await self._side_route(exchange, scope["method"])
         elif scope["method"] == "POST":
             await self._inference.serve(exchange, route)
@@ -89,21 +95,24 @@ class Application:
         elif path == "/v1/models":
             models = {"object": "list", "data": [self.wire.model_card(self._created)]}
             await exchange.answer(200, orjson.dumps(models))
-        elif (metrics := self.wire.metrics(self._gauges()).get(path)) is not None:
+        elif (metrics := self.metrics().get(path)) is not None:
             await exchange.answer(200, metrics, JSON if metrics.startswith(b"[") else _TEXT)
         else:
             await self._inference.refuse(exchange, RefusedError(404, "Not Found", "Not Found"))
 
-    def _gauges(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, bytes]:
+        """Return the engine's metrics, by path."""
         scheduler = self.engine.scheduler
-        return {
-            "running": scheduler.running,
-            "waiting": scheduler.waiting,
-            "preemptions": scheduler.preemptions,
-            "usage": scheduler.running / scheduler.slots,
-        }
+        state = EngineState(
+            scheduler.running,
+            scheduler.waiting,
+            scheduler.preemptions,
+            scheduler.running / scheduler.slots,
+            self.engine.timings,
+        )
+        return self.wire.metrics(state)
 
-    # What tests ask and change
+    # Reports and changes for tests
 
     async def _simulate(self, exchange: HttpExchange, method: str) -> None:
         if method == "POST":
@@ -133,6 +142,8 @@ class Application:
             "received": seen.received,
             "aborted": seen.aborted,
             "preempted": scheduler.preemptions,
+            "suspended": scheduler.suspended,
+            "suspended_s": scheduler.suspended_s(time.monotonic()),
             "running": scheduler.running,
             "waiting": scheduler.waiting,
             "max_running": scheduler.max_running,

@@ -15,7 +15,7 @@ DONE: Final = b"data: [DONE]\n\n"
 TOKEN_LOGPROB: Final = -0.125
 """The log probability of every token; a power of two, so that sums of it are exact."""
 
-# What stands in a template where a token's text and counts go; nothing else is like them.
+# Placeholders for a token's text and counts in a template; they occur nowhere else.
 _TEXT: Final = uuid.uuid4().hex
 _TOTAL: Final = 7_034_911_204_588_801
 _COMPLETION: Final = 7_034_911_204_588_802
@@ -27,12 +27,12 @@ def event(value: object) -> bytes:
 
 
 def escape(text: str) -> bytes:
-    """Return a text as it stands inside a JSON string."""
+    """Return a text as encoded inside a JSON string."""
     return orjson.dumps(text)[1:-1]
 
 
 class ChunkTemplate:
-    """A chunk whose text and counts are filled in for each token, without encoding it anew."""
+    """A chunk that is encoded once; only its text and counts change with each token."""
 
     def __init__(self, chunk: Mapping[str, Any], end: bytes = b"\n\n") -> None:
         data = b"data: " + orjson.dumps(chunk) + end

@@ -1,4 +1,4 @@
-"""The engine behind the HTTP server: requests that wait for slots and generate at their pace."""
+"""The engine behind the HTTP server: requests wait for slots and generate tokens by the clock."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+from frontline_preemption import Rules
+
 from deployments.simulator.generation import Choice, answers
 from deployments.simulator.language import PrefixCache, Vocabulary
-from deployments.simulator.observations import Observations
+from deployments.simulator.observations import Observations, Timings
 from deployments.simulator.pacing import Pace, Wheel
 from deployments.simulator.requests import Wish
-from deployments.simulator.scheduler import BatchScheduler, Changes, Job, JobState
+from deployments.simulator.scheduler import MARGIN_ALONE, BatchScheduler, Changes, Job, JobState
 from deployments.simulator.settings import (
     Change,
     DialectName,
@@ -20,41 +22,48 @@ from deployments.simulator.settings import (
     SimulatedSettings,
 )
 
+_STEP_S = 0.001
+"""How long a step takes in an engine without a pace."""
+
 Receive = Callable[[], Awaitable[object]]
-"""Returns once the client has gone."""
+"""Returns when the client has disconnected."""
 
 
 class GivenUpError(Exception):
-    """The engine has given up a request because its client has gone."""
+    """The engine has aborted a request because its client has disconnected."""
 
 
 class Engine:
-    """Owns the slots, the clock and the words; knows nothing of HTTP."""
+    """Owns the slots, the clock and the vocabulary. Independent of HTTP."""
 
     def __init__(self, settings: SimulatedSettings, loop: asyncio.AbstractEventLoop) -> None:
         self.settings = settings
         self.observations = Observations(settings.remembered_requests)
+        self.timings = Timings()
         self.scheduler = BatchScheduler(
             settings.slots,
             fcfs=settings.policy is Policy.FCFS,
             lower_goes_first=settings.lower_goes_first,
             preempts=settings.preempts,
             keeps_place=settings.dialect is DialectName.VLLM,
+            rules=Rules() if settings.dialect is DialectName.VLLM else MARGIN_ALONE,
+            progress=lambda job: self._runs[job].progress(),
         )
         self.wheel = Wheel(loop)
         self.loop = loop
         self._vocabulary = Vocabulary(settings.seed)
         self._cache = PrefixCache(settings.cached_blocks)
         self._runs: dict[Job, Run] = {}
+        self._looks = False
         self._failures_since = 0
 
     def failure_of(self, number: int) -> InjectedFailures | None:
-        """Return what goes wrong with the request of this number, if anything does."""
+        """Return the failure to inject into a request, or ``None``."""
         failures = self.settings.failures
         return failures if failures.strikes(number - self._failures_since) else None
 
     def change(self, change: Change) -> None:
-        """Change what can be changed while the engine runs."""
+        """Apply changed settings."""
         if change.forget:
             self.observations.forget()
             self.scheduler.forget()
@@ -67,14 +76,18 @@ class Engine:
             if getattr(change, name) is not None
         }
         self.settings = self.settings.model_copy(update=given)
+        self.scheduler.preempts = self.settings.preempts
 
     def answers(self, wish: Wish) -> tuple[list[Choice], int]:
-        """Return the choices that a request is going to get, and its cached prompt tokens."""
-        return answers(wish, self.settings, self._vocabulary, self._cache)
+        """Return the choices of a request's answer, and how many prompt tokens were cached."""
+        choices, cached = answers(wish, self.settings, self._vocabulary, self._cache)
+        self.timings.prompt_tokens += sum(len(prompt.tokens) for prompt in wish.prompts)
+        self.timings.cached_tokens += cached
+        return choices, cached
 
     @property
     def full(self) -> bool:
-        """Whether a further request would be one too many waiting."""
+        """Whether the engine rejects further requests."""
         limit, scheduler = self.settings.max_waiting, self.scheduler
         return (
             limit is not None
@@ -86,7 +99,7 @@ class Engine:
         self, number: int, priority: float, total: int, computed: int, client: Receive
     ) -> Run:
         """Take in a request for ``total`` tokens, of whose prompt ``computed`` are computed."""
-        job, changes = self.scheduler.submit(number, priority)
+        job, changes = self.scheduler.submit(number, priority, time.monotonic())
         settings = self.settings
         to_first = settings.first_token_seconds + computed * settings.prefill_seconds_per_token
         run = Run(self, job, total, to_first, client)
@@ -95,12 +108,12 @@ class Engine:
         return run
 
     def finish(self, job: Job) -> None:
-        """End a request and start those that its slot is for."""
+        """End a request, and start the next one in its slot."""
         self._runs.pop(job, None)
-        self._apply(self.scheduler.finish(job))
+        self._apply(self.scheduler.finish(job, time.monotonic()))
 
     def give_up(self, job: Job) -> None:
-        """End a request whose client has gone."""
+        """Abort a request whose client has disconnected."""
         if job.state is not JobState.OVER:
             self.observations.aborted += 1
             run = self._runs[job]
@@ -112,13 +125,23 @@ class Engine:
             self._runs[job].lose_slot()
         for job in changes.started:
             self._runs[job].wake()
+        if self.scheduler.wants_room and not self._looks:
+            # As an engine does at each step: a running request may be suspended a few tokens later.
+            speed = self.settings.tokens_per_second
+            self._looks = True
+            self.loop.call_later(1 / speed if speed else _STEP_S, self._look)
+
+    def _look(self) -> None:
+        self._looks = False
+        self._apply(self.scheduler.make_room(time.monotonic()))
 
 
 class Run:
     """One request inside the engine, from its arrival to its last token."""
 
     __slots__ = (
-        "_client", "_done", "_engine", "_pace", "_to_first", "_total", "_waker", "_watcher", "job",
+        "_came", "_client", "_done", "_engine", "_pace", "_to_first", "_total", "_waker",
+        "_watcher", "job",
     )  # fmt: skip
 
     def __init__(
@@ -128,15 +151,17 @@ class Run:
         self._engine, self._client = engine, client
         self._total, self._to_first = total, to_first
         self._done = 0
+        # When it arrived; `None` once its wait and its time to the first token are known.
+        self._came: float | None = time.monotonic()
         self._pace: Pace | None = None
         self._waker: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     async def advance(self, target: int) -> int:
-        """Wait until ``target`` tokens are generated; return how many are by now.
+        """Wait until ``target`` tokens are generated; return how many there are.
 
         Raises:
-            GivenUpError: the client has gone.
+            GivenUpError: the client has disconnected.
         """
         while True:
             if self.job.state is JobState.OVER:
@@ -152,17 +177,24 @@ class Run:
                 await self._pause(self._engine.loop.create_future())
 
     async def stall(self) -> None:
-        """Generate nothing more, and keep the slot until the client has gone."""
+        """Generate nothing more, and keep the slot until the client has disconnected."""
         while self.job.state is not JobState.OVER:
             await self._pause(self._engine.loop.create_future())
 
     def wake(self) -> None:
-        """Let ``advance`` look again: the request was started, or given up."""
+        """Wake ``advance``: the request was started or aborted."""
         if self._waker is not None and not self._waker.done():
             self._waker.set_result(None)
 
+    def progress(self) -> tuple[int, int]:
+        """Return how many tokens are generated, and how many are left."""
+        done = self._done
+        if self._pace is not None:
+            done = min(self._pace.due(time.monotonic()), self._total)
+        return done, self._total - done
+
     def lose_slot(self) -> None:
-        """Stop where it is; the prompt is computed again once it has a slot."""
+        """Stop generating; the prompt is computed again when the request gets a slot."""
         if self._pace is not None:
             self._done = min(self._pace.due(time.monotonic()), self._total)
             self._pace = None
@@ -173,6 +205,10 @@ class Run:
         self._engine.finish(self.job)
 
     def _start(self, now: float) -> Pace:
+        if self._came is not None:
+            waited, self._came = now - self._came, None
+            self._engine.timings.queue.add(waited)
+            self._engine.timings.ttft.add(waited + self._to_first)
         speed = self._engine.settings.tokens_per_second
         self._pace = Pace(now + self._to_first, 1 / speed if speed else 0.0, self._done)
         return self._pace

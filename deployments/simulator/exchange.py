@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
 from deployments.simulator.wire import Headers
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON: Final = b"application/json"
 _STREAM_START: Final = {
@@ -22,13 +22,13 @@ _STREAM_START: Final = {
 class HttpExchange:
     """One request and its answer."""
 
-    __slots__ = ("_receive", "_send", "headers", "path", "raw_headers", "started")
+    __slots__ = ("_receive", "_send", "headers", "path", "raw_headers", "started", "wrote")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.path: str = scope["path"]
         self.raw_headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.headers: Headers = dict(self.raw_headers)
-        self.started = False
+        self.started = self.wrote = False
         self._receive, self._send = receive, send
 
     async def body(self) -> bytes:
@@ -41,7 +41,7 @@ class HttpExchange:
         return b"".join(pieces)
 
     async def gone(self) -> None:
-        """Return once the client has gone, or its answer is complete."""
+        """Return when the client has disconnected or its answer is complete."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -63,4 +63,5 @@ class HttpExchange:
         """Send a piece of a stream."""
         if not self.started:
             await self.start_stream()
+        self.wrote = True
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

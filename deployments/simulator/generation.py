@@ -13,8 +13,11 @@ from deployments.simulator.settings import SimulatedSettings
 
 @dataclass(slots=True)
 class Choice:
-    """One of a reply's answers. ``tokens`` are its texts, one a token; a stop string may have
-    cut the last of them short or emptied it."""
+    """One of a reply's answers.
+
+    ``tokens`` has the text of each token. A stop string may have shortened the last one, or
+    emptied it.
+    """
 
     index: int
     tokens: list[str]
@@ -44,12 +47,12 @@ class GeneratedReply:
 
     @property
     def completion_tokens(self) -> int:
-        """How many tokens all choices have together."""
+        """The number of tokens of all choices together."""
         return sum(len(choice.tokens) for choice in self.choices)
 
     @property
     def steps(self) -> int:
-        """How many tokens the longest choice has: all choices grow together."""
+        """The number of tokens of the longest choice; all choices grow together."""
         return max(len(choice.tokens) for choice in self.choices)
 
 
@@ -86,7 +89,7 @@ def _choice(
         tokens = re.findall(r"\s*\S+|\s+$", wish.fixed_text)
         return _cut(tokens[:limit], "stop" if len(tokens) <= limit else "length", wish)
     if wish.limit is not None:
-        # A model that has more to say than it may: with a limit, that is the answer's length.
+        # With a limit, the answer always reaches it.
         return _cut(vocabulary.tokens(prompt, number, limit), "length", wish)
     natural = max(settings.default_completion_tokens, wish.min_tokens)
     tokens = vocabulary.tokens(prompt, number, min(natural, limit))
@@ -94,7 +97,7 @@ def _choice(
 
 
 def _cut(tokens: list[str], finish_reason: str, wish: Wish) -> Choice:
-    """End the answer at the first stop string after the shortest length asked for."""
+    """End the answer at the first stop string after ``min_tokens`` tokens."""
     found = _first_stop(tokens, wish.stops, wish.min_tokens) if wish.stops else None
     if found is None:
         return Choice(0, tokens, finish_reason)
@@ -124,7 +127,7 @@ def _first_stop(
 
 
 def _trim(tokens: list[str], length: int) -> list[str]:
-    """Cut the text of the tokens to ``length`` characters, keeping their number."""
+    """Cut the text of the tokens to ``length`` characters; keep the number of tokens."""
     trimmed = []
     for token in tokens:
         trimmed.append(token[: max(length, 0)])

@@ -43,17 +43,17 @@ wish with without wood word work world would write year yes yet you young your
 """
 _WORDS: Final = tuple(_TEXT.split())
 _SEQUENCE_LENGTH: Final = 8191
-"""How many words there are before they repeat; a prime, so that answers start anywhere."""
+"""The number of words before they repeat; a prime, so that answers start anywhere."""
 
 _LONGEST_MINIMUM: Final = 1000
-"""The longest string or array that a schema can demand."""
+"""The longest string or array that a schema can require."""
 
 BLOCK: Final = 16
-"""How many tokens of a prompt are cached together: vLLM's default block size."""
+"""Tokens of a prompt that are cached together: vLLM's default block size."""
 
 
 class Vocabulary:
-    """The engine's endless sequence of words, of which every answer is a piece."""
+    """The engine's endless sequence of words; every answer is a part of it."""
 
     def __init__(self, seed: int) -> None:
         words = random.Random(seed).choices(_WORDS, k=_SEQUENCE_LENGTH)
@@ -61,7 +61,7 @@ class Vocabulary:
         self._seed = seed
 
     def tokens(self, prompt: str, choice: int, length: int) -> list[str]:
-        """Return an answer's tokens; all but the first begin with their space."""
+        """Return an answer's tokens; all but the first begin with a space."""
         start = zlib.crc32(prompt.encode(), self._seed & 0xFFFFFFFF) + 977 * choice
         start %= _SEQUENCE_LENGTH
         tokens = self._tokens[start : start + length]
@@ -73,10 +73,10 @@ class Vocabulary:
 
 
 class PrefixCache:
-    """Which beginnings of prompts are cached, in blocks, the least recently used dropped first.
+    """The cached prefixes of prompts, in blocks; the least recently used are dropped first.
 
-    As in vLLM, the last token of a prompt is always computed, so that a prompt that is wholly
-    cached still reports less than its length.
+    As in vLLM, the last token of a prompt is always computed: a fully cached prompt reports less
+    than its length.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -98,8 +98,10 @@ class PrefixCache:
 
 
 def embed(text: str, dimensions: int, seed: int) -> array[float]:
-    """Return the unit vector of a text, as 32-bit floats. Equal texts have equal vectors; other
-    than with a model, similar texts do not have similar ones."""
+    """Return the unit vector of a text, as 32-bit floats.
+
+    Equal texts have equal vectors. Unlike a model's, similar texts have unrelated vectors.
+    """
     digest = hashlib.shake_128(f"{seed} {text}".encode()).digest(2 * dimensions)
     values = array("h", digest)
     if sys.byteorder == "big":

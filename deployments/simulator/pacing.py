@@ -1,4 +1,4 @@
-"""When tokens are due, and one timer for all the streams that wait for theirs."""
+"""Computes when tokens are due, and wakes all waiting streams with one timer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 TICKS_PER_SECOND: Final = 1000
-"""The timer's grain: what libuv's timers resolve. Streams due in the same tick wake together."""
+"""The resolution of the timer, which is libuv's. Streams due in the same tick wake together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,15 @@ class Pace:
     done: int = 0
 
     def due(self, now: float) -> int:
-        """Return how many tokens are due by ``now``, those done before included. The answer's
-        own length is not known here: without a pace it is more than any answer has."""
+        """Return how many tokens are due by ``now``, including those done before.
+
+        The length of the answer is not known here. Without a pace the number exceeds any answer's.
+        """
         if now < self.first_at:
             return self.done
         if not self.seconds_per_token:
             return sys.maxsize
-        # The nudge keeps a token that is due exactly now from slipping by a rounding error.
+        # Without the 1e-6, a rounding error could delay a token that is due exactly now.
         return self.done + 1 + int((now - self.first_at) / self.seconds_per_token + 1e-6)
 
     def at(self, token: int) -> float:

@@ -1,4 +1,4 @@
-"""Parts of one engine on several nodes, as vLLM's and SGLang's are to whoever starts them.
+"""Parts of one engine on several nodes, started like vLLM's and SGLang's.
 
 The first has the HTTP server, and waits for the others before it is ready. The others end when the
 first does. The first does not notice when another has gone, as engines often do not that wait in a
@@ -24,13 +24,13 @@ class Ranks:
 
     @classmethod
     def parse(cls, nodes: int, rank: int, meet: str) -> Ranks:
-        """From the command line; ``meet`` is ``HOST:PORT``."""
+        """Return the value for command line options; ``meet`` is ``HOST:PORT``."""
         host, _, port = meet.rpartition(":")
         return cls(nodes, rank, host.strip("[]"), int(port or 0))
 
 
 async def gather(ranks: Ranks) -> asyncio.Event:
-    """Return once all others are there; the event tells that one of them has gone again."""
+    """Return when all others are connected. The event is set when one of them disconnects."""
     all_here, one_gone = asyncio.Event(), asyncio.Event()
     here: set[bytes] = set()
 

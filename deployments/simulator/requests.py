@@ -1,4 +1,4 @@
-"""Requests as the engine reads them: typed bodies, and what they ask it to generate. Pure."""
+"""Parses requests: typed bodies, and what to generate for them. Pure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deployments.simulator.language import minimal_json
 
 COMPLETION_LIMIT: Final = 16
-"""The length of a completion whose request sets no limit, as OpenAI's, vLLM's and SGLang's."""
+"""The length of a completion without a limit: OpenAI's, vLLM's and SGLang's default."""
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 Problem = Mapping[str, Any]
-"""What is wrong with one field, in the words of pydantic, which all three engines pass on."""
+"""A problem of one field, in pydantic's format, which all three engines pass on."""
 
 
 class InvalidBodyError(ValueError):
-    """A request's body is not of its route's form; ``problems`` says where, the first first."""
+    """A request's body is malformed; ``problems`` says where."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__(str(problems[0]["msg"]))
@@ -29,7 +29,7 @@ class InvalidBodyError(ValueError):
 
 
 class RefusedError(ValueError):
-    """The engine answers a request with an error of its own."""
+    """The engine rejects a request."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class RefusedError(ValueError):
 
 
 def problem(kind: str, place: Sequence[str | int], message: str, value: object = None) -> Problem:
-    """Return a problem at ``place`` in the body, in the form of pydantic's."""
+    """Return a problem at ``place`` in the body, in pydantic's format."""
     return {"type": kind, "loc": ("body", *place), "msg": message, "input": value}
 
 
-class _Body(BaseModel):
-    """Fields that the engine reads. What it does with others is its dialect's business."""
+class Body(BaseModel):
+    """The fields that the engine reads. The dialect decides about others."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -57,7 +57,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """``stream_options``; ``None`` stands for the dialect's own default."""
+    """``stream_options``; ``None`` is the dialect's default."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = False
@@ -89,14 +89,14 @@ class NamedToolChoice(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """The form that an answer must have; the dialects differ in which types they know."""
+    """The required format of an answer. The dialects know different types."""
 
     type: str
     json_schema: dict[str, Any] | None = None
 
 
-class GenerationBody(_Body):
-    """What chat completions and completions share."""
+class GenerationBody(Body):
+    """The common fields of chat completions and completions."""
 
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     max_tokens: int | None = None
@@ -129,7 +129,7 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = None
 
 
-class EmbeddingBody(_Body):
+class EmbeddingBody(Body):
     """``POST /v1/embeddings``."""
 
     input: str | list[str] | list[int] | list[list[int]]
@@ -137,7 +137,7 @@ class EmbeddingBody(_Body):
     dimensions: Annotated[int, Field(ge=1, le=65536)] | None = None
 
 
-class ResponsesBody(_Body):
+class ResponsesBody(Body):
     """``POST /v1/responses``, with the fields that the answer echoes."""
 
     input: str | list[dict[str, Any]]
@@ -192,7 +192,7 @@ def read(kind: type[BodyT], values: Mapping[str, Any]) -> BodyT:
 
 @dataclass(slots=True)
 class Prompt:
-    """One prompt: its words or token ids, and the text that its answer follows from."""
+    """One prompt: its words or token ids, and the text that determines its answer."""
 
     text: str
     tokens: Sequence[object]
@@ -213,8 +213,10 @@ def prompts_of(source: str | list[str] | list[int] | list[list[int]]) -> list[Pr
 
 
 def chat_prompt(messages: Sequence[Mapping[str, Any]]) -> Prompt:
-    """Return the prompt of a conversation: its contents, one after the other, without a chat
-    template. A part that is not text, such as an image, counts as one token."""
+    """Return the prompt of a conversation: its contents joined, without a chat template.
+
+    A part that is not text, such as an image, counts as one token.
+    """
     return Prompt.of("\n".join(_content(message.get("content")) for message in messages))
 
 
@@ -229,7 +231,7 @@ def _content(content: object) -> str:
 
 @dataclass(slots=True)
 class Wish:
-    """What a request asks the engine to generate, whatever its route and dialect."""
+    """What to generate for a request; the same for all routes and dialects."""
 
     prompts: list[Prompt]
     n: int = 1
@@ -243,9 +245,9 @@ class Wish:
     tool: str | None = None
     """The function that the answer must call."""
     tool_arguments: str = "{}"
-    """What it must be called with: the smallest JSON that its parameters allow."""
+    """Its arguments: the smallest JSON that its parameters allow."""
     tool_required: bool = False
-    """Whether the call was demanded as ``required`` rather than by name."""
+    """Whether the request said ``required`` instead of naming the function."""
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -254,7 +256,7 @@ class Wish:
 
 
 def fixed_text(format_: ResponseFormat | None) -> str | None:
-    """Return the text that a response format demands: the smallest JSON that fits.
+    """Return the text for a response format: the smallest JSON that fits.
 
     Raises:
         RefusedError: its schema is malformed, or nothing finite fits it.
@@ -287,3 +289,18 @@ def forced_tool(body: ChatBody) -> tuple[Function | None, bool]:
             raise RefusedError(400, f"{message} `tools`", param="tool_choice")
         return named[0], False
     return body.tools[0].function, True
+
+
+def forced_response_tool(body: ResponsesBody) -> dict[str, Any] | None:
+    """Return the tool that a Responses request forces: its name, and parameters if it has some.
+
+    ``required`` forces the first function. Tools of other types are the engine's own.
+    """
+    choice = body.tool_choice
+    functions = [tool for tool in body.tools if tool.get("type") == "function"]
+    if choice == "required":
+        return functions[0] if functions else None
+    if not isinstance(choice, dict) or not isinstance(choice.get("name"), str):
+        return None
+    named = [tool for tool in functions if tool.get("name") == choice["name"]]
+    return named[0] if named else {"name": choice["name"]}

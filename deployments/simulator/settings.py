@@ -1,4 +1,4 @@
-"""What an operator or a test can set of a simulated engine."""
+"""The settings of a simulated engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.core.settings import Settings
 
 
 class DialectName(StrEnum):
-    """The engine that is imitated."""
+    """The engine that is simulated."""
 
     VLLM = "vllm"
     SGLANG = "sglang"
@@ -19,7 +19,7 @@ class DialectName(StrEnum):
 
 
 class Policy(StrEnum):
-    """In which order waiting requests are started."""
+    """The order in which waiting requests are started."""
 
     PRIORITY = "priority"
     FCFS = "fcfs"
@@ -27,12 +27,12 @@ class Policy(StrEnum):
 
 
 class RequestFailure(StrEnum):
-    """What goes wrong with a request."""
+    """How a request fails."""
 
     CRASH = "crash"
     """The process kills itself (SIGKILL)."""
     HANG = "hang"
-    """The answer stops coming; the connection stays open and the slot stays taken."""
+    """The answer stops; the connection stays open and the slot stays taken."""
     ERROR = "error"
     """An HTTP error of ``status``, in the engine's own shape. Before the first byte only."""
     ERROR_EVENT = "error_event"
@@ -45,30 +45,30 @@ class RequestFailure(StrEnum):
 
 
 class InjectedFailures(Settings):
-    """What the engine does wrong. All of it can be changed while the engine runs, but for
-    ``start`` and ``leave_child``, which are over once it has started."""
+    """The failures to inject. All can be changed while the engine runs, except ``start`` and
+    ``leave_child``, which take effect at its start."""
 
     start: str | None = None
-    """Fail to start, with this message and exit status 1. None: start, as an engine should."""
+    """Fail to start, with this message and exit status 1. None: start normally."""
     request: RequestFailure | None = None
-    """What goes wrong with inference requests. None: nothing."""
+    """How inference requests fail. None: they do not."""
     at_request: int | None = Field(default=None, ge=1)
     """Which request fails, counting from 1 since the failures were set. None: every one."""
     after_tokens: int = Field(default=0, ge=0)
-    """How many tokens are generated first; with some, embeddings do not fail. 0: it fails before
-    the first byte, which is what a replay on another replica must cover."""
+    """How many tokens are generated first; above 0, embeddings do not fail. 0: the request fails
+    before the first byte, so that it can be repeated on another replica."""
     status: int = Field(default=500, ge=400, le=599)
-    """The HTTP status of an error. 500 is what an engine answers when it is at fault."""
+    """The HTTP status of an error. 500 is an engine's own status for its faults."""
     health_hangs: bool = False
-    """``/health`` and ``/ready`` take the request and never answer."""
+    """``/health`` and ``/ready`` accept requests and never answer."""
     ignore_sigterm: bool = False
-    """SIGTERM does nothing, as with vLLM 0.32 whose streams outlast their shutdown timeout."""
+    """Ignore SIGTERM, as vLLM 0.32 does while streams outlast its shutdown timeout."""
     leave_child: bool = False
-    """Start a process in a session of its own, which outlives the engine unless someone looks
-    for it, as vLLM's engine core does."""
+    """Start a process in its own session, which outlives the engine unless something ends it, as
+    vLLM's engine core does."""
 
     def strikes(self, number: int) -> bool:
-        """Return whether the ``number``-th request since these failures were set goes wrong."""
+        """Return whether the ``number``-th request since these failures were set fails."""
         return self.request is not None and self.at_request in (None, number)
 
 
@@ -76,8 +76,8 @@ class SimulatedSettings(Settings):
     """The simulated engine's ``engine_args``."""
 
     dialect: DialectName = DialectName.VLLM
-    """Whose HTTP dialect, error shapes and sign of priority to imitate. vLLM is the engine that
-    Frontline's own default configuration runs."""
+    """The engine whose HTTP dialect, error shapes and sign of priority are simulated. vLLM is the
+    engine of Frontline's default configuration."""
     slots: int = Field(default=8, ge=1)
     """How many requests run at once; the others wait. A request takes one slot, whatever its
     ``n``. 8 is small enough to see a queue form."""
@@ -85,7 +85,7 @@ class SimulatedSettings(Settings):
     """The pace of each stream. 0: all tokens at once, in one write. 50 is a small model on a
     desktop processor, slow enough to watch."""
     first_token_seconds: float = Field(default=0.0, ge=0)
-    """Time from a request's start to its first token. 0: tests should not wait for nothing."""
+    """Time from a request's start to its first token. 0: tests should not wait."""
     prefill_seconds_per_token: float = Field(default=0.0, ge=0)
     """Further time to the first token for each prompt token that is not cached. 0, as above."""
     policy: Policy = Policy.PRIORITY
@@ -96,11 +96,11 @@ class SimulatedSettings(Settings):
     it one scale serves vLLM and SGLang. vLLM always does, TensorRT-LLM never."""
     preemption: bool | None = None
     """Whether a waiting request takes the slot of a running one whose priority is worse by more
-    than 50, which later goes on where it stopped. None: as the engine does that is imitated when
+    than 50. The running one later continues where it stopped. None: like the simulated engine as
     Frontline starts it. SGLang and vLLM do, if ``policy`` is ``priority``; TensorRT-LLM cannot."""
     max_waiting: int | None = Field(default=None, ge=0)
-    """Answer 503 to requests beyond so many waiting, whatever their priority. None: no limit,
-    as in the engines when nothing is set; the ingress is to shed, not the engine."""
+    """Answer 503 to requests when so many wait, whatever their priority. None: no limit, as in
+    the engines by default; the ingress sheds, not the engine."""
     context_length: int = Field(default=4096, ge=2)
     """The longest prompt and answer together, in tokens. 4096 is what a small model has."""
     default_completion_tokens: int = Field(default=64, ge=1)
@@ -113,21 +113,24 @@ class SimulatedSettings(Settings):
     """How many blocks of 16 prompt tokens its prefix cache holds; the least recently used go first.
     0: none. 4096 blocks outlast the conversations of a test and cost little memory."""
     remembered_requests: int = Field(default=256, ge=0)
-    """How many of the last inference requests ``GET /simulate`` tells. 256 covers a test and
-    bounds the memory of a long run."""
+    """How many of the last inference requests ``GET /simulate`` returns. 256 is enough for a test
+    and bounds the memory of a long run."""
     seed: int = 0
-    """Changes the words of all answers. Fixed, so that answers are the same from run to run."""
+    """Changes the words of all answers. Fixed, so that every run has the same answers."""
     startup_seconds: float = Field(default=0.0, ge=0)
-    """How long it takes to get ready. 0: tests should not wait for nothing."""
+    """How long it takes to become ready. 0: tests should not wait."""
     shutdown_seconds: int = Field(default=60, ge=0)
-    """How long running requests may go on after SIGTERM. 60 is the ``--shutdown-timeout`` that
+    """How long running requests may continue after SIGTERM. 60 is the ``--shutdown-timeout`` that
     Frontline starts vLLM with."""
     guarded: bool = True
-    """Whether every route demands the engine's key, as Frontline's replicas of it must. False:
-    none does, as with TensorRT-LLM's own server; for tests of that adapter."""
+    """Whether every route requires the engine's key, as Frontline's replicas must. False: no route
+    does, as with TensorRT-LLM's own server; for tests of that adapter."""
     lacking_fields: frozenset[str] = frozenset()
-    """Request fields that this build does not know yet; TensorRT-LLM only, the others tolerate
-    any. ``[priority]`` makes one older than its HTTP priority (pull request 15329)."""
+    """Request fields that this build does not know; TensorRT-LLM only, the others accept any.
+    ``[priority]`` makes it older than its HTTP priority (pull request 15329)."""
+    older_errors: bool = False
+    """Whether a validation error has the shape of TensorRT-LLM's builds of 2025; TensorRT-LLM only.
+    Not set, it has that of 2026."""
     failures: InjectedFailures = InjectedFailures()
 
     @model_validator(mode="after")
@@ -138,6 +141,8 @@ class SimulatedSettings(Settings):
             raise ValueError("'preemption': TensorRT-LLM does not preempt by priority")
         if self.lacking_fields and self.dialect is not DialectName.TENSORRT_LLM:
             raise ValueError("only 'dialect: tensorrt_llm' refuses fields: 'lacking_fields'")
+        if self.older_errors and self.dialect is not DialectName.TENSORRT_LLM:
+            raise ValueError("only 'dialect: tensorrt_llm' has 'older_errors'")
         return self
 
     @property
@@ -155,28 +160,31 @@ class SimulatedSettings(Settings):
 
     @property
     def unset_priority(self) -> float:
-        """The priority of a request that carries none.
+        """The priority of a request without one.
 
-        vLLM's and TensorRT-LLM's own; SGLang's is the worst there is, unless
-        ``--default-priority-value 0``, with which Frontline starts it.
+        vLLM's and TensorRT-LLM's own default. SGLang's default is the worst priority, but Frontline
+        starts it with ``--default-priority-value 0``.
         """
         return 0.5 if self.dialect is DialectName.TENSORRT_LLM else 0.0
 
     @property
     def disconnect_seconds(self) -> float:
-        """How long the engine goes on after a client has gone: vLLM notices at once, the others
-        look every few seconds."""
+        """How long the engine continues after a client has disconnected.
+
+        vLLM notices at once; the others check every few seconds.
+        """
         return {DialectName.VLLM: 0.0, DialectName.SGLANG: 2.0}.get(self.dialect, 1.0)
 
 
 class Change(Settings):
-    """The body of ``POST /simulate``: what to change in the running engine. What is not named
-    stays as it is."""
+    """The body of ``POST /simulate``: changes to the running engine. Other settings stay."""
 
     failures: InjectedFailures | None = None
-    """The failures from now on; ``{}`` heals everything."""
+    """The failures from now on; ``{}`` removes all."""
     tokens_per_second: float | None = Field(default=None, ge=0)
     first_token_seconds: float | None = Field(default=None, ge=0)
     prefill_seconds_per_token: float | None = Field(default=None, ge=0)
+    preemption: bool | None = None
+    """Turn preemption off, or on again, as if the engine's own decision had failed."""
     forget: bool = False
-    """Forget the requests seen and the order of starts, and set the counts to zero."""
+    """Forget the recorded requests and starts, and reset the counts."""

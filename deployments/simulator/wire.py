@@ -1,19 +1,23 @@
-"""What the dialects have in common: reading requests, writing answers and streams. Pure."""
+"""The common part of the dialects: reads requests, writes answers and streams. Pure."""
 
 from __future__ import annotations
 
 import base64
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import orjson
 
-from app.core.dialect import Route
+from app.contracts.traffic import Histogram
+from app.core.dialect import POOLED_ROUTES, Route
 from deployments.simulator import OWNER
 from deployments.simulator.chunks import DONE, StreamWriter, event
 from deployments.simulator.generation import GeneratedReply
 from deployments.simulator.language import embed, minimal_json
+from deployments.simulator.messages import MessagesBody, message_event
+from deployments.simulator.observations import EngineState
 from deployments.simulator.requests import (
     COMPLETION_LIMIT,
     ChatBody,
@@ -28,6 +32,7 @@ from deployments.simulator.requests import (
     Wish,
     chat_prompt,
     fixed_text,
+    forced_response_tool,
     forced_tool,
     problem,
     prompts_of,
@@ -36,27 +41,36 @@ from deployments.simulator.requests import (
 from deployments.simulator.settings import SimulatedSettings
 
 Headers = Mapping[bytes, bytes]
-"""A request's headers by lower-case name; of a repeated one the last."""
+"""A request's headers by lower-case name; the last one if a name is repeated."""
 
 
 class Wire(ABC):
-    """One engine's HTTP dialect: what it accepts, what it refuses in which words, and the exact
-    shape and order of what it answers."""
+    """One engine's HTTP dialect: what it accepts, its error messages, and the exact shape and order
+    of its answers."""
 
     headers_before_first_token: ClassVar[bool]
-    """Whether a stream's status line goes out before its first token is there."""
+    """Whether a stream's status line is sent before its first token."""
     refuses_in_band: ClassVar[bool] = False
-    """Whether a stream that finds the engine full gets HTTP 200 and an error as first event."""
+    """Whether a stream to a full engine gets HTTP 200 and an error as its first event."""
     accepted_fields: ClassVar[Mapping[Route, frozenset[str]]] = {}
-    """By route, the only fields that are accepted; a route not named here tolerates others."""
+    """By route, the only accepted fields. Other routes accept any field."""
     keeps_request_id: ClassVar[bool] = False
-    """Whether an answer's id is made of the ``x-request-id`` that the request came with."""
+    """Whether an answer's id is the request's ``x-request-id``."""
+    tells_preemptions: ClassVar[bool] = True
+    """Whether Frontline's code inside the engine tells how often it has suspended a request."""
     echoes_service_tier: ClassVar[bool] = False
     """Whether ``/v1/responses`` answers with the request's ``service_tier``."""
     listens_before_ready: ClassVar[bool] = False
-    """Whether the port is open while the engine is still getting ready."""
+    """Whether the port is open before the engine is ready."""
     default_limit: ClassVar[int | None] = COMPLETION_LIMIT
-    """The length of a completion whose request sets no limit; ``None``: the engine's default."""
+    """The length of a completion without a limit; ``None``: the engine's default."""
+
+    routes: ClassVar[frozenset[Route]] = frozenset(Route) - POOLED_ROUTES
+    """The routes that it has."""
+    detokenized: ClassVar[str] = "prompt"
+    """The field of the text that tokens stand for."""
+    whole_messages_usage: ClassVar[bool] = True
+    """Whether a stream of messages tells the usage of the prompt at its end, too."""
 
     def __init__(self, settings: SimulatedSettings, served_name: str, model: str) -> None:
         self.settings, self.served_name, self.model = settings, served_name, model
@@ -65,19 +79,19 @@ class Wire(ABC):
 
     @abstractmethod
     def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:
-        """Return the priority that the engine takes from a request."""
+        """Return the priority that the engine reads from a request."""
 
     @abstractmethod
     def check_length(self, prompt_tokens: int, limit: int | None, field: str) -> None:
-        """Refuse a prompt, or a limit given in ``field``, that exceeds the context."""
+        """Reject a prompt, or a limit in ``field``, that exceeds the context."""
 
     def check_fields(self, route: Route, values: Mapping[str, Any]) -> None:
-        """Refuse fields that the engine does not know, where it does not tolerate them."""
+        """Reject unknown fields, if the engine does not accept them."""
         if unknown := self.unknown_fields(route, values):
             raise InvalidBodyError(unknown)
 
     def unknown_fields(self, route: Route, values: Mapping[str, Any]) -> list[Problem]:
-        """Return a problem for each field that the engine does not know and does not tolerate."""
+        """Return a problem for each unknown field that the engine does not accept."""
         known = self.accepted_fields.get(route)
         if known is None:
             return []
@@ -87,14 +101,14 @@ class Wire(ABC):
 
     @abstractmethod
     def check_model(self, route: Route, model: str | None) -> None:
-        """Refuse an unknown model, where the engine looks."""
+        """Reject an unknown model, if the engine checks that."""
 
     @abstractmethod
     def check_stream_options(self, route: Route, values: Mapping[str, Any]) -> None:
-        """Refuse stream options that do not fit the request."""
+        """Reject stream options that do not fit the request."""
 
     def answered_model(self, requested: str | None) -> str:
-        """Return the name of the model that answers carry: the one that was asked for."""
+        """Return the model's name in answers: the requested one."""
         return requested or self.served_name
 
     def include_usage(self, body: GenerationBody) -> bool:
@@ -108,8 +122,10 @@ class Wire(ABC):
 
     def read_generation(
         self, route: Route, values: Mapping[str, Any]
-    ) -> tuple[GenerationBody | ResponsesBody, Wish]:
-        """Return a request for generation and what it asks for."""
+    ) -> tuple[GenerationBody | ResponsesBody | MessagesBody, Wish]:
+        """Return a generation request, parsed, and what to generate."""
+        if route is Route.MESSAGES:
+            return self._read_messages(values)
         if route is Route.CHAT:
             return self._read_chat(values)
         if route is Route.COMPLETIONS:
@@ -142,9 +158,20 @@ class Wire(ABC):
         prompt = chat_prompt([{"content": body.instructions}, *messages])
         self.check_length(len(prompt.tokens), body.max_output_tokens, "max_output_tokens")
         wish = Wish([prompt], limit=body.max_output_tokens, stream=bool(body.stream))
-        if isinstance(body.tool_choice, dict) and isinstance(body.tool_choice.get("name"), str):
-            wish.tool = body.tool_choice["name"]
+        if (tool := forced_response_tool(body)) is not None:
+            wish.tool = tool["name"]
+            wish.tool_arguments = orjson.dumps(minimal_json(tool.get("parameters"))).decode()
         return body, wish
+
+    def _read_messages(self, values: Mapping[str, Any]) -> tuple[MessagesBody, Wish]:
+        body = read(MessagesBody, values)
+        prompt = body.prompt()
+        self.check_length(len(prompt.tokens), body.max_tokens, "max_tokens")
+        return body, body.wish(prompt)
+
+    def message_id(self, request_id: str) -> str:
+        """Return the id of a message."""
+        return f"msg_{request_id}"
 
     def read_embedding(self, values: Mapping[str, Any]) -> tuple[EmbeddingBody, list[Prompt]]:
         """Return an embedding request and its prompts."""
@@ -179,7 +206,7 @@ class Wire(ABC):
 
     @abstractmethod
     def invalid(self, error: InvalidBodyError, route: Route) -> dict[str, Any]:
-        """Return the body of the 400 for a request that is not of its route's form."""
+        """Return the body of the 400 for a malformed request."""
 
     @abstractmethod
     def refused(self, error: RefusedError, route: Route | None) -> dict[str, Any]:
@@ -216,12 +243,11 @@ class Wire(ABC):
         """Return the entry of ``GET /v1/models``."""
 
     @abstractmethod
-    def metrics(self, gauges: Mapping[str, float]) -> Mapping[str, bytes]:
-        """Return the metrics, by path. ``gauges`` has ``running``, ``waiting``, ``preemptions``
-        and ``usage`` (the share of slots that is taken)."""
+    def metrics(self, state: EngineState) -> Mapping[str, bytes]:
+        """Return the metrics, by path."""
 
     def busy(self) -> RefusedError:
-        """Return what a request is told that finds too many waiting."""
+        """Return the error for a request when too many are waiting."""
         return RefusedError(
             503,
             "The engine is currently busy and cannot accept new requests. Please try again later "
@@ -233,10 +259,16 @@ class Wire(ABC):
         """Return an error as an event of a stream."""
         return event({"error": self.refused(error, None)})
 
-    def stream_error(self, route: Route, error: RefusedError) -> tuple[bytes, bool]:
+    def stream_error(self, route: Route, error: RefusedError, *, begun: bool) -> tuple[bytes, bool]:
         """Return the last bytes of a stream that an error ends, and whether its HTTP message ends
-        as it should; else its connection breaks."""
+        as it should; else its connection breaks. ``begun``: it has sent events."""
+        if route is Route.MESSAGES:
+            return self.message_error(error, begun=begun), True
         return self.refused_event(error) + DONE, True
+
+    def message_error(self, error: RefusedError, *, begun: bool) -> bytes:
+        """Return the events with which a stream of messages ends."""
+        return message_event("error", error={"type": error.kind, "message": error.message})
 
     def reply_usage(self, reply: GeneratedReply) -> dict[str, Any]:
         """Return the usage of a whole reply."""
@@ -257,10 +289,25 @@ def base_card(wire: Wire, created: int) -> dict[str, Any]:
     return {"id": wire.served_name, "object": "model", "created": created, "owned_by": OWNER}
 
 
-def prometheus(samples: Mapping[str, tuple[str, float]], labels: str) -> bytes:
-    """Return metrics as Prometheus text; ``samples`` has the kind and the value by name."""
+Samples = Mapping[str, tuple[str, float | Histogram]]
+"""The kind and the value of metrics, by name."""
+
+
+def prometheus(samples: Samples, labels: str) -> bytes:
+    """Return metrics as Prometheus text."""
     lines = []
     for name, (kind, value) in samples.items():
         lines += [f"# HELP {name} Simulated.", f"# TYPE {name} {kind}"]
-        lines.append(f"{name}{{{labels}}} {float(value)}")
+        if isinstance(value, Histogram):
+            lines += _histogram(name, value, labels)
+        else:
+            lines.append(f"{name}{{{labels}}} {float(value)}")
     return "\n".join([*lines, ""]).encode()
+
+
+def _histogram(name: str, value: Histogram, labels: str) -> Iterator[str]:
+    bounds = [*map(str, value.bounds), "+Inf"]
+    for bound, below in zip(bounds, accumulate(value.counts), strict=True):
+        yield f'{name}_bucket{{{labels},le="{bound}"}} {float(below)}'
+    yield f"{name}_count{{{labels}}} {float(value.count)}"
+    yield f"{name}_sum{{{labels}}} {value.total}"

@@ -20,16 +20,31 @@ from deployments.simulator.chunks import (
     event,
 )
 from deployments.simulator.generation import Choice, GeneratedReply
+from deployments.simulator.messages import message_event
+from deployments.simulator.observations import EngineState
 from deployments.simulator.requests import (
     GenerationBody,
     InvalidBodyError,
     RefusedError,
 )
-from deployments.simulator.wire import Headers, Wire, base_card, prometheus
+from deployments.simulator.wire import Headers, Samples, Wire, base_card, prometheus
 
 # FastAPI adds the place in the source that refused, and SGLang passes it on.
 _PLACE = 'File "/opt/sglang/srt/entrypoints/http_server.py", line 1870, in openai_v1'
 _PRIORITY = TypeAdapter[int | None](int | None)
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def _anthropic_error(error: RefusedError) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    return {"type": kind, "message": error.message}
 
 
 class SglangWire(Wire):
@@ -40,10 +55,15 @@ class SglangWire(Wire):
     headers_before_first_token: ClassVar[bool] = False
     refuses_in_band: ClassVar[bool] = True
     listens_before_ready: ClassVar[bool] = True
+    whole_messages_usage: ClassVar[bool] = False
+    detokenized: ClassVar[str] = "text"
 
     def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:
         if route is Route.RESPONSES:
             return self.settings.unset_priority
+        if route is Route.MESSAGES:
+            # The class of its requests has no such field.
+            values = {}
         try:
             priority = _PRIORITY.validate_python(values.get("priority"))
         except ValidationError as error:
@@ -101,7 +121,18 @@ class SglangWire(Wire):
             "param": error.param,
             "code": error.status,
         }
+        if route is not None and route.is_anthropic:
+            return {"type": "error", "error": _anthropic_error(error)}
         return {"error": flat} if route is Route.RESPONSES else {"object": "error", **flat}
+
+    def message_error(self, error: RefusedError, *, begun: bool) -> bytes:
+        start = {
+            "id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "content": [],
+            "model": self.served_name, "usage": {"input_tokens": 0, "output_tokens": 0},
+        }  # fmt: skip
+        events = b"" if begun else message_event("message_start", message=start)
+        events += message_event("error", error=_anthropic_error(error))
+        return events + message_event("message_stop")
 
     def busy(self) -> RefusedError:
         return RefusedError(503, "The request queue is full.", "SERVICE_UNAVAILABLE")
@@ -193,12 +224,16 @@ class SglangWire(Wire):
             "max_model_len": self.settings.context_length,
         }
 
-    def metrics(self, gauges: Mapping[str, float]) -> Mapping[str, bytes]:
-        samples = {
-            "sglang:num_running_reqs": ("gauge", gauges["running"]),
-            "sglang:num_queue_reqs": ("gauge", gauges["waiting"]),
-            "sglang:token_usage": ("gauge", gauges["usage"]),
-            "sglang:num_retracted_requests_total": ("counter", gauges["preemptions"]),
+    def metrics(self, state: EngineState) -> Mapping[str, bytes]:
+        samples: Samples = {
+            "sglang:num_running_reqs": ("gauge", state.running),
+            "sglang:num_queue_reqs": ("gauge", state.waiting),
+            "sglang:token_usage": ("gauge", state.usage),
+            "sglang:num_retracted_requests_total": ("counter", state.preemptions),
+            "sglang:prompt_tokens_total": ("counter", state.timings.prompt_tokens),
+            "sglang:cached_tokens_total": ("counter", state.timings.cached_tokens),
+            "sglang:queue_time_seconds": ("histogram", state.timings.queue),
+            "sglang:time_to_first_token_seconds": ("histogram", state.timings.ttft),
         }
         labels = f'engine_type="unified",model_name="{self.served_name}",priority=""'
         return {"/metrics": prometheus(samples, labels)}

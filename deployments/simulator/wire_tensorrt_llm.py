@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final
 import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
-from app.core.dialect import Route
+from app.core.dialect import OPENAI_ROUTES, Route
 from deployments.engines.tensorrt_llm_requests import PRIORITY_ROUTES, REQUEST_FIELDS
 from deployments.simulator.chunks import (
     DONE,
@@ -23,6 +23,7 @@ from deployments.simulator.chunks import (
     event,
 )
 from deployments.simulator.generation import Choice, GeneratedReply
+from deployments.simulator.observations import EngineState
 from deployments.simulator.requests import (
     GenerationBody,
     InvalidBodyError,
@@ -30,7 +31,7 @@ from deployments.simulator.requests import (
     RefusedError,
     problem,
 )
-from deployments.simulator.wire import Headers, Wire, base_card, prometheus
+from deployments.simulator.wire import Headers, Samples, Wire, base_card, prometheus
 
 _PRIORITY = TypeAdapter[float | None](Annotated[float, Field(ge=0.0, le=1.0)] | None)
 
@@ -44,7 +45,9 @@ class TensorrtLlmWire(Wire):
     """Unknown fields are an error but on ``/v1/responses``, errors are not wrapped, a higher
     priority, between 0 and 1, goes first, and a stream of chat that an error ends breaks off."""
 
+    routes: ClassVar[frozenset[Route]] = OPENAI_ROUTES
     headers_before_first_token: ClassVar[bool] = True
+    tells_preemptions: ClassVar[bool] = False
     accepted_fields = REQUEST_FIELDS
     default_limit: ClassVar[int | None] = None
 
@@ -98,7 +101,10 @@ class TensorrtLlmWire(Wire):
             )
 
     def invalid(self, error: InvalidBodyError, route: Route) -> dict[str, Any]:
-        return {"error": str([dict(found) for found in error.problems])}
+        text = str([dict(found) for found in error.problems])
+        if self.settings.older_errors:
+            return self.refused(RefusedError(400, text), route)
+        return {"error": text}
 
     def refused(self, error: RefusedError, route: Route | None) -> dict[str, Any]:
         return {
@@ -109,7 +115,7 @@ class TensorrtLlmWire(Wire):
             "code": error.status,
         }
 
-    def stream_error(self, route: Route, error: RefusedError) -> tuple[bytes, bool]:
+    def stream_error(self, route: Route, error: RefusedError, *, begun: bool) -> tuple[bytes, bool]:
         if route is not Route.COMPLETIONS:
             return b"", False
         shown = {"message": error.message, "type": "server_error", "code": None, "param": None}
@@ -202,15 +208,19 @@ class TensorrtLlmWire(Wire):
     def model_card(self, created: int) -> dict[str, Any]:
         return base_card(self, created)
 
-    def metrics(self, gauges: Mapping[str, float]) -> Mapping[str, bytes]:
-        samples = {
-            "trtllm_num_requests_running": ("gauge", gauges["running"]),
-            "trtllm_num_requests_waiting": ("gauge", gauges["waiting"]),
-            "trtllm_kv_cache_utilization": ("gauge", gauges["usage"]),
+    def metrics(self, state: EngineState) -> Mapping[str, bytes]:
+        samples: Samples = {
+            "trtllm_num_requests_running": ("gauge", state.running),
+            "trtllm_num_requests_waiting": ("gauge", state.waiting),
+            "trtllm_kv_cache_utilization": ("gauge", state.usage),
+            "trtllm_num_paused_requests": ("gauge", 0),
+            "trtllm_kv_cache_hit_rate": ("gauge", state.timings.hit_rate),
+            "trtllm_request_queue_time_seconds": ("histogram", state.timings.queue),
+            "trtllm_time_to_first_token_seconds": ("histogram", state.timings.ttft),
         }
         iteration = {
-            "numActiveRequests": int(gauges["running"]),
-            "numQueuedRequests": int(gauges["waiting"]),
+            "numActiveRequests": state.running,
+            "numQueuedRequests": state.waiting,
         }
         labels = f'engine_type="simulated",model_name="{self.served_name}"'
         return {

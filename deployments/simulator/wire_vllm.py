@@ -22,12 +22,14 @@ from deployments.simulator.chunks import (
     tool_call,
 )
 from deployments.simulator.generation import Choice, GeneratedReply
+from deployments.simulator.observations import EngineState
+from deployments.simulator.ranking import RANKING_ROUTES
 from deployments.simulator.requests import (
     InvalidBodyError,
     RefusedError,
     problem,
 )
-from deployments.simulator.wire import Headers, Wire, base_card, prometheus
+from deployments.simulator.wire import Headers, Samples, Wire, base_card, prometheus
 
 _INT64 = TypeAdapter[int](Annotated[int, Field(ge=-(2**63), le=2**63 - 1)])
 
@@ -39,15 +41,19 @@ class VllmWire(Wire):
     headers_before_first_token: ClassVar[bool] = True
     keeps_request_id: ClassVar[bool] = True
     echoes_service_tier: ClassVar[bool] = True
+    routes: ClassVar[frozenset[Route]] = Wire.routes | RANKING_ROUTES
 
     def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:
+        if route is Route.MESSAGES:
+            # The class of its requests has no such field.
+            values = {}
         try:
             priority = _INT64.validate_python(values.get("priority", 0))
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False)[0]
             raise InvalidBodyError([{**found, "loc": ("body", "priority")}]) from None
         header = headers.get(b"x-vllm-priority", b"")
-        if header and route is not Route.EMBEDDINGS:
+        if header and route.generates:
             try:
                 return int(header)
             except ValueError:
@@ -101,7 +107,12 @@ class VllmWire(Wire):
         refusal = RefusedError(400, "\n".join(lines), HTTPStatus.BAD_REQUEST.phrase, param)
         return self.refused(refusal, route)
 
+    def message_id(self, request_id: str) -> str:
+        return f"chatcmpl-{request_id}"
+
     def refused(self, error: RefusedError, route: Route | None) -> dict[str, Any]:
+        if route is not None and route.is_anthropic:
+            return {"type": "error", "error": {"type": error.kind, "message": error.message}}
         return {
             "error": {
                 "message": error.message,
@@ -225,12 +236,16 @@ class VllmWire(Wire):
             "permission": [_permission(created)],
         }
 
-    def metrics(self, gauges: Mapping[str, float]) -> Mapping[str, bytes]:
-        samples = {
-            "vllm:num_requests_running": ("gauge", gauges["running"]),
-            "vllm:num_requests_waiting": ("gauge", gauges["waiting"]),
-            "vllm:kv_cache_usage_perc": ("gauge", gauges["usage"]),
-            "vllm:num_preemptions_total": ("counter", gauges["preemptions"]),
+    def metrics(self, state: EngineState) -> Mapping[str, bytes]:
+        samples: Samples = {
+            "vllm:num_requests_running": ("gauge", state.running),
+            "vllm:num_requests_waiting": ("gauge", state.waiting),
+            "vllm:kv_cache_usage_perc": ("gauge", state.usage),
+            "vllm:num_preemptions_total": ("counter", state.preemptions),
+            "vllm:prefix_cache_queries_total": ("counter", state.timings.prompt_tokens),
+            "vllm:prefix_cache_hits_total": ("counter", state.timings.cached_tokens),
+            "vllm:request_queue_time_seconds": ("histogram", state.timings.queue),
+            "vllm:time_to_first_token_seconds": ("histogram", state.timings.ttft),
         }
         return {"/metrics": prometheus(samples, f'engine="0",model_name="{self.served_name}"')}
 

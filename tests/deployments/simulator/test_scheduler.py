@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from frontline_preemption import Rules
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from deployments.simulator.pacing import Pace
 from deployments.simulator.scheduler import (
-    PREEMPTION_GAP,
+    MARGIN_ALONE,
     BatchScheduler,
     Changes,
     Job,
@@ -67,7 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             (victim,) = changes.preempted
             assert self.scheduler.preempts
             assert victim in before and victim.state is JobState.WAITING
-            assert self._urgency(victim) - self._urgency(job) > PREEMPTION_GAP
+            assert self._urgency(victim) - self._urgency(job) > MARGIN_ALONE.margin
             if not self.scheduler.keeps_place:
                 self._arrive(victim)
         running = len(before) < self.scheduler.slots or bool(changes.preempted)
@@ -125,6 +126,77 @@ def test_waiting_jobs_start_in_the_order_of_their_sign(priorities: list[int]) ->
     high_first = order_of(BatchScheduler(1, lower_goes_first=False), priorities)
     assert high_first == sorted(priorities, reverse=True)
     assert order_of(BatchScheduler(1, fcfs=True), priorities) == priorities
+
+
+RULES = Rules()
+
+
+class Generating(BatchScheduler):
+    """A scheduler whose running jobs have generated so many tokens."""
+
+    def __init__(self, slots: int, left: int = 1000) -> None:
+        super().__init__(
+            slots,
+            preempts=True,
+            keeps_place=True,
+            rules=RULES,
+            progress=lambda job: (self.generated.get(job, 0), left),
+        )
+        self.generated: dict[Job, int] = {}
+
+
+def test_a_job_that_is_nearly_done_runs_to_its_end() -> None:
+    scheduler = Generating(1, left=RULES.nearly_done)
+    first, _ = scheduler.submit(0, 0)
+    urgent, changes = scheduler.submit(1, -100)
+    assert changes == Changes() and scheduler.wants_room
+    assert scheduler.finish(first).started == (urgent,)
+
+
+def test_a_job_that_has_just_resumed_generates_some_tokens_first() -> None:
+    scheduler = Generating(1)
+    low, _ = scheduler.submit(0, 100)
+    urgent, changes = scheduler.submit(1, -100)
+    assert changes.preempted == (low,) and urgent.state is JobState.RUNNING
+    assert scheduler.finish(urgent).started == (low,)
+    again, changes = scheduler.submit(2, -100)
+    assert changes == Changes() and scheduler.wants_room
+    scheduler.generated[low] = RULES.tokens_between
+    assert scheduler.make_room(0.0) == Changes((again,), (low,))
+    assert not scheduler.wants_room
+
+
+def test_nobody_is_suspended_more_often_than_the_rules_allow() -> None:
+    scheduler = Generating(1)
+    low, _ = scheduler.submit(0, 100)
+    for number in range(RULES.most_preemptions + 1):
+        scheduler.generated[low] = 1000 * number
+        urgent, changes = scheduler.submit(1 + number, -100)
+        assert bool(changes.preempted) == (number < RULES.most_preemptions)
+        scheduler.finish(urgent)
+    assert scheduler.preemptions == RULES.most_preemptions
+
+
+def test_a_job_that_was_suspended_for_long_counts_as_one_of_the_best_tier() -> None:
+    scheduler = Generating(1)
+    low, _ = scheduler.submit(0, 100)
+    urgent, _ = scheduler.submit(1, -100, now=0.0)
+    scheduler.submit(2, -100, now=1.0)
+    late = RULES.longest_suspended_s + 2
+    assert scheduler.suspended == 1 and scheduler.suspended_s(late) == late
+    scheduler.submit(3, -100, now=late)
+    assert scheduler.finish(urgent, late).started == (low,)
+    assert scheduler.suspended == 0 and scheduler.suspended_s(late + 9) == late
+    assert scheduler.submit(4, -100, now=late)[1] == Changes(), "it is not suspended again"
+
+
+def test_sglang_has_no_such_bounds() -> None:
+    scheduler = BatchScheduler(1, preempts=True)
+    low, _ = scheduler.submit(0, 100)
+    for number in range(1, 50):
+        urgent, changes = scheduler.submit(number, -100)
+        assert changes.preempted == (low,)
+        scheduler.finish(urgent)
 
 
 @given(

@@ -25,11 +25,12 @@ import openai
 import orjson
 import pytest
 
-from app.core.dialect import Route
+from app.core.dialect import OPENAI_ROUTES, POOLED_ROUTES, SLOT_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from deployments.engines.base import EngineContractError, EngineFacts, Launch
 from deployments.engines.simulated import Simulated
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.unit
 
@@ -44,7 +45,23 @@ PROMPTS = {
     Route.COMPLETIONS: {"model": MODEL, "prompt": "Tell me of the sea"},
     Route.EMBEDDINGS: {"model": MODEL, "input": "Tell me of the sea"},
     Route.RESPONSES: {"model": MODEL, "input": "Tell me of the sea"},
+    Route.MESSAGES: CHAT | {"max_tokens": 8},
+    Route.COUNT_TOKENS: CHAT,
+    Route.TOKENIZE: {"model": MODEL, "prompt": "Tell me of the sea"},
+    Route.DETOKENIZE: {"model": MODEL, "tokens": []},
+    Route.RERANK: {"model": MODEL, "query": "sea", "documents": ["the sea", "a b"]},
+    Route.SCORE: {"model": MODEL, "text_1": "sea", "text_2": "the sea"},
+    Route.CLASSIFY: {"model": MODEL, "input": "Tell me of the sea"},
+    Route.POOLING: {"model": MODEL, "input": "Tell me of the sea"},
 }
+BY_BODY = [Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS, Route.RESPONSES]
+RANKING = [Route.RERANK, Route.SCORE]
+ROUTES = {
+    "vllm": [*(frozenset(Route) - POOLED_ROUTES), *RANKING],
+    "sglang": list(frozenset(Route) - POOLED_ROUTES),
+    "tensorrt_llm": BY_BODY,
+}
+"""The routes of each dialect."""
 
 
 @dataclass
@@ -59,10 +76,10 @@ class Engine:
         return f"http://127.0.0.1:{self.launch.port}"
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers=HEADERS, timeout=10, verify=TLS)
+        return httpx.Client(base_url=self.url, headers=HEADERS, timeout=PATIENCE_S, verify=TLS)
 
     def async_http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, headers=HEADERS, timeout=10, verify=TLS)
+        return httpx.AsyncClient(base_url=self.url, headers=HEADERS, timeout=PATIENCE_S, verify=TLS)
 
     @contextmanager
     def streaming(self) -> Iterator[Iterator[bytes]]:
@@ -267,6 +284,16 @@ def test_completions_take_a_batch_and_n(engine: Engine) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 12)
 
 
+def test_a_text_ranks_by_its_likeness_to_others(vllm: Engine) -> None:
+    documents = ["a b", "sea", "c"]
+    answer = vllm.post(Route.RERANK, {"documents": documents, "top_n": 2}).json()
+    assert answer["results"][0]["index"] == 1 and len(answer["results"]) == 2
+    assert answer["usage"] == {"prompt_tokens": 5, "total_tokens": 5}
+    scores = vllm.post(Route.SCORE, {"text_1": ["sea", "c"], "text_2": ["sea", "d"]}).json()
+    assert scores["data"][0]["score"] == pytest.approx(1) and len(scores["data"]) == 2
+    assert vllm.post(Route.SCORE, {"text_1": ["a", "b"], "text_2": ["c"] * 3}).status_code == 400
+
+
 def test_embeddings_are_unit_vectors_in_either_encoding(engine: Engine) -> None:
     with engine.sdk() as sdk:
         # The package asks for base64 and decodes it.
@@ -307,6 +334,26 @@ def test_responses_answer_and_stream(engine: Engine) -> None:
     assert last.type == "response.completed"
     assert last.response.output_text == whole.output_text
     assert last.response.usage is not None and last.response.usage.output_tokens == 4
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "look"}])
+def test_a_response_calls_a_forced_function_with_what_its_parameters_need(
+    engine: Engine, choice: Any
+) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    look: Any = {"type": "function", "name": "look", "parameters": city, "strict": False}
+    asked: Any = {"input": "x", "tools": [{"type": "web_search"}, look], "tool_choice": choice}
+    with engine.sdk() as sdk:
+        whole = sdk.responses.create(model=MODEL, **asked)
+        with sdk.responses.create(model=MODEL, **asked, stream=True) as stream:
+            streamed = list(stream)
+    (call,) = whole.output
+    assert call.type == "function_call"
+    assert (call.name, orjson.loads(call.arguments)) == ("look", {"city": ""})
+    last = streamed[-1]
+    assert last.type == "response.completed"
+    (again,) = last.response.output
+    assert again.type == "function_call" and again.arguments == call.arguments
 
 
 def test_a_forced_function_is_called(engine: Engine) -> None:
@@ -509,7 +556,7 @@ def test_every_route_demands_the_key(engine: Engine) -> None:
     paths = [("POST", route.path) for route in Route]
     paths += [("GET", path) for path in ("/v1/models", "/health", "/ready", "/metrics")]
     paths += [("GET", "/version"), ("GET", "/simulate"), ("POST", "/simulate"), ("GET", "/none")]
-    with httpx.Client(base_url=engine.url, verify=TLS) as http:
+    with httpx.Client(base_url=engine.url, verify=TLS, timeout=PATIENCE_S) as http:
         for (method, path), key in itertools.product(paths, ({}, {"authorization": "Bearer no"})):
             answer = http.request(method, path, headers=key, json={} if method == "POST" else None)
             assert answer.status_code == 401, (method, path)
@@ -519,7 +566,11 @@ def test_every_route_demands_the_key(engine: Engine) -> None:
 
 @pytest.mark.parametrize("route", list(Route))
 def test_unknown_fields(engine: Engine, route: Route) -> None:
-    strict = engine.launch.engine_args["dialect"] == "tensorrt_llm" and route is not Route.RESPONSES
+    dialect = engine.launch.engine_args["dialect"]
+    strict = dialect == "tensorrt_llm" and route is not Route.RESPONSES
+    if route not in ROUTES[str(dialect)]:
+        assert engine.post(route, {}).status_code == 404
+        return
     answer = engine.post(route, {"service_tier": "default", "prompt_cache_key": "x"})
     assert answer.status_code == (400 if strict else 200)
     if strict:
@@ -545,7 +596,7 @@ def test_error_shapes(vllm: Engine, sglang: Engine, tensorrt_llm: Engine) -> Non
 
 
 def test_unknown_models(vllm: Engine, sglang: Engine, tensorrt_llm: Engine) -> None:
-    for route in Route:
+    for route in ROUTES["vllm"]:
         answer = vllm.post(route, {"model": "no/such"})
         assert answer.status_code == 404
         assert answer.json()["error"]["type"] == "NotFoundError"
@@ -555,7 +606,7 @@ def test_unknown_models(vllm: Engine, sglang: Engine, tensorrt_llm: Engine) -> N
 
 
 def test_wrong_bodies(engine: Engine) -> None:
-    for route in Route:
+    for route in ROUTES[str(engine.launch.engine_args["dialect"])]:
         with engine.http() as http:
             for content in (b"{", b"[]", b'{"model":3}'):
                 answer = http.post(route.path, content=content)
@@ -612,8 +663,8 @@ def test_it_tells_what_reached_it(vllm: Engine) -> None:
 def test_the_sign_and_routes_of_priority(
     vllm: Engine, sglang: Engine, tensorrt_llm: Engine
 ) -> None:
-    def taken(engine: Engine, value: float, **headers: str) -> list[float]:
-        for route in Route:
+    def taken(engine: Engine, value: float, by_body: bool = True, **headers: str) -> list[float]:
+        for route in BY_BODY if by_body else [Route.MESSAGES]:
             engine.post(route, {"priority": value}, headers=headers)
         return [start["priority"] for start in engine.seen()["starts"]]
 
@@ -621,6 +672,9 @@ def test_the_sign_and_routes_of_priority(
     assert taken(pristine(vllm), 5, **{"X-Vllm-Priority": "9"}) == [9, 9, 5, 9]
     assert taken(sglang, 5) == [5, 5, 5, 0]
     assert taken(tensorrt_llm, 1) == [1, 1, 0.5], "embeddings with a priority are refused"
+    for engine, header in ((vllm, "X-Vllm-Priority"), (sglang, "X-Override-Priority")):
+        assert taken(pristine(engine), 5, False) == [0], "only the header counts"
+        assert taken(pristine(engine), 5, False, **{header: "9"}) == [9]
 
 
 # Slots, pace, disconnects
@@ -910,7 +964,9 @@ class Http:
         self.engine = engine
 
     async def get_json(self, path: str, *, authorized: bool = True) -> tuple[int, Any]:
-        async with httpx.AsyncClient(base_url=self.engine.url, verify=TLS) as http:
+        async with httpx.AsyncClient(
+            base_url=self.engine.url, verify=TLS, timeout=PATIENCE_S
+        ) as http:
             answer = await http.get(path, headers=HEADERS if authorized else {})
             return answer.status_code, answer.json()
 
@@ -928,7 +984,8 @@ async def test_the_dialect_is_that_of_the_running_engine(
     facts = await facts_of(vllm)
     assert (facts.version, facts.context_length) == ("simulated-1", 4096)
     assert (facts.dialect.engine, facts.dialect.simulated) == ("simulated-vllm", True)
-    assert facts.dialect.priority_routes == frozenset(Route)
+    assert facts.dialect.priority_routes == SLOT_ROUTES
+    assert facts.dialect.routes == frozenset(ROUTES["vllm"])
     dialect = (await facts_of(sglang)).dialect
     assert dialect.priority_values[Tier.PRIORITY] == -100
     assert Route.RESPONSES not in dialect.priority_routes
@@ -936,6 +993,7 @@ async def test_the_dialect_is_that_of_the_running_engine(
     assert dialect.engine == "simulated-tensorrt-llm"
     assert dialect.priority_values == {Tier.PRIORITY: 1.0, Tier.DEFAULT: 0.5, Tier.FLEX: 0.0}
     assert dialect.priority_routes == {Route.CHAT, Route.COMPLETIONS}
+    assert dialect.routes == OPENAI_ROUTES
     assert "service_tier" not in dialect.accepted_fields[Route.CHAT]
     for name in (await facts_of(tensorrt_llm)).dialect.accepted_fields[Route.CHAT]:
         answer = tensorrt_llm.post(Route.CHAT, {name: CHAT.get(name)})
