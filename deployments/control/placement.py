@@ -6,7 +6,6 @@ It checks only pools without replicas, every two seconds, and never on a request
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -14,12 +13,10 @@ import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from app import supervision
+from app import alarms, supervision
 from app.ray_compat.cluster import refused_requests
 from app.ray_compat.controller import replica_options, serve_controller
 from deployments.control.feasibility import Need, Node
-
-logger = logging.getLogger("ray.serve")
 
 _LOOK_S: Final = 2.0
 _ANSWER_S: Final = 5.0
@@ -58,7 +55,8 @@ class PlacementWatch:
                     missing = await self._look(self._without_replicas())
             # If the check fails, every pool counts as placeable: no request is refused for that.
             except (RayError, RayServeException, TimeoutError, ValueError) as error:
-                logger.debug("cannot look for nodes: %s", type(error).__name__)
+                what = f"{self._application}: {type(error).__name__}; its pools count as placeable"
+                alarms.PROCESS.raised("nodes not checked", what)
                 missing = {}
             except Exception:
                 self._take({})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from app.contracts.start import StartFailure, find_failure
 from app.ray_compat.controller import (
     DeploymentStatus,
     DeploymentStatusInfo,
@@ -59,7 +61,22 @@ class Wakings:
         return self._took.get(pool, 0.0)
 
 
-async def standing(application: str, pool: str, before: PoolPhase) -> PoolPhase:
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Why no replica of a pool is known.
+
+    Attributes:
+        phase: whether it is asleep, waking or away.
+        failure: why its last start failed, if Serve's status of it says so.
+        told: whether that status has any message; without one, an earlier failure is over.
+    """
+
+    phase: PoolPhase
+    failure: StartFailure | None = None
+    told: bool = True
+
+
+async def standing(application: str, pool: str, before: PoolPhase) -> Standing:
     """Ask Serve why no replica of a pool is known; ``AWAY`` if Serve does not answer.
 
     Args:
@@ -74,17 +91,17 @@ async def standing(application: str, pool: str, before: PoolPhase) -> PoolPhase:
             controller = await asyncio.to_thread(serve_controller)
             status = await deployment_status(controller, pool, application)
             if status is None:
-                return PoolPhase.AWAY
+                return Standing(PoolPhase.AWAY)
             now = read_standing(status)
             if now is PoolPhase.ASLEEP and before is not PoolPhase.ASLEEP:
                 # Only on a change: this call costs Serve three times as much as the status, and a
                 # pool may sleep for days.
                 details = await controller.get_deployment_details.remote(application, pool)
-                return before if details.target_num_replicas else now
-            return now
+                now = before if details.target_num_replicas else now
+            return Standing(now, find_failure(status.message), told=bool(status.message))
     except Exception as error:
         logger.info("cannot ask Serve about pool %s: %s", pool, type(error).__name__)
-        return PoolPhase.AWAY
+        return Standing(PoolPhase.AWAY)
 
 
 def read_standing(info: DeploymentStatusInfo) -> PoolPhase:

@@ -6,20 +6,26 @@ import os
 import re
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from app.config.model import PoolSettings
+from app.contracts.findings import Examination
 from app.contracts.launch import LaunchPlan, OpenPort, RankPlan
 from app.core.paths import expand_path, frontline_home
 from app.core.settings import SettingsError
 from deployments.engines.base import EngineAdapter, Launch, NodeSpan
 from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK, plan_guard
+from deployments.preflight.gather import examination_failed, examine_pool
 from deployments.process.supervisor import EngineProcess
 
 # Set for the Ray actor only: the first is its share of CPUs, the second is tuned for an ingress.
 _NOT_INHERITED: Final = ("OMP_NUM_THREADS", "MALLOC_ARENA_MAX")
+_MODULES: Final = "PYTHONPATH"
+_ROOT: Final = Path(__file__).resolve().parents[2]
 _MEETING_PLACE: Final = OpenPort(
     name="meeting place",
     where="NODE_0; once they have met, the parts open more ports to each other, by torch's choice",
@@ -65,18 +71,37 @@ async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSetting
         OSError: its log cannot be written.
     """
     inherited = {name: v for name, v in os.environ.items() if name not in _NOT_INHERITED}
+    # Torch keeps compiled code in the temporary folder, which goes with each engine.
+    inherited.setdefault("TORCHINDUCTOR_CACHE_DIR", str(frontline_home() / "cache" / "inductor"))
     return await EngineProcess.start(
         adapter.command(launch),
-        inherited | environment(adapter, launch, pool),
+        inherited | environment(adapter, launch, pool, inherited),
         log_folder(),
         name=log_name(launch.served_name, pool, launch.span.rank),
         stop_grace_s=pool.stop_grace_s,
     )
 
 
-def environment(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> dict[str, str]:
+def environment(
+    adapter: EngineAdapter,
+    launch: Launch,
+    pool: PoolSettings,
+    inherited: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """Return the environment variables that an engine gets in addition to inherited ones."""
-    return adapter.environment(launch) | pool.environment
+    own = adapter.environment(launch)
+    merged = own | pool.environment
+    if path := own.get(_MODULES):
+        # Images and operators set it as well, for modules that the engine needs.
+        rest = pool.environment.get(_MODULES) or _without_frontline(inherited.get(_MODULES, ""))
+        merged[_MODULES] = os.pathsep.join(filter(None, (path, rest)))
+    return merged
+
+
+def _without_frontline(path: str) -> str:
+    """Return a module path without Frontline's own folder, which would shadow engines' modules."""
+    folders = path.split(os.pathsep)
+    return os.pathsep.join(one for one in folders if one and Path(one) != _ROOT)
 
 
 def log_folder() -> Path:
@@ -117,6 +142,21 @@ def plan_launch(model_id: str, pool: PoolSettings) -> LaunchPlan:
         ),
         opens=(plan_guard(), *([_MEETING_PLACE] if others else [])),
     )
+
+
+def examine_launch(model_id: str, pool: PoolSettings, gpus: float) -> Examination:
+    """Look at this machine as if a replica of a pool were started on it.
+
+    Args:
+        model_id: the model's id.
+        pool: the pool's settings.
+        gpus: GPUs that Ray reserves for each node of a replica.
+    """
+    try:
+        launch = make_launch(model_id, pool, host=LOOPBACK, port=0, key="not used")
+    except SettingsError as problem:
+        return examination_failed(problem)
+    return examine_pool(launch, pool, gpus)
 
 
 def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
+from deployments.engines.base import POOLED_PROMPTS
 
 DOUBT_S: Final = 2.0
 """How long a probe may take before the replica is offered no more, in seconds. A token at the head
@@ -57,6 +58,15 @@ class HangProbe:
         self.doubtful = True
 
 
+def probe_route(route: Route) -> Route:
+    """Return the route on which to probe an engine that is silent on ``route``.
+
+    Anthropic's routes run on those of chat completions, where the priority is in the body. Those
+    that take no slot say nothing of what generates.
+    """
+    return Route.CHAT if route.is_anthropic or not route.takes_slot else route
+
+
 def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
     """Return the body of a request for a single token, with priority if the engine supports it.
 
@@ -69,10 +79,10 @@ def probe_request(model: str, route: Route, dialect: Dialect) -> dict[str, Any]:
         dialect: the engine's request format.
     """
     prompt: Any = [{"role": "user", "content": _TEXT}] if route is Route.CHAT else _TEXT
-    request = {"model": model, route.prompt_field: prompt}
+    request = {"model": model, **POOLED_PROMPTS.get(route, {route.prompt_field: prompt})}
     if route is Route.RESPONSES:
         request["max_output_tokens"] = 1
-    elif route is not Route.EMBEDDINGS:
+    elif route.generates:
         request["max_tokens"] = 1
     if route in dialect.priority_routes:
         best, usual = (dialect.priority_values[tier] for tier in (Tier.PRIORITY, Tier.DEFAULT))

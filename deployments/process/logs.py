@@ -1,4 +1,4 @@
-"""The logs of engines: one file per start.
+"""The logs of engines: one file per start, and what a long one held before its last turn.
 
 The descriptor that an engine inherits keeps its log file locked while any of its processes lives,
 so that the log of a running engine is never removed.
@@ -10,11 +10,18 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 KEEP_LOGS = 10
 """Logs kept per name: enough to see how a crash loop began, and few enough to need no space."""
+
+LIMIT_BYTES = 32 << 20
+"""The size from which a log is moved aside. A line takes some 100 bytes, so this holds days of an
+engine that logs each health check, and the logs of a name take 640 MiB at most."""
+OLDER = ".1"
+"""What follows a log's name where its older part is."""
 
 _TAIL_BYTES = 64 * 1024
 _TAIL_COLUMNS = 500
@@ -44,6 +51,7 @@ def _prune_logs(log_dir: Path, stem: str, keep: int) -> None:
         with contextlib.suppress(OSError):  # vanished, or not ours to remove
             if not _is_written(path):
                 path.unlink()
+                _older(path).unlink(missing_ok=True)
 
 
 def _is_written(path: Path) -> bool:
@@ -56,16 +64,52 @@ def _is_written(path: Path) -> bool:
     return False
 
 
-def tail(path: Path, lines: int) -> str:
+def rotate(path: Path, limit: int) -> bool:
+    """Move a log of ``limit`` bytes aside, in place of its older part; return whether it was moved.
+
+    The engine keeps its descriptor, so the file is copied and then emptied. It is open for
+    appending, so the engine goes on at its start. What is written between the two is lost.
+
+    Raises:
+        OSError: the log is gone or cannot be copied, as on a full disk.
+    """
+    if path.stat().st_size < limit:
+        return False
+    unborn = path.with_name(f"{path.name}.new")
     try:
-        with path.open("rb") as log:
-            start = max(log.seek(0, os.SEEK_END) - _TAIL_BYTES, 0)
-            log.seek(start)
-            text = log.read(_TAIL_BYTES).decode(errors="replace")
-    except OSError:
-        return ""
+        # Readable by this user only, as the log itself.
+        descriptor = os.open(unborn, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with path.open("rb") as log, os.fdopen(descriptor, "wb") as copy:
+            shutil.copyfileobj(log, copy, 1 << 20)
+        unborn.replace(_older(path))
+    except BaseException:
+        unborn.unlink(missing_ok=True)
+        raise
+    os.truncate(path, 0)
+    return True
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(path.name + OLDER)
+
+
+def tail(path: Path, lines: int) -> str:
+    end = _end(path, _TAIL_BYTES)
+    if len(end) < _TAIL_BYTES:
+        end = _end(_older(path), _TAIL_BYTES - len(end)) + end
+    text = end.decode(errors="replace")
     last = text.rstrip().split("\n")[-lines:] if lines > 0 else []
     return "\n".join(map(_readable, last))
+
+
+def _end(path: Path, size: int) -> bytes:
+    """Return the last bytes of a file; none if it is not there."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(log.seek(0, os.SEEK_END) - size, 0))
+            return log.read(size)
+    except OSError:
+        return b""
 
 
 def _readable(line: str) -> str:

@@ -24,6 +24,7 @@ Reasons for this design:
   that no descendant is left.
 - Ray SIGKILLs the direct children of an actor that exits or is killed, also those in another
   session. So this process detaches: it is not a child of its owner, and outlives it on purpose.
+- The engine gets a temporary folder of its own, which is removed when no process of it is left.
 - If this process itself is SIGKILLed, the engine's main process dies with it (PDEATHSIG). A later
   sweep finds the other processes by the environment marks below.
 """
@@ -37,6 +38,7 @@ import json
 import math
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,6 +51,9 @@ OWNER_MARK = "FRONTLINE_OWNER"
 """Environment variable of every engine process: its owner's identity, as PID:START."""
 REAPER_MARK = "FRONTLINE_REAPER"
 """Environment variable of every engine process: its reaper's identity, as PID:START."""
+
+TEMPORARY = "frontline-"
+"""What the names of engines' temporary folders begin with."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -187,6 +192,31 @@ def tidies_up(pid: int) -> bool:
         return False
 
 
+def temporary_folder(parent: str, reaper: Identity) -> str:
+    """Return the path of the temporary folder of a reaper's engine.
+
+    It names the pid namespace, in which alone the pid has a meaning. It is short, because engines
+    make sockets there, whose paths have at most 107 bytes.
+    """
+    namespace = "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
+    return f"{parent}/{TEMPORARY}{namespace}-{reaper.pid}-{reaper.start}"
+
+
+def remove_folder(path: str) -> None:
+    """Remove a folder with everything in it, as far as it can be removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    if not os.path.isdir(path):
+        return
+    # An engine may have left folders that nobody may read.
+    for folder, names, _ in os.walk(path):
+        for name in names:
+            inner = os.path.join(folder, name)
+            if not os.path.islink(inner):
+                with contextlib.suppress(OSError):
+                    os.chmod(inner, 0o700)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 class Order(NamedTuple):
     """The command to run, its owner, and the grace periods in seconds."""
 
@@ -207,6 +237,7 @@ class Reaper:
         self._owner = owner
         self._received = b""
         self._engine: subprocess.Popen[bytes] | None = None
+        self._temporary = ""
         self._deadline = math.inf  # when SIGKILL starts
         self._tidied_by = math.inf  # when it reaches processes that clean up
         self._selector = selectors.DefaultSelector()
@@ -223,9 +254,11 @@ class Reaper:
                 self._handle_orders(b"")  # orders that came with the environment
                 while self._reap():
                     self._wait_and_react()
+                self._remove_temporary()
                 self._report("gone")
         finally:
             self._kill_all()  # finds nothing, unless an error of our own ended the loop
+            self._remove_temporary()
 
     def _read_environment(self) -> dict[str, str] | None:
         """Return the first line from the owner; None if the owner died before it sent one."""
@@ -267,6 +300,7 @@ class Reaper:
         # Engines use setproctitle, which overwrites the environment that /proc shows, including
         # the marks, unless this is set.
         marks["SPT_NOENV"] = "1"
+        marks |= self._make_temporary(environment.get("TMPDIR") or "/tmp", identity)
         try:
             self._engine = subprocess.Popen(
                 self._order.command,
@@ -280,6 +314,22 @@ class Reaper:
             return False
         self._report(f"started {self._engine.pid} {identity}")
         return True
+
+    def _make_temporary(self, parent: str, identity: Identity) -> dict[str, str]:
+        """Make the engine's temporary folder; return the variable that names it."""
+        folder = temporary_folder(parent, identity)
+        try:
+            os.mkdir(folder, 0o700)
+        except OSError as error:
+            print(f"the engine has no temporary folder of its own: {error}", flush=True)
+            return {}
+        self._temporary = folder
+        return {"TMPDIR": folder}
+
+    def _remove_temporary(self) -> None:
+        folder, self._temporary = self._temporary, ""
+        if folder:
+            remove_folder(folder)
 
     def _reap(self) -> bool:
         """Reap all ended children; return whether any child, and so any descendant, is left."""

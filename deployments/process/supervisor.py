@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,8 @@ _FIRST_WORD_S = 60.0
 AFTER_KILL_S = 10.0
 """How long a process may take to vanish after SIGKILL: freeing a GPU's memory takes seconds."""
 _LOOK_AGAIN_S = 0.02
+LOG_PERIOD_S = 10.0
+"""Pause between two looks at the size of an engine's log."""
 
 
 class EngineProcessError(Exception):
@@ -63,8 +67,18 @@ class EngineProcess:
     It belongs to that loop. When the loop ends or the owner dies, the engine is ended too.
     """
 
-    def __init__(self, name: str, log_path: Path, reins: _Reins, stop_grace_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        log_path: Path,
+        reins: _Reins,
+        stop_grace_s: float,
+        log_limit: int,
+        temporary: str,
+    ) -> None:
         self.name = name
+        self._temporary = temporary
+        self._log_limit = log_limit
         self.log_path = log_path
         self._reins = reins
         self._stop_grace_s = stop_grace_s
@@ -72,6 +86,7 @@ class EngineProcess:
         self._ended = asyncio.Event()
         self._gone = asyncio.Event()
         self._listening = supervision.run_once("engine process listener", self._listen, about=name)
+        self._turning = supervision.keep_running("engine log", self._turn_log, about=name)
 
     @classmethod
     async def start(
@@ -85,6 +100,7 @@ class EngineProcess:
         owner_grace_s: float = 2.0,
         linger_s: float = 1.0,
         keep_logs: int = logs.KEEP_LOGS,
+        log_limit: int = logs.LIMIT_BYTES,
     ) -> EngineProcess:
         """Run ``command`` with exactly the environment ``env``, plus the marks of its owner.
 
@@ -101,6 +117,7 @@ class EngineProcess:
                 replica waits for the GPU.
             linger_s: how long helper processes may outlive the main process, to clean up.
             keep_logs: how many logs of this name are kept, besides those still written to.
+            log_limit: the size in bytes from which the log's older part is moved aside.
 
         Raises:
             EngineNotStarted: the command cannot be run.
@@ -124,7 +141,9 @@ class EngineProcess:
             writer.write(b"kill\n")
             writer.close()
             raise
-        return cls(name, log_path, _Reins(reader, writer, pid, identity), stop_grace_s)
+        reins = _Reins(reader, writer, pid, identity)
+        temporary = reaper.temporary_folder(env.get("TMPDIR") or "/tmp", identity)
+        return cls(name, log_path, reins, stop_grace_s, log_limit, temporary)
 
     @property
     def pid(self) -> int:
@@ -188,10 +207,19 @@ class EngineProcess:
                     self._handle_report(report.decode().split())
             if not self._gone.is_set():
                 await asyncio.to_thread(_kill_marked, _has_reaper(self._reins.reaper))
+                await asyncio.to_thread(reaper.remove_folder, self._temporary)
                 self._handle_report(["exited", str(-signal.SIGKILL)])
                 self._handle_report(["gone"])
         finally:
+            self._turning.cancel()
             self._reins.writer.close()  # also when the loop ends first: the reaper sees it
+
+    async def _turn_log(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_PERIOD_S)
+            # Somebody may have removed it.
+            with contextlib.suppress(FileNotFoundError):
+                await asyncio.to_thread(logs.rotate, self.log_path, self._log_limit)
 
     def _handle_report(self, report: list[str]) -> None:
         match report:
@@ -211,10 +239,27 @@ def sweep_orphans() -> list[int]:
 
     Called when an owner starts: it ends what is left after both an owner and its reaper were
     killed. It blocks until those processes have ended: some milliseconds if there are none, up to
-    ten seconds otherwise. It never touches an engine whose owner lives, nor processes of another
+    ten seconds otherwise. It removes their temporary folders, where those are below this process's
+    own. It never touches an engine whose owner lives, nor processes of another
     pid namespace, whose owners' pids have no meaning here.
     """
-    return _kill_marked(_has_dead_owner)
+    killed = _kill_marked(_has_dead_owner)
+    _remove_orphaned_folders()
+    return killed
+
+
+def _remove_orphaned_folders() -> None:
+    """Remove the temporary folders of engines whose reapers have ended: were killed, that is."""
+    parent = tempfile.gettempdir()
+    prefix, _, _ = reaper.temporary_folder(parent, Identity(0, 0)).rpartition("-0-0")
+    for folder in glob.glob(f"{glob.escape(prefix)}-*-*"):
+        try:
+            identity = Identity.parse(folder.removeprefix(f"{prefix}-").replace("-", ":"))
+        except ValueError:
+            # Not ours.
+            continue
+        if reaper.has_ended(identity):
+            reaper.remove_folder(folder)
 
 
 def _launch_reaper(

@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[attr-defined]
 
 from app.config.model import ModelSettings
+from app.contracts.start import StartFailure, StartProblem
 from app.contracts.status import Availability, ModelSnapshot, ReplicaStatus, Sleep
 from app.core.dialect import Dialect
 from app.ray_compat.cluster import read_refused
@@ -196,3 +197,23 @@ def test_a_model_is_asleep_until_somebody_asks_for_it(waking, missing, state):
         "m", (), "us", 0, ModelSettings(), (), sleep=rest, pools=("p",), missing=missing
     )
     assert model.state is state
+
+
+@pytest.mark.parametrize(
+    ("failed", "missing", "sleep", "replicas", "state"),
+    [
+        (["p"], {}, None, (), Availability.STARTING),
+        (["p", "q"], {}, None, (), Availability.FAILED),
+        (["p"], {"q": "GPU: 1"}, None, (), Availability.FAILED),
+        (["p", "q"], {}, Sleep(()), (), Availability.ASLEEP),
+        (["p"], {}, None, (REPLICA,), Availability.READY),
+    ],
+)
+def test_a_model_has_failed_once_no_pool_of_it_starts(failed, missing, sleep, replicas, state):
+    why = StartFailure("p", StartProblem.NO_GPU, "/path", "look", "/log", "n")
+    model = ModelSnapshot(
+        "m", (), "us", 0, ModelSettings(), replicas, sleep=sleep, pools=("p", "q"),
+        missing=missing, failed=dict.fromkeys(failed, why),
+    )  # fmt: skip
+    assert model.state is state
+    assert (model.failure_reason is not None) is (state is Availability.FAILED)

@@ -10,13 +10,15 @@ from ray.serve._private.common import (
     DeploymentStatusTrigger,
 )
 
+from app.contracts.start import StartFailure, StartProblem
 from deployments.control import pool_state
-from deployments.control.pool_state import PoolPhase, Wakings, read_standing
+from deployments.control.pool_state import PoolPhase, Standing, Wakings, read_standing
 
 pytestmark = pytest.mark.unit
 
 STARTED = DeploymentStatusTrigger.CONFIG_UPDATE_STARTED
 EVENTS = DeploymentStatusInternalTrigger
+FAILURE = StartFailure("vllm", StartProblem.NO_GPU, "no driver", "look", "/l", "n", ("x",))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,22 @@ async def test_serve_hears_of_replicas_before_others_do(monkeypatch, wanted, bef
     )
     monkeypatch.setattr(pool_state, "serve_controller", lambda: controller)
     expected = before if wanted else PoolPhase.ASLEEP
-    assert await pool_state.standing("application", "vllm", before) is expected
+    assert (await pool_state.standing("application", "vllm", before)).phase is expected
+
+
+@pytest.mark.parametrize("failure", [None, FAILURE])
+async def test_a_failed_start_is_read_from_serves_message(monkeypatch, failure):
+    """d26830b: AWAY, as while it is being deployed."""
+    told = DeploymentStatusInfo("vllm", DeploymentStatus.UPDATING, STARTED)
+    if failure is not None:
+        text = f"A replica failed to start with exception. Error:\n{failure.to_text()}"
+        told = told.update_message(text)
+    controller = SimpleNamespace(
+        get_deployment_status=_answers(told.to_proto().SerializeToString())
+    )
+    monkeypatch.setattr(pool_state, "serve_controller", lambda: controller)
+    found = await pool_state.standing("application", "vllm", PoolPhase.WAKING)
+    assert found == Standing(PoolPhase.AWAY, failure, told=failure is not None)
 
 
 def _answers(answer):

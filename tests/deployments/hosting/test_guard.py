@@ -16,7 +16,7 @@ from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect, Route
 from app.upstream.client import EngineBroke, EngineClient, EngineFailed, EngineUnreachable
 from deployments.hosting.guard import EngineGuard, GuardFailed, needs_guard, plan_guard
-from tests.support.waiting import until
+from tests.support.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.unit
 
@@ -87,7 +87,9 @@ async def guarded(tmp_path: Path, engine: Keyless, **options):
     port = server.sockets[0].getsockname()[1]
     guard = await EngineGuard.start(NODE, port, KEY, tmp_path, name="test", **options)
     try:
-        async with httpx.AsyncClient(base_url=guard.base_url, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            base_url=guard.base_url, trust_env=False, timeout=PATIENCE_S
+        ) as client:
             client.headers["authorization"] = f"Bearer {KEY}"
             yield guard, client, server
     finally:

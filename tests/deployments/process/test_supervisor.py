@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from deployments.process import reaper, supervisor
+from deployments.process.logs import OLDER
 from deployments.process.reaper import Identity
 from deployments.process.supervisor import (
     EngineNotStarted,
@@ -232,7 +233,8 @@ async def test_gives_exactly_the_environment_and_the_marks(logs: Path) -> None:
     await engine.wait()
     seen = json.loads(engine.tail())
     assert env.items() <= seen.items()
-    assert seen.keys() - env.keys() == {"FRONTLINE_OWNER", "FRONTLINE_REAPER", "SPT_NOENV"}
+    marks = {"FRONTLINE_OWNER", "FRONTLINE_REAPER", "SPT_NOENV"}
+    assert seen.keys() - env.keys() == marks | {"TMPDIR"}
     assert seen["FRONTLINE_OWNER"] == str(Identity.of(os.getpid()))
 
 
@@ -585,6 +587,66 @@ def test_a_sweep_leaves_other_pid_namespaces_alone(marked: Marked) -> None:
     assert running(inner[0].identity.pid)
 
 
+# --- the temporary folder ---
+
+# Leaves a file and a folder that cannot be read behind, prints its folder, and waits.
+LITTERING = """
+import os, sys, time
+folder = os.environ["TMPDIR"]
+open(folder + "/socket", "w").close()
+os.makedirs(folder + "/locked/inside")
+os.chmod(folder + "/locked", 0)
+print(folder, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("victim", ["none", "main", "tree", "reaper"])
+async def test_an_engines_temporary_folder_goes_with_it(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    """410afd7: all engines shared the machine's, and what they left there stayed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    engine = await start(logs, LITTERING)
+    await until_log(engine, "frontline-")
+    folder = Path(engine.tail(1))
+    assert folder.parent == tmp_path and os.stat(folder).st_mode & 0o777 == 0o700
+    if victim == "tree":
+        engine.kill()
+    elif victim != "none":
+        os.kill({"main": engine.pid, "reaper": reaper_of(engine)}[victim], signal.SIGKILL)
+        await engine.wait()
+    await engine.stop(0)
+    assert await eventually(lambda: not exists(folder))
+
+
+async def test_a_sweep_takes_the_folders_of_engines_that_are_gone(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    ours = await start(logs, LITTERING)
+    await until_log(ours, "frontline-")
+    gone = reaper.temporary_folder(str(tmp_path), Identity(2**22 + 1, 7))
+    others = [tmp_path / "frontline-1-2-3", tmp_path / "frontline-x", tmp_path / "notes"]
+    for folder in (Path(gone), *others):
+        folder.mkdir()
+    sweep_orphans()
+    assert not exists(Path(gone))
+    assert all(map(exists, [Path(ours.tail(1)), *others])), "of another namespace, and not ours"
+    await ours.stop(0)
+
+
+async def test_an_engine_starts_where_no_folder_can_be_made(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/no/such/folder")
+    engine = await start(logs, "import os; print(os.environ['TMPDIR'])")
+    await engine.wait()
+    assert engine.tail(1) == "/no/such/folder"
+    assert "has no temporary folder of its own" in engine.tail()
+
+
 # --- logs ---
 
 
@@ -617,6 +679,22 @@ async def test_the_log_of_a_living_engine_is_kept(logs: Path) -> None:
         assert await still_running(above) == []
     assert files(logs) == {engine.log_path, last.log_path}
     await engine.stop(5)
+
+
+async def test_a_log_that_grows_is_turned_while_the_engine_runs(
+    logs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """410afd7: it grew until the disk was full."""
+    monkeypatch.setattr(supervisor, "LOG_PERIOD_S", 0.05)
+    program = "import time\nwhile True: print('x' * 999, flush=True); time.sleep(0.002)"
+    engine = await start(logs, program, log_limit=20_000)
+    older = engine.log_path.with_name(engine.log_path.name + OLDER)
+    assert await eventually(older.exists)
+    first = older.stat().st_ino
+    assert await eventually(lambda: older.stat().st_ino != first)
+    await engine.stop(0)
+    assert sum(path.stat().st_size for path in files(logs)) < 400_000
+    assert engine.tail(1).startswith("x")
 
 
 async def test_a_name_may_hold_what_a_file_name_may_not(logs: Path) -> None:

@@ -1,0 +1,1 @@
+"""Looks at a machine before an engine is started there: facts, arithmetic, findings."""
