@@ -4,8 +4,9 @@ It polls the status of every engine replica twice a second and publishes it as a
 It shares out the slots of the replicas among the ingresses as credits. Every ingress calls
 ``renew`` for its credits and for a snapshot that has changed, and ``wait_for_wakeup`` to learn at
 once that it should renew. Serve calls ``reconfigure`` with changed prices and tiers, and
-``record_autoscaling_stats`` for its autoscaling policy; the CLI calls ``board``. No inference
-request passes through this actor.
+``record_autoscaling_stats`` for its autoscaling policy; the CLI calls ``board``. It records the
+model's recent past once a second (``app.history``), which ingresses fetch by ``news`` while
+somebody looks at the board. No inference request passes through this actor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,8 @@ from ray.serve.handle import DeploymentHandle
 from app import supervision
 from app.config.model import ModelArgs, ModelSettings, PoolSettings
 from app.contracts.credits import Demand, Renewal
+from app.contracts.news import ModelNews
+from app.contracts.start import PoolStart, StartFailure
 from app.contracts.stats import ModelBoard, QueueReport
 from app.contracts.status import ModelSnapshot, ReplicaStatus, Sleep, served_tiers
 from app.core.names import MODEL_DEPLOYMENT
@@ -32,12 +36,18 @@ from app.core.settings import Key, Problem, SettingsError
 from app.core.tiers import PriorityMode
 from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
 from app.flow.allocation.stats import ReportStore
+from app.history.recorder import POINT_S, Recorder
+from app.observe.exporter import Exporter, Sample
+from app.ray_compat.notes import post, read_note, read_notes
 from app.ray_compat.serve_port import keep_on_loopback
+from app.scaling.decisions import DECISIONS_S, note_name, read_decisions
 from app.scaling.demand import DemandBook
 from app.scaling.report import PoolReport
 from deployments import replica
 from deployments.control.placement import PlacementWatch
-from deployments.control.pool_state import PoolPhase, Wakings, standing
+from deployments.control.pool_starts import PoolStarts
+from deployments.control.pool_state import PoolPhase, Standing, Wakings, standing
+from deployments.control.telemetry import ReplicaCounts, model_samples
 from deployments.control.wakeups import Wakeups
 from deployments.engines.base import Launch
 from deployments.engines.registry import adapter_named
@@ -52,6 +62,8 @@ _FIRST_TIMEOUT_S = 1.0
 # How long one `wait_for_wakeup` call waits. It is short because a Model that stops waits for its
 # calls to end.
 _LISTEN_S = 2.0
+# How often the notes about starts are read while there are any. A phase lasts for seconds.
+_STARTS_S = 1.0
 
 
 class Model:
@@ -77,6 +89,8 @@ class Model:
         # waking or away.
         self._seen: dict[str, ReplicaStatus] = {}
         self._standings: dict[str, PoolPhase] = {}
+        self._failures: dict[str, StartFailure] = {}
+        self._starts = PoolStarts()
         self._wakings = Wakings()
         self._life = uuid.uuid4().hex
         self._changes = 0
@@ -84,15 +98,31 @@ class Model:
         self._snapshot = self._make_snapshot()
         self._allocator = CreditAllocator(self._life, self._settings.queue, time.monotonic())
         self._reports = ReportStore()
+        self._recorder = Recorder(self._life, time.monotonic(), time.time())
         self._demand = DemandBook()
         self._wakeups = Wakeups()
         self._probes: dict[str, asyncio.Task[None]] = {}
+        # How many replicas that Serve runs were not ready at the last look, by pool.
+        self._failing: dict[str, int] = {}
+        self._counts = ReplicaCounts()
         # An ingress with a snapshot without replicas would refuse requests although some run.
         await asyncio.gather(*map(self._look, pools))
         self._watchers = [
             supervision.keep_running("pool watch", partial(self._watch, pool), about=pool)
             for pool in pools
         ]
+        self._watchers += [
+            supervision.keep_running("history", self._record, about=args.id),
+            supervision.keep_running("scaling decisions", self._read_decisions, about=args.id),
+            supervision.keep_running("starts", self._read_starts, about=args.id),
+        ]
+        exporter = Exporter(self._samples)
+        self._watchers.append(supervision.keep_running("metrics", exporter.run))
+
+    def _samples(self) -> Iterator[Sample]:
+        replicas = {pool: self._replicas.get(pool, ()) for pool in self._pools}
+        suspended = self._allocator.suspended(time.monotonic())
+        return model_samples(self._args.id, replicas, self._counts, suspended)
 
     # Async, because Serve would call a plain method on a thread, concurrently with the event loop.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -102,6 +132,8 @@ class Model:
             SettingsError: ``user_config`` has an unknown key or a bad value.
         """
         self._settings = ModelSettings.load(user_config, "user_config")
+        if "rate_card" not in self._settings.model_fields_set:
+            logger.warning("%s has no rate card, so requests to it cost nothing", self._args.id)
         self._allocator.configure(self._settings.queue)
         self._publish()
 
@@ -119,6 +151,7 @@ class Model:
         version = f"{self._life}.{self._changes}"
         now = time.monotonic()
         self._reports.take(demand, report, now)
+        self._recorder.take(demand.ingress, report, now)
         for replica_id, route in demand.suspects.items():
             self._probe(replica_id, route)
         self._wakeups.renewed(demand.ingress)
@@ -142,7 +175,44 @@ class Model:
 
     async def board(self) -> ModelBoard:
         """Return the model and its queue at every ingress, for display by the CLI."""
-        return ModelBoard(self._snapshot, self._reports.ingresses(time.monotonic()))
+        # Made anew: counts that change by themselves are sent to no ingress.
+        return ModelBoard(
+            self._make_snapshot(),
+            self._reports.ingresses(time.monotonic()),
+            self._recorder.slo(self._settings.slo),
+            self._recorder.downgrades(),
+        )
+
+    async def news(self, life: str, number: int) -> ModelNews:
+        """Return the model as it is now, and its history after a point, for the board."""
+        return self._recorder.news(life, number)
+
+    async def _record(self) -> None:
+        while True:
+            now = time.monotonic()
+            board = ModelBoard(self._snapshot, self._reports.ingresses(now))
+            self._recorder.record(board, self._allocator.suspended(now), now, time.time())
+            await asyncio.sleep(POINT_S)
+
+    async def _read_decisions(self) -> None:
+        name = note_name(self._application)
+        while True:
+            note = await asyncio.to_thread(read_note, name)
+            self._recorder.decided(read_decisions(note))
+            await asyncio.sleep(DECISIONS_S)
+
+    async def _read_starts(self) -> None:
+        prefix = PoolStart.note_prefix(self._application)
+        while True:
+            awaited = any(
+                self._standings[pool] is not PoolPhase.ASLEEP for pool in self._without_replicas()
+            )
+            if self._starts.due(time.monotonic(), awaited=awaited):
+                notes = await asyncio.to_thread(read_notes, prefix)
+                for name in self._starts.take(notes, time.monotonic()):
+                    post(name, None)
+                self._publish()
+            await asyncio.sleep(_STARTS_S)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the demand by tier and the pools; Serve passes it on to ``app.autoscaling``.
@@ -173,6 +243,7 @@ class Model:
             honours=float(seen.dialect.native_priority) if auto and seen else 1.0,
             cost=pool.cost_per_hour,
             start_s=seen.start_s if seen is not None else 0.0,
+            preempts=float(seen.dialect.preempts) if auto and seen else 0.0,
         )
 
     def _publish(self) -> None:
@@ -198,11 +269,14 @@ class Model:
             sleep=self._sleep_state(),
             pools=tuple(self._pools),
             missing=self._placement.missing,
+            failed=dict(self._failures),
+            starts=self._starts.current(time.monotonic()),
         )
 
     def _sleep_state(self) -> Sleep | None:
         """Return the sleep state; ``None`` if a pool has replicas, or no pool sleeps or wakes."""
-        standings = self._standings.values()
+        # An engine that fails to start wakes nobody up.
+        standings = [one for pool, one in self._standings.items() if pool not in self._failures]
         if any(self._replicas.values()) or all(one is PoolPhase.AWAY for one in standings):
             return None
         native = not self._seen or any(s.dialect.native_priority for s in self._seen.values())
@@ -231,12 +305,27 @@ class Model:
             # A Model that has just started may not know yet which replicas run. No request is
             # refused for that: the pool counts as waking.
             before = self._standings.get(pool, PoolPhase.WAKING)
-            now = await standing(self._application, pool, before)
+            found = await standing(self._application, pool, before)
+            now = found.phase
+            self._note_failure(pool, found)
         elif replicas:
             self._seen[pool] = max(replicas, key=lambda status: status.start_s)
+            self._failures.pop(pool, None)
         self._wakings.note(pool, None if replicas else now, time.monotonic())
         self._replicas[pool], self._standings[pool] = replicas or (), now
+        ready = frozenset(one.replica_id for one in replicas or ())
+        self._counts.look(pool, ready, self._failing.get(pool, 0))
         self._publish()
+
+    def _note_failure(self, pool: str, found: Standing) -> None:
+        """Keep the failure of a pool's last start until it has a replica, sleeps or is changed.
+
+        Serve tries again by itself, and meanwhile may say something else about the pool.
+        """
+        if found.failure is not None:
+            self._failures[pool] = found.failure
+        elif found.phase is PoolPhase.ASLEEP or not found.told:
+            self._failures.pop(pool, None)
 
     def _probe(self, replica_id: str, route: str) -> None:
         """Have a replica probe whether its engine hangs, unless a probe of it is under way."""
@@ -267,6 +356,7 @@ class Model:
             supervision.PROCESS.failed("pool status", error, about=pool)
             return ()
         ready = [answer for answer in answers if isinstance(answer, ReplicaStatus)]
+        self._failing[pool] = len(answers) - len(ready)
         return tuple(sorted(ready, key=lambda status: status.replica_id))
 
     async def __del__(self) -> None:
@@ -323,9 +413,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def _capacity(snapshot: ModelSnapshot, status: ReplicaStatus) -> Capacity:
     mode = snapshot.settings.tiers.priority
-    honours = mode is PriorityMode.QUEUE or (
-        mode is PriorityMode.AUTO and status.dialect.native_priority
-    )
+    honours = mode.delivers(honoured=status.dialect.native_priority)
     return Capacity(status.replica_id, status.pool, status.slots, honours, status.preempts)
 
 
@@ -346,6 +434,9 @@ def _check_pool(where: Key, pool: PoolSettings) -> None:
         if pool.nodes > 1 and not adapter.spans_nodes:
             raise SettingsError(Problem(("nodes",), f"{pool.engine} runs on one node only"))
         adapter.command(launch)
+        if taken := sorted(adapter.reserved_environment & pool.environment.keys()):
+            told = "Frontline sets this itself"
+            raise SettingsError(*(Problem(("environment", name), told) for name in taken))
     except SettingsError as error:
         problems = (Problem((*where, *p.key), p.message) for p in error.problems)
         raise SettingsError(*problems) from None

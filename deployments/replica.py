@@ -14,26 +14,33 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any, Final
 
 import orjson
+import ray
 from ray import serve
 
+from app import alarms, supervision
 from app.config.ingress import LONGEST_STOP_S
 from app.config.model import PoolSettings
+from app.contracts.findings import Examination, Finding, Level
 from app.contracts.launch import LaunchPlan
+from app.contracts.start import PoolStart, StartFailure
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Route
+from app.ray_compat.notes import post
+from app.ray_compat.serve_logs import replica_log
 from app.ray_compat.serve_port import keep_on_loopback
 from app.upstream.http1 import ConnectionLost
 from app.upstream.pool import fetch
-from deployments.engines.base import EngineFacts, Launch
+from deployments.engines.base import NO_HEADERS, EngineFacts, Launch
 from deployments.engines.registry import adapter_named
 from deployments.hosting.drain import count_connections
 from deployments.hosting.guard import LOOPBACK, EngineGuard, GuardFailed, needs_guard
 from deployments.hosting.launch import (
+    examine_launch,
     log_folder,
     log_name,
     make_launch,
@@ -42,12 +49,23 @@ from deployments.hosting.launch import (
 )
 from deployments.hosting.multinode import OtherRanks, RankEnded, lead, node_address
 from deployments.hosting.ports import reserve_port
-from deployments.hosting.probe import HangProbe, probe_request
-from deployments.process.supervisor import sweep_orphans
+from deployments.hosting.preemption_watch import PreemptionWatch
+from deployments.hosting.probe import HangProbe, probe_request, probe_route
+from deployments.hosting.start_failure import EngineEnded, EngineNotReady, explain
+from deployments.hosting.start_report import StartReporter
+from deployments.hosting.telemetry import ReplicaTelemetry
+from deployments.preflight.checks import check_capacity
+from deployments.preflight.gather import examine_pool
+from deployments.process.supervisor import EngineProcess, sweep_orphans
 
 logger = logging.getLogger("ray.serve")
 
 _READY_POLL_S: Final = 0.2
+_PHASE_PERIOD_S: Final = 1.0
+_PHASE_LINES: Final = 100
+_EXPLAINED_LINES: Final = 300
+"""Lines of a log in which the cause of a failed start is looked for: vLLM writes a traceback of
+each of its processes, and the cause is in the first one."""
 _DRAIN_POLL_S: Final = 0.5
 _CHECKS_TO_FAIL: Final = 3
 """Serve replaces a replica after this many failed checks in a row. The number is Serve's own and
@@ -55,7 +73,7 @@ cannot be configured."""
 
 
 class EngineFailedToStart(RuntimeError):
-    """An engine ended or did not become ready in time. The message has its last log lines."""
+    """An engine failed to start. ``app.contracts.start`` finds the reason in the message."""
 
 
 class EngineUnhealthy(RuntimeError):
@@ -78,10 +96,24 @@ class LocalEngine:
         return await self._request("GET", path, None, authorized)
 
     async def post_json(
-        self, path: str, body: Mapping[str, Any], *, authorized: bool = True
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        authorized: bool = True,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> tuple[int, Any]:
         """Return the status and the parsed body of a POST; see ``EngineHttp``."""
-        return await self._request("POST", path, orjson.dumps(body), authorized)
+        return await self._request("POST", path, orjson.dumps(body), authorized, headers)
+
+    async def get_text(self, path: str) -> tuple[int, str]:
+        """Return the status and the text of a GET.
+
+        Raises:
+            ConnectionLost: the engine is gone, or did not answer.
+        """
+        status, answer = await fetch(self._base_url, "GET", path, key=self._key, json=None)
+        return status, answer.decode(errors="replace")
 
     async def answers(self, path: str, timeout_s: float) -> bool:
         """Return whether a GET is answered with 200 within ``timeout_s`` seconds."""
@@ -93,10 +125,17 @@ class LocalEngine:
         return status == 200
 
     async def _request(
-        self, method: str, path: str, body: bytes | None, authorized: bool
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        authorized: bool,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> tuple[int, Any]:
         key = self._key if authorized else None
-        status, answer = await fetch(self._base_url, method, path, key=key, json=body)
+        status, answer = await fetch(
+            self._base_url, method, path, key=key, json=body, headers=headers
+        )
         try:
             return status, orjson.loads(answer)
         except orjson.JSONDecodeError:
@@ -113,23 +152,52 @@ class EngineReplica:
 
     # Serve awaits it. Until it returns, the replica is starting.
     async def __init__(self, model_id: str, pool: PoolSettings) -> None:  # type: ignore[misc]
+        # What has been started is stopped by ``__del__``, also if the start fails midway.
+        self._started = AsyncExitStack()
+        self._pool = pool
+        self._findings: tuple[Finding, ...] = ()
+        name = log_name(model_id, pool)
+        self._reporter = StartReporter(
+            replica_log("start").with_suffix(".json"),
+            log_folder() / f"{name}.usual_start_s",
+            model_id,
+            pool.name,
+            partial(post, start_note()),
+        )
+        self._started.callback(self._reporter.stopped)
+        try:
+            await self._start(model_id, pool)
+        except Exception as error:
+            failure = self._explain(error)
+            logger.error("%s", failure.report())
+            await asyncio.to_thread(self._reporter.failed, failure)
+            raise EngineFailedToStart(failure.to_text()) from error
+
+    async def _start(self, model_id: str, pool: PoolSettings) -> None:
         began = time.monotonic()
         keep_on_loopback()
-        self._pool = pool
         self._failed_checks = 0
+        self._phase_due = 0.0
         self._probe = HangProbe(pool.probe_timeout_s)
         self._adapter = adapter_named(pool.engine)
         self._port = reserve_port(LOOPBACK)
-        span, self._meeting_place = lead(pool)
+        self._started.callback(self._port.close)
+        span, meeting_place = lead(pool)
+        if meeting_place is not None:
+            self._started.callback(meeting_place.close)
         self._launch = make_launch(
             model_id, pool, host=self._port.host, port=self._port.port, span=span
         )
         self._http = LocalEngine(self._launch.base_url, self._launch.key)
         await asyncio.to_thread(sweep_orphans)
+        await self._examine()
         if not self._adapter.port_stays_reserved:
             self._port.close()
-        self._process = await start_engine(self._adapter, self._launch, pool)
         self._ranks: OtherRanks | None = None
+        self._guard: EngineGuard | None = None
+        self._process = await start_engine(self._adapter, self._launch, pool)
+        self._started.push_async_callback(self._stop_engine)
+        await asyncio.to_thread(self._reporter.starting)
         try:
             if span.nodes > 1:
                 self._ranks = await OtherRanks.start(
@@ -142,13 +210,57 @@ class EngineReplica:
             if self._ranks is not None:
                 await self._ranks.stop()
             raise
-        self._status = self._make_status(time.monotonic() - began)
-        logger.info("%s is ready: %s", self._status, self._facts)
+        took_s = time.monotonic() - began
+        await asyncio.to_thread(self._reporter.ready, took_s)
+        status = self._make_status(took_s)
+        ask = partial(self._adapter.preemption, self._http)
+        self._preemption = PreemptionWatch(status, ask)
+        self._watching = (
+            supervision.keep_running("preemption watch", self._preemption.run, about=str(status))
+            if status.preempts
+            else None
+        )
+        self._telemetry = ReplicaTelemetry(
+            model_id, pool.name, self._http.get_text, *self._adapter.relayed(self._launch)
+        )
+        self._telemetry.start()
+        self._started.push_async_callback(self._stop_serving)
+        logger.info("%s is ready: %s", status, self._facts)
+        facts = self._facts
+        capacity = check_capacity(facts.kv_tokens, facts.context_length, pool.slots)
+        if capacity is not None:
+            self._log("after the start", capacity)
+
+    async def _examine(self) -> None:
+        """Look at this node first. The engine is started all the same: it has the last word."""
+        assigned = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+        gpus = assigned.get("GPU", 0.0)
+        try:
+            found = await asyncio.to_thread(examine_pool, self._launch, self._pool, gpus)
+        except Exception as error:
+            alarms.PROCESS.raised("node not examined", "its engine is started all the same", error)
+            return
+        self._findings = found.findings
+        for finding in found.findings:
+            self._log("before the start", finding)
+
+    def _log(self, when: str, finding: Finding) -> None:
+        level = logging.INFO if finding.level is Level.OK else logging.WARNING
+        logger.log(level, "%s of pool %r: %s", when, self._pool.name, finding)
+
+    @property
+    def _status(self) -> ReplicaStatus:
+        return self._preemption.status
 
     @staticmethod
     def plan(model_id: str, pool: PoolSettings) -> LaunchPlan:
         """Return what a replica would start, without starting it; see ``app.cli.plan``."""
         return plan_launch(model_id, pool)
+
+    @staticmethod
+    def examine(model_id: str, pool: PoolSettings, gpus: float) -> Examination:
+        """Look at this machine as a replica does before its engine; see ``app.cli.preflight``."""
+        return examine_launch(model_id, pool, gpus)
 
     async def status(self) -> ReplicaStatus | None:
         """Return the engine's status; ``None`` once it has ended, and while it may hang."""
@@ -164,9 +276,10 @@ class EngineReplica:
         """
         if replica_id != self._status.replica_id:
             return
-        request = probe_request(self._launch.served_name, Route(route), self._facts.dialect)
+        probed = probe_route(Route(route))
+        request = probe_request(self._launch.served_name, probed, self._facts.dialect)
         try:
-            hangs = await self._probe.run(partial(self._http.post_json, Route(route).path, request))
+            hangs = await self._probe.run(partial(self._http.post_json, probed.path, request))
         except ConnectionLost:
             return  # the engine has ended: `status` and `check_health` see that by themselves
         if hangs:
@@ -199,22 +312,34 @@ class EngineReplica:
         deadline = time.monotonic() + self._pool.startup_timeout_s
         while not await self._http.answers(self._adapter.ready_path, self._pool.health_timeout_s):
             self._check_starting(deadline)
+            await self._report_phase()
             await asyncio.sleep(_READY_POLL_S)
         return await self._adapter.inspect(self._launch, self._http)
+
+    async def _report_phase(self) -> None:
+        now = time.monotonic()
+        if now < self._phase_due:
+            return
+        self._phase_due = now + _PHASE_PERIOD_S
+        phase = self._adapter.start_phase(self._process.tail(_PHASE_LINES))
+        await asyncio.to_thread(self._reporter.starting, phase or "")
 
     def _check_starting(self, deadline: float) -> None:
         if self._ranks is not None:
             self._ranks.check()
         if not self._process.alive:
-            problem = f"ended with status {self._process.returncode} before it was ready"
-        elif time.monotonic() > deadline:
-            problem = f"was not ready after {self._pool.startup_timeout_s} s"
-        else:
-            return
-        raise EngineFailedToStart(
-            f"the engine of pool {self._pool.name!r} {problem}; its log is "
-            f"{self._process.log_path}, which ends:\n{self._process.tail()}"
-        )
+            raise EngineEnded(self._process.returncode)
+        if time.monotonic() > deadline:
+            raise EngineNotReady(f"it was not ready after {self._pool.startup_timeout_s:g} s")
+
+    def _explain(self, error: Exception) -> StartFailure:
+        # It may have failed before there was one.
+        process: EngineProcess | None = getattr(self, "_process", None)
+        log, tail = "", ""
+        if process is not None:
+            log, tail = str(process.log_path), process.tail(_EXPLAINED_LINES)
+        node = node_address()
+        return explain(self._pool.name, error, tail, log=log, node=node, findings=self._findings)
 
     def _make_status(self, start_s: float) -> ReplicaStatus:
         return ReplicaStatus(
@@ -250,16 +375,20 @@ class EngineReplica:
                 await self.check_health()
         logger.warning("%s does not drain: its engine serves nobody any more", self._status)
 
-    async def __del__(self) -> None:
+    async def _stop_serving(self) -> None:
+        await self._telemetry.stop()
         await self._drain()
+        await supervision.stop(self._watching)
+
+    async def _stop_engine(self) -> None:
         await self._process.stop()
         if self._ranks is not None:
             await self._ranks.stop()
         if self._guard is not None:
             await self._guard.stop()
-        self._port.close()
-        if self._meeting_place is not None:
-            self._meeting_place.close()
+
+    async def __del__(self) -> None:
+        await self._started.aclose()
 
 
 deployment = serve.deployment(
@@ -276,6 +405,12 @@ deployment = serve.deployment(
     max_surge_percent=25,
 )(EngineReplica)
 """The Serve deployment of a pool; ``options(name=...)`` sets it to the pool's name."""
+
+
+def start_note() -> str:
+    """Return the name of the note about the start of this replica."""
+    context = serve.get_replica_context()
+    return PoolStart.note_name(context.app_name, context.replica_id.unique_id)
 
 
 async def _start_guard(launch: Launch, pool: PoolSettings) -> EngineGuard | None:

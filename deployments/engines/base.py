@@ -10,11 +10,23 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
 
-from app.core.dialect import Dialect, Route
+from app.contracts.status import Preempted
+from app.core.dialect import (
+    GENERATING_ROUTES,
+    MESSAGES_ROUTES,
+    OPENAI_ROUTES,
+    TOKEN_ROUTES,
+    Dialect,
+    Route,
+)
 from app.core.settings import Problem, SettingsError
 from app.core.tiers import Tier
+from deployments.engines.metrics import EngineMetric
+from deployments.engines.needs import EngineNeeds
+from deployments.engines.start_phases import COMMON, Phases, phase_of
 
 EngineArg = str | int | float | bool | None | list[str] | dict[str, Any]
 """A value of ``engine_args`` in a model's configuration."""
@@ -102,11 +114,39 @@ class EngineFacts:
         version: the engine's version.
         context_length: longest prompt and answer together, in tokens; ``None`` if unknown.
         dialect: the engine's request format, with native priority only if it is really in force.
+        kv_tokens: how many tokens its KV cache holds; ``None`` if it does not report it.
     """
 
     version: str
     context_length: int | None
     dialect: Dialect
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionReport:
+    """What a running engine reports about its preemption.
+
+    Attributes:
+        preempts: whether it suspends running requests for better ones.
+        why_not: why it does not, in words; empty otherwise.
+        counts: what it has suspended so far.
+    """
+
+    preempts: bool
+    why_not: str
+    counts: Preempted
+
+
+POOLED_PROMPTS: Final[Mapping[Route, Mapping[str, Any]]] = {
+    Route.RERANK: {"query": "Hi", "documents": ["Hi"]},
+    Route.SCORE: {"text_1": "Hi", "text_2": "Hi"},
+    Route.CLASSIFY: {"input": "Hi"},
+    Route.POOLING: {"input": "Hi"},
+}
+"""The shortest request of each of these routes."""
+
+NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class EngineHttp(Protocol):
@@ -117,9 +157,17 @@ class EngineHttp(Protocol):
         ...
 
     async def post_json(
-        self, path: str, body: Mapping[str, Any], *, authorized: bool = True
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        authorized: bool = True,
+        headers: Mapping[str, str] = NO_HEADERS,
     ) -> tuple[int, Any]:
-        """Return the status and the parsed body (``None`` if it is not JSON) of a POST."""
+        """Return the status and the parsed body (``None`` if it is not JSON) of a POST.
+
+        ``headers`` are sent in addition to those that every request has.
+        """
         ...
 
 
@@ -136,9 +184,21 @@ class EngineAdapter(ABC):
     """Whether the engine's port can stay reserved while the engine starts. This requires a server
     that binds with SO_REUSEADDR. Otherwise any process could take the port for a moment."""
 
+    metrics: ClassVar[tuple[EngineMetric, ...]] = ()
+    """The engine's own metrics that its replicas relay."""
+    metrics_path: ClassVar[str] = "/metrics"
+    """Answers with the engine's metrics in Prometheus' format."""
+
     spans_nodes: ClassVar[bool] = False
     """Whether the engine can run on several nodes together. This requires a ``command`` and an
     ``environment`` that use ``launch.span``."""
+
+    reserved_environment: ClassVar[frozenset[str]] = frozenset({"FRONTLINE_ENGINE_KEY"})
+    """Variables that a pool may not set: without Frontline's values the engine would run without
+    key or proof."""
+
+    start_phases: ClassVar[Phases] = COMMON
+    """The phases of a start that its log shows."""
 
     @abstractmethod
     def command(self, launch: Launch) -> list[str]:
@@ -148,12 +208,30 @@ class EngineAdapter(ABC):
         """
 
     def environment(self, launch: Launch) -> dict[str, str]:
-        """Return environment variables to set for the engine, in addition to inherited ones."""
+        """Return environment variables to set for the engine, in addition to inherited ones.
+
+        ``PYTHONPATH`` is put before the inherited one, or the pool's.
+        """
         return {}
+
+    def needs(self, launch: Launch, environment: Mapping[str, str]) -> EngineNeeds | None:
+        """Return what this launch needs of its machine; ``None`` if that is nothing.
+
+        ``environment`` is the engine's whole environment.
+        """
+        return None
+
+    def start_phase(self, tail: str) -> str | None:
+        """Return what a starting engine is doing, from the end of its log; ``None`` if unknown."""
+        return phase_of(tail, self.start_phases)
 
     def files(self, launch: Launch) -> dict[str, str]:
         """Return the text of each file generated for the engine, by the option that names it."""
         return {}
+
+    def relayed(self, launch: Launch) -> tuple[str, tuple[EngineMetric, ...]]:
+        """Return where the engine shows its metrics, and which of them its replicas relay."""
+        return self.metrics_path, self.metrics
 
     @abstractmethod
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
@@ -170,9 +248,26 @@ class EngineAdapter(ABC):
             EngineContractError: the engine runs, but does not meet what Frontline relies on.
         """
 
+    async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
+        """Ask a running engine about its preemption; ``None`` if it does not report it.
+
+        Called every few seconds.
+        """
+        return None
+
 
 class EngineContractError(RuntimeError):
     """A running engine does not behave as its adapter requires."""
+
+
+def stay_on_loopback(span: NodeSpan) -> dict[str, str]:
+    """Return the variables that keep an engine on one node off the node's other addresses.
+
+    Otherwise NCCL and Gloo listen on the node's first address while its processes meet, and ask for
+    no key.
+    """
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    return dict.fromkeys(names, "lo") if span.nodes == 1 else {}
 
 
 async def prove_guarded(http: EngineHttp, engine: str, paths: Iterable[str]) -> None:
@@ -185,6 +280,72 @@ async def prove_guarded(http: EngineHttp, engine: str, paths: Iterable[str]) -> 
         status, _ = await http.get_json(path, authorized=False)
         if status != 401:
             raise EngineContractError(f"{engine} answers {path} without the key (status {status})")
+
+
+async def serves_messages(http: EngineHttp, served_name: str) -> bool:
+    """Return whether an engine has Anthropic's routes, for the model that it has loaded.
+
+    It is asked to count the tokens of a short message, which generates nothing. A model without a
+    chat template, or one for embeddings, has no messages.
+    """
+    asked = {"model": served_name, "messages": [{"role": "user", "content": "Hi"}]}
+    status, answer = await http.post_json(Route.COUNT_TOKENS.path, asked)
+    match answer:
+        case {"input_tokens": int(tokens)}:
+            return status == 200 and tokens > 0
+    return False
+
+
+async def serves_tokens(http: EngineHttp, served_name: str) -> bool:
+    """Return whether an engine turns a text into tokens, and tokens into text."""
+    asked = {"model": served_name, Route.TOKENIZE.prompt_field: "Hi"}
+    status, answer = await http.post_json(Route.TOKENIZE.path, asked)
+    match answer:
+        case {"tokens": [int(), *_] as tokens} if status == 200:
+            asked = {"model": served_name, Route.DETOKENIZE.prompt_field: tokens}
+            status, _ = await http.post_json(Route.DETOKENIZE.path, asked)
+            return status == 200
+    return False
+
+
+async def pooled_routes(
+    http: EngineHttp, served_name: str
+) -> tuple[frozenset[Route], frozenset[Route]]:
+    """Return the pooled routes that an engine serves, and those on which it reads a priority.
+
+    An engine serves a route if it answers a short request with its count of the prompt's tokens,
+    by which the request is billed. It reads the priority if it refuses one that is no number.
+    """
+    served, prioritized = set(), set()
+    for route, prompt in POOLED_PROMPTS.items():
+        asked = {"model": served_name, **prompt}
+        match await http.post_json(route.path, asked):
+            case (200, {"usage": {"prompt_tokens": int(tokens)}}) if tokens > 0:
+                served.add(route)
+            case _:
+                continue
+        status, answer = await http.post_json(route.path, {**asked, "priority": "none"})
+        if status == 400 and "priority" in json.dumps(answer):
+            prioritized.add(route)
+    return frozenset(served), frozenset(prioritized)
+
+
+async def proved_routes(
+    http: EngineHttp, served_name: str, *, generates: bool
+) -> tuple[frozenset[Route], frozenset[Route]]:
+    """Return the routes of a running engine, and the pooled ones on which it reads a priority.
+
+    OpenAI's are those of a model that generates, or of one that does not. The others it has proved.
+    """
+    routes = GENERATING_ROUTES if generates else OPENAI_ROUTES - GENERATING_ROUTES
+    if await serves_messages(http, served_name):
+        routes |= MESSAGES_ROUTES
+    if await serves_tokens(http, served_name):
+        routes |= TOKEN_ROUTES
+    if generates:
+        return routes, frozenset()
+    pooled, prioritized = await pooled_routes(http, served_name)
+    return routes | pooled, prioritized
 
 
 def reserved_problems(args: Mapping[str, EngineArg], reserved: frozenset[str]) -> list[Problem]:

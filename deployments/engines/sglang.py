@@ -5,11 +5,12 @@ Based on the source of SGLang 0.5.23.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from app.core.dialect import Dialect, Route
+from app.core.dialect import POOLED_ROUTES, SLOT_ROUTES, Dialect, Route
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -21,12 +22,24 @@ from deployments.engines.base import (
     Launch,
     NodeSpan,
     prove_guarded,
+    proved_routes,
     refuse_reserved,
     render_flags,
+    stay_on_loopback,
 )
+from deployments.engines.metrics import Role, engine_metrics
+from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
+from deployments.engines.start_phases import SGLANG
 
-PRIORITY_ROUTES: Final = frozenset(Route) - {Route.RESPONSES}
+TRIED: Final = TriedVersions("0.5.23", "0.6")
+_MEMORY_SHARE: Final = 0.85
+"""SGLang computes its own from the GPU, the batch and the graphs; this is on the safe side."""
+
+PRIORITY_ROUTES: Final = SLOT_ROUTES - POOLED_ROUTES - {Route.RESPONSES}
 """SGLang's Responses route accepts a priority and ignores it."""
+
+_PRIORITY_HEADER: Final = "x-override-priority"
+"""The header from which messages take their priority: their requests have no field for it."""
 
 _PRIORITY_FLAGS: Final = {
     "enable_priority_scheduling": True,
@@ -66,15 +79,31 @@ _RESERVED: Final = frozenset(
     }
 )
 
+_METRICS: Final = engine_metrics(
+    {
+        Role.RUNNING: "sglang:num_running_reqs",
+        Role.WAITING: "sglang:num_queue_reqs",
+        Role.KV_USE: "sglang:token_usage",
+        Role.PREEMPTIONS: "sglang:num_retracted_requests_total",
+        Role.PROMPT_TOKENS: "sglang:prompt_tokens_total",
+        Role.CACHED_TOKENS: "sglang:cached_tokens_total",
+        Role.QUEUE_TIME: "sglang:queue_time_seconds",
+        Role.TTFT: "sglang:time_to_first_token_seconds",
+    }
+)
+
 
 class Sglang(EngineAdapter):
     """SGLang's ``sglang.launch_server``."""
 
+    start_phases = SGLANG
     name = "sglang"
     ready_path = "/ready"
     # SGLang's own /health takes a second and generates a token. This route queries the scheduler.
     health_path = "/server_info"
+    metrics = _METRICS
     spans_nodes = True
+    reserved_environment = EngineAdapter.reserved_environment | {"SGLANG_HTTP_SERVER_APP_PATH"}
 
     def command(self, launch: Launch) -> list[str]:
         refuse_reserved(launch.engine_args, _RESERVED)
@@ -104,7 +133,29 @@ class Sglang(EngineAdapter):
             # SGLang logs its arguments.
             "FRONTLINE_ENGINE_KEY": launch.key,
             "SGLANG_HTTP_SERVER_APP_PATH": f"{_LAUNCHER}:app",
+            # Whoever has the key may set a priority anyway; clients' headers never arrive here.
+            "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1",
+            **stay_on_loopback(launch.span),
         }
+
+    def needs(self, launch: Launch, environment: Mapping[str, str]) -> EngineNeeds:
+        args = launch.engine_args
+        memory = share(args.get("mem_fraction_static"), _MEMORY_SHARE)
+        return EngineNeeds(
+            module="sglang",
+            distributions=("sglang",),
+            tried=TRIED,
+            setup="sglang",
+            # The rest of the GPU is for what it needs besides.
+            memory=MemoryRule(memory, "mem_fraction_static", runtime_inside=False),
+            glibc=(2, 34),
+            context=whole(args.get("context_length"), 0) or None,
+            context_option="context_length",
+            tensor_parallel=whole(args.get("tp_size", args.get("tensor_parallel_size")), 1),
+            pipeline_parallel=whole(args.get("pp_size", args.get("pipeline_parallel_size")), 1),
+            dtype=word(args.get("dtype")),
+            kv_dtype=word(args.get("kv_cache_dtype")),
+        )
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
         return PRIORITY_ROUTES if _prioritized(launch) else frozenset()
@@ -118,15 +169,29 @@ class Sglang(EngineAdapter):
         schedulers = info.get("internal_states")
         low_first = _low_goes_first(schedulers)
         sign = 1 if low_first else -1
+        generates = await _generates(http)
+        routes, pooled = await proved_routes(http, launch.served_name, generates=generates)
+        by_header = Route.MESSAGES in routes and await _takes_header(http, launch.served_name)
+        by_priority = PRIORITY_ROUTES | pooled
+        if not by_header:
+            by_priority -= {Route.MESSAGES}
         dialect = Dialect(
             engine=self.name,
             priority_values={tier: sign * value for tier, value in LOW_FIRST.items()},
-            priority_routes=frozenset() if low_first is None else PRIORITY_ROUTES,
+            priority_routes=frozenset() if low_first is None else by_priority,
             stream_options=METERED_STREAM,
             preempts=low_first is not None and _preempt(schedulers),
+            generates=generates,
+            routes=routes,
+            priority_headers={Route.MESSAGES: _PRIORITY_HEADER} if by_header else {},
         )
-        await _warm_up(launch, http)
-        return EngineFacts(str(info.get("version")), await _context_length(http), dialect)
+        await _warm_up(launch, http, Route.COMPLETIONS if generates else Route.EMBEDDINGS)
+        return EngineFacts(
+            version=str(info.get("version")),
+            context_length=await _context_length(http),
+            dialect=dialect,
+            kv_tokens=whole(info.get("max_total_num_tokens"), 0) or None,
+        )
 
 
 def _prioritized(launch: Launch) -> bool:
@@ -183,12 +248,35 @@ def _order(scheduler: object) -> bool | None:
     return None
 
 
-async def _warm_up(launch: Launch, http: EngineHttp) -> None:
-    """Do SGLang's warmup, which would lack the key: generate one token, then freeze the heap."""
+async def _takes_header(http: EngineHttp, model: str) -> bool:
+    """Return whether messages take their priority from the header.
+
+    An engine that reads it refuses a value that is no number. One that does not generates a token.
+    """
+    asked = {
+        "model": model,
+        "max_tokens": 1,
+        Route.MESSAGES.prompt_field: [{"role": "user", "content": "Hi"}],
+    }
+    status, answer = await http.post_json(
+        Route.MESSAGES.path, asked, headers={_PRIORITY_HEADER: "none"}
+    )
+    match answer:
+        case {"error": {"message": str(message)}}:
+            return status == 400 and _PRIORITY_HEADER in message
+    return False
+
+
+async def _generates(http: EngineHttp) -> bool:
+    """Return whether the model generates text; if not, it only embeds."""
     _, model = await http.get_json("/model_info")
-    route, request = Route.COMPLETIONS, dict[str, Any](prompt="Hello", max_tokens=1)
-    if isinstance(model, dict) and model.get("is_generation") is False:
-        route, request = Route.EMBEDDINGS, {"input": "Hello"}
+    return not (isinstance(model, dict) and model.get("is_generation") is False)
+
+
+async def _warm_up(launch: Launch, http: EngineHttp, route: Route) -> None:
+    """Do SGLang's warmup, which would lack the key: generate one token, then freeze the heap."""
+    embeds = route is Route.EMBEDDINGS
+    request = {"input": "Hello"} if embeds else {"prompt": "Hello", "max_tokens": 1}
     status, _ = await http.post_json(route.path, {"model": launch.served_name, **request})
     if status != 200:
         raise EngineContractError(f"SGLang does not answer on {route.path} (status {status})")

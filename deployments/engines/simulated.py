@@ -8,7 +8,16 @@ from typing import Any, ClassVar, Final
 
 import orjson
 
-from app.core.dialect import Dialect, Route
+from app.contracts.status import Preempted
+from app.core.dialect import (
+    MESSAGES_ROUTES,
+    OPENAI_ROUTES,
+    POOLED_ROUTES,
+    SLOT_ROUTES,
+    TOKEN_ROUTES,
+    Dialect,
+    Route,
+)
 from app.core.tiers import Tier
 from deployments.engines.base import (
     LOW_FIRST,
@@ -19,24 +28,43 @@ from deployments.engines.base import (
     EngineHttp,
     Launch,
     NodeSpan,
+    PreemptionReport,
 )
+from deployments.engines.metrics import EngineMetric
+from deployments.engines.sglang import Sglang
+from deployments.engines.tensorrt_llm import TensorrtLlm
 from deployments.engines.tensorrt_llm_requests import (
     CLIENT_FIELDS,
     PRIORITY_ROUTES,
     PRIORITY_VALUES,
 )
+from deployments.engines.vllm import Vllm
 from deployments.simulator import KEY_VARIABLE
+from deployments.simulator.ranking import RANKING_ROUTES
 from deployments.simulator.settings import DialectName, Policy, SimulatedSettings
 
 _SERVER: Final = "deployments.simulator"
 _ROOT: Final = Path(__file__).resolve().parents[2]
+_INSIDE: Final = Path(__file__).resolve().parent / "inside"
 
 _HIGH_FIRST: Final = {tier: -value for tier, value in LOW_FIRST.items()}
 
 _PRIORITY_ROUTES: Final = {
-    DialectName.VLLM: frozenset(Route),
-    DialectName.SGLANG: frozenset(Route) - {Route.RESPONSES},
+    DialectName.VLLM: SLOT_ROUTES,
+    DialectName.SGLANG: SLOT_ROUTES - POOLED_ROUTES - {Route.RESPONSES},
     DialectName.TENSORRT_LLM: PRIORITY_ROUTES,
+}
+
+_IMITATED: Final[dict[DialectName, type[EngineAdapter]]] = {
+    DialectName.VLLM: Vllm,
+    DialectName.SGLANG: Sglang,
+    DialectName.TENSORRT_LLM: TensorrtLlm,
+}
+
+
+_PRIORITY_HEADERS: Final = {
+    DialectName.VLLM: {Route.MESSAGES: "x-vllm-priority"},
+    DialectName.SGLANG: {Route.MESSAGES: "x-override-priority"},
 }
 
 
@@ -47,6 +75,7 @@ class Simulated(EngineAdapter):
     ready_path: ClassVar[str] = "/ready"
     health_path: ClassVar[str] = "/health"
     spans_nodes: ClassVar[bool] = True
+    reserved_environment: ClassVar[frozenset[str]] = frozenset({KEY_VARIABLE})
 
     def command(self, launch: Launch) -> list[str]:
         """Return the command line.
@@ -66,10 +95,14 @@ class Simulated(EngineAdapter):
         ]
 
     def environment(self, launch: Launch) -> dict[str, str]:
-        """Return the key, and the path of the server's module."""
-        inherited = os.environ.get("PYTHONPATH")
-        path = os.pathsep.join(filter(None, [str(_ROOT), inherited]))
+        """Return the key, and the paths of the server's modules."""
+        path = os.pathsep.join([str(_ROOT), str(_INSIDE)])
         return {KEY_VARIABLE: launch.key, "PYTHONPATH": path}
+
+    def relayed(self, launch: Launch) -> tuple[str, tuple[EngineMetric, ...]]:
+        """Return the metrics of the engine whose dialect is simulated."""
+        adapter = _IMITATED[_settings(launch).dialect]
+        return adapter.metrics_path, adapter.metrics
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
         """Return the routes of the engine whose dialect is simulated."""
@@ -86,6 +119,15 @@ class Simulated(EngineAdapter):
         if status != 401:
             raise EngineContractError(f"the key does not guard: /v1/models answered {status}")
         return EngineFacts(report["version"], report["context_length"], _dialect(report))
+
+    async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
+        """Query the running engine for what it has suspended."""
+        status, report = await http.get_json("/simulate")
+        if status != 200 or not isinstance(report, dict) or "preempts" not in report:
+            return None
+        counts = Preempted(report["preempted"], report["suspended"], report["suspended_s"])
+        preempts = report["preempts"] is True
+        return PreemptionReport(preempts, "" if preempts else "it was turned off", counts)
 
 
 def _span_args(span: NodeSpan) -> list[str]:
@@ -119,4 +161,13 @@ def _dialect(report: dict[str, Any]) -> Dialect:
         preempts=in_force and report["preempts"] is True,
         stream_options=METERED_STREAM,
         accepted_fields=fields if strict else {},
+        routes=_routes(name, embeds=bool(report["settings"]["embedding_dimensions"])),
+        priority_headers=_PRIORITY_HEADERS.get(name, {}),
     )
+
+
+def _routes(name: DialectName, *, embeds: bool) -> frozenset[Route]:
+    if name is DialectName.TENSORRT_LLM:
+        return OPENAI_ROUTES
+    more = RANKING_ROUTES if embeds and name is DialectName.VLLM else frozenset()
+    return OPENAI_ROUTES | MESSAGES_ROUTES | TOKEN_ROUTES | more

@@ -1,8 +1,8 @@
 """TensorRT-LLM's adapter: options, sign of priority and facts of its OpenAI server.
 
 Based on the source of its main branch of 2026 (``tensorrt_llm/commands/serve.py``,
-``serve/openai_server.py``). It was run against the simulated engine in this dialect, and never
-against TensorRT-LLM itself, which needs a GPU.
+``serve/openai_server.py``), with what builds of 2025 did otherwise. It was run against the
+simulated engine in this dialect, and never against TensorRT-LLM itself, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ from deployments.engines.base import (
     EngineFacts,
     EngineHttp,
     Launch,
+    prove_guarded,
     reserved_problems,
+    stay_on_loopback,
 )
+from deployments.engines.metrics import Role, engine_metrics
+from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
+from deployments.engines.start_phases import TENSORRT_LLM
 from deployments.engines.tensorrt_llm_requests import (
     CLIENT_FIELDS,
     PRIORITY_ROUTES,
@@ -32,10 +37,24 @@ from deployments.engines.tensorrt_llm_requests import (
     refused_fields,
 )
 
-_STARTER: Final = Path(__file__).parent / "inside" / "frontline_trtllm_start.py"
+TRIED: Final = TriedVersions("1.2", "1.5")
+"""The versions whose source was read. None of them was run."""
+_MEMORY_SHARE: Final = 0.9
+"""TensorRT-LLM's own default."""
+
+_INSIDE: Final = Path(__file__).parent / "inside"
+_STARTER: Final = _INSIDE / "frontline_trtllm_start.py"
+_FACTS_PATH: Final = "/frontline/facts"
+_CONFIG: Final[dict[str, Any]] = {
+    # Without it the engine answers 200 with text that does not follow the schema.
+    "guided_decoding_backend": "xgrammar",
+    # Without it a prompt longer than `max_num_tokens` (8192 by default) is refused.
+    "enable_chunked_prefill": True,
+}
+"""What Frontline sets in the configuration file, unless the operator does."""
 _POLICY: Final = "priority"
 # Options that Frontline sets itself, and `grpc`, which would start a server without HTTP routes.
-_RESERVED: Final = frozenset({"model", "host", "port", "served_model_name", "grpc"})
+_RESERVED: Final = frozenset({"model", "host", "port", "served_model_name", "grpc", "middleware"})
 # Two more ways to set what `config` sets. The policy in force must be readable from one place.
 _SET_BY_CONFIG: Final = frozenset({"extra_llm_api_options", "set"})
 
@@ -48,14 +67,31 @@ _STRANGER: Final = "frontline_no_such_field"
 # max_completion_tokens is an alias of max_tokens, and logprobs are validated before the rest.
 _NOT_ASKED_FOR: Final = frozenset({"max_completion_tokens", "logprobs", "top_logprobs"})
 
+_METRICS: Final = engine_metrics(
+    {
+        Role.RUNNING: "trtllm_num_requests_running",
+        Role.WAITING: "trtllm_num_requests_waiting",
+        Role.SUSPENDED: "trtllm_num_paused_requests",
+        Role.KV_USE: "trtllm_kv_cache_utilization",
+        Role.HIT_RATE: "trtllm_kv_cache_hit_rate",
+        Role.QUEUE_TIME: "trtllm_request_queue_time_seconds",
+        Role.TTFT: "trtllm_time_to_first_token_seconds",
+    }
+)
+
 
 class TensorrtLlm(EngineAdapter):
     """TensorRT-LLM's ``trtllm-serve``."""
 
+    start_phases = TENSORRT_LLM
     name = "tensorrt_llm"
     ready_path = "/health"
     health_path = "/health"
     port_stays_reserved = False
+    reserved_environment = EngineAdapter.reserved_environment | {"FRONTLINE_ENGINE_CONFIG"}
+    metrics = _METRICS
+    # Only there if the operator sets `return_perf_metrics` in the engine's config.
+    metrics_path = "/prometheus/metrics"
 
     def command(self, launch: Launch) -> list[str]:
         _check(launch.engine_args)
@@ -74,8 +110,33 @@ class TensorrtLlm(EngineAdapter):
         return {
             # In the environment and not as a flag: other users can read a command line.
             "FRONTLINE_ENGINE_CONFIG": json.dumps(_config(launch)),
+            "FRONTLINE_ENGINE_KEY": launch.key,
+            "PYTHONPATH": str(_INSIDE),
             "TRTLLM_NO_USAGE_STATS": "1",
+            **stay_on_loopback(launch.span),
         }
+
+    def needs(self, launch: Launch, environment: Mapping[str, str]) -> EngineNeeds:
+        args, cache = launch.engine_args, _config(launch).get("kv_cache_config")
+        given = cache if isinstance(cache, dict) else {}
+        fraction = given.get(
+            "free_gpu_memory_fraction", args.get("kv_cache_free_gpu_memory_fraction")
+        )
+        return EngineNeeds(
+            module="tensorrt_llm",
+            distributions=("tensorrt-llm",),
+            tried=TRIED,
+            setup="tensorrt-llm",
+            memory=MemoryRule(
+                share(fraction, _MEMORY_SHARE), "free_gpu_memory_fraction", of_rest=True
+            ),
+            context=_context_length(launch),
+            context_option="max_seq_len",
+            tensor_parallel=whole(args.get("tp_size", args.get("tensor_parallel_size")), 1),
+            pipeline_parallel=whole(args.get("pp_size", args.get("pipeline_parallel_size")), 1),
+            dtype=word(_config(launch).get("dtype")),
+            kv_dtype=word(given.get("dtype")),
+        )
 
     def files(self, launch: Launch) -> dict[str, str]:
         """Return the configuration file that ``frontline_trtllm_start`` creates in memory."""
@@ -91,15 +152,20 @@ class TensorrtLlm(EngineAdapter):
     async def inspect(self, launch: Launch, http: EngineHttp) -> EngineFacts:
         """Query the engine for its version, and probe with one-token requests what it accepts.
 
-        The running server does not report the policy of its waiting queue. The policy is taken from
-        the launch; if it is unknown there, priority is not offered.
+        A build with ``--middleware`` has the guard, which reports the policy of the waiting queue.
+        Another build does not report it: it is taken from the launch, and if it is unknown there,
+        priority is not offered.
         """
         status, answer = await http.get_json("/version")
         if status != 200 or not isinstance(answer, dict) or "version" not in answer:
             raise EngineContractError(f"TensorRT-LLM did not tell its version (status {status})")
+        facts = await _facts(http)
+        if facts is not None:
+            await prove_guarded(http, "TensorRT-LLM", ("/v1/models", "/version", "/metrics"))
+        policy = _policy(launch) if facts is None else facts["waiting_queue_policy"]
         honoured = {
             route
-            for route in self.priority_routes(launch)
+            for route in (PRIORITY_ROUTES if policy == _POLICY else ())
             if await _takes_priority(http, route, launch.served_name)
         }
         dialect = Dialect(
@@ -112,7 +178,15 @@ class TensorrtLlm(EngineAdapter):
                 for route in CLIENT_FIELDS
             },
         )
-        return EngineFacts(str(answer["version"]), _context_length(launch), dialect)
+        length = (facts or {}).get("max_seq_len") or _context_length(launch)
+        return EngineFacts(str(answer["version"]), length, dialect)
+
+
+async def _facts(http: EngineHttp) -> dict[str, Any] | None:
+    """Return what the guard reports; ``None`` for a build without it."""
+    status, facts = await http.get_json(_FACTS_PATH)
+    known = status == 200 and isinstance(facts, dict) and "waiting_queue_policy" in facts
+    return facts if known else None
 
 
 def _check(args: Mapping[str, EngineArg]) -> None:
@@ -129,13 +203,19 @@ def _check(args: Mapping[str, EngineArg]) -> None:
         for name, value in args.items()
         if isinstance(value, dict) and name != "config"
     ]
+    given = args.get("config")
+    config = given if isinstance(given, dict) else {}
+    problems += [
+        Problem(("engine_args", "config", name), "builds differ in which counts: give the option")
+        for name in sorted((args.keys() | {"max_batch_size"}) & set(config))
+    ]
     if problems:
         raise SettingsError(*problems)
 
 
 def _config(launch: Launch) -> dict[str, Any]:
     config = launch.engine_args.get("config", {})
-    return config if isinstance(config, dict) else {}
+    return _CONFIG | config if isinstance(config, dict) else dict(_CONFIG)
 
 
 def _sets_policy(launch: Launch) -> bool:

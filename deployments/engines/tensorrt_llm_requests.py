@@ -61,6 +61,10 @@ _UNKNOWN_FIELD: Final = re.compile(r"'type': 'extra_forbidden', 'loc': \('body',
 
 
 def refused_fields(answer: object) -> frozenset[str]:
-    """Return the request fields that the server's 400 reports as unknown."""
-    error = answer.get("error") if isinstance(answer, dict) else None
+    """Return the request fields that the server's 400 reports as unknown.
+
+    Builds before 2026 have the text in ``message``, later ones in ``error``.
+    """
+    fields = answer if isinstance(answer, dict) else {}
+    error = fields.get("error", fields.get("message"))
     return frozenset(_UNKNOWN_FIELD.findall(error)) if isinstance(error, str) else frozenset()

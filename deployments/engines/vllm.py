@@ -5,10 +5,12 @@ Based on the source of vLLM 0.32 and 0.33.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from app.core.dialect import Dialect, Route
+from app.contracts.status import Preempted
+from app.core.dialect import OPENAI_ROUTES, SLOT_ROUTES, Dialect, Route
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -18,16 +20,27 @@ from deployments.engines.base import (
     EngineHttp,
     Launch,
     NodeSpan,
+    PreemptionReport,
     prove_guarded,
+    proved_routes,
     refuse_reserved,
     render_flags,
+    stay_on_loopback,
 )
+from deployments.engines.metrics import Role, engine_metrics
+from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
+from deployments.engines.start_phases import VLLM
+
+TRIED: Final = TriedVersions("0.32", "0.34")
+_MEMORY_SHARE: Final = 0.92
+"""vLLM's own default."""
 
 _GUARD: Final = "frontline_vllm_guard"
 _HEADLESS: Final = "frontline_vllm_headless"
 _SCHEDULER: Final = "frontline_vllm_scheduler.make_scheduler"
 _INSIDE: Final = Path(__file__).parent / "inside"
 _POLICY: Final = "priority"
+_EMBEDS: Final = "pooling"
 _FACTS_PATH: Final = "/frontline/facts"
 # Each of these would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
@@ -48,14 +61,33 @@ _RESERVED: Final = frozenset(
     }
 )
 
+_METRICS: Final = engine_metrics(
+    {
+        Role.RUNNING: "vllm:num_requests_running",
+        Role.WAITING: "vllm:num_requests_waiting",
+        Role.KV_USE: "vllm:kv_cache_usage_perc",
+        Role.PREEMPTIONS: "vllm:num_preemptions_total",
+        Role.PROMPT_TOKENS: "vllm:prefix_cache_queries_total",
+        Role.CACHED_TOKENS: "vllm:prefix_cache_hits_total",
+        Role.QUEUE_TIME: "vllm:request_queue_time_seconds",
+        Role.TTFT: "vllm:time_to_first_token_seconds",
+    }
+)
+
 
 class Vllm(EngineAdapter):
     """vLLM's ``vllm.entrypoints.openai.api_server``."""
 
+    start_phases = VLLM
     name = "vllm"
     ready_path = "/health"
     health_path = "/health"
+    metrics = _METRICS
     spans_nodes = True
+    reserved_environment = EngineAdapter.reserved_environment | {
+        "VLLM_API_KEY",
+        "VLLM_USE_RUST_FRONTEND",
+    }
 
     def command(self, launch: Launch) -> list[str]:
         refuse_reserved(launch.engine_args, _RESERVED)
@@ -92,12 +124,35 @@ class Vllm(EngineAdapter):
             # In the environment and not as a flag: other users can read a command line.
             "FRONTLINE_ENGINE_KEY": launch.key,
             "VLLM_NO_USAGE_STATS": "1",
+            # vLLM's frontend in Rust loads no middleware, so it would ask for no key.
+            "VLLM_USE_RUST_FRONTEND": "0",
+            **stay_on_loopback(launch.span),
             # Otherwise the parts look for each other at the address of this machine's host name.
             **({"VLLM_HOST_IP": launch.span.here} if launch.span.nodes > 1 else {}),
         }
 
+    def needs(self, launch: Launch, environment: Mapping[str, str]) -> EngineNeeds:
+        args = launch.engine_args
+        cache = environment.get("VLLM_CPU_KVCACHE_SPACE", "")
+        memory = share(args.get("gpu_memory_utilization"), _MEMORY_SHARE)
+        return EngineNeeds(
+            module="vllm",
+            distributions=("vllm", "vllm-cpu"),
+            tried=TRIED,
+            setup="vllm",
+            memory=MemoryRule(memory, "gpu_memory_utilization"),
+            context=whole(args.get("max_model_len"), 0) or None,
+            context_option="max_model_len",
+            tensor_parallel=whole(args.get("tensor_parallel_size"), 1),
+            pipeline_parallel=whole(args.get("pipeline_parallel_size"), 1),
+            dtype=word(args.get("dtype")),
+            kv_dtype=word(args.get("kv_cache_dtype")),
+            cpu_cache_bytes=int(cache) << 30 if cache.isdecimal() else None,
+        )
+
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
-        return _priority_routes(launch.engine_args.get("scheduling_policy", _POLICY))
+        prioritized = launch.engine_args.get("scheduling_policy", _POLICY) == _POLICY
+        return SLOT_ROUTES if prioritized else frozenset()
 
     def _is_to_preempt(self, launch: Launch) -> bool:
         return launch.preemption and bool(self.priority_routes(launch))
@@ -108,15 +163,35 @@ class Vllm(EngineAdapter):
         status, facts = await http.get_json(_FACTS_PATH)
         if status != 200 or not isinstance(facts, dict):
             raise EngineContractError(f"vLLM did not tell its facts (status {status})")
-        routes = _priority_routes(facts.get("scheduling_policy"))
+        prioritized = facts.get("scheduling_policy") == _POLICY
+        generates = facts.get("runner") != _EMBEDS
+        routes, pooled = await proved_routes(http, launch.served_name, generates=generates)
+        header = facts.get("messages_priority_header") if Route.MESSAGES in routes else None
+        by_priority = OPENAI_ROUTES | pooled
+        if isinstance(header, str):
+            by_priority |= {Route.MESSAGES}
         dialect = Dialect(
             engine=self.name,
             priority_values=LOW_FIRST,
-            priority_routes=routes,
+            priority_routes=by_priority if prioritized else frozenset(),
             stream_options=METERED_STREAM,
-            preempts=bool(routes) and _preempts(facts.get("preemption")),
+            preempts=prioritized and _preempts(facts.get("preemption")),
+            generates=generates,
+            routes=routes,
+            priority_headers={Route.MESSAGES: header.lower()} if isinstance(header, str) else {},
         )
-        return EngineFacts(str(facts.get("version")), facts.get("max_model_len"), dialect)
+        return EngineFacts(
+            version=str(facts.get("version")),
+            context_length=facts.get("max_model_len"),
+            dialect=dialect,
+            kv_tokens=whole(facts.get("kv_tokens"), 0) or None,
+        )
+
+    async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
+        status, facts = await http.get_json(_FACTS_PATH)
+        schedulers = facts.get("preemption") if status == 200 and isinstance(facts, dict) else None
+        # Null: a scheduler did not answer, which says nothing about whether it preempts.
+        return _report(schedulers) if isinstance(schedulers, list) and schedulers else None
 
 
 def _preempts(schedulers: object) -> bool:
@@ -126,8 +201,16 @@ def _preempts(schedulers: object) -> bool:
     return all(isinstance(one, dict) and one.get("preempts") is True for one in schedulers)
 
 
-def _priority_routes(policy: object) -> frozenset[Route]:
-    return frozenset(Route) if policy == _POLICY else frozenset()
+def _report(schedulers: list[Any]) -> PreemptionReport:
+    """Return the reports of all schedulers of an engine as one."""
+    reports = [one for one in schedulers if isinstance(one, dict)]
+    reasons = sorted({str(one["why_not"]) for one in reports if one.get("why_not")})
+    counts = Preempted(
+        sum(one.get("preemptions", 0) for one in reports),
+        sum(one.get("suspended", 0) for one in reports),
+        sum(one.get("suspended_s", 0.0) for one in reports),
+    )
+    return PreemptionReport(_preempts(schedulers), "; ".join(reasons), counts)
 
 
 def _span_args(span: NodeSpan) -> dict[str, Any]:

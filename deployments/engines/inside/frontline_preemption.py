@@ -1,4 +1,4 @@
-"""Which running requests an engine suspends so that better waiting ones can run.
+"""Which running requests an engine suspends, or holds back, so that better ones can run.
 
 Pure: values in, a decision out, the clock passed in. Runs under the engine's interpreter, where
 Frontline is not installed: standard library only. A lower priority number is served first, as in
@@ -7,6 +7,7 @@ vLLM. Times are in seconds, lengths in tokens, cache sizes in KV blocks.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class Rules:
             best tier from then on. It resumes before newer requests and is not suspended again.
             Two minutes are a fifth of the longest time that a flex request waits in a queue.
         best_priority: the number of the best tier.
+        most_held: a prompt that is being computed is held back in at most this many steps in a
+            row. With 16, it gets at least every 17th step, however many better requests come.
     """
 
     margin: int = 50
@@ -42,6 +45,7 @@ class Rules:
     nearly_done: int = 4
     longest_suspended_s: float = 120.0
     best_priority: int = -100
+    most_held: int = 16
 
 
 @dataclass(slots=True)
@@ -53,21 +57,25 @@ class History:
         tokens: how many tokens it had generated at the last preemption.
         suspended_s: the total time of the suspensions that are over.
         since: when the current suspension began; ``None`` while it is not suspended.
+        held: in how many steps in a row its prompt was held back, up to now.
     """
 
     preemptions: int = 0
     tokens: int = 0
     suspended_s: float = 0.0
     since: float | None = None
+    held: int = 0
 
     def suspend(self, tokens: int, now: float) -> None:
         """Record a preemption of a request that has generated ``tokens`` so far."""
         self.preemptions += 1
         self.tokens, self.since = tokens, now
 
-    def resume(self, now: float) -> None:
-        """Record that the request runs again, or has ended."""
-        self.suspended_s, self.since = self.total_s(now), None
+    def resume(self, now: float) -> float:
+        """Record that the request runs again, or has ended; return how long it was suspended."""
+        took_s = self.total_s(now) - self.suspended_s
+        self.suspended_s, self.since = self.suspended_s + took_s, None
+        return took_s
 
     def total_s(self, now: float) -> float:
         """Return the total time of all suspensions, the current one included."""
@@ -107,10 +115,34 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A waiting request that could run now: its number and the KV blocks that it needs."""
+    """A waiting request that could run now.
+
+    Attributes:
+        priority: its number.
+        blocks: the KV blocks that it needs.
+        tokens: how many tokens of it have to be computed before it can generate one.
+    """
 
     priority: int
     blocks: int = 0
+    tokens: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a running request would have computed in the next step.
+
+    Attributes:
+        priority: its number.
+        tokens: how many tokens of it.
+        is_prompt: whether these belong to a prompt that is computed in several steps.
+        held: in how many steps in a row it was held back, up to now.
+    """
+
+    priority: int
+    tokens: int
+    is_prompt: bool = False
+    held: int = 0
 
 
 def choose_victims(
@@ -146,27 +178,81 @@ def choose_victims(
     for newcomer in waiting:
         slots = placed + 1 - free_slots
         blocks = blocks_taken + newcomer.blocks - free_blocks
-        worse = [i for i in order if running[i].priority - newcomer.priority > rules.margin]
+        worse = [
+            i
+            for i in order
+            if i not in victims and running[i].priority - newcomer.priority > rules.margin
+        ]
         chosen = _enough(victims, worse, slots, blocks, blocks_of)
         if chosen is None:
             break
         victims = chosen
-        order = [i for i in order if i not in victims]
         placed, blocks_taken = placed + 1, blocks_taken + newcomer.blocks
     return victims
+
+
+def choose_held(
+    running: Sequence[Step],
+    waiting: Iterable[Waiting],
+    *,
+    free_slots: int,
+    free_blocks: int,
+    budget: int,
+    rules: Rules,
+) -> list[int]:
+    """Return the indices of the running prompts to hold back in this step.
+
+    An engine computes at most ``budget`` tokens in a step, those of running requests first. So the
+    long prompt of a lower tier would take whole steps for itself, and a better request would wait
+    for its last one although a slot is free. Prompts of the worst tier are held back first, and
+    only as many as the better requests need. They keep their slots and KV blocks.
+
+    Args:
+        running: the running requests, in any order.
+        waiting: the waiting requests in the engine's own order.
+        free_slots: how many requests more can run now.
+        free_blocks: how many KV blocks are free.
+        budget: how many tokens a step computes, at most.
+        rules: the limits.
+    """
+    prompts = sorted(
+        (i for i, one in enumerate(running) if one.is_prompt),
+        key=lambda i: (running[i].priority, i),
+        reverse=True,
+    )
+    held: list[int] = []
+    room = budget - sum(one.tokens for one in running)
+    needed = blocks = 0
+    for newcomer in itertools.islice(waiting, max(0, free_slots)):
+        blocks += newcomer.blocks
+        needed += newcomer.tokens
+        if blocks > free_blocks:
+            break
+        for i in prompts:
+            if room >= min(needed, budget):
+                break
+            worse = running[i].priority - newcomer.priority > rules.margin
+            if worse and i not in held and running[i].held < rules.most_held:
+                held.append(i)
+                room += running[i].tokens
+    return held
 
 
 def _enough(
     victims: list[int], worse: Sequence[int], slots: int, blocks: int, blocks_of: BlocksOf
 ) -> list[int] | None:
-    """Return ``victims`` and as few of ``worse`` as free enough; ``None`` if all are too few."""
+    """Return as few of ``victims`` and ``worse`` as free enough; ``None`` if all are too few.
+
+    A victim for an earlier newcomer is left out where those for a later one free enough for both.
+    They are worse than the later one, and so than the earlier one.
+    """
     chosen = list(victims)
     more = iter(worse)
     while not _suffice(chosen, slots, blocks, blocks_of):
         if (victim := next(more, None)) is None:
             return None
         chosen.append(victim)
-    for victim in reversed(chosen[len(victims) :]):
+    for victim in reversed(chosen):
         without = [i for i in chosen if i != victim]
         if _suffice(without, slots, blocks, blocks_of):
             chosen = without

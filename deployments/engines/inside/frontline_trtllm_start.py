@@ -9,6 +9,7 @@ the exit status are the server's.
 - ``--policy`` is the policy of the waiting queue. It is left out for a build whose chat request has
   no ``priority``: the policy would have no effect there, and some such builds reject it.
 - ``--served-name`` is the model's id. Builds without the option answer to any name.
+- The guard, which requires the key and reports facts, in builds that have ``--middleware``.
 
 The environment variable FRONTLINE_ENGINE_CONFIG holds the server's configuration file as JSON,
 which is also YAML. The file exists in memory only and disappears with the process.
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SERVER = "tensorrt_llm.commands.serve"
+GUARD = "frontline_trtllm_guard.Guard"
 CONFIG_VARIABLE = "FRONTLINE_ENGINE_CONFIG"
 
 
@@ -35,6 +37,8 @@ def main(arguments: list[str]) -> NoReturn:
     words = list(options.server)
     if options.served_name and _has_option(package, "served_model_name"):
         words += ["--served_model_name", options.served_name]
+    if _has_option(package, "middleware"):
+        words += ["--middleware", GUARD]
     config = json.loads(os.environ.pop(CONFIG_VARIABLE, "{}"))
     if options.policy and takes_priority(package):
         config.setdefault("scheduler_config", {})["waiting_queue_policy"] = options.policy

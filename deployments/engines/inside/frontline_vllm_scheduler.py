@@ -9,6 +9,11 @@ slots or KV blocks are short, and then lets vLLM schedule as usual. vLLM suspend
 victim itself: same request object, output tokens, grammar state and random generator. The decision
 is ``frontline_preemption.choose_victims``.
 
+vLLM gives a step's tokens to running requests first, the oldest first. So a long prompt of a lower
+tier would take whole steps from a better request. While a prompt is computed in several steps,
+running requests are kept in the order of their priority, and a lower tier's prompt is held back
+while a better request begins (``choose_held``).
+
 Read in vLLM 0.32.0 (``v1/core/sched/scheduler.py``, ``v1/core/kv_cache_manager.py``):
 
 - Start of a step: nothing is scheduled yet, so no budget, LoRA, encoder or draft token has to be
@@ -23,6 +28,8 @@ Read in vLLM 0.32.0 (``v1/core/sched/scheduler.py``, ``v1/core/kv_cache_manager.
   victim's block that another request shares does not become free.
 - Speculative decoding: ``_preempt_request`` drops the draft tokens. Lookahead tokens are part of a
   newcomer's need.
+- Holding back: vLLM itself passes over a running request until its ``next_decode_eligible_step``.
+  The order of ``running`` has no other meaning under the policy ``priority``.
 - LoRA: vLLM passes over a request whose adapter would be one too many, so no room is made for it.
 - Structured output: a request whose grammar is not compiled yet is passed over.
 
@@ -46,7 +53,15 @@ from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from frontline_preemption import History, Rules, Running, Waiting, choose_victims
+from frontline_preemption import (
+    History,
+    Rules,
+    Running,
+    Step,
+    Waiting,
+    choose_held,
+    choose_victims,
+)
 
 logger = logging.getLogger("vllm.frontline_scheduler")
 
@@ -62,6 +77,8 @@ _USED = (
     "kv_holding_waiting",
     "max_num_active_reqs",
     "max_num_scheduled_tokens",
+    "current_step",
+    "scheduler_config.long_prefill_token_threshold",
     "max_model_len",
     "num_lookahead_tokens",
     "num_waiting_for_streaming_input",
@@ -101,7 +118,7 @@ def make_scheduler(*, vllm_config: Any, **arguments: Any) -> Any:
         config.scheduler_cls = named
     kind = type(f"Preempting{own.__name__}", (Preempting, own), {})
     scheduler = kind(vllm_config=vllm_config, **arguments)
-    scheduler.start_preempting(_why_not(scheduler))
+    scheduler.frontline = Preemption(scheduler, _why_not(scheduler))
     return scheduler
 
 
@@ -111,7 +128,7 @@ def _why_not(scheduler: Any) -> str | None:
     from vllm.v1.engine.core import EngineCore
 
     # The API server asks for the report over vLLM's own channel to its engine core.
-    setattr(EngineCore, REPORT, lambda core: core.scheduler.report_preemption())
+    setattr(EngineCore, REPORT, lambda core: core.scheduler.frontline.report())
     if not _KNOWN_VERSIONS.match(vllm.__version__):
         return f"vLLM {vllm.__version__} is not known"
     policy = scheduler.scheduler_config.policy
@@ -135,101 +152,215 @@ def _why_not(scheduler: Any) -> str | None:
 
 
 class Preempting:
-    """Mixed into a scheduler of vLLM: makes room for better requests at the start of a step."""
+    """Mixed into a scheduler of vLLM: acts at the start of a step.
 
-    rules = Rules()
-    _off: str | None = "it has not started"
+    It adds one name to vLLM's own, so that neither can hide a method of the other.
+    """
 
-    def start_preempting(self, why_not: str | None) -> None:
-        """Preempt from now on, or say why not."""
-        self._off = why_not
-        self._histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
-        self._suspended: set[Any] = set()
-        self._preemptions = 0
-        if why_not is None:
-            logger.info("Running requests give way to better tiers: %s", self.rules)
-        else:
-            logger.warning("No running request gives way to a better tier: %s", why_not)
-
-    def report_preemption(self) -> dict[str, Any]:
-        """Return whether preemption is in force, and the counts since the start."""
-        return {
-            "preempts": self._off is None,
-            "why_not": self._off,
-            "preemptions": self._preemptions,
-            "suspended": sum(one.status.name == "PREEMPTED" for one in self._suspended),
-        }
+    frontline: Preemption
 
     def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
         # On a throttled step vLLM admits no prefill, so room would stay empty.
-        throttled = any(args) or any(kwargs.values())
-        if self._off is None and (self.waiting or self._suspended) and not throttled:
-            self.make_room()
+        if not (any(args) or any(kwargs.values())):
+            self.frontline.before_step()
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def _preempt_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         # Also called by vLLM itself, where a running request gets no KV blocks.
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        self.frontline.note_preempted(request)
+
+
+class Preemption:
+    """Decides for one scheduler of vLLM whom to suspend and whom to hold back.
+
+    Attributes:
+        rules: the limits.
+    """
+
+    def __init__(self, scheduler: Any, why_not: str | None) -> None:
+        """Preempt from now on, or say why not."""
+        self.rules = Rules()
+        self._vllm = scheduler
+        self._off = why_not
+        self._histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
+        self._suspended: set[Any] = set()
+        self._preemptions = 0
+        self._suspended_s = 0.0
+        if why_not is None:
+            logger.info("Running requests give way to better tiers: %s", self.rules)
+        else:
+            logger.warning("No running request gives way to a better tier: %s", why_not)
+
+    def report(self) -> dict[str, Any]:
+        """Return whether preemption is in force, and the counts since the start.
+
+        Preemptions are vLLM's own too, which it counts itself in ``vllm:num_preemptions``.
+        """
+        now = time.monotonic()
+        waits = [one for one in self._suspended if one.status.name == "PREEMPTED"]
+        histories = [self._histories[one] for one in waits]
+        waits_s = sum(one.total_s(now) - one.suspended_s for one in histories)
+        return {
+            "preempts": self._off is None,
+            "why_not": self._off,
+            "preemptions": self._preemptions,
+            "suspended": len(waits),
+            "suspended_s": self._suspended_s + waits_s,
+        }
+
+    def before_step(self) -> None:
+        """Make room for better waiting requests, as far as the rules allow it."""
+        if self._off is not None:
+            return
+        try:
+            computing = self._keep_order()
+        except Exception:
+            self._fail("putting running requests in order has failed")
+            return
+        if not (self._vllm.waiting or self._suspended):
+            return
+        self.make_room()
+        if computing and self._off is None:
+            self._hold_back()
+
+    def _keep_order(self) -> bool:
+        """While a prompt is computed in several steps, put better running requests first.
+
+        Returns whether one is.
+        """
+        running = self._vllm.running
+        computing = any(getattr(one, "is_prefill_chunk", False) for one in running)
+        if computing:
+            running.sort(key=attrgetter("priority"))
+        return computing
+
+    def note_preempted(self, request: Any) -> None:
+        """Record that a request was suspended."""
         if self._off is None:
             history = self._histories.setdefault(request, History())
             history.suspend(request.num_output_tokens, time.monotonic())
             self._suspended.add(request)
+            self._preemptions += 1
 
-    def make_room(self: Any) -> None:
+    def make_room(self) -> None:
+        """Suspend running requests for better waiting ones."""
         try:
             self._look_after_suspended(time.monotonic())
-            victims = self.victims_now()
+            victims = self.victims()
         except Exception:
-            # The requests go on in vLLM's own order: slower for some, but all are served.
-            self._off = "choosing whom to suspend has failed; see the engine's log"
-            logger.exception("No running request gives way to a better tier from now on")
+            self._fail("choosing whom to suspend has failed")
             return
         for victim in victims:
-            self.running.remove(victim)
-            self._preempt_request(victim, time.monotonic())
-            self.prev_step_scheduled_req_ids.discard(victim.request_id)
-        self._preemptions += len(victims)
+            self._vllm.running.remove(victim)
+            # private: vLLM's own, as everything here is that a subclass may use.
+            self._vllm._preempt_request(victim, time.monotonic())  # noqa: SLF001
+            self._vllm.prev_step_scheduled_req_ids.discard(victim.request_id)
 
-    def _look_after_suspended(self: Any, now: float) -> None:
+    def _hold_back(self) -> None:
+        """Let running prompts of lower tiers wait for this step, if better requests need it."""
+        try:
+            held = self._held()
+        except Exception:
+            self._fail("choosing which prompts to hold back has failed")
+            return
+        for request in self._vllm.running:
+            if request in held:
+                history = self._histories.setdefault(request, History())
+                history.held += 1
+                # The step that is being scheduled is the next one.
+                later = max(request.next_decode_eligible_step, self._vllm.current_step + 2)
+                request.next_decode_eligible_step = later
+            elif (known := self._histories.get(request)) is not None:
+                known.held = 0
+
+    def _held(self) -> list[Any]:
+        if not self._vllm.waiting or self._has_work_of_its_own():
+            return []
+        best = self._vllm.waiting.peek_request().priority
+        running = [self._step(one) for one in self._vllm.running]
+        if not any(one.is_prompt and one.priority - best > self.rules.margin for one in running):
+            return []
+        chosen = choose_held(
+            running,
+            self._could_run(),
+            free_slots=self._free_slots(),
+            free_blocks=self._free_blocks(),
+            budget=self._vllm.max_num_scheduled_tokens,
+            rules=self.rules,
+        )
+        return [self._vllm.running[index] for index in chosen]
+
+    def _step(self, request: Any) -> Step:
+        tokens = (
+            request.num_tokens_with_spec
+            + request.num_output_placeholders
+            - request.num_computed_tokens
+        )
+        most = self._vllm.scheduler_config.long_prefill_token_threshold
+        history = self._histories.get(request) or History()
+        return Step(
+            priority=request.priority,
+            tokens=min(tokens, most) if most > 0 else tokens,
+            is_prompt=request.is_prefill_chunk,
+            held=history.held,
+        )
+
+    def _has_work_of_its_own(self) -> bool:
+        """Return whether vLLM has requests to start that come first, or starts none."""
+        return self._vllm.pause_state.name != "UNPAUSED" or bool(self._vllm.kv_holding_waiting)
+
+    def _free_slots(self) -> int:
+        inside = len(self._vllm.running) + self._vllm.num_waiting_for_streaming_input
+        return int(self._vllm.max_num_active_reqs - inside)
+
+    def _free_blocks(self) -> int:
+        cache = self._vllm.kv_cache_manager
+        return int(cache.block_pool.get_num_free_blocks() - cache.watermark_blocks)
+
+    def _fail(self, what: str) -> None:
+        # The requests go on in vLLM's own order: slower for some, but all are served.
+        self._off = f"{what}; see the engine's log"
+        logger.exception("No running request gives way to a better tier from now on")
+
+    def _look_after_suspended(self, now: float) -> None:
         """Keep the times of the suspended, and raise those that were suspended for too long."""
         for request in list(self._suspended):
             history = self._histories[request]
             if request.status.name != "PREEMPTED":
-                history.resume(now)
+                self._suspended_s += history.resume(now)
                 self._suspended.discard(request)
                 continue
             best = self.rules.best_priority
             too_long = history.total_s(now) > self.rules.longest_suspended_s
             if too_long and request.priority > best:
-                self.waiting.remove_request(request)
+                self._vllm.waiting.remove_request(request)
                 request.priority = best
-                self.waiting.add_request(request)
+                self._vllm.waiting.add_request(request)
 
-    def victims_now(self: Any) -> list[Any]:
-        if not self.waiting:
+    def victims(self) -> list[Any]:
+        """Return whom to suspend now."""
+        if not self._vllm.waiting:
             return []
-        worst = max((one.priority for one in self.running), default=None)
-        best = self.waiting.peek_request().priority
+        worst = max((one.priority for one in self._vllm.running), default=None)
+        best = self._vllm.waiting.peek_request().priority
         if worst is None or worst - best <= self.rules.margin:
             return []
-        # With any of these vLLM has work of its own that comes first.
-        if self.pause_state.name != "UNPAUSED" or self.kv_holding_waiting:
+        if self._has_work_of_its_own():
             return []
-        cache = self.kv_cache_manager
-        inside = len(self.running) + self.num_waiting_for_streaming_input
         chosen = choose_victims(
-            [self._running(one) for one in self.running],
-            itertools.islice(self._could_run(), len(self.running)),
-            free_slots=self.max_num_active_reqs - inside,
-            free_blocks=cache.block_pool.get_num_free_blocks() - cache.watermark_blocks,
-            blocks_of=lambda index: self._blocks(self.running[index]),
+            [self._running(one) for one in self._vllm.running],
+            itertools.islice(self._could_run(), len(self._vllm.running)),
+            free_slots=self._free_slots(),
+            free_blocks=self._free_blocks(),
+            blocks_of=lambda index: self._blocks(self._vllm.running[index]),
             rules=self.rules,
         )
-        return [self.running[index] for index in chosen]
+        return [self._vllm.running[index] for index in chosen]
 
-    def _running(self: Any, request: Any) -> Running:
+    def _running(self, request: Any) -> Running:
         history = self._histories.get(request) or History()
-        limit = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
+        limit = min(request.max_tokens, self._vllm.max_model_len - request.num_prompt_tokens)
         sampling = request.sampling_params
         return Running(
             priority=request.priority,
@@ -238,7 +369,8 @@ class Preempting:
             preemptions=history.preemptions,
             tokens_since=request.num_output_tokens - history.tokens,
             suspendable=(
-                self._request_blocks_can_be_freed(request)
+                # private: as above.
+                self._vllm._request_blocks_can_be_freed(request)  # noqa: SLF001
                 # A session takes further input while it runs.
                 and not request.resumable
                 # They would be computed, and sent, once more.
@@ -246,22 +378,22 @@ class Preempting:
             ),
         )
 
-    def _blocks(self: Any, request: Any) -> Iterator[tuple[int, int]]:
-        for group in self.kv_cache_manager.get_blocks(request.request_id).blocks:
+    def _blocks(self, request: Any) -> Iterator[tuple[int, int]]:
+        for group in self._vllm.kv_cache_manager.get_blocks(request.request_id).blocks:
             for block in group:
                 if not block.is_null:
                     yield block.block_id, block.ref_cnt
 
-    def _could_run(self: Any) -> Iterator[Waiting]:
+    def _could_run(self) -> Iterator[Waiting]:
         """Return the waiting requests that vLLM would start in this step if there were room."""
-        loras = {one.lora_request.lora_int_id for one in self.running if one.lora_request}
-        full = self.lora_config is not None and len(loras) >= self.lora_config.max_loras
-        for request in self.waiting:
+        loras = {one.lora_request.lora_int_id for one in self._vllm.running if one.lora_request}
+        full = self._vllm.lora_config is not None and len(loras) >= self._vllm.lora_config.max_loras
+        for request in self._vllm.waiting:
             lora = request.lora_request
             if full and lora and lora.lora_int_id not in loras:
                 continue
             if _is_ready(request):
-                yield Waiting(request.priority, _blocks_needed(self, request))
+                yield _need_of(self._vllm, request)
 
 
 def _is_ready(request: Any) -> bool:
@@ -274,10 +406,11 @@ def _is_ready(request: Any) -> bool:
     return not request.num_stale_output_tokens or bool(request.drop_stale_output)
 
 
-def _blocks_needed(scheduler: Any, request: Any) -> int:
-    """Return how many KV blocks vLLM asks for when it admits a request.
+def _need_of(scheduler: Any, request: Any) -> Waiting:
+    """Return what vLLM asks for when it admits a request.
 
-    That is enough for its first chunk, and for the whole sequence where vLLM reserves that.
+    Its KV blocks are enough for its first chunk, and for the whole sequence where vLLM reserves
+    that.
     """
     found, hit, *_ = scheduler.kv_cache_manager.get_computed_blocks(request)
 
@@ -298,7 +431,7 @@ def _blocks_needed(scheduler: Any, request: Any) -> int:
     whole = min(request.num_tokens, scheduler.max_model_len)
     chunk = min(whole, hit + scheduler.max_num_scheduled_tokens)
     ahead = min(chunk + scheduler.num_lookahead_tokens, scheduler.max_model_len)
-    first = ask(ahead, chunk, cap=False)
-    return (
-        max(first, ask(whole, whole, cap=True)) if scheduler.scheduler_reserve_full_isl else first
-    )
+    blocks = ask(ahead, chunk, cap=False)
+    if scheduler.scheduler_reserve_full_isl:
+        blocks = max(blocks, ask(whole, whole, cap=True))
+    return Waiting(request.priority, blocks, max(1, whole - hit))

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
-from frontline_preemption import History, Rules, Running, Waiting, choose_victims
+from frontline_preemption import (
+    History,
+    Rules,
+    Running,
+    Step,
+    Waiting,
+    choose_held,
+    choose_victims,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,10 +77,57 @@ def test_a_block_is_free_only_when_all_that_share_it_have_gone():
     assert choose(inside, waiting, slots=9, held=held, shared={1: 3}) == []
 
 
+def test_who_goes_for_a_later_request_may_be_enough_for_an_earlier_one_too():
+    """At 410afd7 the first went as well: [0, 1]."""
+    inside = [running(FLEX, 2), running(FLEX, 1)]
+    waiting = [Waiting(PRIORITY, 12), Waiting(PRIORITY, 1)]
+    assert choose(inside, waiting[:1], slots=2, blocks=11, held=[{0}, {1, 2}]) == [0]
+    assert choose(inside, waiting, slots=2, blocks=11, held=[{0}, {1, 2}]) == [1]
+
+
 def test_whoever_is_first_in_line_and_gets_no_room_ends_the_search():
     # Otherwise the engine would give the room to the first, which it was not made for.
     inside, held = [running(FLEX, 1), running(FLEX, 2)], [(1,), (2,)]
     assert choose(inside, [Waiting(PRIORITY, 9), Waiting(PRIORITY, 1)], held=held) == []
+
+
+STEPS = st.lists(
+    st.builds(
+        Step,
+        st.sampled_from(TIERS),
+        st.integers(1, 300),
+        is_prompt=st.booleans(),
+        held=st.integers(0, RULES.most_held + 1),
+    ),
+    max_size=8,
+)
+
+
+@given(
+    STEPS,
+    st.lists(
+        st.builds(Waiting, st.sampled_from(TIERS), st.integers(0, 6), st.integers(1, 300)),
+        max_size=6,
+    ),
+    st.integers(0, 6),
+    st.integers(0, 20),
+    st.integers(1, 400),
+)
+def test_prompts_are_held_back_for_better_requests_alone_and_no_more_than_they_need(
+    inside, waiting, slots, blocks, budget
+):
+    waiting = sorted(waiting, key=lambda one: one.priority)
+    options = {"free_slots": slots, "free_blocks": blocks, "budget": budget, "rules": RULES}
+    held = choose_held(inside, waiting, **options)
+    assert len(set(held)) == len(held)
+    starting = waiting[:slots]
+    for i in held:
+        assert inside[i].is_prompt and inside[i].held < RULES.most_held
+        assert any(inside[i].priority - one.priority > RULES.margin for one in starting)
+    # Without the last of them the newcomers would lack room.
+    left = budget - sum(one.tokens for i, one in enumerate(inside) if i not in held[:-1])
+    if held:
+        assert left < min(sum(one.tokens for one in starting), budget)
 
 
 PRIORITIES = st.sampled_from(TIERS)

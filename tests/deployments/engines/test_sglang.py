@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from app.core.dialect import Route
+from app.core.dialect import MESSAGES_ROUTES, POOLED_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from deployments.engines.base import LOW_FIRST, EngineContractError, Launch, NodeSpan
@@ -89,6 +89,7 @@ class Engine:
             "internal_states": list(schedulers),
             "version": "9",
         }
+        self.messages = self.reads_header = True
         self._guarded = guarded
         self._generates = generates
         self._embeds = embeds
@@ -103,9 +104,28 @@ class Engine:
             return 200, {"is_generation": not self._embeds}
         return 200, self._info if path == "/server_info" else {}
 
-    async def post_json(self, path, body, *, authorized=True):
+    async def post_json(self, path, body, *, authorized=True, headers=None):
         self.posted.append(path)
+        if path.startswith("/v1/messages"):
+            return self._anthropics(path, headers)
+        if path in ("/v1/tokenize", "/v1/detokenize"):
+            return 200, {"tokens": [7]}
+        if path == "/v1/rerank" and self._embeds:
+            return 200, [{"score": 0.5, "index": 0}]
+        if path == "/v1/classify" and self._embeds:
+            return 200, {"data": [], "usage": {"prompt_tokens": 3}}
         return (200 if self._generates else 500), {}
+
+    def _anthropics(self, path, headers):
+        if not self.messages:
+            return 404, {"detail": "Not Found"}
+        if path == "/v1/messages/count_tokens":
+            return 200, {"input_tokens": 9}
+        assert headers == {"x-override-priority": "none"}
+        if not self.reads_header:
+            return 200, {"type": "message"}
+        message = "invalid x-override-priority header 'none': invalid literal for int()"
+        return 400, {"type": "error", "error": {"type": "x", "message": message}}
 
 
 def scheduler(enabled=True, low_first=True, *, without_preemption=False, threshold=50):
@@ -124,8 +144,35 @@ async def inspect(*schedulers, **options):
 async def test_priority_is_offered_when_the_scheduler_says_that_it_is_in_force():
     facts = await inspect(scheduler())
     assert (facts.version, facts.context_length) == ("9", 77)
-    assert facts.dialect.priority_routes == {Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS}
+    by_body = {Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS}
+    assert facts.dialect.priority_routes == by_body | {Route.MESSAGES}
+    assert facts.dialect.priority_headers == {Route.MESSAGES: "x-override-priority"}
+    assert facts.dialect.routes == set(Route) - POOLED_ROUTES - {Route.EMBEDDINGS}
     assert facts.dialect.priority_values == {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+async def test_the_model_says_whether_it_generates_text(embeds):
+    assert (await inspect(scheduler(), embeds=embeds)).dialect.generates is not embeds
+
+
+async def test_a_route_whose_answers_have_no_usage_is_not_offered():
+    dialect = (await inspect(scheduler(), embeds=True)).dialect
+    generating = {Route.CHAT, Route.COMPLETIONS, Route.RESPONSES}
+    assert dialect.routes & (POOLED_ROUTES | generating) == {Route.CLASSIFY}
+    assert Route.CLASSIFY not in dialect.priority_routes
+
+
+@pytest.mark.parametrize("messages", [True, False])
+async def test_messages_have_priority_only_where_the_engine_reads_the_header(messages):
+    engine = Engine(scheduler())
+    engine.messages, engine.reads_header = messages, False
+    dialect = (await Sglang().inspect(launch(), engine)).dialect
+    assert dialect.routes == set(Route) - POOLED_ROUTES - {Route.EMBEDDINGS} - (
+        set() if messages else MESSAGES_ROUTES
+    )
+    assert Route.MESSAGES not in dialect.priority_routes and not dialect.priority_headers
+    assert Sglang().environment(launch())["SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"] == "1"
 
 
 async def test_the_sign_is_the_running_engines():
@@ -197,7 +244,7 @@ async def test_an_engine_that_is_not_guarded_does_not_come_up():
 async def test_it_is_warmed_up_before_it_serves(embeds, path):
     engine = Engine(scheduler(), embeds=embeds)
     await Sglang().inspect(launch(), engine)
-    assert engine.posted == [path, "/freeze_gc"]
+    assert engine.posted[-2:] == [path, "/freeze_gc"]
 
 
 async def test_an_engine_that_does_not_generate_does_not_come_up():

@@ -62,7 +62,7 @@ def test_sglang_runs_as_if_started_itself_with_the_guard_around_it(launch):
     told = launch("--port", "1")
     assert told["main"] == "sglang.launch_server"
     assert told["arguments"] == ["--port", "1"]
-    assert told["guards"] == ["frontline_guard.Guard"]
+    assert told["guards"] == ["__main__.Guard"]
 
 
 def test_its_processes_meet_in_a_file_that_goes_with_it(launch):

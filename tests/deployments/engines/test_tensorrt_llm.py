@@ -27,6 +27,7 @@ from deployments.replica import LocalEngine
 pytestmark = pytest.mark.unit
 
 STAND_INS = Path(__file__).parents[2] / "stand_ins"
+INSIDE = Path(__file__).parents[3] / "deployments" / "engines" / "inside"
 PRIORITY_OFF = {"config": {"scheduler_config": {"waiting_queue_policy": "fcfs"}}}
 
 
@@ -68,7 +69,14 @@ def test_an_operators_arguments_win_over_defaults():
     assert flag(TensorrtLlm().command(own), "--max_batch_size") == "3"
     assert "--policy" not in TensorrtLlm().command(own)
     environment = TensorrtLlm().environment(own)
-    assert json.loads(environment["FRONTLINE_ENGINE_CONFIG"]) == PRIORITY_OFF["config"]
+    config = json.loads(environment["FRONTLINE_ENGINE_CONFIG"])
+    # Without these, schemas are not enforced and long prompts are refused.
+    assert config == PRIORITY_OFF["config"] | {
+        "guided_decoding_backend": "xgrammar", "enable_chunked_prefill": True,
+    }  # fmt: skip
+    own = launch(config={"enable_chunked_prefill": False, "guided_decoding_backend": "llguidance"})
+    config = json.loads(TensorrtLlm().environment(own)["FRONTLINE_ENGINE_CONFIG"])
+    assert set(config.values()) == {False, "llguidance"}
 
 
 def test_nothing_of_the_configuration_file_is_on_the_command_line():
@@ -87,6 +95,10 @@ def test_nothing_of_the_configuration_file_is_on_the_command_line():
         ({"extra_llm_api_options": "/etc/trtllm.yaml"}, "under 'config'"),
         ({"set": "scheduler_config.waiting_queue_policy=fcfs"}, "under 'config'"),
         ({"kv_cache_config": {"dtype": "fp8"}}, "under 'config'"),
+        ({"middleware": "x.Y"}, "engine_args.middleware"),
+        # Builds differ in which of the two counts.
+        ({"config": {"max_batch_size": 4}}, "engine_args.config.max_batch_size"),
+        ({"max_seq_len": 1, "config": {"max_seq_len": 2}}, "engine_args.config.max_seq_len"),
     ],
 )
 def test_what_would_open_the_engine_or_hide_its_policy_is_refused(args, words):
@@ -104,10 +116,10 @@ async def running(build=STAND_INS, simulation=None, **engine_args):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     adapter, own = TensorrtLlm(), launch(port, **engine_args)
-    path = os.pathsep.join([str(build), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(build), str(INSIDE), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "STAND_IN_SETTINGS": json.dumps(simulation or {})}
     process = await asyncio.create_subprocess_exec(
-        *adapter.command(own), env={**os.environ, **environment, **adapter.environment(own)}
+        *adapter.command(own), env={**os.environ, **adapter.environment(own), **environment}
     )
     http = LocalEngine(f"http://127.0.0.1:{port}", own.key)
     try:
@@ -136,12 +148,46 @@ async def test_priority_is_offered_where_it_is_taken_and_in_force():
     assert dialect.accepted_fields == CLIENT_FIELDS
 
 
+async def test_a_build_with_middleware_has_a_key_and_reports_its_policy():
+    """410afd7: no key, and what the server was started with was taken for what it had in force."""
+    async with running(max_seq_len=512, simulation={"policy": "fcfs"}) as (own, http):
+        for path in ("/v1/models", "/version", "/metrics", "/frontline/facts"):
+            assert (await http.get_json(path, authorized=False))[0] == 401
+        facts = await TensorrtLlm().inspect(own, http)
+    assert not facts.dialect.native_priority, "it was started with the policy, and has another"
+    assert facts.context_length == 512
+
+
+def older(tmp_path):
+    """A build without ``--middleware``."""
+    build = shutil.copytree(STAND_INS, tmp_path / "build")
+    server = build / "tensorrt_llm" / "commands" / "serve.py"
+    server.write_text(server.read_text().replace('"--middleware"', '"--unheard_of_as_well"')
+                      .replace("options.middleware", "[]"))  # fmt: skip
+    return build
+
+
+async def test_an_older_build_has_no_key_and_its_launch_counts(tmp_path):
+    async with running(build=older(tmp_path), max_seq_len=512) as (own, http):
+        assert (await http.get_json("/v1/models", authorized=False))[0] == 200
+        facts = await TensorrtLlm().inspect(own, http)
+    assert facts.dialect.native_priority and facts.context_length == 512
+
+
+@pytest.mark.parametrize("older_errors", [False, True])
+async def test_unknown_fields_are_read_off_the_errors_of_both_eras(older_errors):
+    """410afd7 took every field for known on a build of 2025, so parallel_tool_calls was a 400."""
+    lacking = ["parallel_tool_calls", "thinking"]
+    facts = await inspect(simulation={"lacking_fields": lacking, "older_errors": older_errors})
+    assert CLIENT_FIELDS[Route.CHAT] - facts.dialect.accepted_fields[Route.CHAT] == set(lacking)
+
+
 async def test_first_come_first_served_is_not_taken_for_priority():
     async with running(**PRIORITY_OFF) as (own, http):
         facts = await TensorrtLlm().inspect(own, http)
         _, report = await http.get_json("/simulate")
     assert report["policy"] == "fcfs"
-    assert not facts.dialect.native_priority and facts.context_length is None
+    assert not facts.dialect.native_priority and facts.context_length == report["context_length"]
 
 
 async def test_a_policy_that_nobody_has_set_is_not_in_force():

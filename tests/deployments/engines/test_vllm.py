@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from app.core.dialect import Route
+from app.contracts.status import Preempted
+from app.core.dialect import GENERATING_ROUTES, MESSAGES_ROUTES, OPENAI_ROUTES, TOKEN_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
-from deployments.engines.base import EngineContractError, Launch, NodeSpan
+from deployments.engines.base import EngineContractError, Launch, NodeSpan, PreemptionReport
 from deployments.engines.vllm import Vllm
 
 pytestmark = pytest.mark.unit
@@ -87,14 +88,32 @@ def test_the_key_is_not_on_the_command_line_and_the_guard_is_outermost():
 class Engine:
     """Answers as a running vLLM with the guard in it."""
 
-    def __init__(self, facts, *, guarded=True):
+    def __init__(self, facts, *, guarded=True, messages=False, tokenizes=False, pooled=None):
+        # By path: whether it reads a priority there.
+        self._pooled = pooled or {}
+        self.tokenizes = tokenizes
         self._facts = facts
         self._guarded = guarded
+        self._messages = messages
 
     async def get_json(self, path, *, authorized=True):
         if not authorized and self._guarded:
             return 401, {}
         return (200, self._facts) if path == "/frontline/facts" else (200, {})
+
+    async def post_json(self, path, body, *, authorized=True, headers=None):
+        assert body["model"] == "org/m"
+        if self._messages and path == "/v1/messages/count_tokens":
+            return 200, {"input_tokens": 9}
+        if self.tokenizes and path == "/v1/tokenize":
+            return 200, {"tokens": [7], "count": 1}
+        if self.tokenizes and path == "/v1/detokenize" and body["tokens"] == [7]:
+            return 200, {"prompt": "Hi"}
+        if path in self._pooled:
+            if self._pooled[path] and body.get("priority", 0) == "none":
+                return 400, {"error": {"message": "Input should be a valid integer: priority"}}
+            return 200, {"data": [], "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+        return 404, {"detail": "Not Found"}
 
 
 async def inspect(facts, **options):
@@ -104,17 +123,62 @@ async def inspect(facts, **options):
 async def test_priority_is_offered_when_the_engine_says_that_it_is_in_force():
     facts = await inspect({"version": "9", "scheduling_policy": "priority", "max_model_len": 77})
     assert (facts.version, facts.context_length) == ("9", 77)
-    assert facts.dialect.priority_routes == frozenset(Route)
+    assert facts.dialect.priority_routes == OPENAI_ROUTES
+    assert facts.dialect.routes == GENERATING_ROUTES
     values = facts.dialect.priority_values
     assert values[Tier.PRIORITY] < values[Tier.DEFAULT] < values[Tier.FLEX]
     gaps = [values[Tier.DEFAULT] - values[Tier.PRIORITY], values[Tier.FLEX] - values[Tier.DEFAULT]]
     assert min(gaps) > 10
 
 
+@pytest.mark.parametrize("policy", ["priority", "fcfs"])
+@pytest.mark.parametrize("messages", [True, False])
+@pytest.mark.parametrize("header", ["X-Vllm-Priority", None, 7])
+async def test_messages_are_offered_where_they_are_served_and_prioritized_by_the_header(
+    policy, messages, header
+):
+    facts = await inspect(
+        {"version": "9", "scheduling_policy": policy, "messages_priority_header": header},
+        messages=messages,
+    )
+    dialect = facts.dialect
+    assert dialect.routes == GENERATING_ROUTES | (MESSAGES_ROUTES if messages else set())
+    by_header = messages and isinstance(header, str)
+    assert (Route.MESSAGES in dialect.priority_routes) is (by_header and policy == "priority")
+    assert dialect.priority_headers == ({Route.MESSAGES: "x-vllm-priority"} if by_header else {})
+    assert Route.COUNT_TOKENS not in dialect.priority_routes
+
+
+async def test_the_tokenizer_is_offered_where_it_answers():
+    facts = await inspect({"version": "9", "scheduling_policy": "priority"}, tokenizes=True)
+    assert facts.dialect.routes == GENERATING_ROUTES | TOKEN_ROUTES
+    assert facts.dialect.priority_routes == OPENAI_ROUTES
+
+
+@pytest.mark.parametrize("policy", ["priority", "fcfs"])
+async def test_pooled_routes_are_offered_where_they_answer_with_the_priority_that_they_read(policy):
+    pooled = {"/v1/rerank": True, "/v1/score": False}
+    facts = {"version": "9", "scheduling_policy": policy, "runner": "pooling"}
+    dialect = (await inspect(facts, pooled=pooled)).dialect
+    assert dialect.routes == {Route.EMBEDDINGS, Route.RERANK, Route.SCORE}
+    prioritized = OPENAI_ROUTES | {Route.RERANK} if policy == "priority" else set()
+    assert dialect.priority_routes == prioritized
+    dialect = (await inspect(facts | {"runner": "generate"}, pooled=pooled)).dialect
+    assert dialect.routes == GENERATING_ROUTES
+
+
 @pytest.mark.parametrize("policy", ["fcfs", None, True, "PRIORITY"])
 async def test_anything_else_is_never_taken_for_priority(policy):
     facts = await inspect({"version": "9", "scheduling_policy": policy})
     assert not facts.dialect.native_priority
+
+
+@pytest.mark.parametrize(
+    ("runner", "generates"), [("generate", True), ("pooling", False), (None, True)]
+)
+async def test_what_the_engine_runs_says_whether_it_generates_text(runner, generates):
+    facts = await inspect({"version": "9", "scheduling_policy": "priority", "runner": runner})
+    assert facts.dialect.generates is generates
 
 
 PREEMPTS = {"preempts": True}
@@ -136,6 +200,29 @@ PREEMPTS = {"preempts": True}
 async def test_it_preempts_if_every_scheduler_of_the_engine_says_so(policy, reports, preempts):
     facts = await inspect({"version": "9", "scheduling_policy": policy, "preemption": reports})
     assert facts.dialect.preempts is preempts
+
+
+@pytest.mark.parametrize(
+    ("reports", "wanted"),
+    [
+        (
+            [
+                {**PREEMPTS, "why_not": None, "preemptions": 2, "suspended": 1, "suspended_s": 0.5},
+                {**PREEMPTS, "why_not": None, "preemptions": 3, "suspended": 0, "suspended_s": 1.0},
+            ],
+            PreemptionReport(True, "", Preempted(5, 1, 1.5)),
+        ),
+        (
+            [PREEMPTS, {"preempts": False, "why_not": "it has failed"}],
+            PreemptionReport(False, "it has failed", Preempted(0, 0, 0.0)),
+        ),
+        (None, None),
+        ([], None),
+    ],
+)
+async def test_the_reports_of_an_engines_schedulers_are_one(reports, wanted):
+    engine = Engine({"version": "9", "scheduling_policy": "priority", "preemption": reports})
+    assert await Vllm().preemption(engine) == wanted
 
 
 def test_the_scheduler_that_preempts_is_loaded_unless_the_pool_or_the_policy_says_otherwise():

@@ -45,6 +45,20 @@ async def test_every_route_wants_the_key(guard, path, key):
     assert sent[0]["status"] == 401
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/classify", "/pooling"])
+async def test_what_vllm_has_at_its_root_is_below_v1_as_with_other_engines(monkeypatch, path):
+    monkeypatch.syspath_prepend(str(INSIDE))
+    monkeypatch.setenv("FRONTLINE_ENGINE_KEY", "secret")
+    seen = []
+
+    async def engine(scope, receive, send):
+        seen.append((scope["path"], scope["raw_path"]))
+
+    guard = importlib.import_module("frontline_vllm_guard").Guard(engine)
+    await ask(guard, f"/v1{path}", "secret")
+    assert seen == [(path, path.encode())]
+
+
 async def test_with_the_key_the_engine_answers(guard):
     assert await ask(guard, key="secret") == [{"type": "engine"}]
 
@@ -60,7 +74,8 @@ async def test_lifespan_events_reach_the_engine(guard):
 async def test_the_facts_are_those_of_the_running_configuration(guard):
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(policy="priority", max_num_seqs=8),
-        model_config=SimpleNamespace(max_model_len=512),
+        model_config=SimpleNamespace(max_model_len=512, runner_type="pooling"),
+        cache_config=SimpleNamespace(num_gpu_blocks=182, block_size=128),
     )
     app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
     sent = await ask(guard, "/frontline/facts", "secret", app)
@@ -69,8 +84,52 @@ async def test_the_facts_are_those_of_the_running_configuration(guard):
         "scheduling_policy": "priority",
         "max_num_seqs": 8,
         "max_model_len": 512,
+        "runner": "pooling",
+        "kv_tokens": 23_296,
         "preemption": None,
+        "messages_priority_header": None,
     }
+
+
+class Chat:
+    async def create_chat_completion(self, request, raw_request=None):
+        pass
+
+    @staticmethod
+    def _get_priority(request, raw_request):
+        return int(raw_request.headers.get(PRIORITY_HEADER, request.priority))
+
+
+class Messages(Chat):
+    async def create_messages(self, request, raw_request=None):
+        return await self.create_chat_completion(request, raw_request)
+
+
+class Dropping(Chat):
+    async def create_messages(self, request, raw_request=None):
+        return await self.create_chat_completion(request)
+
+
+class Deaf(Messages):
+    @staticmethod
+    def _get_priority(request, raw_request):
+        return request.priority
+
+
+PRIORITY_HEADER = "X-Vllm-Priority"
+
+
+@pytest.mark.parametrize(
+    ("serving", "header"),
+    [(Messages(), PRIORITY_HEADER), (Dropping(), None), (Deaf(), None), (object(), None),
+     (None, None)],
+)  # fmt: skip
+async def test_the_header_of_messages_is_named_if_the_running_server_reads_it(
+    guard, serving, header
+):
+    app = SimpleNamespace(state=SimpleNamespace(anthropic_serving_messages=serving))
+    sent = await ask(guard, "/frontline/facts", "secret", app)
+    assert json.loads(sent[1]["body"])["messages_priority_header"] == header
 
 
 async def test_what_the_engine_does_not_tell_is_null(guard):

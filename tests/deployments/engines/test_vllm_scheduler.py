@@ -4,6 +4,7 @@ import heapq
 import importlib
 import logging
 import sys
+from dataclasses import replace
 from itertools import count
 from types import ModuleType, SimpleNamespace
 
@@ -22,6 +23,8 @@ class Request:
         self.num_prompt_tokens, self.max_tokens = prompt, tokens
         self.num_output_tokens = self.num_output_placeholders = self.num_preemptions = 0
         self.num_stale_output_tokens, self.drop_stale_output = 0, False
+        self.num_computed_tokens = self.next_decode_eligible_step = 0
+        self.is_prefill_chunk = False
         self.status = SimpleNamespace(name="WAITING")
         self.resumable, self.lora_request, self.structured_output_request = False, None, None
         self.sampling_params = SimpleNamespace(prompt_logprobs=None)
@@ -30,6 +33,8 @@ class Request:
     @property
     def num_tokens(self):
         return self.num_prompt_tokens + self.num_output_tokens
+
+    num_tokens_with_spec = num_tokens
 
     def __lt__(self, other):
         return (self.priority, self.arrival_time) < (other.priority, other.arrival_time)
@@ -93,13 +98,14 @@ class Cache:
 
 
 class Scheduler:
-    """vLLM's order of the waiting. Each step, a running request generates a token."""
+    """vLLM's order. In a step, a running request whose prompt is computed generates a token."""
 
     def __init__(self, *, vllm_config, blocks=1000):
         self.scheduler_config = vllm_config.scheduler_config
         self.running, self.waiting, self.kv_holding_waiting = [], Queue(), Queue()
         self.max_num_active_reqs = self.scheduler_config.max_num_seqs
         self.max_num_scheduled_tokens, self.max_model_len = 2048, 4096
+        self.current_step = 0
         self.num_lookahead_tokens = self.num_waiting_for_streaming_input = 0
         self.prev_step_scheduled_req_ids = set()
         self.scheduler_reserve_full_isl = True
@@ -113,8 +119,16 @@ class Scheduler:
             self.waiting.add_request(request)
 
     def schedule(self, throttle_prefills=False):
+        self.current_step += 1
+        self.budget = self.max_num_scheduled_tokens
+        for request in self.running:
+            if self.current_step >= request.next_decode_eligible_step:
+                self.compute(request)
         while (
-            self.waiting and len(self.running) < self.max_num_active_reqs and not throttle_prefills
+            self.waiting
+            and len(self.running) < self.max_num_active_reqs
+            and not throttle_prefills
+            and self.budget
         ):
             need = -(-self.waiting[0].num_tokens // BLOCK)
             if need > self.kv_cache_manager.free:
@@ -123,20 +137,29 @@ class Scheduler:
             self.kv_cache_manager.held[request.request_id] = need
             request.status = SimpleNamespace(name="RUNNING")
             self.running.append(request)
+            self.compute(request)
         self.prev_step_scheduled_req_ids = {one.request_id for one in self.running}
         for request in list(self.running):
-            request.num_output_tokens += 1
             if request.num_output_tokens == request.max_tokens:
                 request.status = SimpleNamespace(name="FINISHED_LENGTH_CAPPED")
                 self.running.remove(request)
                 del self.kv_cache_manager.held[request.request_id]
         return list(self.running)
 
+    def compute(self, request):
+        tokens = min(request.num_tokens - request.num_computed_tokens, self.budget)
+        self.budget -= tokens
+        request.num_computed_tokens += tokens
+        request.is_prefill_chunk = request.num_computed_tokens < request.num_tokens
+        if tokens and not request.is_prefill_chunk:
+            request.num_output_tokens += 1
+
     def _preempt_request(self, request, timestamp, drop_stale_output=False):
         assert request.status.name == "RUNNING" and request not in self.running
         del self.kv_cache_manager.held[request.request_id]
         request.status = SimpleNamespace(name="PREEMPTED")
         request.num_preemptions += 1
+        request.num_computed_tokens, request.is_prefill_chunk = 0, False
         self.waiting.add_request(request)
 
     def _request_blocks_can_be_freed(self, request):
@@ -164,6 +187,7 @@ def config(slots=2, **more):
         scheduler_cls = "frontline_vllm_scheduler.make_scheduler"
         max_num_seqs = slots
         policy = "priority"
+        long_prefill_token_threshold = 0
 
         def get_scheduler_cls(self):
             assert self.scheduler_cls is None, "vLLM would load this very scheduler"
@@ -194,14 +218,15 @@ def test_a_better_request_takes_a_slot_and_its_victim_resumes_exactly(vllm):
     steps(scheduler, 1)
     assert scheduler.running == [first, urgent] and urgent.num_output_tokens == 1
     assert last.num_output_tokens == 10
-    assert scheduler.report_preemption()["suspended"] == 1
+    assert scheduler.frontline.report()["suspended"] == 1
     steps(scheduler, 200)
     assert [one.num_output_tokens for one in (first, last, urgent)] == [100, 100, 5]
-    assert scheduler.report_preemption() == {
+    assert scheduler.frontline.report() == {
         "preempts": True,
         "why_not": None,
         "preemptions": 1,
         "suspended": 0,
+        "suspended_s": pytest.approx(0, abs=1),
     }
 
 
@@ -260,7 +285,7 @@ def test_room_is_made_only_for_a_request_that_vllm_would_start(vllm, newcomer, m
     scheduler.add_request(*inside)
     steps(scheduler, 1)
     scheduler.add_request(Request(PRIORITY, **newcomer))
-    assert bool(scheduler.victims_now()) is makes_room
+    assert bool(scheduler.frontline.victims()) is makes_room
 
 
 @pytest.mark.parametrize(
@@ -276,9 +301,9 @@ def test_room_is_made_only_for_a_request_that_vllm_would_start(vllm, newcomer, m
 def test_these_run_to_their_end(vllm, victim):
     scheduler = make(slots=1)
     scheduler.add_request(Request(FLEX, **victim))
-    steps(scheduler, 2)
+    steps(scheduler, 3)
     scheduler.add_request(Request(PRIORITY))
-    assert scheduler.victims_now() == []
+    assert scheduler.frontline.victims() == []
 
 
 def test_a_step_that_admits_no_prompt_makes_no_room(vllm):
@@ -301,7 +326,7 @@ def test_a_victim_is_not_taken_for_one_that_was_scheduled_in_the_step_before(vll
     scheduler.add_request(flex)
     steps(scheduler, 1)
     scheduler.add_request(Request(PRIORITY))
-    scheduler.make_room()
+    scheduler.frontline.make_room()
     assert scheduler.prev_step_scheduled_req_ids == set()
 
 
@@ -326,15 +351,112 @@ def test_preemptions_of_vllm_itself_count(vllm):
     scheduler = make(slots=1)
     flex = Request(FLEX)
     scheduler.add_request(flex)
-    for _ in range(scheduler.rules.most_preemptions):
+    for _ in range(scheduler.frontline.rules.most_preemptions):
         steps(scheduler, 1)
         scheduler.running.remove(flex)
         # private: vLLM's own, with which it preempts where blocks are short.
         scheduler._preempt_request(flex, 0.0)  # noqa: SLF001
-    steps(scheduler, scheduler.rules.tokens_between)
+    assert scheduler.frontline.report()["preemptions"] == scheduler.frontline.rules.most_preemptions
+    steps(scheduler, scheduler.frontline.rules.tokens_between)
     scheduler.add_request(Request(PRIORITY))
     steps(scheduler, 1)
     assert scheduler.running == [flex]
+
+
+def test_the_time_suspended_is_reported(vllm, monkeypatch):
+    scheduler = make(slots=1)
+    clock = [0.0]
+    now = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr(sys.modules["frontline_vllm_scheduler"], "time", now)
+    scheduler.add_request(Request(FLEX))
+    steps(scheduler, 1)
+    scheduler.add_request(Request(PRIORITY, tokens=5))
+    steps(scheduler, 1)
+    clock[0] += 3.0
+    told = scheduler.frontline.report()
+    assert (told["preemptions"], told["suspended"], told["suspended_s"]) == (1, 1, 3.0)
+    steps(scheduler, 10)
+    clock[0] += 9.0
+    told = scheduler.frontline.report()
+    assert (told["preemptions"], told["suspended"], told["suspended_s"]) == (1, 0, 3.0)
+
+
+def budgeted(tokens, **more):
+    scheduler = make(slots=8, **more)
+    scheduler.max_num_scheduled_tokens = tokens
+    return scheduler
+
+
+def steps_to_first(scheduler, request):
+    for number in range(1, 1000):
+        scheduler.schedule()
+        if request.num_output_tokens:
+            return number
+    raise AssertionError("it never begins")
+
+
+def test_a_long_prompt_of_a_lower_tier_does_not_take_whole_steps_from_a_better_request(vllm):
+    # vLLM by itself: the 31 steps that are left of the flex prompt, and then its own.
+    scheduler = budgeted(100)
+    flex = Request(FLEX, prompt=3200)
+    scheduler.add_request(flex)
+    steps(scheduler, 1)
+    urgent = Request(PRIORITY, prompt=30, tokens=50)
+    scheduler.add_request(urgent)
+    assert steps_to_first(scheduler, urgent) == 1
+    computed = flex.num_computed_tokens
+    steps(scheduler, 10)
+    assert urgent.num_output_tokens == 11, "a token each step, ahead of the long prompt"
+    assert flex.num_computed_tokens == computed + 10 * 99, "it goes on with what is left"
+    assert flex.num_preemptions == 0
+    steps(scheduler, 200)
+    assert flex.num_output_tokens == flex.max_tokens
+
+
+def test_no_more_prompts_are_held_back_than_a_better_request_needs(vllm):
+    scheduler = budgeted(100)
+    default, flex = Request(DEFAULT, prompt=60, tokens=9), Request(FLEX, prompt=3200)
+    scheduler.add_request(flex)
+    steps(scheduler, 1)
+    scheduler.add_request(default)
+    steps(scheduler, 1)
+    scheduler.add_request(Request(PRIORITY, prompt=10))
+    before = flex.num_computed_tokens
+    steps(scheduler, 1)
+    assert (default.num_output_tokens, flex.num_computed_tokens) == (2, before)
+
+
+def test_a_long_prompt_gets_on_however_many_better_requests_come(vllm):
+    scheduler = budgeted(100)
+    flex = Request(FLEX, prompt=1000, tokens=10)
+    scheduler.add_request(flex)
+    steps(scheduler, 1)
+    for _ in range(10 * (scheduler.frontline.rules.most_held + 1)):
+        scheduler.add_request(Request(PRIORITY, prompt=80, tokens=1))
+        steps(scheduler, 1)
+    assert flex.num_output_tokens >= 1
+
+
+@pytest.mark.parametrize("priority", [FLEX, DEFAULT])
+def test_a_prompt_is_not_held_back_for_its_own_tier_or_where_there_is_no_slot(vllm, priority):
+    scheduler = budgeted(100)
+    scheduler.max_num_active_reqs = 1 if priority == DEFAULT else 8
+    scheduler.frontline.rules = replace(scheduler.frontline.rules, nearly_done=10_000)
+    flex = Request(FLEX, prompt=3200)
+    scheduler.add_request(flex)
+    steps(scheduler, 1)
+    scheduler.add_request(Request(priority, prompt=30))
+    steps(scheduler, 1)
+    assert flex.num_computed_tokens == 200
+
+
+def test_it_adds_one_name_to_vllms_scheduler(vllm):
+    # vLLM calls methods of its own of almost any name: one of ours would hide it.
+    module = importlib.import_module("frontline_vllm_scheduler")
+    [own] = [kind for kind in type(make()).__mro__ if kind is module.Preempting]
+    names = {name for name in vars(own) if not name.startswith("__")}
+    assert names == {"schedule", "_preempt_request"}
+    assert vars(make()).keys() - vars(Scheduler(vllm_config=config())).keys() == {"frontline"}
 
 
 OTHER_COORDINATOR = SimpleNamespace(get_num_blocks_to_allocate=lambda request, tokens: 0)
@@ -375,8 +497,8 @@ def test_what_it_does_not_know_falls_back_to_plain_priority_with_one_line(
         scheduler = make(slots=1)
     [line] = caplog.records
     assert words in line.getMessage() and line.levelname == "WARNING"
-    assert words in scheduler.report_preemption()["why_not"]
-    assert scheduler.report_preemption()["preempts"] is False
+    assert words in scheduler.frontline.report()["why_not"]
+    assert scheduler.frontline.report()["preempts"] is False
     flex = Request(FLEX)
     scheduler.add_request(flex)
     steps(scheduler, 2)
@@ -394,7 +516,7 @@ def test_a_decision_that_fails_turns_preemption_off_and_nobody_is_lost(vllm, cap
     scheduler.kv_cache_manager.get_computed_blocks = None
     steps(scheduler, 20)
     assert (flex.num_output_tokens, urgent.num_output_tokens) == (10, 5)
-    assert scheduler.report_preemption()["preempts"] is False
+    assert scheduler.frontline.report()["preempts"] is False
     assert sum(line.levelname == "ERROR" for line in caplog.records) == 1
 
 
@@ -403,4 +525,4 @@ def test_the_engine_core_answers_with_the_report_of_its_scheduler(vllm):
     core = sys.modules["vllm.v1.engine.core"].EngineCore()
     core.scheduler = scheduler
     method = sys.modules["frontline_vllm_scheduler"].REPORT
-    assert getattr(core, method)() == scheduler.report_preemption()
+    assert getattr(core, method)() == scheduler.frontline.report()
