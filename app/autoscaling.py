@@ -15,13 +15,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge
-
+from app.contracts.news import PoolChange, ScalingDecision
 from app.core.names import MODEL_DEPLOYMENT
+from app.observe.catalogue import SCALING_CHANGES, SCALING_REPLICAS
+from app.ray_compat import notes
+from app.ray_compat.metrics import RayMetrics
+from app.scaling.decisions import DecisionLog, note_name
 from app.scaling.report import ScalingReport
 from app.scaling.scaler import Decision, ReplicaBounds, Scaler
+from app.scaling.state import ScalingReason
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,6 +42,7 @@ class PriorityAware:
         self._latest: tuple[Any, float] | None = None
         self._decision: Decision | None = None
         self._metrics = _Metrics()
+        self._log = DecisionLog()
 
     def __call__(self, contexts: Mapping[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
         """Return how many replicas each deployment should have.
@@ -84,7 +90,18 @@ class PriorityAware:
         decision = self._decision = self._scaler.decide(report, bounds, time.monotonic())
         if decision.replicas != before:
             logger.info("%s is scaled: %s", model.app_name, decision.why)
+            self._note(model.app_name, before, decision)
         self._metrics.record(model.app_name, before, decision)
+
+    def _note(self, application: str, before: Mapping[str, int], decision: Decision) -> None:
+        """Publish a decision for the Model, which shows it. Does not wait for it."""
+        pools = {
+            pool: PoolChange(before[pool], replicas, str(decision.reasons.get(pool, "")))
+            for pool, replicas in decision.replicas.items()
+            if replicas != before[pool]
+        }
+        self._log.add(ScalingDecision(time.time(), decision.why, pools))
+        notes.post(note_name(application), self._log.to_note())
 
 
 def _latest_report(series: Mapping[str, Mapping[Any, Any]]) -> tuple[tuple[Any, float] | None, Any]:
@@ -105,16 +122,10 @@ class _Metrics:
     """Decisions as metrics of Prometheus."""
 
     def __init__(self) -> None:
-        self._wanted = Gauge(
-            "frontline_scaling_replicas",
-            description="How many replicas a pool should have, and why not fewer.",
-            tag_keys=("application", "pool", "reason"),
-        )
-        self._changes = Counter(
-            "frontline_scaling_changes",
-            description="How often a pool was given more or fewer replicas, and why.",
-            tag_keys=("application", "pool", "direction", "reason"),
-        )
+        wanted, changes = SCALING_REPLICAS, SCALING_CHANGES
+        ray = RayMetrics()
+        self._wanted = ray.gauge(wanted.name, wanted.text, wanted.labels)
+        self._changes = ray.counter(changes.name, changes.text, changes.labels)
         self._shown: dict[str, str] = {}
 
     def record(self, application: str, before: Mapping[str, int], decision: Decision) -> None:
@@ -122,13 +133,18 @@ class _Metrics:
         for pool, reason in decision.reasons.items():
             tags = {"application": application, "pool": pool}
             replicas = decision.replicas[pool]
-            if (shown := self._shown.get(pool)) not in (None, reason):
-                self._wanted.set(0, {**tags, "reason": str(shown)})
+            shown = self._shown.get(pool)
+            if shown is None:
+                # There before the first change, which then counts as an increase.
+                for direction, why in product(("up", "down"), ScalingReason):
+                    self._changes(0, {**tags, "direction": direction, "reason": str(why)})
+            elif shown != reason:
+                self._wanted(0, {**tags, "reason": str(shown)})
             self._shown[pool] = reason
-            self._wanted.set(replicas, {**tags, "reason": str(reason)})
+            self._wanted(replicas, {**tags, "reason": str(reason)})
             if replicas != before[pool]:
                 direction = "up" if replicas > before[pool] else "down"
-                self._changes.inc(1, {**tags, "direction": direction, "reason": str(reason)})
+                self._changes(1, {**tags, "direction": direction, "reason": str(reason)})
 
 
 priority_aware = PriorityAware

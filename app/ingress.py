@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -18,16 +19,24 @@ from app.gateway.gc_tuning import settle_in
 from app.gateway.registry import ModelRegistry
 from app.gateway.serve_source import ServeSource, serve_host
 from app.gateway.services import Services
+from app.gateway.spend_counter import SpendCounter
+from app.gateway.telemetry import Telemetry
 from app.gateway.usage_reader import UsageReader
 from app.ledger.ledger import open_ledger
+from app.ledger.record_store import RecordStore
+from app.observe.access_log import AccessLog
+from app.observe.tracing import tracing_of
+from app.ray_compat.serve_logs import replica_log
 from app.ray_compat.serve_port import keep_on_loopback
 from app.store.database import connect
 from app.store.database_url import resolve_url
 from app.tenants import deployment
 from app.tenants.access import Access
+from app.tenants.budget_gate import BudgetGate
 from app.tenants.deployment import ServeLimits
 from app.tenants.key_store import KeyStore
 from app.upstream.client import EngineClient
+from app.web.routes import add_web_routes
 
 # Longer than a Model's first answer takes on a busy machine; one that is away must not hold up the
 # others for ever.
@@ -45,8 +54,17 @@ class Ingress:
         self._limits = ServeLimits(limits)
         self._store: Engine | None = None
         self._access: Access | None = None
+        self._budgets: BudgetGate | None = None
         self._retiring: set[asyncio.Task[None]] = set()
+        self._access_log = AccessLog(partial(replica_log, "access"))
+        self.services.observers.add(self._access_log)
+        self._tracing = tracing_of(os.environ, registry.ingress)
+        if self._tracing is not None:
+            self.services.begin_trace = self._tracing.begin
+            self.services.observers.add(self._tracing)
         registry.start()
+        exporter = Telemetry(self.services).exporter
+        self._exporting = supervision.keep_running("metrics", exporter.run)
 
     # Not a plain function: those Serve calls on a thread, and the ledger belongs to the event loop.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -55,7 +73,7 @@ class Ingress:
         Raises:
             SettingsError: ``user_config`` has an unknown key or a bad value, or lets everybody in
                 from a network without saying so twice.
-            OSError: the journal's folder cannot be written.
+            OSError: the folder of the journal or of the access log cannot be written.
         """
         settings = IngressSettings.load(user_config, "user_config")
         settings.check_open(await serve_host(), "user_config")
@@ -63,9 +81,12 @@ class Ingress:
         new_store = first or settings.ledger != before.ledger
         old, store = self._store, self._connect(settings) if new_store else self._store
         assert store is not None
-        # The one step that may fail for what is on this machine: so nothing has been changed yet.
-        if new_store or settings.journal != before.journal:
-            self._open_ledger(store, settings)
+        # The steps that may fail for what is on this machine: so nothing has been changed yet.
+        with self._access_log.change(settings.access_log) as old_log:
+            if new_store or settings.journal != before.journal:
+                self._open_ledger(store, settings)
+        if old_log is not None:
+            self._retire("access log", partial(asyncio.to_thread, old_log.close))
         self._store, self.services.settings = store, settings
         if new_store or settings.usage != before.usage:
             self._open_usage(settings)
@@ -106,9 +127,15 @@ class Ingress:
                 registry.ingress, KeyStore(store), self._limits, lambda: registry.ingresses
             )
             self._access.start()
-        elif self._access is not None and new_store:
+            self._budgets = BudgetGate(registry.ingress, self._limits, RecordStore(store).spent)
+            self._budgets.start()
+            self.services.observers.add(SpendCounter(self._budgets))
+        elif self._access is not None and self._budgets is not None and new_store:
             self._access.read_keys_from(KeyStore(store))
-        self.services.access = self._access if settings.auth == "keys" else None
+            self._budgets.read_from(RecordStore(store).spent)
+        keyed = settings.auth == "keys"
+        self.services.access = self._access if keyed else None
+        self.services.budgets = self._budgets if keyed else None
 
     def _retire(self, name: str, end: Callable[[], Awaitable[None]]) -> None:
         """Let something come to its end that requests under way may still use."""
@@ -123,18 +150,24 @@ class Ingress:
         store.dispose()
 
     def __serve_build_asgi_app__(self) -> Front:
-        return build_api(self.services)
+        return build_api(self.services, add_web_routes)
 
     async def __del__(self) -> None:
         self.services.draining = True
+        await supervision.stop(self._exporting)
         await self.services.registry.stop()
         await self.services.engines.close()
         if self.services.ledger is not None:
             await self.services.ledger.close()
         if self._access is not None:
             await self._access.stop()
+        if self._budgets is not None:
+            await self._budgets.stop()
         if self.services.usage is not None:
             await asyncio.to_thread(self.services.usage.close)
+        await asyncio.to_thread(self._access_log.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         await asyncio.gather(*self._retiring)
         if self._store is not None:
             self._store.dispose()

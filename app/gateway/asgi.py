@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route as HttpRoute
 
 from app.core import errors
-from app.core.dialect import Route
+from app.core.dialect import POOLED_ROUTES, TOKEN_ROUTES, Route
+from app.gateway.cross_origin import CrossOrigin
 from app.gateway.handler import Handler, Receive, Scope
 from app.gateway.health_route import add_health_routes
-from app.gateway.models_route import add_model_routes
+from app.gateway.http_methods import as_get, refuse_websocket, wants_websocket
+from app.gateway.me_route import add_me_route
+from app.gateway.models_route import add_model_routes, is_from_anthropics_client
+from app.gateway.request_costs_route import add_request_costs_route
 from app.gateway.response import Send
 from app.gateway.services import Services
 from app.gateway.usage_route import add_usage_route
+from app.protocol import anthropic
 
-PREFIXES = ("/v1", "/v1/openai")
+PREFIXES: tuple[str, ...] = ("/v1", "/v1/openai")
 """Every route is served under both prefixes; the second is the path of DeepInfra's API."""
+ANTHROPIC_PREFIX = "/anthropic/v1"
+"""Anthropic's routes and the models list are served here, too: the path of DeepInfra's API for
+Anthropic's clients."""
+
+AddRoutes = Callable[[FastAPI, Services], None]
+"""Adds further routes."""
 
 
 class Front:
@@ -34,16 +44,28 @@ class Front:
 
     routes: tuple[()] = ()
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, *more: AddRoutes) -> None:
         self._handlers = {
-            f"{prefix}/{route.value}": Handler(route, services)
-            for prefix in PREFIXES
-            for route in Route
+            path: Handler(route, services) for route in Route for path in paths_of(route)
         }
         self._api = _others(services, self._handlers)
+        self._answer = CrossOrigin(self._dispatch, lambda: services.settings.cors_rule)
+        for add_routes in more:
+            add_routes(self._api, services)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and not scope.get("root_path"):
+        if scope["type"] == "lifespan":
+            await self._api(scope, receive, send)
+            return
+        if wants_websocket(scope):
+            await refuse_websocket(scope, receive, send)
+            return
+        if scope["method"] == "HEAD":
+            scope, send = as_get(scope, send)
+        await self._answer(scope, receive, send)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "POST" and not scope.get("root_path"):
             handler = self._handlers.get(scope["path"])
             if handler is not None:
                 await handler(scope, receive, send)
@@ -51,9 +73,23 @@ class Front:
         await self._api(scope, receive, send)
 
 
-def build_api(services: Services) -> Front:
-    """Return the HTTP application that serves every route."""
-    return Front(services)
+def paths_of(route: Route) -> list[str]:
+    """Return the paths at which a route is served."""
+    prefixes = PREFIXES
+    if route.is_anthropic:
+        prefixes += (ANTHROPIC_PREFIX,)
+    elif route in TOKEN_ROUTES | POOLED_ROUTES:
+        # vLLM's own clients know them at the root.
+        prefixes += ("",)
+    if route is Route.RERANK:
+        # Cohere's clients.
+        prefixes += ("/v2",)
+    return [f"{prefix}/{route.value}" for prefix in prefixes]
+
+
+def build_api(services: Services, *more: AddRoutes) -> Front:
+    """Return the HTTP application that serves every route of the API, and ``more`` routes."""
+    return Front(services, *more)
 
 
 def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
@@ -67,8 +103,11 @@ def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
     for prefix in PREFIXES:
         add_model_routes(api, prefix, services)
         add_usage_route(api, prefix, services)
+        add_me_route(api, prefix, services)
+        add_request_costs_route(api, prefix, services)
         # Health probes expect the routes at the root, without the API's version.
         add_health_routes(api, "" if prefix == PREFIXES[0] else prefix, services)
+    add_model_routes(api, ANTHROPIC_PREFIX, services, anthropics=True)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(errors.ApiError, _answer_api_error)
     api.add_exception_handler(Exception, _answer_failure)
@@ -84,11 +123,21 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return await _answer_api_error(request, errors.UnknownUrl(method, path))
 
 
-async def _answer_api_error(_: Request, error: Exception) -> Response:
+async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.ApiError)
-    return JSONResponse(error.to_dict(), error.status, error.headers)
+    return _error_response(request, error)
 
 
-async def _answer_failure(_: Request, error: Exception) -> Response:
-    failure = errors.ServerError(code="internal_error")
-    return JSONResponse(failure.to_dict(), failure.status)
+def _error_response(request: Request, error: errors.ApiError) -> Response:
+    # Also for other methods on Anthropic's routes, and for routes of its API that are not served.
+    by_path = request.url.path.startswith((f"{ANTHROPIC_PREFIX}/", *_ANTHROPIC_PATHS))
+    anthropics = by_path or is_from_anthropics_client(request)
+    body = anthropic.error_body(error) if anthropics else error.body()
+    return Response(body, error.status, error.headers, "application/json")
+
+
+async def _answer_failure(request: Request, error: Exception) -> Response:
+    return _error_response(request, errors.ServerError(code="internal_error"))
+
+
+_ANTHROPIC_PATHS = tuple(paths_of(Route.MESSAGES))

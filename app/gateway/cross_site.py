@@ -1,6 +1,7 @@
-"""Protects an ingress without API keys from web pages of other sites. The pure part.
+"""Protects an ingress from web pages of other sites. The pure part.
 
-A page in a browser can send two kinds of request to `http://127.0.0.1:8000` without a preflight:
+Without API keys, a page in a browser can send two kinds of request to `http://127.0.0.1:8000`
+without a preflight:
 
 - A "simple" cross-origin `POST`, whose content type is one of a form's, or missing. JSON is not
   among them: before a JSON request a browser sends `OPTIONS`, which this API rejects. So JSON
@@ -8,6 +9,10 @@ A page in a browser can send two kinds of request to `http://127.0.0.1:8000` wit
 - Any request after DNS rebinding, where the page's own name resolves to 127.0.0.1. The browser
   treats such a request as same-origin, and its `Host` header has the page's name. So where no key
   is required, `Host` must be a known name (``HostRule``).
+
+With keys, a browser that is signed in has a cookie. It is `SameSite=Strict`, so it comes with no
+request that another site has caused. Routes that use it also require that the browser says where a
+request comes from (``require_same_origin``).
 """
 
 from __future__ import annotations
@@ -34,3 +39,31 @@ def require_json(headers: Mapping[bytes, bytes]) -> None:
     essence = (given or b"").partition(b";")[0].strip(b" \t").lower()
     if not _JSON_TYPE.fullmatch(essence):
         raise errors.UnsupportedMediaType(given=bool(given))
+
+
+def require_same_origin(headers: Mapping[bytes, bytes]) -> None:
+    """Reject a request that changes something unless a page of this server has sent it.
+
+    Every browser sends `Origin` with such a request, and newer ones `Sec-Fetch-Site`.
+
+    Raises:
+        CrossSite: another site has sent it, or neither header is there.
+    """
+    site = headers.get(b"sec-fetch-site")
+    if site is not None:
+        same = site == b"same-origin"
+    else:
+        _, _, origin = headers.get(b"origin", b"").partition(b"://")
+        same = bool(origin) and origin.lower() == headers.get(b"host", b"").lower()
+    if not same:
+        raise errors.CrossSite
+
+
+def refuse_other_sites(headers: Mapping[bytes, bytes]) -> None:
+    """Reject a request that only reads if a browser says that another site has caused it.
+
+    Raises:
+        CrossSite: another site has caused it.
+    """
+    if headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
+        raise errors.CrossSite

@@ -49,6 +49,7 @@ class Forwarding:
 
     async def forward(self, answer: UnaryAnswer | StreamedAnswer, place: Placement) -> None:
         """Send the whole answer."""
+        self._meter.answer = answer
         if isinstance(answer, UnaryAnswer):
             await self._whole(answer, place)
         else:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from app.core import errors
 from app.core.dialect import Route
+from app.flow.admission import Admission
 from app.gateway import cross_site
 from app.gateway.lifecycle import Lifecycle
 from app.gateway.request_body import ClientGone, Headers, Receive, Scope
 from app.gateway.response import Reply, Send
 from app.gateway.services import Services
-from app.protocol.stream import error_event
+from app.observe.observers import (
+    CLIENT_GONE,
+    CLIENT_GONE_STATUS,
+    INTERNAL_ERROR,
+    Context,
+    Refused,
+)
+from app.protocol.events import error_body, error_event
 from app.tenants.access import NOBODY, Caller
 
-__all__ = ["Handler", "Receive", "Scope", "identify"]
+__all__ = ["Handler", "Receive", "Scope", "authorization_of", "identify"]
 
 
 class Handler:
@@ -26,6 +35,8 @@ class Handler:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
+        # Where Anthropic's SDKs look for it. `x-request-id` is the client's own or Serve's.
+        reply.headers.append(("request-id", reply.request_id))
         try:
             await self._answer(scope, receive, reply)
         except errors.ApiError as error:
@@ -34,7 +45,7 @@ class Handler:
                 # A stream that has begun, but has no event of an answer.
                 await reply.write(error_event(error, self._route), more=False)
             else:
-                await reply.refuse(error)
+                await reply.refuse(error, error_body(error, self._route, reply.request_id))
         except ClientGone:
             return
         except asyncio.CancelledError as error:
@@ -43,18 +54,57 @@ class Handler:
             raise
         except Exception:
             if not reply.started:
-                await reply.refuse(errors.ServerError(code="internal_error"))
+                failure = errors.ServerError(code="internal_error")
+                await reply.refuse(failure, error_body(failure, self._route, reply.request_id))
             # Serve logs it.
             raise
 
     async def _answer(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         services, headers = self._services, dict(scope["headers"])
-        caller = await identify(services, headers)
-        cross_site.require_json(headers)
-        with services.bodies.room_for(caller.tenant, services.settings) as room:
-            inbound = await room.read(self._route, headers, receive)
-            admission = services.registry.require(inbound.model)
-            await Lifecycle(services, admission, caller, inbound, reply).run()
+        caller, lifecycle, began = NOBODY, None, time.monotonic()
+        context = Context(headers.get(b"x-request-id", b""), services.begin_trace(headers))
+        try:
+            caller = await identify(services, headers)
+            caller.require_route(self._route)
+            cross_site.require_json(headers)
+            with services.bodies.room_for(caller.tenant, services.settings) as room:
+                inbound = await room.read(self._route, headers, receive)
+                admission = require_model(services, caller, inbound.model)
+                lifecycle = Lifecycle(services, admission, caller, inbound, reply, context)
+                await lifecycle.run()
+        except BaseException as error:
+            if lifecycle is None:
+                self._refused(reply, caller, error, time.monotonic() - began, context)
+            raise
+
+    def _refused(
+        self,
+        reply: Reply,
+        caller: Caller,
+        error: BaseException,
+        duration_s: float,
+        context: Context,
+    ) -> None:
+        """Tell observers of a request that ended before its model was known."""
+        match error:
+            case errors.ApiError():
+                status, reason = error.status, error.code or error.type
+            case ClientGone() | asyncio.CancelledError():
+                status, reason = CLIENT_GONE_STATUS, CLIENT_GONE
+            case _:
+                status, reason = 500, INTERNAL_ERROR
+        self._services.observers.refused(
+            Refused(
+                reply.request_id,
+                self._route.value,
+                caller.tenant,
+                status,
+                reason,
+                caller.key_id,
+                duration_s,
+                context,
+            )
+        )
 
 
 def _forget_frames(error: BaseException) -> None:
@@ -84,6 +134,30 @@ async def identify(services: Services, headers: Headers) -> Caller:
     services.settings.host_rule.require(headers)
     if services.access is None:
         return NOBODY
+    return await services.access.identify(authorization_of(headers))
+
+
+def require_model(services: Services, caller: Caller, name: str) -> Admission:
+    """Return the model with an id or alias.
+
+    Raises:
+        ModelNotFound: there is none, or the caller's key may not use it. The answer is the same.
+        ServiceUnavailable: no model is known yet.
+    """
+    admission = services.registry.require(name)
+    if not caller.sees(admission.snapshot.id):
+        raise errors.ModelNotFound(name)
+    return admission
+
+
+def authorization_of(headers: Headers) -> str | None:
+    """Return the ``Authorization`` header, or the one that stands for a key in another header.
+
+    Anthropic's clients send a key as ``x-api-key``, Azure's as ``api-key``. ``Authorization`` goes
+    first where several are sent.
+    """
     authorization = headers.get(b"authorization")
-    text = None if authorization is None else authorization.decode("latin-1")
-    return await services.access.identify(text)
+    if authorization is not None:
+        return authorization.decode("latin-1")
+    key = headers.get(b"x-api-key") or headers.get(b"api-key")
+    return f"Bearer {key.decode('latin-1')}" if key else None

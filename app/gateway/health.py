@@ -36,6 +36,11 @@ class HealthReason(StrEnum):
     """Some rows of keys in the store are invalid; those keys do not work."""
     LIMITS_AWAY = "limits_away"
     """Limits are not shared; each ingress applies its own part of them."""
+    BUDGETS_AWAY = "budgets_away"
+    """Ingresses do not learn what the others spend; each goes by its own spend and the database."""
+    BUDGETS_UNREAD = "budgets_unread"
+    """What some keys or tenants have spent cannot be read from the database. Where it was never
+    read, requests under hard budgets get 503."""
     STORE_AWAY = "store_away"
     """The ledger's database has been away for ``STORE_AWAY_S``; records wait in the journal."""
     JOURNALS_SET_ASIDE = "journals_set_aside"
@@ -78,6 +83,8 @@ class Signs:
         keys_away: whether the last read of the keys failed.
         unreadable_keys: how many rows of keys are invalid.
         limits_away: whether the ``Limits`` deployment did not answer the last call.
+        budgets_away: whether the ``Limits`` deployment did not answer the last report of spend.
+        budgets_unread: of how many budgets in use the spend could not be read at the last try.
         has_room: whether the journal has room for another request.
         store_away_s: for how long the ledger's database has been away, in seconds.
         journals_set_aside: how many journals of this node are kept for an operator.
@@ -92,6 +99,8 @@ class Signs:
     keys_away: bool = False
     unreadable_keys: int = 0
     limits_away: bool = False
+    budgets_away: bool = False
+    budgets_unread: int = 0
     has_room: bool = True
     store_away_s: float = 0.0
     journals_set_aside: int = 0
@@ -137,6 +146,8 @@ def judge(signs: Signs) -> Health:
         HealthReason.KEYS_AWAY: signs.keys_away,
         HealthReason.KEYS_UNREADABLE: signs.unreadable_keys > 0,
         HealthReason.LIMITS_AWAY: signs.limits_away,
+        HealthReason.BUDGETS_AWAY: signs.budgets_away,
+        HealthReason.BUDGETS_UNREAD: signs.budgets_unread > 0,
         HealthReason.STORE_AWAY: signs.store_away_s >= STORE_AWAY_S,
         HealthReason.JOURNALS_SET_ASIDE: signs.journals_set_aside > 0,
         HealthReason.JOURNALS_FAILING: signs.journals_failing > 0,

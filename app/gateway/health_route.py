@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.gateway.handler import authorization_of
 from app.gateway.health import Signs, judge
 from app.gateway.request_body import Headers
 from app.gateway.services import Services
@@ -40,7 +41,7 @@ def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
 
 def read_signs(services: Services, now: float) -> Signs:
     """Return the state of an ingress at the monotonic time ``now``, in seconds."""
-    accounts, ledger = services.access, services.ledger
+    accounts, budgets, ledger = services.access, services.budgets, services.ledger
     return Signs(
         started=services.ready.is_set(),
         draining=services.draining,
@@ -48,6 +49,8 @@ def read_signs(services: Services, now: float) -> Signs:
         keys_away=accounts is not None and accounts.keys_away,
         unreadable_keys=0 if accounts is None else accounts.unreadable_keys,
         limits_away=accounts is not None and accounts.limits_away,
+        budgets_away=budgets is not None and budgets.away,
+        budgets_unread=0 if budgets is None else budgets.unread,
         has_room=ledger is None or ledger.has_room,
         store_away_s=0.0 if ledger is None else ledger.store_away_s(now),
         journals_set_aside=0 if ledger is None else ledger.journals_set_aside,
@@ -63,5 +66,5 @@ def _may_see_models(services: Services, headers: Headers) -> bool:
         return False
     if services.access is None:
         return True
-    authorization = headers.get(b"authorization")
-    return authorization is not None and services.access.knows(authorization.decode("latin-1"))
+    authorization = authorization_of(headers)
+    return authorization is not None and services.access.knows(authorization)

@@ -22,12 +22,43 @@ COMMENT: Final = b": keep-alive\n\n"
 """What vLLM sends, too."""
 
 
+class Suspicion:
+    """Watches an answer that may be suspended; implements ``app.upstream.silence.Silence``.
+
+    Such an answer is not broken off after a long silence. Its replica is suspected instead, and the
+    Model finds out whether the engine hangs.
+
+    Args:
+        silent_s: after so many seconds of silence the replica is suspected, again and again.
+        suspect: reports the replica if it has sent nothing to any request.
+    """
+
+    def __init__(self, silent_s: float, suspect: Callable[[], None]) -> None:
+        self.due = False
+        self._silent_s = silent_s
+        self._suspect = suspect
+        self._suspected_at = -math.inf
+
+    def look(self, received_at: float, now: float) -> float:
+        """See ``Silence.look``."""
+        at = max(received_at, self._suspected_at) + self._silent_s
+        if at <= now:
+            self._suspected_at, at = now, now + self._silent_s
+            self._suspect()
+        return at
+
+    async def handle(self) -> None:
+        """Do nothing: an answer that is not streamed has no comments."""
+
+    async def pass_on(self, comments: bytes) -> None:
+        """Do nothing, as above."""
+
+
 class KeepAlive:
     """Sends comments while the engine is silent; implements ``app.upstream.silence.Silence``.
 
-    The first comment begins the answer: its status and its tier are then final. A stream that may
-    be suspended is not broken off after ``stream_timeout_s`` of silence. Its replica is suspected
-    instead, and the Model finds out whether the engine hangs.
+    The first comment begins the answer: its status and its tier are then final. The replica of a
+    stream that may be suspended is suspected after ``stream_timeout_s`` of silence.
 
     Args:
         reply: the connection to the client.
@@ -52,11 +83,11 @@ class KeepAlive:
         self._meter = meter
         self._place = place
         self._comment_s = settings.stream_comment_s
-        self._suspect_s = settings.stream_timeout_s if place.may_be_suspended else math.inf
-        self._suspect = suspect
+        silent_s = settings.stream_timeout_s if place.may_be_suspended else math.inf
+        self._suspicion = Suspicion(silent_s, suspect)
         self._now = now
         self._begin_at = now() + settings.stream_headers_after_s
-        self._sent_at = self._suspected_at = -math.inf
+        self._sent_at = -math.inf
 
     def look(self, received_at: float, now: float) -> float:
         """See ``Silence.look``."""
@@ -67,11 +98,7 @@ class KeepAlive:
         # The answer may begin at any time. Then the next comment is due no sooner than this.
         soonest = now + self._comment_s
         comment_at = soonest if self.due else min(comment_at, soonest)
-        suspect_at = max(received_at, self._suspected_at) + self._suspect_s
-        if suspect_at <= now:
-            self._suspected_at, suspect_at = now, now + self._suspect_s
-            self._suspect()
-        return min(comment_at, suspect_at)
+        return min(comment_at, self._suspicion.look(received_at, now))
 
     async def handle(self) -> None:
         """Begin the answer if it has not begun, and send a comment.

@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from app.contracts.status import Availability, ReplicaStatus
 from app.core import errors
 from app.core.shed_reason import ShedReason
-from app.core.tier_decision import TierAdmission, TierDecision, TierRights, admit, decide
-from app.core.tiers import PriorityMode, Tier
+from app.core.tier_decision import (
+    ALL_RIGHTS,
+    TierAdmission,
+    TierDecision,
+    TierRights,
+    admit,
+    decide,
+    keeps_to_tier,
+)
+from app.core.tiers import PriorityMode, Tier, TierReason
 from app.flow.admission import Admission, ModelGone, Shed, Slot
 from app.flow.request import QueuedRequest
 from app.gateway.forwarding import Forwarding
-from app.gateway.keep_alive import KeepAlive, comments_meanwhile
+from app.gateway.keep_alive import KeepAlive, Suspicion, comments_meanwhile
 from app.gateway.metering import Meter
 from app.gateway.refusals import (
-    NOT_READY,
     error_of,
+    failed_to_start,
     not_offered,
     not_ready,
     reason_of,
+    tier_unavailable,
     unrecordable,
 )
 from app.gateway.response import Placement, Reply, milliseconds
 from app.gateway.services import Services
 from app.ledger.ledger import JournalFull, Unrecordable
 from app.ledger.record import Origin, State, now_utc
-from app.protocol.requests import Inbound, rewrite_request
-from app.tenants.access import Caller
+from app.observe.observers import (
+    CLIENT_GONE,
+    CLIENT_GONE_STATUS,
+    INTERNAL_ERROR,
+    NO_CONTEXT,
+    Context,
+)
+from app.protocol.requests import Inbound, priority_header, rewrite_request
+from app.tenants.access import Access, Caller
 from app.tenants.priority_share import SharePart
 from app.upstream.client import EngineFailed, EngineUnreachable
+from app.upstream.silence import Silence
 
 
 class Lifecycle:
@@ -50,16 +68,19 @@ class Lifecycle:
         caller: Caller,
         inbound: Inbound,
         reply: Reply,
+        context: Context = NO_CONTEXT,
     ) -> None:
-        self._access = services.access
+        self._access, self._budgets = services.access, services.budgets
+        self._ingress = services.registry.ingress
         self._caller = caller
         self._admission = admission
         self._inbound = inbound
         self._reply = reply
         self._engines = services.engines
+        self._trace = context.trace
         # The settings in force at the arrival apply to the whole request.
         self._settings = services.settings
-        self._meter = Meter(services.current_ledger, self._origin())
+        self._meter = Meter(services.current_ledger, self._origin(), services.observers, context)
         self._part: SharePart | None = None
         # The tokens that count against the key's limit if the usage stays unknown, and the tokens
         # that were used.
@@ -68,20 +89,29 @@ class Lifecycle:
         self._waited_s = 0.0
 
     async def run(self) -> None:
-        """Answer the request.
+        """Answer the request: charge it, queue it, record it, answer it.
 
-        Each step releases what it has acquired, in reverse order, whether or not others fail.
+        Each of these steps calls the next and then releases what it has acquired, whether or not
+        others fail. (Contexts made of generators would cost a tenth of the whole request.)
+
+        Observers are told also of a request that ends before it is refused or placed.
 
         Raises:
             ApiError: the request is not answered; nothing has been sent yet.
         """
-        with self._counted_in_flight():
-            self._require_engines()
-            async with self._charged() as admitted:
-                with self._queued(admitted) as request:
-                    slot = await self._wait_for_slot(request)
-                    async with self._recorded():
-                        await self._answer(request, slot, admitted)
+        try:
+            with self._counted_in_flight():
+                self._require_engines()
+                await self._charge()
+        except asyncio.CancelledError:
+            self._meter.abandon(CLIENT_GONE, CLIENT_GONE_STATUS)
+            raise
+        except errors.ApiError as error:
+            self._meter.abandon(reason_of(error), error.status)
+            raise
+        except BaseException:
+            self._meter.abandon(INTERNAL_ERROR, 500)
+            raise
 
     def _counted_in_flight(self) -> AbstractContextManager[None]:
         """Count the request as in flight for its key and tenant."""
@@ -90,71 +120,125 @@ class Lifecycle:
         try:
             return self._access.flight(self._caller, self._settings.in_flight)
         except errors.TooManyInFlight as error:
-            self._meter.turn_away(State.REFUSED, reason_of(error))
+            self._turned_away(State.REFUSED, error)
             raise
 
     def _require_engines(self) -> None:
         """Refuse the request if no engine can serve it, and none is about to."""
         model, name = self._admission.snapshot, self._inbound.model
-        if model.state is Availability.NOT_OFFERED:
-            self._meter.turn_away(State.REFUSED, Availability.NOT_OFFERED.value)
-            raise not_offered(name)
-        if not model.replicas and model.sleep is None:
-            self._meter.turn_away(State.REFUSED, NOT_READY)
-            raise not_ready(name)
+        state = model.state
+        error: errors.ApiError
+        if state is Availability.NOT_OFFERED:
+            error = not_offered(name)
+        elif state is Availability.FAILED:
+            error = failed_to_start(name, model.failure_reason)
+        elif not model.replicas and model.sleep is None:
+            error = not_ready(name)
+        elif model.replicas and not self._is_served():
+            # An engine of another pool may have the route.
+            error = not_ready(name) if model.pools_to_come else errors.UnsupportedEndpoint()
+        else:
+            return
+        self._turned_away(State.REFUSED, error)
+        raise error
 
-    @asynccontextmanager
-    async def _charged(self) -> AsyncIterator[TierAdmission]:
-        """Charge the request to its key's limits, and correct the charge by the tokens used.
+    def _is_served(self) -> bool:
+        """Return whether some ready replica's engine has the request's route."""
+        lacking = self._admission.lacking(self._inbound.route)
+        return len(lacking) < len(self._admission.snapshot.replicas)
 
-        Yields the tier that the model and the key allow.
+    async def _charge(self) -> None:
+        """Hold the request to budgets and charge it to its key's limits.
+
+        The charge is corrected by the tokens used.
         """
-        requested = self._inbound.requested_tier
-        default_tier = self._caller.default_tier or self._settings.default_tier
-        offer = self._admission.snapshot.settings.tiers.offer
-        if self._access is None:
-            yield admit(requested, default_tier, offer)
+        access, caller = self._access, self._caller
+        if access is None:
+            await self._serve(self._admit(ALL_RIGHTS))
             return
         since, expected = time.monotonic(), self._inbound.expected_tokens
         try:
-            await self._access.charge(self._caller, expected)
-        except errors.RateLimited as error:
-            self._meter.turn_away(State.REFUSED, reason_of(error))
+            if self._budgets is not None:
+                await self._budgets.require(caller.key)
+            await access.charge(caller, expected)
+        except (errors.RateLimited, errors.InsufficientQuota, errors.Unavailable) as error:
+            self._turned_away(State.REFUSED, error)
             raise
         try:
-            self._reply.headers = self._access.headers(self._caller)
-            with self._priority_part(requested or default_tier) as rights:
-                yield admit(requested, default_tier, offer, rights)
+            self._reply.headers += access.headers(caller)
+            await self._share_priority(access)
         finally:
             used = self._presumed_tokens if self._used_tokens is None else self._used_tokens
-            age_s = time.monotonic() - since
-            self._access.put_right(self._caller, expected, used, age_s)
+            access.put_right(caller, expected, used, time.monotonic() - since)
 
-    @contextmanager
-    def _priority_part(self, wanted: Tier) -> Iterator[TierRights]:
-        """Count the request in its key's priority share. Yields the tiers that the key may use."""
-        assert self._access is not None
-        rights, self._part = self._access.rights(self._caller, wanted)
+    async def _share_priority(self, access: Access) -> None:
+        """Count the request in its key's priority share."""
+        wanted = self._inbound.requested_tier or self._default_tier
+        rights, self._part = access.rights(self._caller, wanted)
         try:
-            yield rights
+            await self._serve(self._admit(rights))
         finally:
             if self._part is not None:
                 self._part.end()
 
-    @contextmanager
-    def _queued(self, admitted: TierAdmission) -> Iterator[QueuedRequest]:
-        """Yield the request for the queue; at the end remove it or give its slot back."""
+    @property
+    def _default_tier(self) -> Tier:
+        return self._caller.default_tier or self._settings.default_tier
+
+    def _admit(self, rights: TierRights) -> TierAdmission:
+        """Return the tier that the model and the key allow."""
+        inbound, offer = self._inbound, self._admission.snapshot.settings.tiers.offer
+        return admit(inbound.requested_tier, self._default_tier, offer, rights, inbound.tier_reason)
+
+    def _require_tier(self, admitted: TierAdmission) -> None:
+        """Refuse the request if it insists on a tier that it would not get.
+
+        Priority that cannot be delivered now is refused at once, and not after waiting for a slot.
+        """
+        reason = admitted.reason
+        route = self._inbound.route
+        if admitted.tier is Tier.PRIORITY and not self._admission.delivers_priority(route):
+            reason = TierReason.NO_REPLICA_HONOURS_PRIORITY
+            if any(one.dialect.native_priority for one in self._admission.snapshot.replicas):
+                reason = TierReason.ROUTE_DOES_NOT_HONOUR_PRIORITY
+        self._insist(reason)
+
+    def _insist(self, reason: TierReason | None) -> None:
+        inbound, strict = self._inbound, self._admission.snapshot.settings.tiers.strict
+        if reason is None or keeps_to_tier(
+            inbound.requested_tier, reason, strict=strict, required=inbound.require_tier
+        ):
+            return
+        error = tier_unavailable(reason)
+        if not self._meter.placed:
+            self._turned_away(State.REFUSED, error)
+        raise error
+
+    async def _serve(self, admitted: TierAdmission) -> None:
+        """Answer the request in a slot, or without one if its route needs none."""
+        if self._inbound.route.takes_slot or not self._is_served():
+            await self._queue(admitted)
+        else:
+            await self._answer_without_slot(admitted)
+
+    async def _queue(self, admitted: TierAdmission) -> None:
+        """Queue the request until it has a slot; at the end remove it or give its slot back."""
+        self._require_tier(admitted)
+        takes_slot = self._inbound.route.takes_slot
         request = QueuedRequest(
-            tier=admitted.tier,
+            # Only while the model wakes are requests queued that generate nothing.
+            tier=admitted.tier if takes_slot else Tier.DEFAULT,
             tenant=self._caller.tenant,
             tokens=self._inbound.expected_tokens,
             route=self._inbound.route,
-            prefix=self._inbound.prefix,
+            prefix=self._prefix(),
             fail_fast=self._inbound.fail_fast,
             sequences=self._inbound.sequences,
+            without=self._admission.lacking(self._inbound.route),
         )
         try:
-            yield request
+            slot = await self._wait_for_slot(request)
+            await self._record(lambda: self._answer(request, slot, admitted))
         finally:
             # The slot is given back even if counting tokens fails.
             try:
@@ -162,45 +246,55 @@ class Lifecycle:
             finally:
                 self._admission.end(request, self._used_tokens)
 
+    def _prefix(self) -> int | None:
+        """Return the hash of what the request shares with others that should go to its replica."""
+        inbound = self._inbound
+        by_user = self._settings.affinity_by_user and inbound.user_prefix is not None
+        return inbound.user_prefix if by_user else inbound.prefix
+
     async def _wait_for_slot(self, request: QueuedRequest) -> Slot:
         try:
             slot = await self._admission.admit(request)
+            while request.route not in slot.replica.dialect.routes:
+                # A replica that has come meanwhile, whose engine does not have the route.
+                slot = await self._admission.admit_again(request, suspend=False)
         except (ModelGone, Shed) as turned_away:
             error = self._refusal(turned_away)
-            self._meter.turn_away(State.SHED, reason_of(error))
+            self._turned_away(State.SHED, error)
             raise error from None
         self._waited_s = slot.waited_s
         return slot
 
-    @asynccontextmanager
-    async def _recorded(self) -> AsyncIterator[None]:
-        """Record the outcome of a placed request."""
+    async def _record(self, answer: Callable[[], Awaitable[None]]) -> None:
+        """Answer a placed request, and record the outcome."""
         try:
             # Reserved only now: queued requests need no room in the journal, and may be very many.
             with self._meter.reserved():
-                yield
+                await answer()
         except JournalFull:
             # No engine has received it, so there is no record yet to write off.
             refusal = unrecordable()
-            self._meter.turn_away(State.REFUSED, reason_of(refusal))
+            self._turned_away(State.REFUSED, refusal)
             raise refusal from None
         except Unrecordable:
             refusal = unrecordable()
-            self._meter.write_off(reason_of(refusal))
+            self._meter.write_off(reason_of(refusal), refusal.status)
             raise refusal from None
         except (EngineUnreachable, EngineFailed, errors.ApiError, ModelGone, Shed) as failure:
             error = self._refusal(failure)
             if isinstance(error, errors.EngineRejected | errors.EngineBusy):
                 # The engine's answer means that it has generated nothing.
                 self._presumed_tokens = 0
-            await self._meter.settle(State.FAILED, reason_of(error))
+            await self._meter.settle(State.FAILED, reason_of(error), status=error.status)
             raise error from None
         except asyncio.CancelledError:
-            await self._meter.settle(State.INTERRUPTED, "client_gone")
+            await self._meter.settle(State.INTERRUPTED, CLIENT_GONE, status=CLIENT_GONE_STATUS)
             raise
         except BaseException:
-            await self._meter.settle(State.FAILED, "internal_error")
+            await self._meter.settle(State.FAILED, INTERNAL_ERROR, status=500)
             raise
+        finally:
+            self._meter.check_echo(self._reply.echoed)
 
     async def _answer(self, request: QueuedRequest, slot: Slot, admitted: TierAdmission) -> None:
         """Answer the request, on another replica if the first is lost or fails before an answer.
@@ -212,12 +306,31 @@ class Lifecycle:
             await self._send(request, slot, decision)
             return
         except (EngineUnreachable, EngineFailed) as failure:
+            if self._trace is not None:
+                self._trace.failed(failure)
             slot = await self._another_slot(request, failure, decision)
         self._waited_s = slot.waited_s
         if not self._still_holds(decision, slot.replica):
             # The prices of the first decision stay: later increases do not apply to this request.
             decision = replace(self._decide(admitted, slot), rate_card=decision.rate_card)
         await self._send(request, slot, decision)
+
+    async def _answer_without_slot(self, admitted: TierAdmission) -> None:
+        """Answer a request for which the engine runs no sequence: at once, whatever its tier."""
+        decision = self._decide(admitted, None)
+        self._used_tokens = 0
+        replicas = self._admission.serving(self._inbound.route)
+        first, *others = random.sample(replicas, len(replicas))
+
+        async def answer() -> None:
+            try:
+                await self._send(None, Slot(first, Tier.DEFAULT, 0.0), decision)
+            except (EngineUnreachable, EngineFailed):
+                if not others:
+                    raise
+                await self._send(None, Slot(others[0], Tier.DEFAULT, 0.0), decision)
+
+        await self._record(answer)
 
     async def _another_slot(
         self,
@@ -256,28 +369,38 @@ class Lifecycle:
                 raise failed from None
             raise
 
-    def _decide(self, admitted: TierAdmission, slot: Slot) -> TierDecision:
+    def _decide(self, admitted: TierAdmission, slot: Slot | None) -> TierDecision:
+        """Decide the tier, in the slot that was received. Without one there is no priority."""
         model = self._admission.snapshot.settings
         decision = decide(
             admitted,
-            queued_as=slot.queued_as,
+            queued_as=slot.queued_as if slot else Tier.DEFAULT,
             offer=model.tiers.offer,
-            native_priority=slot.replica.dialect.native_priority,
-            route_honoured=slot.replica.honours_priority(self._inbound.route),
+            native_priority=slot is None or slot.replica.dialect.native_priority,
+            route_honoured=slot is not None and slot.replica.honours_priority(self._inbound.route),
             rate_card=model.rate_card,
         )
+        self._insist(decision.reason)
         if self._part is not None:
             self._part.decide(time.monotonic(), priority=decision.served is Tier.PRIORITY)
         return decision
 
     def _still_holds(self, decision: TierDecision, replica: ReplicaStatus) -> bool:
         """Return whether a decision stays valid on a replica other than the one it was made for."""
-        in_queue = self._admission.snapshot.settings.tiers.priority is PriorityMode.QUEUE
+        mode = self._admission.snapshot.settings.tiers.priority
+        if mode is PriorityMode.OFF:
+            # A request keeps a tier that the model no longer offers.
+            mode = PriorityMode.AUTO
         honoured = replica.honours_priority(self._inbound.route)
-        return decision.served is not Tier.PRIORITY or in_queue or honoured
+        return decision.served is not Tier.PRIORITY or mode.delivers(honoured=honoured)
 
-    async def _send(self, request: QueuedRequest, slot: Slot, decision: TierDecision) -> None:
-        """Send the request to the engine of its slot, and forward the answer to the client."""
+    async def _send(
+        self, request: QueuedRequest | None, slot: Slot, decision: TierDecision
+    ) -> None:
+        """Send the request to the engine of its slot, and forward the answer to the client.
+
+        ``request`` is the request in the queue, whose slot is given back early where possible.
+        """
         inbound, replica, settings = self._inbound, slot.replica, self._settings
         place = Placement(replica, decision, slot.waited_s)
         self._meter.place(place)
@@ -300,31 +423,44 @@ class Lifecycle:
                     inbound, self._admission.snapshot.id, replica.dialect, decision.served
                 ),
                 request_id=self._reply.request_id,
+                trace=b"" if self._trace is None else self._trace.send(replica, slot.waited_s),
                 read_timeout_s=self._longest_silence_s(place),
-                silence=self._keep_alive(place, suspect_if_silent) if inbound.stream else None,
+                silence=self._silence(place, suspect_if_silent),
+                headers=priority_header(inbound.route, replica.dialect, decision.served),
             )
         except EngineUnreachable as lost:
             if lost.silent:
                 suspect()
             raise
+
+        def free_slot() -> None:
+            if request is not None:
+                self._admission.end(request, self._count_tokens())
+
         forwarding = Forwarding(
             inbound,
             self._reply,
             self._meter,
             slow_reader_s=settings.slow_reader_s,
-            free_slot=lambda: self._admission.end(request, self._count_tokens()),
+            free_slot=free_slot,
             suspect=suspect,
         )
         await forwarding.forward(answer, place)
 
-    def _keep_alive(self, place: Placement, suspect: Callable[[], None]) -> KeepAlive:
-        now = asyncio.get_running_loop().time
-        return KeepAlive(self._reply, self._meter, place, self._settings, suspect, now)
+    def _silence(self, place: Placement, suspect: Callable[[], None]) -> Silence | None:
+        """Return what watches the engine's pauses; ``None`` if nothing has to."""
+        settings = self._settings
+        if self._inbound.stream:
+            now = asyncio.get_running_loop().time
+            return KeepAlive(self._reply, self._meter, place, settings, suspect, now)
+        return Suspicion(settings.engine_timeout_s, suspect) if place.may_be_suspended else None
 
     def _longest_silence_s(self, place: Placement) -> float:
         settings = self._settings
         if not self._inbound.stream:
-            return settings.engine_timeout_s
+            # All of it comes at once, however long it was suspended in between.
+            suspended_s = settings.suspended_timeout_s if place.may_be_suspended else 0.0
+            return settings.engine_timeout_s + suspended_s
         if place.may_be_suspended:
             return max(settings.suspended_timeout_s, settings.stream_timeout_s)
         return settings.stream_timeout_s
@@ -335,11 +471,15 @@ class Lifecycle:
 
     def _refusal(self, failure: Exception) -> errors.ApiError:
         """Return the error for the client, with the time that the request waited as a header."""
+        why_failed = self._admission.snapshot.failure_reason
+        error = error_of(failure, self._inbound.model, why_failed)
         if isinstance(failure, Shed):
             self._waited_s = time.monotonic() - failure.request.arrived
-        error = error_of(failure, self._inbound.model)
         error.headers["x-queue-time-ms"] = milliseconds(self._waited_s)
         return error
+
+    def _turned_away(self, state: State, error: errors.ApiError) -> None:
+        self._meter.turn_away(state, reason_of(error), error.status)
 
     def _origin(self) -> Origin:
         return Origin(
@@ -351,4 +491,5 @@ class Lifecycle:
             stream=self._inbound.stream,
             requested=self._inbound.requested_tier,
             arrived=now_utc(),
+            ingress=self._ingress,
         )

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
+from app import alarms
 from app.core.pricing import TokenUsage
+from app.core.tiers import Tier
 from app.gateway.response import Placement
 from app.ledger.ledger import Ledger, Opening
 from app.ledger.record import NOTHING_USED, Origin, State, UsageRecord, now_utc
+from app.observe.observers import NO_CONTEXT, Context, Ended, Observers
 from app.protocol.usage import Counted
 
-_LOOK_S: Final = 0.05
+_LOOK_S: Final = 0.25
 _LOOK_EVENTS: Final = 64
 _NOTHING: Final = Counted(NOTHING_USED)
 
@@ -26,6 +29,15 @@ class Metered(Protocol):
         ...
 
 
+class Answer(Protocol):
+    """An engine's answer."""
+
+    @property
+    def preemptions(self) -> int | None:
+        """How often the engine has suspended the request so far; ``None`` if it does not tell."""
+        ...
+
+
 class Meter:
     """Keeps the record of one request.
 
@@ -33,20 +45,37 @@ class Meter:
     ones change nothing. If a request is placed again, because its engine was lost before it sent
     anything, the record is that of the last placement.
 
+    Attributes:
+        answer: the engine's answer; ``None`` before it has begun.
+
     Args:
         current: returns the ledger in force. A request keeps using the ledger in which its room
             was reserved, because only that ledger waits for the request before it is closed.
         origin: the request's identity, for its record.
+        observers: are told once the request has ended.
+        context: what the request brought along, for observers.
     """
 
-    def __init__(self, current: Callable[[], Ledger], origin: Origin) -> None:
+    def __init__(
+        self,
+        current: Callable[[], Ledger],
+        origin: Origin,
+        observers: Observers | None = None,
+        context: Context = NO_CONTEXT,
+    ) -> None:
+        self.answer: Answer | None = None
         self._counted: Counted | None = None
         self._stream: Metered | None = None
         self._current = current
         self._ledger = current()
         self._origin = origin
+        self._observers = observers or Observers()
+        self._context = context
         self._began = time.monotonic()
         self._record: UsageRecord | None = None
+        self._ended = False
+        # The tier of the record; `None` before a placement.
+        self._billed: Tier | None = None
         self._opening: Opening | None = None
         self._ttft_s: float | None = None
         self._unlooked = 0
@@ -60,6 +89,11 @@ class Meter:
     @counted.setter
     def counted(self, counted: Counted | None) -> None:
         self._counted = counted
+
+    @property
+    def placed(self) -> bool:
+        """Whether the request was sent to an engine, and its record is not settled yet."""
+        return self._record is not None
 
     @property
     def usage(self) -> TokenUsage | None:
@@ -78,7 +112,7 @@ class Meter:
     def place(self, place: Placement) -> None:
         """Create the record of a placement: the replica, and the decision used for all else."""
         replica = place.replica
-        self._opening = None
+        self._opening, self._billed = None, place.decision.served
         self._record = UsageRecord.open(
             self._origin,
             place.decision,
@@ -120,8 +154,9 @@ class Meter:
     def progress(self, events: int) -> None:
         """Record that a stream has sent this many more events.
 
-        The usage is read only every 50 ms or 64 events. That loses nothing: how much usage a killed
-        ingress loses depends on how often the ledger writes it, which is less often.
+        The usage is read only every 250 ms or 64 events, and when the ledger is to write it. That
+        loses nothing: how much usage a killed ingress loses depends on how often the ledger writes
+        it, which is less often.
         """
         self._unlooked += events
         now = time.monotonic()
@@ -129,12 +164,15 @@ class Meter:
             return
         self._unlooked, self._look_at = 0, now + _LOOK_S
         if self._record is not None and (counted := self.counted) is not None:
-            self._ledger.progress(self._origin.request_id, *counted)
+            due = self._ledger.progress(self._origin.request_id, *counted)
+            if now < due < self._look_at:
+                self._look_at = due
 
-    async def settle(self, state: State, reason: str | None = None) -> None:
+    async def settle(self, state: State, reason: str | None = None, *, status: int = 200) -> None:
         """Make the outcome of a placed request durable; call it before the last byte.
 
-        The record is written even if waiting for it is cancelled.
+        The record is written even if waiting for it is cancelled. ``status`` is the HTTP status of
+        the answer.
         """
         if self._record is None:
             return
@@ -146,11 +184,22 @@ class Meter:
             ttft_s=self._ttft_s,
             reason=reason,
             estimated=counted.estimated,
+            preemptions=None if self.answer is None else self.answer.preemptions,
         )
         self._record = None
+        self._tell(settled, status)
         await self._ledger.settle(settled)
 
-    def write_off(self, reason: str) -> None:
+    def check_echo(self, echoed: Tier | None) -> None:
+        """Raise an alarm if a client was told another tier than it is billed for.
+
+        That never happens: both are read from one decision. The alarm's metric shows that it holds.
+        """
+        if echoed is not None and echoed is not self._billed:
+            text = f"{self._origin.request_id} was told {echoed} and is billed for {self._billed}"
+            alarms.PROCESS.raised("billed otherwise than echoed", text)
+
+    def write_off(self, reason: str, status: int) -> None:
         """Record that a placed request is not answered, because the disk refused its record.
 
         The request is not billed, whatever the engine has computed. The call does not wait.
@@ -159,11 +208,29 @@ class Meter:
             return
         settled = self._record.settle(State.FAILED, NOTHING_USED, ended=now_utc(), reason=reason)
         self._record = None
+        self._tell(settled, status)
         self._ledger.write_off(settled)
 
-    def turn_away(self, state: State, reason: str) -> None:
+    def turn_away(self, state: State, reason: str, status: int) -> None:
         """Count a request that no engine has received. The call does not wait."""
+        record = self._not_served(state, reason)
+        self._tell(record, status)
+        self._current().count(record)
+
+    def abandon(self, reason: str, status: int) -> None:
+        """Tell observers of a request that ended before an engine received it.
+
+        Nothing happens if its end is known already.
+        """
+        if not self._ended:
+            self._tell(self._not_served(State.ABANDONED, reason), status)
+
+    def _not_served(self, state: State, reason: str) -> UsageRecord:
         waited_s = time.monotonic() - self._began
-        self._current().count(
-            UsageRecord.not_served(self._origin, state, reason, queue_s=waited_s, ended=now_utc())
+        return UsageRecord.not_served(
+            self._origin, state, reason, queue_s=waited_s, ended=now_utc()
         )
+
+    def _tell(self, record: UsageRecord, status: int) -> None:
+        self._ended = True
+        self._observers.ended(Ended(record, status, self._context))

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
 from app import supervision
+from app.contracts.news import ModelNews
 from app.contracts.source import ModelSource, SourceAway
 from app.contracts.status import ModelSnapshot
+from app.contracts.traffic import Traffic
 from app.core import errors
 from app.flow.admission import Admission
 from app.flow.renewal import Renewals
@@ -21,6 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 _CALL_TIMEOUT_S = 5.0
 _TRY_AGAIN_S = 1.0
+_NEWS_TIMEOUT_S = 1.0
 
 
 class ModelRegistry:
@@ -31,10 +34,15 @@ class ModelRegistry:
         discover_s: seconds between two looks for applications that have come or gone.
         nameless_s: how long a request for an unknown name is asked to try again because a model
             has not told its names yet, in seconds.
+
+    Attributes:
+        traffic: returns what has happened to the requests of a model, by its id; it is reported to
+            the Model. ``Services`` sets it.
     """
 
     def __init__(self, source: ModelSource, *, discover_s: float, nameless_s: float = 30.0) -> None:
         self._source = source
+        self.traffic: Callable[[str], Traffic] = lambda _: Traffic()
         self._nameless_s = nameless_s
         self._discover_s = discover_s
         self._ingress = uuid.uuid4().hex
@@ -110,12 +118,45 @@ class ModelRegistry:
             raise errors.unlisted(name, _TRY_AGAIN_S)
         raise errors.ModelNotFound(name)
 
+    def admissions(self) -> list[Admission]:
+        """Return the admissions of all models that are known."""
+        return [one for one in self._admissions.values() if one.known]
+
     def models(self) -> list[ModelSnapshot]:
         """Return every model, by id."""
         return sorted(
             {one.snapshot.id: one.snapshot for one in self._by_name.values()}.values(),
             key=lambda snapshot: snapshot.id,
         )
+
+    async def news(self, seen: Mapping[str, tuple[str, int]]) -> dict[str, ModelNews | None]:
+        """Return the news of every model application; ``None`` for one that does not answer.
+
+        ``seen`` is what is known of each: the life and the number in its last news.
+        """
+        applications = list(self._renewals)
+        asked = [self._news_of(name, *seen.get(name, ("", 0))) for name in applications]
+        return dict(zip(applications, await asyncio.gather(*asked), strict=True))
+
+    async def news_of(self, model: str, seen: tuple[str, int]) -> ModelNews | None:
+        """Return the news of the model with this id; ``None`` if it is gone or does not answer.
+
+        ``seen`` is the life and the number in its last news; an empty life for none.
+        """
+        wanted = self._by_name.get(model)
+        for application, admission in self._admissions.items():
+            if admission is wanted:
+                return await self._news_of(application, *seen)
+        return None
+
+    async def _news_of(self, application: str, life: str, number: int) -> ModelNews | None:
+        try:
+            async with asyncio.timeout(_NEWS_TIMEOUT_S):
+                return await self._source.news(application, life, number)
+        except (SourceAway, TimeoutError) as error:
+            # Its renewals, which go to the same actor, log that it is away.
+            logger.debug("no news of %s: %s", application, type(error).__name__)
+            return None
 
     async def _discover(self) -> None:
         while True:
@@ -144,7 +185,12 @@ class ModelRegistry:
     def _follow(self, application: str) -> None:
         admission = self._admissions[application] = Admission(self._ingress)
         renewals = self._renewals[application] = Renewals(
-            self._source, application, self._ingress, admission, partial(self._update, admission)
+            self._source,
+            application,
+            self._ingress,
+            admission,
+            partial(self._update, admission),
+            lambda model: self.traffic(model),
         )
         renewals.start()
 

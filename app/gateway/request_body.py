@@ -1,8 +1,10 @@
 """Reads and parses request bodies within limits of length, time and memory.
 
-A body of up to ``LONGEST_WHOLE`` bytes is parsed at once, unless it is an unusual one. A longer
-body is kept as received in one piece of memory, and scanned in slices
-(``app.protocol.json_body.scan``). Each iteration of the event loop scans one slice of one request.
+A body of up to ``LONGEST_WHOLE`` bytes is parsed at once, unless it is an unusual one. One of up to
+``LONGEST_SPARSE`` bytes is parsed whole if it has few arrays and objects. Any other body is scanned
+in slices (``app.protocol.json_body.scan``). Each iteration of the event loop scans one slice, or
+parses one body of more than ``LONGEST_WHOLE`` bytes. A body of more than ``LONGEST_SPARSE`` bytes
+is kept as received in one piece of memory.
 """
 
 from __future__ import annotations
@@ -17,10 +19,17 @@ from app.config.ingress import IngressSettings
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway.body_memory import BodyMemory, HeldMemory, NoRoom
+from app.protocol.content_coding import (
+    CODINGS,
+    Decoder,
+    InvalidCoded,
+    UnknownCoding,
+    decoder_for,
+)
 from app.protocol.json_body.members import Reparsed
-from app.protocol.json_body.parse import LONGEST_WHOLE
+from app.protocol.json_body.parse import LONGEST_SPARSE, LONGEST_WHOLE
 from app.protocol.json_body.scan import Steps
-from app.protocol.requests import Inbound, parse_plain_request, read_request
+from app.protocol.requests import Inbound, parse_plain_request, read_long_request
 
 Scope = MutableMapping[str, Any]
 Headers = Mapping[bytes, bytes]
@@ -37,6 +46,8 @@ _PARSED_FOR_S: Final = 0.1
 """How long the parsed members of a body are kept beside its bytes. Most requests are forwarded
 within that time and need not parse the body again."""
 _DIGITS: Final = 18
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+"""UTF-8's, which some clients on Windows begin a text with."""
 
 
 class ClientGone(Exception):
@@ -107,6 +118,11 @@ class Room:
     def _longest(self) -> int:
         return self._limits.longest_for(self._held.tenant)
 
+    def pages(self, size: int | None) -> memoryview:
+        """Return memory for a body of this size, or of the largest; given back with the context."""
+        self._pages = _pages(self._longest if size is None else size)
+        return memoryview(self._pages)
+
     def __enter__(self) -> Room:
         return self
 
@@ -124,49 +140,74 @@ class Room:
             BodyTooLarge: the body exceeds the limit.
             Unavailable: other bodies take the memory that it needs.
             RequestTimeout: the body did not arrive in time.
+            UnsupportedEncoding: it is compressed in a way that is not decoded.
             InvalidRequest: the body is not a valid request.
             ClientGone: the client disconnected.
         """
+        decoder = _decoder(headers)
         length = _declared_length(headers)
         if length is not None:
-            self._take(length)
-        body = await self._receive_all(receive, length)
-        inbound = parse_plain_request(route, body) if isinstance(body, bytes) else None
+            self.take(length)
+        body = await self._receive_all(receive, length, decoder)
+        if body[:3] == _BYTE_ORDER_MARK:
+            body = body[3:]
+        inbound = None
+        if isinstance(body, bytes) and len(body) <= LONGEST_WHOLE:
+            inbound = parse_plain_request(route, body)
         if inbound is None:
-            return await self._bodies.in_turns(read_request(route, memoryview(body)))
+            inbound = await self._bodies.in_turns(read_long_request(route, body))
         # Not `isinstance`, which takes 0.4 us for an abstract class.
         if type(inbound.fields) is Reparsed:
             loop = asyncio.get_running_loop()
             loop.call_later(_PARSED_FOR_S, inbound.fields.forget)
         return inbound
 
-    def _take(self, length: int) -> None:
+    def take(self, length: int) -> None:
+        """Reserve memory for a body of this length in bytes; see ``HeldMemory.hold``.
+
+        Raises:
+            BodyTooLarge, Unavailable: as ``read``.
+        """
         reason = self._held.hold(length, self._limits)
         if reason is not None:
             raise self._bodies.refuse(reason, self._longest)
 
-    async def _receive_all(self, receive: Receive, declared: int | None) -> bytes | memoryview:
-        """Return the body: ``bytes`` of up to ``LONGEST_WHOLE``, else a view of its memory."""
-        begun, length, pieces = asyncio.get_running_loop().time(), 0, list[bytes]()
-        memory: memoryview | None = None
-        more = True
-        while more:
-            piece, more = await self._receive(receive, begun, length)
-            if declared is None:
-                self._take(length + len(piece))
-            elif length + len(piece) > declared:
-                raise errors.InvalidRequest("The request body is longer than its content-length.")
-            if memory is None and length + len(piece) > LONGEST_WHOLE:
-                self._pages = _pages(self._longest if declared is None else declared)
-                memory = memoryview(self._pages)
-                start = b"".join(pieces)
-                memory[: len(start)] = start
-            if memory is None:
-                pieces.append(piece)
-            else:
-                await _copy(piece, memory, length)
+    async def _receive_all(
+        self, receive: Receive, declared: int | None, decoder: Decoder | None
+    ) -> bytes | memoryview:
+        """Return the body, decoded, as ``_Collected.whole`` does."""
+        begun, length = asyncio.get_running_loop().time(), 0
+        piece, more = await self._receive(receive, begun, length)
+        fits = declared is not None and len(piece) <= min(declared, LONGEST_WHOLE)
+        if fits and decoder is None and not more:
+            # Nearly every request: there is nothing to collect.
+            return piece
+        collected = _Collected(self, declared if decoder is None else None)
+        while True:
             length += len(piece)
-        return b"".join(pieces) if memory is None else memory[:length]
+            if declared is not None and length > declared:
+                raise errors.InvalidRequest("The request body is longer than its content-length.")
+            if decoder is None:
+                await collected.add(piece)
+            else:
+                # What decodes to little must be bounded, too.
+                self.take(length)
+                await self._decode(decoder, piece, collected)
+            if not more:
+                break
+            piece, more = await self._receive(receive, begun, length)
+        if decoder is not None:
+            _finish(decoder)
+        return collected.whole()
+
+    async def _decode(self, decoder: Decoder, piece: bytes, collected: _Collected) -> None:
+        try:
+            for part in decoder.slices(piece):
+                await collected.add(part)
+                # Let other tasks run after each slice.
+                await asyncio.sleep(0)
+        except InvalidCoded:
+            raise _not_decodable(decoder) from None
 
     async def _receive(self, receive: Receive, begun: float, length: int) -> tuple[bytes, bool]:
         """Return the next piece, and whether more follow.
@@ -184,6 +225,70 @@ class Room:
         if message["type"] == "http.disconnect":
             raise ClientGone
         return message.get("body", b""), message.get("more_body", False)
+
+
+class _Collected:
+    """A body as it arrives: in pieces while it is short, else in one piece of memory.
+
+    Args:
+        room: where the memory comes from.
+        declared: the body's length, for which memory is reserved; ``None``: it is reserved as the
+            body grows.
+    """
+
+    def __init__(self, room: Room, declared: int | None) -> None:
+        self._room = room
+        self._declared = declared
+        self._length = 0
+        self._pieces: list[bytes] = []
+        self._memory: memoryview | None = None
+
+    async def add(self, piece: bytes) -> None:
+        """Add a piece.
+
+        Raises:
+            BodyTooLarge, Unavailable: there is no memory for it.
+        """
+        length = self._length + len(piece)
+        if self._declared is None:
+            self._room.take(length)
+        if self._memory is None and length > LONGEST_SPARSE:
+            self._memory = self._room.pages(self._declared)
+            start = b"".join(self._pieces)
+            self._memory[: len(start)] = start
+        if self._memory is None:
+            self._pieces.append(piece)
+        else:
+            await _copy(piece, self._memory, self._length)
+        self._length = length
+
+    def whole(self) -> bytes | memoryview:
+        """Return the body: ``bytes`` of up to ``LONGEST_SPARSE``, else a view of the memory."""
+        return b"".join(self._pieces) if self._memory is None else self._memory[: self._length]
+
+
+def _decoder(headers: Headers) -> Decoder | None:
+    try:
+        return decoder_for(headers.get(b"content-encoding"))
+    except UnknownCoding:
+        raise errors.UnsupportedEncoding(CODINGS) from None
+
+
+def _finish(decoder: Decoder) -> None:
+    try:
+        decoder.finish()
+    except InvalidCoded:
+        raise _not_decodable(decoder) from None
+
+
+def _not_decodable(decoder: Decoder) -> errors.InvalidRequest:
+    error = errors.InvalidRequest(
+        f"The request body is not valid {decoder.coding}, which its Content-Encoding names.",
+        code="invalid_value",
+    )
+    # The rest of the body is not read.
+    error.headers["connection"] = "close"
+    return error
 
 
 def _pages(size: int) -> mmap:

@@ -65,12 +65,14 @@ class Reply:
         headers: headers that are added to any answer or error.
         started: whether an answer has begun.
         ended: whether the last byte of an answer has been sent.
+        echoed: the tier in the headers of the answer; ``None`` before it has begun.
     """
 
     def __init__(self, send: Send) -> None:
         self.request_id = new_request_id()
         self.headers: list[tuple[str, str]] = []
         self.started = self.ended = False
+        self.echoed: Tier | None = None
         self._send = send
 
     async def start(self, headers: tuple[tuple[bytes, bytes], ...], place: Placement) -> None:
@@ -78,18 +80,19 @@ class Reply:
         fields = [*headers, *place.headers()]
         if self.headers:
             fields += [(name.encode(), value.encode()) for name, value in self.headers]
-        self.started = True
+        self.started, self.echoed = True, place.decision.served
         await self._send({"type": "http.response.start", "status": 200, "headers": fields})
 
-    async def write(self, piece: bytes, *, more: bool = True) -> None:
-        """Send a part of the body."""
+    def write(self, piece: bytes, *, more: bool = True) -> Awaitable[None]:
+        """Send a part of the body; to be awaited at once."""
+        # No coroutine of its own, because this runs for every event.
         if not more:
             self.ended = True
-        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
+        return self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
-    async def refuse(self, error: errors.ApiError) -> None:
-        """Send an error instead of an answer."""
-        body = error.body()
+    async def refuse(self, error: errors.ApiError, body: bytes | None = None) -> None:
+        """Send an error instead of an answer; ``body`` is its JSON, else in OpenAI's shape."""
+        body = error.body() if body is None else body
         # A request that was refused before it was queued has not waited.
         headers = {"x-queue-time-ms": milliseconds(0)} | dict(self.headers) | error.headers
         fields = [

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from app.contracts.credits import Demand, Renewal
+from app.contracts.news import ModelNews
 from app.contracts.source import SourceAway
 from app.contracts.stats import QueueReport
 from app.core.names import MODEL_DEPLOYMENT
@@ -41,6 +42,11 @@ class ServeSource:
         with _away_translated():
             renewal: Renewal = await self._model(application).renew.remote(demand, report, known)
         return renewal
+
+    async def news(self, application: str, life: str, number: int) -> ModelNews:
+        with _away_translated():
+            news: ModelNews = await self._model(application).news.remote(life, number)
+        return news
 
     async def wait_for_wakeup(self, application: str, ingress: str) -> bool:
         with _away_translated():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from app.config.ingress import IngressSettings
@@ -10,7 +11,11 @@ from app.gateway.registry import ModelRegistry
 from app.gateway.request_body import Bodies
 from app.gateway.usage_reader import UsageReader
 from app.ledger.ledger import Ledger
+from app.observe.observers import Observers
+from app.observe.request_trace import RequestTrace, pass_on
+from app.observe.tallies import Tallies
 from app.tenants.access import Access
+from app.tenants.budget_gate import BudgetGate
 from app.upstream.client import EngineClient
 
 
@@ -30,6 +35,10 @@ class Services:
             first call of ``reconfigure``; they wait for this event.
         draining: set when this ingress is stopping.
         bodies: reads request bodies and bounds their memory.
+        observers: are told of every request that has ended.
+        begin_trace: returns the trace of a request with these headers, if there is one.
+        tallies: one of them: counts the requests of each model.
+        budgets: holds requests to budgets; set together with ``access``.
     """
 
     registry: ModelRegistry
@@ -41,6 +50,14 @@ class Services:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     draining: bool = False
     bodies: Bodies = field(default_factory=Bodies)
+    observers: Observers = field(default_factory=Observers)
+    begin_trace: Callable[[Mapping[bytes, bytes]], RequestTrace | None] = pass_on
+    tallies: Tallies = field(default_factory=Tallies)
+    budgets: BudgetGate | None = None
+
+    def __post_init__(self) -> None:
+        self.observers.add(self.tallies)
+        self.registry.traffic = self.tallies.of
 
     def current_ledger(self) -> Ledger:
         """Return the ledger in force. A change of the settings replaces it."""

@@ -6,19 +6,23 @@ It has threads and database connections of its own, so that it delays neither re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum, auto
 from threading import Lock
+from typing import TypeVar
 
 from sqlalchemy import URL
 
 from app.config.usage_reads import UsageSettings
 from app.core import errors
 from app.core.holdings import Holding, Holdings
-from app.ledger.record_store import RecordStore, Wanted
+from app.ledger.record import UsageRecord
+from app.ledger.record_store import Place, RecordStore, Wanted
 from app.ledger.usage import Grouping, Total
 from app.store.database import connect
+
+_T = TypeVar("_T")
 
 
 class _Reader(Enum):
@@ -53,8 +57,22 @@ class UsageReader:
             StoreAway: the database cannot be read.
             TooManyRows: there are more groups than ``max_rows``.
         """
+        most = self.settings.max_rows
+        return await self._read(wanted, lambda: self._records.totals(wanted, groups, most))
+
+    async def latest(
+        self, wanted: Wanted, most: int, before: Place | None = None
+    ) -> list[UsageRecord]:
+        """Return at most so many of a tenant's records, the latest first.
+
+        Raises:
+            UsageBusy, StoreTooSlow, StoreAway: see ``totals``.
+        """
+        return await self._read(wanted, lambda: self._records.latest(wanted, most, before))
+
+    async def _read(self, wanted: Wanted, read: Callable[[], _T]) -> _T:
         holding = self._enter(wanted.tenant or "")
-        reading = self._threads.submit(self._records.totals, wanted, groups, self.settings.max_rows)
+        reading = self._threads.submit(read)
         reading.add_done_callback(lambda _: self._leave(holding))
         return await asyncio.wrap_future(reading)
 

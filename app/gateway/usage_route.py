@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date, timedelta
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.config.usage_reads import UsageSettings
 from app.core import errors
+from app.core.tiers import Tier
 from app.gateway.handler import identify
 from app.gateway.services import Services
-from app.ledger.record import now_utc
+from app.ledger.record import MAX_TEXT, is_stored_text, now_utc
 from app.ledger.record_store import TooManyRows, Wanted
 from app.ledger.usage import Grouping, usage_object
 from app.store.database import StoreAway, StoreTooSlow
@@ -18,7 +22,7 @@ from app.store.database import StoreAway, StoreTooSlow
 _DEFAULT_GROUPS = (Grouping.DAY, Grouping.MODEL, Grouping.TIER)
 # The groupings offered to a tenant. Its own name is left out: it is the same in every record.
 _GROUPS = tuple(one for one in Grouping if one is not Grouping.TENANT)
-_PARAMETERS = frozenset({"start", "end", "group_by"})
+_PARAMETERS = frozenset({"start", "end", "group_by", "model", "key", "tier"})
 
 
 def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
@@ -34,25 +38,40 @@ def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
         assert services.usage is not None, "settings come before requests"
         bounds = services.usage.settings
         start, end = span(
-            _day(query.get("start"), "start"), _day(query.get("end"), "end"),
+            day_of(query.get("start"), "start"), day_of(query.get("end"), "end"),
             now_utc().date(), bounds.max_days,
         )  # fmt: skip
         groups = _groups(query.get("group_by"))
-        wanted = Wanted(tenant=caller.tenant, since=start, until=end)
-        try:
+        wanted = Wanted(
+            tenant=caller.tenant, since=start, until=end, model=_text(query, "model"),
+            key=_text(query, "key"), tier=_tier(query.get("tier")),
+        )  # fmt: skip
+        with reading(bounds):
             totals = await services.usage.totals(wanted, groups)
-        except TooManyRows:
-            raise _too_large(f"has more than {bounds.max_rows} groups") from None
-        except StoreTooSlow:
-            raise _too_large(f"takes longer than {bounds.timeout_s:g} s to add up") from None
-        except StoreAway:
-            raise errors.Unavailable(
-                "Usage cannot be read at the moment. What is used meanwhile is recorded.",
-                "ledger_unavailable",
-                5.0,
-            ) from None
         days = {"start": start.isoformat(), "end": end.isoformat()}
         return JSONResponse(usage_object(totals) | days)
+
+
+@contextmanager
+def reading(bounds: UsageSettings) -> Iterator[None]:
+    """Translate what goes wrong while usage is read.
+
+    Raises:
+        InvalidRequest: it is more than may be read at once.
+        Unavailable: the database cannot be read.
+    """
+    try:
+        yield
+    except TooManyRows:
+        raise _too_large(f"has more than {bounds.max_rows} rows") from None
+    except StoreTooSlow:
+        raise _too_large(f"takes longer than {bounds.timeout_s:g} s to read") from None
+    except StoreAway:
+        raise errors.Unavailable(
+            "Usage cannot be read at the moment. What is used meanwhile is recorded.",
+            "ledger_unavailable",
+            5.0,
+        ) from None
 
 
 def span(start: date | None, end: date | None, today: date, max_days: int) -> tuple[date, date]:
@@ -83,12 +102,36 @@ def _too_large(why: str) -> errors.InvalidRequest:
     )
 
 
-def _day(text: str | None, name: str) -> date | None:
+def day_of(text: str | None, name: str) -> date | None:
+    """Return the day in a parameter; ``None`` without it.
+
+    Raises:
+        InvalidRequest: it is no day.
+    """
     try:
         return None if text is None else date.fromisoformat(text)
     except ValueError:
         raise errors.InvalidRequest(
             f"Invalid '{name}': expected a day such as 2026-11-22.", param=name
+        ) from None
+
+
+def _text(query: Mapping[str, str], name: str) -> str | None:
+    """Return the value of a filter; ``None`` without it."""
+    text = query.get(name)
+    if text is not None and not is_stored_text(text):
+        raise errors.InvalidRequest(
+            f"Invalid '{name}': expected from 1 to {MAX_TEXT} characters.", param=name
+        )
+    return text
+
+
+def _tier(text: str | None) -> Tier | None:
+    try:
+        return None if text is None else Tier(text)
+    except ValueError:
+        raise errors.InvalidRequest(
+            f"Invalid 'tier': expected one of {', '.join(Tier)}.", param="tier"
         ) from None
 
 

@@ -1,17 +1,24 @@
 import asyncio
 import time
+from decimal import Decimal
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, make_url
 
 from app.config.ingress import FlightBounds
 from app.core import errors
+from app.core.pricing import RateCard, TokenUsage
+from app.core.tiers import Tier
 from app.ingress import Ingress
+from app.ledger.record import now_utc
+from app.ledger.record_store import RecordStore, Wanted
+from app.observe.observers import Ended, Refused
 from app.store.database import connect
 from app.tenants.access import Caller
 from app.tenants.keys import KeyLimits, create_key
 from app.tenants.limiter import LimitBooks
-from tests.support.records import NOON
+from app.tenants.spending import SpendBook
+from tests.support.records import NOON, completed
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.unit
@@ -25,7 +32,7 @@ class NoModels:
 
 
 @pytest.fixture
-def stores(monkeypatch):
+def stores(monkeypatch, tmp_path):
     """Every engine that the ingress makes, and which of them it has closed."""
     made, closed = [], []
 
@@ -43,6 +50,7 @@ def stores(monkeypatch):
     monkeypatch.setattr("app.ingress.connect", noted)
     monkeypatch.setattr("app.ingress.serve_host", loopback)
     monkeypatch.setattr("app.ingress.ServeSource", NoModels)
+    monkeypatch.setattr("app.ingress.replica_log", lambda kind: tmp_path / f"{kind}.log")
     return made, closed
 
 
@@ -51,11 +59,15 @@ class Books:
 
     def __init__(self):
         self.books, self.may, self.asked = LimitBooks(), asyncio.Event(), asyncio.Event()
+        self.spends = SpendBook()
 
     async def answer(self, asks):
         self.asked.set()
         await self.may.wait()
         return self.books.answer(asks, time.monotonic())
+
+    async def spend(self, report):
+        return self.spends.answer(report, time.monotonic())
 
 
 class Quiet(Ingress):
@@ -113,6 +125,39 @@ async def test_what_is_in_flight_stays_counted_through_another_ledger(ingress, t
             ingress.services.access.flight(caller, FlightBounds(1, 1))
 
 
+async def test_budgets_are_kept_through_another_ledger_and_read_from_it(ingress, tmp_path):
+    key, _ = create_key("acme", created=NOON, budgets=["total=1", "day=2"])
+    await ingress.reconfigure(with_ledger(tmp_path, "one", "open"))
+    services = ingress.services
+    assert not services.budgets
+    await ingress.reconfigure(with_ledger(tmp_path, "one"))
+    budgets = services.budgets
+    await budgets.require(key)
+    half = Decimal("0.5")
+    cost = RateCard.load({"input": half, "output": 0}, "x")
+    now = now_utc()
+    record = completed(
+        key_id=key.key_id, card=cost, served=Tier.DEFAULT, usage=TokenUsage(10**6, 0, 0),
+        arrived=now, ingress=ingress.services.registry.ingress,
+    )  # fmt: skip
+    ingress.services.observers.ended(Ended(record, 200))
+    await ingress.reconfigure(with_ledger(tmp_path, "two"))
+    assert ingress.services.budgets is budgets
+    assert [state.spent for state in await budgets.states(key)] == [half, half]
+    other, _ = create_key("acme", created=NOON, budgets=["total=1"])
+    dead = completed(
+        key_id=other.key_id, card=cost, served=Tier.DEFAULT, usage=TokenUsage(2 * 10**6, 0, 0),
+        arrived=now, ingress="dead",
+    )  # fmt: skip
+    await ingress.services.ledger.settle(dead)
+    store = RecordStore(connect(make_url(f"sqlite:///{tmp_path}/two.db")))
+    store.prepare()
+    while not list(store.each(Wanted(key=other.key_id))):
+        await asyncio.sleep(0.02)
+    with pytest.raises(errors.InsufficientQuota):
+        await budgets.require(other)
+
+
 async def test_settings_that_cannot_be_taken_over_change_nothing(ingress, stores, tmp_path):
     """59dfe9e: the same once more was taken for done, with the old ledger."""
     await ingress.reconfigure(with_ledger(tmp_path, "one", "open"))
@@ -156,3 +201,28 @@ async def test_settings_change_without_leaving_anything_behind(stores, tmp_path,
     assert (len(made), closed) == (2, made[:1])
     await end(ingress)
     assert closed == made
+
+
+async def test_the_access_log_changes_with_the_settings_or_not_at_all(ingress, tmp_path):
+    config = with_ledger(tmp_path, "one", "open")
+    refused = Refused("req_0", "chat/completions", "", 401, "invalid_api_key")
+    await ingress.reconfigure(config)
+    ingress.services.observers.refused(refused)
+    await until(lambda: (tmp_path / "access.log").read_text().count("\n") == 1)
+    (tmp_path / "file").touch()
+    unwritable = {"folder": str(tmp_path / "file")}
+    for bad in [
+        config | {"access_log": unwritable},
+        config | {"access_log": {"enabled": False}, "journal": unwritable},
+    ]:
+        with pytest.raises(OSError):
+            await ingress.reconfigure(bad)
+    ingress.services.observers.refused(refused)
+    await until(lambda: (tmp_path / "access.log").read_text().count("\n") == 2)
+    await ingress.reconfigure(config | {"access_log": {"folder": str(tmp_path / "logs")}})
+    ingress.services.observers.refused(refused)
+    await until(lambda: (tmp_path / "logs" / "access.log").read_text().count("\n") == 1)
+    await ingress.reconfigure(config | {"access_log": {"enabled": False}})
+    ingress.services.observers.refused(refused)
+    assert (tmp_path / "access.log").read_text().count("\n") == 2
+    assert (tmp_path / "logs" / "access.log").read_text().count("\n") == 1

@@ -21,7 +21,7 @@ LOOPBACK = HostRule.of([])
 # The Fetch standard's CORS-safelisted types: a page may send them anywhere without a preflight.
 SAFELISTED = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 REVEALING = [
-    ("GET", "/v1/models"), ("GET", "/v1/models/some"), ("GET", "/v1/usage"),
+    ("GET", "/v1/models"), ("GET", "/v1/models/some"), ("GET", "/v1/usage"), ("GET", "/v1/me"),
     *(("POST", f"/v1/{route}") for route in ("completions", "chat/completions", "embeddings")),
     ("POST", "/v1/responses"),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from app.core.dialect import Route
 from app.gateway import handler
 from app.gateway.handler import Handler
 from app.gateway.request_body import Bodies
+from app.observe.observers import Observers
 from app.tenants.access import Caller
 
 pytestmark = pytest.mark.unit
@@ -25,6 +26,7 @@ class ModelRegistry:
     def require(self, model):
         if model != "m":
             raise errors.ModelNotFound(model)
+        return SimpleNamespace(snapshot=SimpleNamespace(id=model))
 
 
 class Access:
@@ -44,11 +46,14 @@ class World:
         ready = asyncio.Event()
         ready.set()
         self.bodies, self.sent, self.while_running = Bodies(), [], None
+        self.refused = []
         services = SimpleNamespace(
             bodies=self.bodies,
             registry=ModelRegistry(),
             access=Access(),
             ready=ready,
+            begin_trace=lambda _: None,
+            observers=Observers(SimpleNamespace(refused=self.refused.append)),
             settings=IngressSettings.load({"auth": "keys"}, "user_config"),
         )
         world = self
@@ -102,6 +107,7 @@ async def test_a_body_is_held_until_its_request_has_ended(end, monkeypatch):
     except Failing:
         assert world.sent[0]["status"] == 500
     assert world.while_running is not None and world.while_running > len(BODY)
+    assert world.refused == []
     assert world.bodies.memory.used == 0
 
 
@@ -119,6 +125,9 @@ async def test_a_refused_request_holds_nothing(asked, status, monkeypatch):
     world = World(monkeypatch)
     await world.ask(**asked)
     assert world.sent[0]["status"] == status
+    [refused] = world.refused
+    assert (refused.status, refused.route) == (status, "chat/completions")
+    assert refused.tenant == ("" if status == 401 else "tenant")
     assert world.while_running is None
     assert world.bodies.memory.used == 0
 
@@ -127,6 +136,17 @@ async def test_a_client_that_leaves_gets_nothing_and_holds_nothing(monkeypatch):
     world = World(monkeypatch)
     await world.ask(BODY[:-1], last={"type": "http.disconnect"})
     assert (world.sent, world.bodies.memory.used) == ([], 0)
+    [refused] = world.refused
+    assert (refused.status, refused.reason, refused.tenant) == (499, "client_gone", "tenant")
+
+
+async def test_observers_are_told_of_a_request_that_fails_before_its_model_is_known(monkeypatch):
+    world = World(monkeypatch)
+    monkeypatch.setattr(ModelRegistry, "require", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        await world.ask()
+    [refused] = world.refused
+    assert (refused.status, refused.reason) == (500, "internal_error")
 
 
 async def test_a_cancelled_request_holds_nothing(monkeypatch):

@@ -1,16 +1,20 @@
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
+from app import alarms
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Dialect
 from app.core.pricing import RateCard, TokenUsage
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier, TierReason
+from app.gateway import metering
 from app.gateway.metering import Meter
 from app.gateway.response import Placement
 from app.ledger.ledger import DiskRefuses, Opening
 from app.ledger.record import Origin, State, now_utc
+from app.observe.observers import Observers
 from app.protocol.usage import Counted
 
 pytestmark = pytest.mark.unit
@@ -26,6 +30,7 @@ class FakeLedger:
     def __init__(self):
         self.calls = []
         self.refuses = False
+        self.due = 0.0
 
     def open(self, record):
         self.calls.append(("open", record))
@@ -42,6 +47,7 @@ class FakeLedger:
 
     def progress(self, request_id, usage, estimated):
         self.calls.append(("progress", usage))
+        return self.due
 
     def count(self, record):
         self.calls.append(("count", record))
@@ -112,7 +118,7 @@ async def test_a_stream_whose_record_is_refused_costs_nothing_whatever_its_engin
     with pytest.raises(DiskRefuses):
         await one.opened(Stream(TokenUsage(3, 0, 1)))
     assert one.usage is None
-    one.write_off("ledger_unavailable")
+    one.write_off("ledger_unavailable", 503)
     await one.settle(State.FAILED, "another")
     assert [name for name, _ in ledger.calls] == ["open", "write_off"]
     record = ledger.calls[-1][1]
@@ -135,7 +141,7 @@ async def test_a_request_that_was_not_placed_has_nothing_to_settle():
     one, calls = meter()
     await one.settle(State.INTERRUPTED, "client_gone")
     assert calls == []
-    one.turn_away(State.SHED, "queue_full")
+    one.turn_away(State.SHED, "queue_full", 429)
     [(name, record)] = calls
     assert (name, record.state, record.reason) == ("count", State.SHED, "queue_full")
     assert (record.served, record.cost) == (None, 0)
@@ -167,3 +173,75 @@ async def test_a_streams_usage_is_read_now_and_then():
         one.progress(1)
     assert 1 <= stream.asked <= 30, "each of them is parsed from the engine's bytes"
     assert len(calls) == 1 + stream.asked
+
+
+async def test_a_streams_usage_is_read_when_the_ledger_is_to_write_it(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metering, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    ledger = FakeLedger()
+    one = Meter(lambda: ledger, ORIGIN)
+    one.place(place())
+    stream = Stream(TokenUsage(3, 0, 1))
+    await one.opened(stream)
+    ledger.due = 100.1
+    one.progress(1)
+    for clock.now in (100.02, 100.09, 100.11):
+        one.progress(1)
+    assert stream.asked == 2, "at first, and once it was due"
+    for clock.now in (100.2, 100.3, 100.37):
+        one.progress(1)
+    assert stream.asked == 3, "what is overdue is not looked at for each event"
+
+
+@pytest.mark.parametrize("end", ["settle", "write_off", "turn_away"])
+async def test_observers_are_told_once_of_each_end(end):
+    ledger, seen = FakeLedger(), []
+
+    class Seen:
+        def ended(self, request):
+            seen.append((request.record.state, request.status))
+
+    one = Meter(lambda: ledger, ORIGIN, Observers(Seen()))
+    if end == "turn_away":
+        one.turn_away(State.SHED, "queue_full", 429)
+        assert seen == [(State.SHED, 429)]
+        return
+    one.place(place())
+    if end == "settle":
+        await one.settle(State.COMPLETED)
+        await one.settle(State.INTERRUPTED, "client_gone", status=499)
+        assert seen == [(State.COMPLETED, 200)]
+    else:
+        one.write_off("ledger_unavailable", 503)
+        await one.settle(State.FAILED, "internal_error", status=500)
+        assert seen == [(State.FAILED, 503)]
+
+
+async def test_a_request_that_is_abandoned_is_told_once_and_not_recorded():
+    ledger, seen = FakeLedger(), []
+
+    class Seen:
+        def ended(self, request):
+            seen.append((request.record.state, request.record.reason, request.status))
+
+    one = Meter(lambda: ledger, ORIGIN, Observers(Seen()))
+    one.abandon("client_gone", 499)
+    one.abandon("internal_error", 500)
+    assert seen == [(State.ABANDONED, "client_gone", 499)]
+    assert ledger.calls == []
+    other = Meter(lambda: ledger, ORIGIN, Observers(Seen()))
+    other.turn_away(State.SHED, "queue_full", 429)
+    other.abandon("engine_overloaded", 429)
+    assert len(seen) == 2
+
+
+def test_a_bill_that_differs_from_the_echo_raises_an_alarm(monkeypatch):
+    raised = alarms.Alarms()
+    monkeypatch.setattr("app.alarms.PROCESS", raised)
+    one, _ = meter()
+    one.check_echo(None)
+    one.place(place())
+    one.check_echo(Tier.PRIORITY)
+    assert raised.counts() == {}
+    one.check_echo(Tier.DEFAULT)
+    assert raised.counts() == {"billed otherwise than echoed": 1}

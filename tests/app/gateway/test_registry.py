@@ -7,13 +7,16 @@ import pytest
 
 from app.config.model import ModelSettings
 from app.contracts.credits import Grant, Renewal
+from app.contracts.news import ModelNews
+from app.contracts.source import SourceAway
 from app.contracts.status import ModelSnapshot, ReplicaStatus
+from app.contracts.traffic import Outcome, Traffic
 from app.core import errors
 from app.core.dialect import Dialect, Route
 from app.core.tiers import Tier
 from app.flow.admission import Admission
 from app.flow.credits import RENEWAL_S
-from app.gateway.models_route import model_entry
+from app.gateway.models_route import model_entries, model_entry
 from app.gateway.registry import ModelRegistry
 
 pytestmark = pytest.mark.unit
@@ -55,6 +58,11 @@ class FakeSource:
         version = str(id(model))
         grant = Grant("life", demand.number, demand.number, demand.sent_at, added={"r": 1})
         return Renewal(version, None if known == version else model, grant)
+
+    async def news(self, application, life, number):
+        if application in self.silent:
+            raise SourceAway
+        return ModelNews(life or "life", number + 1, b"{}", (), ())
 
     async def wait_for_wakeup(self, application, ingress):
         await self.wake.wait()
@@ -243,8 +251,69 @@ def test_an_entry_has_prices_by_tier_context_and_engines():
     assert metadata["pricing"]["default"]["input_tokens"] == 1
     assert metadata["pricing"]["priority"]["output_tokens"] == 3
     assert metadata["pricing"]["priority"]["cache_read_tokens"] == 1.5
+    assert "long_context" not in metadata["pricing"]["default"]
     assert metadata["context_length"] == 512
     assert metadata["engines"] == ["vllm"]
     assert metadata["aliases"] == ["alias"]
     assert "simulated" in metadata["tags"]
     assert "secret" not in str(entry)
+
+
+def test_an_entry_has_at_the_top_what_clients_of_other_servers_read():
+    model = snapshot("m", "alias", "other")
+    for entry in model_entries(model, aliases=True):
+        assert entry["context_length"] == entry["max_model_len"] == model.context_length
+        assert entry["service_tiers"] == ["priority", "default", "flex"]
+
+
+def test_an_entry_lists_the_routes_of_its_engines():
+    model = snapshot("m")
+    [one] = model.replicas
+    dialect = replace(one.dialect, routes=frozenset({Route.MESSAGES, Route.CHAT}))
+    other = replace(one, dialect=replace(one.dialect, routes=frozenset({Route.EMBEDDINGS})))
+    made = replace(model, replicas=(replace(one, dialect=dialect), other))
+    assert model_entry(made)["metadata"]["routes"] == ["chat/completions", "embeddings", "messages"]
+    assert model_entry(replace(model, replicas=()))["metadata"]["routes"] == []
+
+
+@pytest.mark.parametrize("aliases", [True, False])
+def test_aliases_are_listed_where_that_is_set(aliases):
+    entries = model_entries(snapshot("m", "alias", "other"), aliases=aliases)
+    assert [entry["id"] for entry in entries] == ["m", *(["alias", "other"] if aliases else [])]
+    assert all(entry["metadata"] == entries[0]["metadata"] for entry in entries)
+
+
+async def test_news_come_of_every_model_that_answers():
+    source = FakeSource()
+    source.models = {"a": snapshot("a"), "b": snapshot("b")}
+    async with following(source) as registry:
+        await eventually(lambda: len(registry.models()) == 2)
+        source.silent.add("b")
+        news = await registry.news({"a": ("life", 7)})
+    assert (news["a"].life, news["a"].number, news["b"]) == ("life", 8, None)
+
+
+async def test_the_traffic_of_a_model_is_reported_until_the_model_has_it():
+    source, traffic = FakeSource(), Traffic()
+    source.models = {"a": snapshot("a")}
+
+    def sent():
+        reports = [one.traffic for one in source.reports if one is not None]
+        return [counts.requests for counts in reports if counts is not None]
+
+    async with following(source) as registry:
+        registry.traffic = {"a": traffic}.__getitem__
+        await eventually(sent)
+        traffic.add(Outcome(None, None, "shed", "queue_full"), None)
+        await eventually(lambda: len(sent()) > 1)
+    assert sent() == [0, 1]
+
+
+def test_an_entry_has_the_prices_of_long_prompts():
+    model = snapshot("m")
+    long = {"above": 4000, "input": 10, "output": 20}
+    card = {"rate_card": {"input": 1, "output": 2, "long_context": long}}
+    entry = model_entry(replace(model, settings=ModelSettings.load(card, "user_config")))
+    assert entry["metadata"]["pricing"]["priority"]["long_context"] == {
+        "above": 4000, "input_tokens": 15, "output_tokens": 30, "cache_read_tokens": 15,
+    }  # fmt: skip

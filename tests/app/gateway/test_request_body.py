@@ -1,19 +1,29 @@
 import asyncio
 import gc
+import gzip
 import time
+import zlib
 
 import orjson
 import pytest
+from backports import zstd
 
 from app import alarms
 from app.config.ingress import IngressSettings
 from app.core.dialect import Dialect, Route
-from app.core.errors import BodyTooLarge, InvalidRequest, RequestTimeout, Unavailable
+from app.core.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    RequestTimeout,
+    Unavailable,
+    UnsupportedEncoding,
+)
 from app.core.tiers import Tier
 from app.gateway import request_body as module
 from app.gateway.request_body import Bodies, ClientGone
+from app.protocol import requests
 from app.protocol.json_body.members import Members
-from app.protocol.json_body.parse import LONGEST_WHOLE
+from app.protocol.json_body.parse import LONGEST_SPARSE, LONGEST_WHOLE, parse_plain
 from app.protocol.requests import rewrite_request
 
 pytestmark = pytest.mark.unit
@@ -55,7 +65,9 @@ async def read(bodies, data, headers=None, tenant="t", *, settings=settings(), *
         return await room.read(Route.COMPLETIONS, headers or {}, client(data, **how))
 
 
-@pytest.mark.parametrize("length", [50, LONGEST_WHOLE, LONGEST_WHOLE + 1, 3 * MIB])
+@pytest.mark.parametrize(
+    "length", [50, LONGEST_WHOLE, LONGEST_WHOLE + 1, LONGEST_SPARSE, LONGEST_SPARSE + 1, 3 * MIB]
+)
 @pytest.mark.parametrize("piece", [1000, MIB, 10 * MIB])
 @pytest.mark.parametrize("says", [True, False])
 async def test_a_body_in_any_pieces_is_the_same_request(length, piece, says):
@@ -63,7 +75,7 @@ async def test_a_body_in_any_pieces_is_the_same_request(length, piece, says):
     headers = declared(length) if says else {}
     with Bodies().room_for("t", settings()) as room:
         request = await room.read(Route.COMPLETIONS, headers, client(data, piece))
-        assert isinstance(request.fields, Members) == (length > LONGEST_WHOLE)
+        assert isinstance(request.fields, Members) == (length > LONGEST_SPARSE)
         sent = rewrite_request(request, "m", Dialect("plain"), Tier.DEFAULT)
         whole = sent if isinstance(sent, bytes) else b"".join(sent)
     assert orjson.loads(whole) == orjson.loads(data)
@@ -200,6 +212,24 @@ async def test_there_is_one_step_in_a_turn_however_many_bodies_there_are():
     assert [number for _, number in steps] == [0, 1, 2, 3] * 5, "they take turns"
 
 
+async def test_one_long_body_is_parsed_in_a_turn_however_many_come_at_once(monkeypatch):
+    """Two that were parsed in one turn would stop the event loop for 10 ms."""
+    turn, parsed_in = 0, []
+
+    def parse(data):
+        parsed_in.append(turn)
+        return parse_plain(data)
+
+    monkeypatch.setattr(requests, "parse_plain", parse)
+    bodies, data = Bodies(), body(LONGEST_SPARSE)
+    reading = [asyncio.create_task(read(bodies, data)) for _ in range(5)]
+    while not all(one.done() for one in reading):
+        await asyncio.sleep(0)
+        turn += 1
+    assert [(await one).length for one in reading] == [LONGEST_SPARSE] * 5
+    assert len(set(parsed_in)) == len(parsed_in) == 5
+
+
 async def test_the_memory_of_a_body_is_given_back_a_part_at_a_time():
     with Bodies().room_for("t", settings()) as room:
         request = await room.read(Route.COMPLETIONS, {}, client(body(5 * MIB)))
@@ -249,3 +279,87 @@ async def test_others_run_while_a_body_is_copied_that_is_there_already():
             turns += 1
         await reading
     assert turns > 50
+
+
+ENCODERS: dict = {
+    b"gzip": gzip.compress,
+    b"deflate": zlib.compress,
+    b"zstd": zstd.compress,
+    b"identity": bytes,
+}
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("length", [50, LONGEST_WHOLE, LONGEST_WHOLE + 1, 3 * MIB])
+@pytest.mark.parametrize("coding", list(ENCODERS))
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("mark", [b"", BOM])
+async def test_a_body_may_be_compressed_and_have_a_byte_order_mark(length, coding, says, mark):
+    data = body(length)
+    sent = ENCODERS[coding](mark + data)
+    headers = {b"content-encoding": coding} | (declared(len(sent)) if says else {})
+    bodies = Bodies()
+    with bodies.room_for("t", settings()) as room:
+        request = await room.read(Route.COMPLETIONS, headers, client(sent, 1000))
+        assert bodies.memory.used >= length
+        made = rewrite_request(request, "m", Dialect("plain"), Tier.DEFAULT)
+        whole = made if isinstance(made, bytes) else b"".join(made)
+        assert orjson.loads(whole) == orjson.loads(data)
+        del made, whole
+    assert bodies.memory.used == 0
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"zstd"])
+@pytest.mark.parametrize("says", [True, False])
+async def test_what_decodes_to_too_much_is_not_decoded_further(coding, says):
+    sent = ENCODERS[coding](b" " * 100 * MIB)
+    headers = {b"content-encoding": coding} | (declared(len(sent)) if says else {})
+    bodies, begun = Bodies(), time.process_time()
+    with pytest.raises(BodyTooLarge):
+        await read(bodies, sent, headers, settings=settings(max_body_bytes=MIB))
+    assert time.process_time() - begun < 0.2 and bodies.memory.used == 0
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"zstd"])
+async def test_members_that_decode_to_nothing_are_bounded_too(coding):
+    sent = ENCODERS[coding](b"") * 200_000
+    begun = time.process_time()
+    with pytest.raises(InvalidRequest, match="not valid"):
+        await read(Bodies(), sent, {b"content-encoding": coding})
+    assert time.process_time() - begun < 0.5
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"zstd"])
+async def test_others_run_while_a_body_is_decoded(coding):
+    sent = ENCODERS[coding](body(40 * MIB))
+    assert len(sent) < MIB
+    turns, longest = 0, 0.0
+
+    async def watch():
+        nonlocal turns, longest
+        while True:
+            begun = time.process_time()
+            await asyncio.sleep(0)
+            turns, longest = turns + 1, max(longest, time.process_time() - begun)
+
+    watching = asyncio.create_task(watch())
+    await read(Bodies(), sent, {b"content-encoding": coding})
+    watching.cancel()
+    assert turns > 150 and longest < 0.02
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"zstd"])
+@pytest.mark.parametrize("cut", [0, 1, -1])
+async def test_a_body_that_is_not_in_its_coding_is_refused(coding, cut):
+    for sent in (body(100), ENCODERS[coding](body(100))[:cut]):
+        with pytest.raises(InvalidRequest, match=f"not valid {coding.decode()}") as caught:
+            await read(Bodies(), sent, {b"content-encoding": coding})
+        assert caught.value.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("coding", [b"br", b"compress", b"gzip, zstd"])
+async def test_other_codings_are_refused_and_told_which_are_not(coding):
+    with pytest.raises(UnsupportedEncoding) as caught:
+        await read(Bodies(), body(100), {b"content-encoding": coding})
+    assert caught.value.status == 415
+    assert caught.value.headers["accept-encoding"] == "gzip, deflate, zstd"

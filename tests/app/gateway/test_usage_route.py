@@ -70,5 +70,8 @@ async def test_what_cannot_be_read_is_told_in_openais_shape(error, status, code)
             assert (answer.json()["start"], answer.json()["end"]) == ("2025-11-29", "2026-11-30")
             return
         assert answer.json()["error"]["code"] == code
+        for name, value in (("tier", "fast"), ("model", ""), ("key", "a\0"), ("of", "me")):
+            wrong = await client.get("/v1/usage", params={name: value})
+            assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, name)
         long = await client.get("/v1/usage", params={"start": "2020-01-01"})
         assert (long.status_code, long.json()["error"]["param"]) == (400, "start")

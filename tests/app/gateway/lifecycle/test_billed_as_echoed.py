@@ -13,8 +13,20 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, Phase, example, given, settings
 
+from app import alarms
 from app.core.dialect import Route
-from tests.support.engine_scripts import CRASH, DEARER, HANG, ONE_OF_TWO, Ask, Pause, Run, scripts
+from app.core.tiers import TIER_WORDS, TierReason
+from tests.support.engine_scripts import (
+    CRASH,
+    DEARER,
+    HANG,
+    ONE_OF_TWO,
+    Ask,
+    Engines,
+    Pause,
+    Run,
+    scripts,
+)
 from tests.support.world import KEYS, MODEL, World
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
@@ -44,7 +56,8 @@ def answered(seen):
         ("error" in part and part.get("error")) or part.get("type") == "error" for part in parts
     )
     last = parts[-1].get("type", "") if parts else ""
-    ended = "[DONE]" in data or last in ("response.completed", "response.incomplete")
+    ends = ("response.completed", "response.incomplete", "message_stop")
+    ended = "[DONE]" in data or last in ends
     return parts, ended and not broke
 
 
@@ -81,6 +94,10 @@ def expected(seen):
     if seen.left and not seen.status:
         # It waited for its turn or for a connection.
         return False, True
+    if "x-service-tier-reason" in seen.headers and seen.status >= 400:
+        return True, True
+    if seen.status == 400 and b'"unsupported_endpoint"' in seen.body:
+        return True, True
     named = bool(seen.request_id) and seen.status in (429, 500, 502, 503)
     return named, named
 
@@ -109,12 +126,15 @@ def check_price(world, seen, record):
     if not moved:
         # It was decided after its only wait, and before the engine heard it.
         first += record["queue_s"] - 0.002
-    cards = {one.rate_card.input: one.rate_card for one in in_force(world, first, last)}
-    card = cards.get(Decimal(record["input_price"]))
-    assert card is not None, f"{record['input_price']} is none of {list(cards)}"
-    assert Decimal(record["cached_input_price"]) == card.cached_input
-    assert Decimal(record["output_price"]) == card.output
-    assert record["rate_card"] == card.version
+    cards = {one.rate_card.version: one.rate_card for one in in_force(world, first, last)}
+    card = cards.get(record["rate_card"])
+    assert card is not None, f"{record['rate_card']} is none of {list(cards)}"
+    prices, long = card, card.long_context
+    if long is not None and record["prompt_tokens"] > long.above:
+        prices = long
+    assert Decimal(record["input_price"]) == prices.input
+    assert Decimal(record["cached_input_price"]) == prices.cached_input
+    assert Decimal(record["output_price"]) == prices.output
     factors = card.multipliers
     factor = {"priority": factors.priority, "default": Decimal(1), "flex": factors.flex}
     assert Decimal(record["multiplier"]) == factor[record["served_tier"]]
@@ -129,12 +149,18 @@ def in_force(world, first, last):
 def check_tier(world, seen, record):
     """Priority is what was asked for, allowed, and delivered by the engine."""
     ask, served = seen.request, record["served_tier"]
-    named = {"fast": "priority", "auto": None}.get(ask.tier, ask.tier)
+    named = ask.tier and TIER_WORDS[ask.tier].tier
     assert record["requested_tier"] == named
     wanted = named or USUAL[ask.tenant]
     assert served in (wanted, "default")
     assert served == "default" or served in MAY[ask.tenant]
     assert served == wanted or record["reason"]
+    if ask.tier and (missing := TIER_WORDS[ask.tier].reason):
+        assert served == "default" and (seen.status != 200 or record["reason"])
+        assert record["state"] != "completed" or record["reason"] == missing
+    strict = all(one.tiers.strict for one in in_force(world, seen.began, seen.ended))
+    if ask.require or (strict and named is not None):
+        assert served == wanted and record["reason"] not in set(TierReason)
     if seen.attempts and seen.attempts[-1].replica_id == record["replica"]:
         dialect = world.engines[record["replica"].rsplit("-", 1)[0]].status.dialect
         honoured = ask.route in dialect.priority_routes
@@ -143,7 +169,13 @@ def check_tier(world, seen, record):
         )
         assert served != "priority" or honoured or in_queue
         value = dialect.priority_values[served] if honoured else None
-        assert seen.attempts[-1].fields.get("priority") == value
+        sent = seen.attempts[-1]
+        header = sent.headers.get(dialect.priority_headers.get(ask.route, ""))
+        given = sent.fields.get("priority")
+        if ask.route is Route.MESSAGES:
+            assert given is None
+            given = header and int(header)
+        assert given == value
 
 
 def check_answer(seen, record):
@@ -151,9 +183,12 @@ def check_answer(seen, record):
     assert seen.headers["x-service-tier"] == record["served_tier"]
     parts, ended = answered(seen)
     told = [part.get("response", part) for part in parts]
+    if seen.request.route is Route.MESSAGES:
+        told = [part.get("message", part).get("usage") or {} for part in told]
+        assert all("service_tier" in usage for usage in told if usage)
     tiers = {part["service_tier"] for part in told if "service_tier" in part}
     assert tiers <= {record["served_tier"]}
-    if seen.request.route is not Route.RESPONSES:
+    if seen.request.route not in (Route.RESPONSES, Route.MESSAGES):
         assert all("service_tier" in part for part in parts if not part.get("error"))
     if not seen.left:
         assert seen.whole
@@ -165,6 +200,8 @@ def check_answer(seen, record):
     if record["state"] == "completed":
         assert seen.headers.get("x-service-tier-reason") == record["reason"]
     usages = [part["usage"] for part in told if part.get("usage")]
+    if seen.request.route is Route.MESSAGES:
+        usages = [usage for usage in told if usage]
     if ended:
         assert usages, "a complete answer tells its cost"
         assert tokens(usages[-1]) == (record["prompt_tokens"], record["completion_tokens"])
@@ -176,6 +213,9 @@ def check_answer(seen, record):
 
 
 def tokens(usage):
+    if "cache_read_input_tokens" in usage:
+        cached = usage["cache_read_input_tokens"]
+        return usage["input_tokens"] + cached, usage["output_tokens"]
     names = [("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")]
     return tuple(usage.get(one, usage.get(other)) for one, other in names)
 
@@ -228,6 +268,11 @@ def tally(world):
 # Lost by an engine that honours priority, to one that does not, and dearer in between.
 @example(script=[ONE_OF_TWO, Ask(goes_wrong=(HANG,), behind=True), Pause(0.03), DEARER])
 @example(script=[ONE_OF_TWO, *[Ask(goes_wrong=(CRASH,))] * 2])
+# Kept to its tier until only an engine is left that does not honour it.
+@example(script=[ONE_OF_TWO, *[Ask(goes_wrong=(CRASH,), require=True)] * 2])
+# Messages: on engines that have the route alone, whatever else is there.
+@example(script=[(Ask(route=Route.MESSAGES), Ask(route=Route.MESSAGES, stream=True)) * 3])
+@example(script=[Engines(frozenset({"tensorrt"})), Ask(route=Route.MESSAGES)])
 # Dearer in the middle of a stream, and while others wait.
 @example(script=[(Ask(tokens=25, stream=True),) * 12, Pause(0.005), DEARER, Pause(0.005), DEARER])
 def test_what_is_billed_is_what_was_echoed(loop, world, tally, script):
@@ -237,9 +282,11 @@ def test_what_is_billed_is_what_was_echoed(loop, world, tally, script):
     for one in seen:
         tally.counts[check(world, one, records.pop(one.request_id, None))] += 1
         tally.counts["requests"] += 1
+        tally.counts[f"on {one.request.route.value}"] += 1
         tally.counts["moved to another replica"] += len(one.attempts) > 1
         tally.counts["left by their clients"] += one.left
     assert not records, "records of no request"
+    assert "billed otherwise than echoed" not in alarms.PROCESS.counts()
 
 
 async def play(world, script):

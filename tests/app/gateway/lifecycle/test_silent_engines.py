@@ -337,6 +337,37 @@ async def test_a_suspended_stream_is_not_broken_off_but_its_replica_is_asked(
     assert (record["state"], record["completion_tokens"]) == ("completed", 2)
 
 
+HELD_ANSWER = (HELD, whole(b"200 OK", json.dumps({"choices": [], "usage": USAGE}).encode()))
+
+
+@pytest.mark.parametrize("tier", [Tier.DEFAULT, Tier.FLEX])
+async def test_a_suspended_answer_is_not_broken_off_but_its_replica_is_asked(scripted, tier):
+    times = {"engine_timeout_s": 4 * SOON_S, "stream_timeout_s": SOON_S}
+    await scripted.serve(scripted.replica("one", preempts=True), **times)
+    seen, task = scripted.asking(HELD_ANSWER, service_tier=tier.value, stream=False)
+    await until(lambda: scripted.suspects)
+    assert scripted.suspects == {"one": Route.CHAT} and not task.done()
+    scripted.released.set()
+    await task
+    record = (await scripted.world.new_records())[seen.request_id]
+    assert (seen.status, record["state"], record["completion_tokens"]) == (200, "completed", 2)
+
+
+@pytest.mark.parametrize(("tier", "preempts"), [("priority", True), ("default", False)])
+async def test_an_answer_that_cannot_be_suspended_ends_at_its_own_bound(scripted, tier, preempts):
+    await scripted.serve(scripted.replica("one", preempts=preempts), engine_timeout_s=4 * SOON_S)
+    seen, record = await scripted.ask((LONG_S,), service_tier=tier, stream=False)
+    assert seen.status == 503 and record["state"] == "failed"
+
+
+async def test_an_answer_is_not_suspended_for_ever(scripted):
+    times = {"engine_timeout_s": 2 * SOON_S, "suspended_timeout_s": 6 * SOON_S}
+    await scripted.serve(scripted.replica("one", preempts=True), **times, stream_timeout_s=SOON_S)
+    seen, record = await scripted.ask((LONG_S,), stream=False)
+    assert seen.status == 503 and record["state"] == "failed"
+    assert seen.ended - seen.began > 7 * SOON_S
+
+
 @pytest.mark.parametrize(("tier", "preempts"), [("priority", True), ("default", False)])
 async def test_a_stream_that_cannot_be_suspended_is_broken_off(scripted, tier, preempts):
     await scripted.serve(scripted.replica("one", preempts=preempts), **SHORT)
