@@ -2,7 +2,8 @@
 
 - **Priority** gets slots on pools that honour it, so that at most a set share of its requests
   finds none free (``app.scaling.queueing``). It gets at least what it uses now plus the headroom,
-  and, where engines start slowly, at least what it has needed recently.
+  and, where engines start slowly, at least what it has needed recently. Where all these pools
+  preempt, the slots of default and flex are its reserve: only priority itself can be in its way.
 - **Default** gets slots on any pool, so that its average wait is at most a set time. Waiting
   requests count more, the longer they have waited.
 - **Flex** fills idle slots. Alone it keeps at most a set number of replicas, and it may add another
@@ -67,7 +68,8 @@ def _for_priority(
     """Return how many slots priority needs on pools that honour it."""
     if not priority.present and not priority.rate:
         return 0
-    others = default.load + _flex_load(flex)
+    # Whatever others run, priority takes it where engines preempt.
+    others = 0.0 if state.preempts else default.load + _flex_load(flex)
     # Other requests are spread over all pools in proportion to their slots.
     elsewhere = sum(pool.replicas * pool.slots for pool in state.pools if not pool.honours)
 

@@ -42,6 +42,7 @@ class PoolReport:
         cost: cost of a replica per hour; only compared.
         start_s: how long an engine takes to start once its replica is scheduled, in seconds: the
             longest of the replicas that are ready, or were last; 0 if there was none.
+        preempts: 1 if priority takes the slots of running requests there, 0 if not.
     """
 
     slots: float
@@ -49,6 +50,7 @@ class PoolReport:
     honours: float = 1.0
     cost: float = 1.0
     start_s: float = 0.0
+    preempts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,7 @@ def _pool(name: str, pool: PoolReport, bounds: ReplicaBounds | None) -> PoolStat
         most=bounds.most,
         honours=pool.honours > 0,
         cost=pool.cost,
+        preempts=pool.preempts > 0,
     )
 
 

@@ -49,6 +49,7 @@ class PoolState:
         least, most: the operator's bounds of ``replicas``.
         honours: whether priority is delivered there.
         cost: cost of a replica per hour, in any currency; only compared.
+        preempts: whether priority takes the slots of running requests there.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PoolState:
     most: int
     honours: bool = True
     cost: float = 1.0
+    preempts: bool = False
 
     @property
     def slot_cost(self) -> float:
@@ -84,6 +86,12 @@ class ModelState:
     awake: bool = True
     start_s: float = 0.0
     remembered: int = 0
+
+    @property
+    def preempts(self) -> bool:
+        """Whether priority takes running requests' slots on every pool that honours it."""
+        honouring = [pool for pool in self.pools if pool.honours]
+        return bool(honouring) and all(pool.preempts for pool in honouring)
 
 
 class ScalingReason(StrEnum):

@@ -10,6 +10,7 @@ What the goal would ask of anybody shows by *ideal*: Frontline's plan for one wh
     scripts/bench/autoscale.py                         every trace: about six minutes of one core
     scripts/bench/autoscale.py --only "burst, 20"      those whose name contains this
     scripts/bench/autoscale.py --seeds 5               what of it is chance: five of each trace
+    scripts/bench/autoscale.py --trace azure --data DIR     real traffic: see docs/autoscaling.md
 
 Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
 """
@@ -32,8 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
+from scripts.bench import autoscale_traces
 from scripts.bench.fleet import Fleet, Outcome, Policy, Simulation
 from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn
+from scripts.bench.progress import steps
 from scripts.bench.traces import MIX, SLOTS, Trace, traces
 
 SLO_S = 1.0
@@ -222,7 +225,8 @@ def try_seeds(chosen: Sequence[Trace], seeds: int, least: int, flex_extra: int, 
         for name in names
     ]
     with ProcessPoolExecutor(jobs) as pool:
-        rows = iter(pool.map(play, *zip(*runs, strict=True)))
+        played = pool.map(play, *zip(*runs, strict=True))
+        rows = iter(list(steps(played, "seeds", total=len(runs))))
     return chances([[[next(rows) for _ in names] for _ in range(seeds)] for _ in chosen])
 
 
@@ -286,8 +290,23 @@ def main(
     least: Annotated[int, typer.Option(help="Frontline's min_replicas.")] = 1,
     flex_extra_replicas: Annotated[int, typer.Option(help="Frontline's.")] = 0,
     jobs: Annotated[int, typer.Option(help="How many processes simulate.")] = 1,
+    trace: Annotated[str, typer.Option(help="Real traffic: azure, mooncake or servegen.")] = "",
+    data: Annotated[Path, typer.Option(help="Folder with the trace's published files.")] = Path(),
+    replicas: Annotated[str, typer.Option(help="Fleet sizes of real traffic.")] = "1,20,200",
+    starts: Annotated[str, typer.Option(help="Start times of real traffic, in s.")] = "30,120,300",
+    hours: Annotated[str, typer.Option(help="ServeGen's hours to play by request, too.")] = "",
+    only_policies: Annotated[str, typer.Option(help="Policies, instead of all.")] = "",
 ) -> None:
     """Simulate, and print what each policy costs and what it leads to."""
+    if trace:
+        if trace not in autoscale_traces.NAMES:
+            raise typer.BadParameter("azure, mooncake or servegen", param_hint="--trace")
+        sizes, times = [int(n) for n in replicas.split(",")], [float(s) for s in starts.split(",")]
+        sampled = [int(hour) for hour in hours.split(",") if hour]
+        chosen_cases = autoscale_traces.cases(trace, data, sizes, times, sampled)
+        names = [name for name in only_policies.split(",") if name]
+        print(autoscale_traces.compare(chosen_cases, out, jobs, names))
+        return
     chosen = [replace(trace, seed=seed) for trace in traces() if only in trace.name]
     if not chosen:
         raise typer.BadParameter("no trace has that in its name", param_hint="--only")
@@ -298,7 +317,8 @@ def main(
         (trace, name, least, flex_extra_replicas) for trace in chosen for name in policies(trace)
     ]
     with ProcessPoolExecutor(jobs) as pool:
-        rows = list(pool.map(play, *zip(*runs, strict=True)))
+        played = pool.map(play, *zip(*runs, strict=True))
+        rows = list(steps(played, "traces", total=len(runs)))
     by_trace = [[row for row in rows if row.trace == trace.name] for trace in chosen]
     text = f"{table(rows)}\n\n{goals(by_trace)}\n"
     print(text)

@@ -38,6 +38,7 @@ from app.flow.credits import RENEWAL_S
 from app.flow.request import QueuedRequest
 from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
+from scripts.bench.progress import steps
 from scripts.bench.stand_ins import ON_RAY, SLOTS, on_ray, status
 
 _GRACE_S = 30.0
@@ -186,7 +187,9 @@ def main() -> None:
     rows: list[Any] = []
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / ("scale-on-ray.json" if options.ray else "scale-decisions.json")
-    for row in on_ray(options.sizes) if options.ray else _decisions():
+    measured = on_ray(options.sizes) if options.ray else _decisions()
+    total = len(options.sizes if options.ray else _IN_PROCESS)
+    for row in steps(measured, "sizes", total=total):
         rows.append(row)
         print(row, flush=True)
         # Each time, as a run may be ended before it has come to the largest.

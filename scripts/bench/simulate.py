@@ -24,13 +24,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from app.config.queue import QueueSettings
 from app.core.tiers import Tier
+from scripts.bench.progress import steps
 from scripts.bench.simulation import Outcome, Scenario, Simulation
 
 LOADS = (0.9, 1.5, 3.0)
@@ -144,7 +144,7 @@ def main(
     if not chosen:
         raise typer.BadParameter("no scenario has that in its name", param_hint="--only")
     results = []
-    for scenario in track(chosen, "simulating"):
+    for scenario in steps(chosen, "simulating"):
         ideal = Simulation(scenario, settings, ideal=True).run()
         results.append((scenario, ideal, Simulation(scenario, settings, ideal=False).run()))
     show(Console(width=150), results)

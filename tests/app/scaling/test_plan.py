@@ -38,6 +38,7 @@ def pools(draw):
         most=bounds[1],
         honours=draw(st.booleans()),
         cost=draw(st.floats(0.1, 10)),
+        preempts=draw(st.booleans()),
     )
 
 
@@ -182,6 +183,29 @@ def test_where_flex_takes_all_that_is_idle_priority_needs_more_headroom():
     )
     # Two of 16 kept are both taken too often; three of 24 hardly ever.
     assert (alone, beside) == (1, 3)
+
+
+def test_where_engines_preempt_a_backlog_of_flex_is_not_in_the_way_of_priority():
+    # Azure's conversation trace at 20 replicas had this after ten minutes.
+    state = replace(one_pool(slots=64, most=80, replicas=19, preempts=True), headroom=0.0)
+    tiers = {
+        "priority": TierDemand(running=150, rate=44.0, service_s=3.0),
+        "default": TierDemand(running=913, rate=244.0, service_s=3.0),
+    }
+    backlog = TierDemand(waiting=18_000, running=100, oldest_s=10.0, rate=85.0, service_s=3.0)
+    assert replicas(state, **tiers, flex=backlog) == replicas(state, **tiers) < 19
+    kept = replace(state, pools=(replace(state.pools[0], preempts=False),))
+    assert replicas(kept, **tiers, flex=backlog) == 80, "all that may be had"
+
+
+@given(states)
+def test_preemption_never_needs_more(state):
+    # With pools of several sizes, fewer slots for priority may leave more for default to round up.
+    one = state.pools[:1]
+    calm = replace(state, pools=tuple(replace(pool, preempts=False) for pool in one))
+    able = replace(state, pools=tuple(replace(pool, preempts=True) for pool in one))
+    needed = slots(calm, plan(calm, SETTINGS).replicas)
+    assert slots(able, plan(able, SETTINGS).replicas) <= needed
 
 
 def test_flex_that_does_not_wait_counts_by_what_comes_and_not_by_what_is_there():
