@@ -6,15 +6,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from app.cli.progress import counted, counting
 from app.config.journal import JournalSettings
+from app.core.dialect import Route
 from app.core.paths import expand_path
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
@@ -30,7 +32,9 @@ from app.ledger.usage import (
     write_json_lines,
 )
 from app.store.database_url import DEFAULT_URL
+from app.tenants.budget import Owner
 from app.tenants.keys import ApiKey, KeyLimits, create_key
+from app.tenants.scope import KeyScope, joined
 
 if TYPE_CHECKING:
     from app.ledger.dead_letter import RefusedRecord
@@ -57,7 +61,7 @@ _FILE_WIDTH = 240
 
 
 @contextmanager
-def _database(url: str) -> Iterator[Any]:
+def database(url: str) -> Iterator[Any]:
     """Yield an engine for an up-to-date database; print the error and exit if there is none."""
     from app.store.database import StoreAway, connect, migrate
     from app.store.database_url import resolve_url
@@ -70,10 +74,11 @@ def _database(url: str) -> Iterator[Any]:
         finally:
             engine.dispose()
     except (StoreAway, SettingsError, ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
+    """Print an error and exit with 1."""
     typer.echo(f"frontline: {message}", err=True)
     raise typer.Exit(1)
 
@@ -94,20 +99,58 @@ def create(
         str | None,
         typer.Option(help="Share of its requests that may be priority, from 0 to 1."),
     ] = None,
+    in_flight: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight at once.")
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="The models that the key may use, by id, separated by commas; `*` stands for any "
+            "text. Not set: all."
+        ),
+    ] = None,
+    routes: Annotated[
+        str | None,
+        typer.Option(
+            help="The routes that it may use, such as `chat/completions,embeddings`. Not set: all."
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What it may spend: `day=5`, `month=100`, `total=1000`, in USD; with "
+            "`:warn` it only alerts. May be repeated."
+        ),
+    ] = None,
+    expires: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="When it stops working, in UTC."),
+    ] = None,
+    admin: Annotated[
+        bool,
+        typer.Option("--admin", help="It opens `/board`, which shows all tenants' traffic."),
+    ] = False,
     as_json: JsonOutput = False,
     url: Ledger = DEFAULT_URL,
 ) -> None:
     """Create a key and print it. It is printed only once: the secret is not stored."""
     from app.tenants.key_store import KeyStore
 
-    with _database(url) as engine:
+    with database(url) as engine:
         share = None if priority_share is None else _share(priority_share)
         key, text = create_key(
             tenant,
             name=name,
             default_tier=default_tier,
             tiers=_members(Tier, tiers, "tiers"),
-            limits=KeyLimits(rpm, tpm, share),
+            limits=KeyLimits(rpm, tpm, share, in_flight),
+            scope=KeyScope(
+                None if models is None else frozenset(_split(models)),
+                None if routes is None else frozenset(_members(Route, routes, "routes")),
+            ),
+            expires=None if expires is None else expires.replace(tzinfo=UTC),
+            admin=admin,
+            budgets=budget or (),
             created=now_utc(),
         )
         KeyStore(engine).add(key)
@@ -123,15 +166,12 @@ def list_keys(as_json: JsonOutput = False, url: Ledger = DEFAULT_URL) -> None:
     """Show all keys, without their secrets."""
     from app.tenants.key_store import KeyStore
 
-    with _database(url) as engine:
+    with database(url) as engine:
         found, unreadable = KeyStore(engine).listing()
         rows = [_key_fields(key) for key in found]
         for key_id, fault in unreadable.items():
             typer.echo(f"{key_id} cannot be read and does not work: {fault}", err=True)
-    if as_json:
-        write_json_lines(rows, sys.stdout)
-    else:
-        _print_table(rows)
+    print_rows(rows, as_json=as_json)
 
 
 @keys.command("revoke")
@@ -142,9 +182,9 @@ def revoke(
     """Revoke a key. Ingresses apply that within a few seconds."""
     from app.tenants.key_store import KeyStore
 
-    with _database(url) as engine:
+    with database(url) as engine:
         if not KeyStore(engine).revoke(key_id, now_utc()):
-            _fail(f"no key {key_id!r} works")
+            fail(f"no key {key_id!r} works")
     typer.echo(f"{key_id} is revoked")
 
 
@@ -183,11 +223,11 @@ def usage(
     """Show usage and its exact cost."""
     from app.ledger.record_store import RecordStore, Wanted
 
-    with _database(url) as engine:
+    with database(url) as engine:
         store = RecordStore(engine)
         wanted = Wanted(tenant, _day(since), _day(until), model)
         if form in _OF_RECORDS:
-            _OF_RECORDS[form](store.each(wanted), source)
+            _OF_RECORDS[form](counted(store.each(wanted), "exporting"), source)
             return
         totals = store.totals(wanted, _members(Grouping, by, "by"))
     _print_totals(totals, form)
@@ -217,7 +257,7 @@ _OF_RECORDS: dict[Format, Callable[[Iterable[Any], str], None]] = {
 @ledger.command("migrate")
 def migrate_store(url: Ledger = DEFAULT_URL) -> None:
     """Migrate the tables to the current version. Ingresses do that too, when they start."""
-    with _database(url):
+    with database(url):
         typer.echo("the tables are up to date")
 
 
@@ -233,8 +273,8 @@ def adopt_journals(
     from app.ledger.adoption import Adopter
     from app.ledger.record_store import RecordStore
 
-    with _database(url) as engine:
-        adopter = Adopter(Path(expand_path(folder)), RecordStore(engine))
+    with database(url) as engine, counting("moving") as add:
+        adopter = Adopter(Path(expand_path(folder)), RecordStore(engine), on_moved=add)
         moved = adopter.adopt(time.monotonic())
     typer.echo(f"{moved} records")
     if adopter.set_aside:
@@ -260,7 +300,7 @@ def show_refused(
 
     journals = Path(expand_path(folder))
     if retry:
-        with _database(url) as engine:
+        with database(url) as engine:
             written = retry_refused(RecordStore(engine), journals)
         typer.echo(f"{written} records written", err=True)
     kept = list(refused_records(journals))
@@ -276,9 +316,13 @@ def _refused_fields(refused: RefusedRecord) -> dict[str, Any]:
     return {**shown, "why": refused.why}
 
 
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
 def _members(kind: type[Member], text: str, option: str) -> list[Member]:
     try:
-        return [kind(name.strip()) for name in text.split(",")]
+        return [kind(name) for name in _split(text)]
     except ValueError:
         raise ValueError(f"--{option}: expected some of {', '.join(kind)}") from None
 
@@ -305,9 +349,23 @@ def _key_fields(key: ApiKey) -> dict[str, Any]:
         "rpm": key.limits.rpm,
         "tpm": key.limits.tpm,
         "priority_share": None if share is None else plain(share),
+        "in_flight": key.limits.in_flight,
+        "budgets": ",".join(str(one) for one in key.budgets if one.owner is Owner.KEY) or None,
+        "models": joined(key.scope.models),
+        "routes": joined(key.scope.routes),
+        "admin": key.admin,
         "created": key.created.isoformat(timespec="seconds"),
+        "expires": key.expires and key.expires.isoformat(timespec="seconds"),
         "revoked": key.revoked and key.revoked.isoformat(timespec="seconds"),
     }
+
+
+def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Print rows as JSON, one a line, or as a table."""
+    if as_json:
+        write_json_lines(rows, sys.stdout)
+    else:
+        _print_table(rows)
 
 
 def _print_table(rows: list[dict[str, Any]], total: dict[str, Any] | None = None) -> None:

@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from app.contracts.slo import TierAttainment
+from app.contracts.start import StartFailure
 from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
+from app.contracts.status import Availability, ModelSnapshot, Preempted
 from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
 
@@ -74,6 +77,7 @@ class ReplicaRow:
         engine_version: the version that the engine reported.
         native_priority: whether native priority is in force on any route.
         preempts: whether its running requests give way to waiting ones of a better tier.
+        preempted: what its engine has suspended; ``None`` if it does not report it.
         running: how many requests of all ingresses it runs.
         slots: how many requests it can run at once.
         credits: how many of its slots the ingresses hold credits for.
@@ -91,6 +95,7 @@ class ReplicaRow:
     credits: int
     draining: bool = False
     preempts: bool = False
+    preempted: Preempted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,8 @@ class ModelFrame:
 
     Attributes:
         application: the name of its Serve application.
-        state: Serve's state of it; ``ASLEEP`` or ``WAKING`` if it was scaled to zero.
+        state: Serve's state of it; ``ASLEEP`` or ``WAKING`` if it was scaled to zero, ``FAILED``
+            if its engines have failed to start.
         id: its name in requests; ``None`` if its Model did not answer. Then all following fields
             are empty.
         tiers: the tiers, from the front of the queue to its end.
@@ -120,6 +126,10 @@ class ModelFrame:
         replicas: the ready replicas, then the draining ones.
         ingresses: the ingresses that still report.
         missing: for each pool that cannot be placed, the requirements that no node meets.
+        failed: for each pool whose last start failed, why.
+        slo: how many streams met the objective of their tier; tiers without one are left out.
+        downgrades: requests that were not served as requested since the ingresses started, by
+            reason.
     """
 
     application: str
@@ -132,6 +142,9 @@ class ModelFrame:
     replicas: tuple[ReplicaRow, ...] = ()
     ingresses: tuple[IngressRow, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, StartFailure] = field(default_factory=dict)
+    slo: Mapping[Tier, TierAttainment] = field(default_factory=dict)
+    downgrades: Mapping[str, int] = field(default_factory=dict)
 
 
 def make_frame(now: Look, before: Look) -> list[ModelFrame]:
@@ -149,10 +162,9 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
     spans = _spans(board, before)
     replicas = _replicas(board)
     ingresses = tuple(_ingress(one) for one in board.ingresses)
-    sleep = board.snapshot.sleep
     return ModelFrame(
         application,
-        sight.state if sleep is None else "WAKING" if sleep.waking else "ASLEEP",
+        _state(board.snapshot, sight.state),
         id=board.snapshot.id,
         tiers={tier: _tier(tier, board.ingresses, spans) for tier in Tier},
         slots=sum(replica.slots for replica in replicas),
@@ -161,7 +173,16 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
         replicas=replicas,
         ingresses=ingresses,
         missing=board.snapshot.missing,
+        failed=board.snapshot.failed,
+        slo=board.slo,
+        downgrades=board.downgrades,
     )
+
+
+def _state(snapshot: ModelSnapshot, of_serve: str) -> str:
+    if snapshot.sleep is not None:
+        return "WAKING" if snapshot.sleep.waking else "ASLEEP"
+    return "FAILED" if snapshot.state is Availability.FAILED else of_serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +258,7 @@ def _replicas(board: ModelBoard) -> tuple[ReplicaRow, ...]:
             slots=status.slots,
             credits=credits[status.replica_id],
             preempts=status.preempts,
+            preempted=status.preempted,
         )
         for status in ready.values()
     ]

@@ -81,9 +81,22 @@ def _application_problems(
             message = f"expected one of {expected} (got {deployment['name']!r})"
             yield Problem((*key, "name"), message)
         yield from _user_config_problems((*key, "user_config"), deployment, host)
+    if MODEL_DEPLOYMENT in known:
+        yield from _price_problems(where, application)
     yield from _scaling_problems(where, application)
     if known:
         yield from _span_problems(where, application)
+
+
+def _price_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check that a model has prices, or says that it is free."""
+    message = "a model has a rate_card: its prices, or `{free: true}`"
+    for place, deployment in enumerate(application.get("deployments") or ()):
+        if deployment["name"] == MODEL_DEPLOYMENT:
+            if "rate_card" not in (deployment.get("user_config") or {}):
+                yield Problem((*where, "deployments", place, "user_config", "rate_card"), message)
+            return
+    yield Problem((*where, "deployments"), f"{message}, in the user_config of {MODEL_DEPLOYMENT}")
 
 
 def _span_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:

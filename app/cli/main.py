@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import billing
+from app.cli import billing, budgets
+
+if TYPE_CHECKING:
+    from app.cli.plan import ModelPlan
 
 main = typer.Typer(no_args_is_help=True, add_completion=False)
 main.add_typer(billing.keys, name="keys")
+main.add_typer(budgets.budgets, name="budgets")
 main.add_typer(billing.ledger, name="ledger")
 main.command()(billing.usage)
 
@@ -43,6 +48,17 @@ def check(
 def plan(
     config: Annotated[Path, typer.Argument(help="A Serve config file.", exists=True)],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            help="Instead: play usage records (frontline usage --format records-json) to the "
+            "autoscaling policy, and show what it would have done, and why.",
+        ),
+    ] = None,
+    start_s: Annotated[
+        float, typer.Option(min=0.0, help="With --replay: seconds that a replica takes to start.")
+    ] = 120.0,
 ) -> None:
     """Show what a config file would start: command lines, resources, replicas, priority.
 
@@ -51,12 +67,36 @@ def plan(
     text = _checked(config)
     from app.cli.plan import make_plan, plan_front
     from app.cli.plan_view import to_json, to_text
+    from app.haproxy.config import BadSetting, whole_number
 
     models = make_plan(text)
-    here = os.environ.get("RAY_SERVE_HAPROXY_MAXCONN")
-    front = plan_front(text, models, int(here) if here else None)
+    if replay is not None:
+        _replay(models, replay, start_s, as_json)
+        return
+    try:
+        here = whole_number(os.environ, "RAY_SERVE_HAPROXY_MAXCONN", default=0, least=1) or None
+    except BadSetting as error:
+        typer.echo(f"frontline plan: {error}", err=True)
+        raise typer.Exit(1) from None
+    front = plan_front(text, models, here)
     shown = json.dumps(to_json(models, front), indent=2) if as_json else to_text(models, front)
     typer.echo(shown)
+
+
+def _replay(models: Sequence[ModelPlan], path: Path, start_s: float, as_json: bool) -> None:
+    from app.cli.replay import BadRecords, read_records, replay, to_json, to_text
+
+    try:
+        with path.open("rb") as file:
+            requests = read_records(file)
+    except BadRecords as error:
+        typer.echo(f"frontline plan: {path}: {error}", err=True)
+        raise typer.Exit(1) from None
+    replays = [one for model in models if (one := replay(model, requests, start_s))]
+    if not replays:
+        typer.echo(f"frontline plan: {path} has no record of a model of this file", err=True)
+        raise typer.Exit(1)
+    typer.echo(json.dumps(to_json(replays), indent=2) if as_json else to_text(replays))
 
 
 def _checked(config: Path) -> str:
@@ -122,11 +162,34 @@ def top(
 
 
 @main.command()
-def doctor() -> None:
-    """Show the listening ports of this machine, and report those that are open needlessly.
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True,
+            help="A Serve config file: look whether its engines would start on this machine.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With a config file: print it as JSON.")
+    ] = False,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="With a config file: leave out what is well.")
+    ] = False,
+) -> None:
+    """Look at this machine: whether a config file's engines would start, or what is open.
 
-    Exits with status 1 if it finds any. It only reads: it starts and changes nothing.
+    With a config file it looks at interpreters, versions, drivers, GPUs, models, memory, ports and
+    disks. Without one it shows the listening ports, and those that are open needlessly. It exits
+    with status 1 if it finds an error, or an opening. It starts and changes nothing.
     """
+    if config is not None:
+        text = _checked(config)
+        from app.cli import preflight
+
+        if not preflight.run(text, as_json=as_json, brief=brief):
+            raise typer.Exit(1)
+        return
     from app.cli.doctor import run
 
     if not run():

@@ -17,6 +17,7 @@ from app.cli.applications import build_application
 from app.config.model import ModelArgs, ModelSettings
 from app.config.queue import QueueSettings
 from app.config.redaction import redact, redact_words
+from app.config.scaling import ScalingSettings
 from app.contracts.launch import LaunchPlan
 from app.core.names import MODEL_DEPLOYMENT
 from app.core.tiers import PriorityMode
@@ -59,7 +60,7 @@ class PoolPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model: its application, its name in requests, its pools, and its queue's settings."""
+    """One model: its application, its name in requests, its pools, and two of its settings."""
 
     application: str
     id: str
@@ -67,6 +68,7 @@ class ModelPlan:
     flex: bool
     pools: tuple[PoolPlan, ...]
     queue: QueueSettings
+    scaling: ScalingSettings
 
     def most_requests(self, ingresses: int) -> int:
         """Return how many requests may run or wait at once, over this many ingresses."""
@@ -128,7 +130,10 @@ def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
         _pool(deployments[pool.name], options.get(pool.name, {}), pool.slots, tiers.priority)
         for pool in args.pools
     )
-    yield ModelPlan(application["name"], args.id, tiers.priority, tiers.flex, pools, settings.queue)
+    yield ModelPlan(
+        application["name"], args.id, tiers.priority, tiers.flex, pools, settings.queue,
+        settings.scaling,
+    )  # fmt: skip
 
 
 def _pool(deployment: Any, options: Mapping[str, Any], slots: int, mode: PriorityMode) -> PoolPlan:

@@ -20,6 +20,7 @@ def to_json(models: Sequence[ModelPlan], front: FrontPlan) -> dict[str, Any]:
     plain = [asdict(model) for model in models]
     for one, model in zip(plain, models, strict=True):
         one["queue"] = model.queue.model_dump(mode="json")
+        one["scaling"] = model.scaling.model_dump(mode="json")
     return {"models": plain, "front": asdict(front)}
 
 

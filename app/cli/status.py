@@ -19,9 +19,11 @@ from rich.console import Console
 from app.cli.board import ModelFrame, make_frame
 from app.cli.cluster import Cluster, NothingToShow, connect, silence_ray
 from app.cli.diff import Difference, differences
+from app.cli.starts import Starts
 from app.contracts.stats import REPORT_S
 from app.ray_compat.cluster import available_resources
 from app.ray_compat.controller import serve_controller
+from app.ray_compat.serve_logs import session_logs
 
 _APART_S: Final = REPORT_S + 0.5
 """Time between the two polls of the queues: every ingress sends a new report in between."""
@@ -87,12 +89,21 @@ class ApplicationRow:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """The whole deployment; ``differs`` is ``None`` if no config file was given."""
+    """The whole deployment.
+
+    Attributes:
+        address: the cluster's host and port.
+        nodes: its nodes.
+        applications: its applications.
+        differs: how a config file differs from it; ``None`` if none was given.
+        starting: what the engines that are starting on this machine do, in words.
+    """
 
     address: str
     nodes: tuple[NodeRow, ...]
     applications: tuple[ApplicationRow, ...]
     differs: tuple[Difference, ...] | None = None
+    starting: tuple[str, ...] = ()
 
 
 def run(address: str | None, config: Path | None, *, as_json: bool) -> None:
@@ -138,6 +149,7 @@ async def take(cluster: Cluster, file: Mapping[str, Any] | None) -> ClusterStatu
         nodes=await asyncio.to_thread(_nodes),
         applications=applications,
         differs=None if file is None else tuple(differences(file, details)),
+        starting=tuple(await asyncio.to_thread(Starts(session_logs).progress)),
     )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from app.cli.diff import Difference
 from app.cli.status import ApplicationRow, ClusterStatus, DeploymentRow, NodeRow
 from app.cli.top import plain_table, render_model
+from app.contracts.start import StartFailure, find_failure
 
 _WELL = ("RUNNING", "HEALTHY")
 
@@ -22,6 +23,7 @@ def render(status: ClusterStatus) -> RenderableType:
     parts += [_nodes(status.nodes), Text(), _deployments(status.applications)]
     for application in status.applications:
         parts += _troubles(application)
+    parts += [Text(f" starting: {one}") for one in status.starting]
     for application in status.applications:
         if application.model is not None:
             parts += [Text(), *render_model(application.model)]
@@ -71,12 +73,22 @@ def _troubles(application: ApplicationRow) -> Iterator[RenderableType]:
     for pool, missing in application.model.missing.items() if application.model else ():
         words = f" {application.name}: no node offers what pool {pool} asks for: {missing}"
         yield Text(words, style="red")
-    if application.state not in _WELL and application.message:
+    failures = _failures(application)
+    for failure in failures.values():
+        yield Text(f" {application.name}: {failure.report()}", style="red")
+    if application.state not in _WELL and application.message and not failures:
         yield Text(f" {application.name}: {_first_line(application.message)}", style="yellow")
     for one in application.deployments:
-        if one.state not in _WELL and one.message:
+        if one.state not in _WELL and one.message and one.name not in failures:
             words = f" {application.name}, {one.name}: {_first_line(one.message)}"
             yield Text(words, style="yellow")
+
+
+def _failures(application: ApplicationRow) -> dict[str, StartFailure]:
+    """Return why engines failed to start, by pool: from the Model, or from Serve's messages."""
+    found = {one.name: find_failure(one.message) for one in application.deployments}
+    told = application.model.failed if application.model is not None else {}
+    return {name: failure for name, failure in found.items() if failure} | dict(told)
 
 
 def _first_line(message: str) -> str:

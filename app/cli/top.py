@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,8 +22,11 @@ from rich.text import Text
 
 from app.cli.board import ModelFrame, ReplicaRow, Sheds, TierRow, make_frame
 from app.cli.cluster import Cluster, NothingToShow, connect, silence_ray
+from app.contracts.slo import TierAttainment
 from app.contracts.stats import REPORT_S
+from app.contracts.status import Preempted
 from app.core.shed_reason import ShedReason
+from app.core.tiers import Tier
 
 _RATE_S: Final = 5.0
 """The period over which the live view measures rates: steady enough to read, short enough to
@@ -111,7 +115,11 @@ def render_model(model: ModelFrame) -> list[RenderableType]:
     """Return the panel of one model: its summary, its queue, its replicas."""
     if model.id is None:
         return [_headline(model)]
-    return [_headline(model), _tiers(model), _replicas(model.replicas)]
+    lines = [_objective(tier, one) for tier, one in model.slo.items()]
+    if model.downgrades:
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in model.downgrades.items())
+        lines.append(Text(f" not served as requested: {counts}"))
+    return [_headline(model), _tiers(model), *lines, _replicas(model.replicas)]
 
 
 def _headline(model: ModelFrame) -> Text:
@@ -152,6 +160,21 @@ def _tiers(model: ModelFrame) -> Table:
     return table
 
 
+def _objective(tier: Tier, one: TierAttainment) -> Text:
+    wanted = f"{_percent(one.objective)} of streams begin within {_seconds(one.ttft_ms / 1000)}"
+    line = Text(f" {tier.value} objective: {wanted}. Last hour: ")
+    if one.attained is None:
+        return line.append("no data", style="dim")
+    streams = one.recent.met + one.recent.missed
+    line.append(f"{_percent(one.attained)} of {streams:,}, ")
+    return line.append(*(("met", "green") if one.kept else ("not met", "red")))
+
+
+def _percent(share: float) -> str:
+    # Rounded down: 99.996 % is not all, and 98.999 % is not 99 %.
+    return f"{math.floor(1e4 * share + 1e-6) / 100:g} %"
+
+
 def _sheds(row: TierRow) -> Text:
     shown = Text()
     for reason, sheds in row.sheds.items():
@@ -168,12 +191,12 @@ def _shed(reason: ShedReason, sheds: Sheds) -> str:
 def _replicas(replicas: Sequence[ReplicaRow]) -> RenderableType:
     if not replicas:
         return Text(" no replica is ready", style="yellow")
-    columns = ("replica", "pool", "engine", "priority", "running", "credits")
+    columns = ("replica", "pool", "engine", "priority", "running", "credits", "preempted")
     table = plain_table(*columns, left=columns[:4])
     for replica in replicas[:_MOST_REPLICAS]:
         if replica.draining:
             what = Text("draining", style="yellow")
-            table.add_row(Text(replica.replica_id), "", what, "", str(replica.running), "")
+            table.add_row(Text(replica.replica_id), "", what, "", str(replica.running), "", "")
             continue
         words = "native, preempts" if replica.preempts else "native"
         proved = replica.native_priority
@@ -185,12 +208,20 @@ def _replicas(replicas: Sequence[ReplicaRow]) -> RenderableType:
             Text(words if proved else "none", style="green" if proved else "dim"),
             f"{replica.running}/{replica.slots}",
             str(replica.credits),
+            _preempted(replica.preempted),
         )
     if more := replicas[_MOST_REPLICAS:]:
         running, slots = sum(one.running for one in more), sum(one.slots for one in more)
         credits = str(sum(one.credits for one in more))
-        table.add_row(f"and {len(more)} more", "", "", "", f"{running}/{slots}", credits)
+        table.add_row(f"and {len(more)} more", "", "", "", f"{running}/{slots}", credits, "")
     return table
+
+
+def _preempted(counts: Preempted | None) -> str:
+    if counts is None:
+        return "-"
+    now = f", {counts.suspended} now" if counts.suspended else ""
+    return f"{counts.preemptions}{now}"
 
 
 def _seconds(value: float | None) -> str:

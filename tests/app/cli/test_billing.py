@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -8,11 +9,12 @@ from sqlalchemy import make_url
 from typer.testing import CliRunner
 
 from app.cli.main import main
+from app.core.dialect import Route
 from app.ledger.record_store import RecordStore
 from app.store.database import connect, migrate
 from app.tenants.key_store import KeyStore
 from tests.app.ledger.test_journal import writer
-from tests.support.records import completed, opened, shed
+from tests.support.records import NOON, completed, opened, shed
 
 pytestmark = pytest.mark.unit
 
@@ -42,26 +44,41 @@ def run(url):
 
 def test_a_key_is_shown_once_and_works_until_it_is_revoked(run, engine):
     text = run("keys", "create", "--tenant", "acme", "--rpm", "60").strip()
-    key = KeyStore(engine).table().find(text)
+    key = KeyStore(engine).table().find(text, NOON)
     assert key is not None
     assert (key.tenant, key.limits.rpm) == ("acme", 60)
     listed = run("keys", "list")
     assert key.key_id in listed and text not in listed and key.secret_hash not in listed
     run("keys", "revoke", key.key_id)
-    assert KeyStore(engine).table().find(text) is None
+    assert KeyStore(engine).table().find(text, NOON) is None
     assert "no key" in run("keys", "revoke", key.key_id, fails=True)
+
+
+@pytest.mark.parametrize("options", [[], ["--admin"]])
+def test_only_a_key_that_was_created_so_is_an_admin_key(run, engine, options):
+    text = run("keys", "create", "--tenant", "ops", *options).strip()
+    [key] = KeyStore(engine).table().by_id.values()
+    assert key.admin is bool(options) and key.key_id in text
+    assert json.loads(run("keys", "list", "--json"))["admin"] is bool(options)
 
 
 def test_a_key_with_everything(run, engine):
     said = run(
         "keys", "create", "--tenant", "acme", "--name", "ci", "--default-tier", "flex",
-        "--tiers", "flex", "--tpm", "9", "--priority-share", "0.25", "--json",
+        "--tiers", "flex", "--tpm", "9", "--priority-share", "0.25", "--in-flight", "3",
+        "--models", "acme/*, m", "--routes", "chat/completions,embeddings",
+        "--expires", "2100-01-01", "--budget", "month=10", "--budget", "day=0.5:warn", "--json",
     )  # fmt: skip
     fields = json.loads(said)
     (key,) = KeyStore(engine).all()
-    assert KeyStore(engine).table().find(fields["key"]) == key
+    assert KeyStore(engine).table().find(fields["key"], NOON) == key
     assert fields["tiers"] == "default,flex"
-    assert key.limits.priority_share == Decimal("0.25")
+    assert (key.limits.priority_share, key.limits.in_flight) == (Decimal("0.25"), 3)
+    assert key.scope.models == {"acme/*", "m"}
+    assert key.scope.routes == {Route.CHAT, Route.EMBEDDINGS}
+    assert (fields["models"], fields["routes"]) == ("acme/*,m", "chat/completions,embeddings")
+    assert key.expires == datetime(2100, 1, 1, tzinfo=UTC)
+    assert fields["budgets"] == "day=0.5:warn,month=10"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +89,10 @@ def test_a_key_with_everything(run, engine):
         (["--priority-share", "2"], "from 0 to 1"),
         (["--priority-share", "x"], "from 0 to 1"),
         (["--name", "a\nb"], "printable"),
+        (["--budget", "10"], "expected day|month|total=USD"),
+        (["--budget", "day=1", "--budget", "day=2"], "at most one for each period"),
+        (["--models", ""], "no id"),
+        (["--routes", "chat"], "--routes: expected some of chat/completions,"),
     ],
 )
 def test_a_wrong_key_is_not_made(run, engine, words, message):

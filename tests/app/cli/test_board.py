@@ -6,7 +6,7 @@ from app.cli.board import Sheds, Sight, make_frame
 from app.config.model import ModelSettings
 from app.contracts.credits import Demand
 from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
-from app.contracts.status import ModelSnapshot, ReplicaStatus, Sleep
+from app.contracts.status import ModelSnapshot, Preempted, ReplicaStatus, Sleep
 from app.core.dialect import Dialect, Route
 from app.core.shed_reason import ShedReason
 from app.core.tiers import Tier
@@ -36,7 +36,11 @@ def replica(name, *, native=True, slots=4):
         frozenset(Route) if native else frozenset(),
         preempts=native,
     )
-    return ReplicaStatus(name, "pool", "http://secret", "secret", slots, "0.32", None, dialect)
+    preempted = Preempted(3, 1, 2.5) if native else None
+    return ReplicaStatus(
+        *(name, "pool", "http://secret", "secret", slots, "0.32", None, dialect),
+        preempted=preempted,
+    )
 
 
 def ingress(
@@ -90,6 +94,7 @@ def test_a_model_is_summed_up_over_its_ingresses():
     ]
     assert [r.native_priority for r in frame.replicas] == [True, False]
     assert [r.preempts for r in frame.replicas] == [True, False]
+    assert [r.preempted for r in frame.replicas] == [Preempted(3, 1, 2.5), None]
     assert [(i.ingress, i.running, i.waiting, i.credits) for i in frame.ingresses] == [
         ("one", 3, 6, 4),
         ("two", 2, 2, 2),

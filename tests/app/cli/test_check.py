@@ -10,8 +10,10 @@ from app.cli.main import main
 pytestmark = pytest.mark.unit
 
 FOLDER = Path(__file__).parents[3] / "configs"
-# Manifests for Kubernetes have theirs inside: tests/configs.
-CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if "kuberay" not in path.parts)
+# Manifests for Kubernetes have theirs inside, and monitoring has none: tests/configs.
+CONFIGS = sorted(
+    path for path in FOLDER.rglob("*.yaml") if not {"kuberay", "monitoring"} & set(path.parts)
+)
 LOCAL = (FOLDER / "local.yaml").read_text()
 
 
@@ -39,12 +41,14 @@ def findings(old, new):
             "expected one of vllm, sglang, tensorrt_llm, simulated",
         ),
         ("max_model_len", "port", "port: 4096", "Frontline sets this itself"),
-        ("{auth: open}", "{auth: shut}", "user_config: {auth: shut}", "got 'shut'"),
-        ("host: 127.0.0.1", "host: 0.0.0.0", "user_config: {auth: open}", "open_to_network"),
+        ("auth: open", "auth: shut", "auth: shut", "got 'shut'"),
+        ("host: 127.0.0.1", "host: 0.0.0.0", "auth: open", "open_to_network"),
         ("priority: auto", "priority: on", None, "user_config.tiers.priority"),
         ("- name: Model", "- name: Modell", "- name: Modell", "expected one of Model, vllm"),
         ("app.ingress:build", "app.ingres:build", None, "cannot be imported"),
         ("input: 0.02", "input: -0.02", None, "rate_card.input"),
+        ("input: 0.02", "cached_input: 0.02", None, "rate_card.input: must be set"),
+        ("      rate_card: {", "      # {", None, "a model has a rate_card: its prices, or"),
         ("num_replicas: 1", "num_replicas: x", "- name: Ingress", "num_replicas"),
         ("applications:", "aplications: [", None, "not valid YAML"),
     ],
@@ -59,6 +63,7 @@ SCALED = """
   deployments:
   - name: Model
     user_config:
+      rate_card: {free: true}
       scaling: {SCALING}
   - name: vllm
     autoscaling_config: {max_replicas: 2, CONFIG}
@@ -97,6 +102,7 @@ def spanning(pool="vllm", **deployment):
     """The findings in a model whose engine runs on two nodes."""
     pools = [{"name": "wide", "engine": pool, "model": "m", "nodes": 2}]
     deployments = [{"name": "wide", **deployment}] if deployment else []
+    deployments.append({"name": "Model", "user_config": {"rate_card": {"free": True}}})
     application = {
         "name": "wide",
         "route_prefix": None,

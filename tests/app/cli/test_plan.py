@@ -143,7 +143,7 @@ def test_how_many_replicas_there_are_to_be(setting, replicas):
         ("max_model_len: 32768", "scheduling_policy: fcfs", "vllm", "without native priority"),
         ("context_length: 32768", "enable_priority_scheduling: false", "sglang", "without native"),
         (
-            "enable_chunked_prefill: true",
+            "kv_cache_config: {free_gpu_memory_fraction: 0.85, enable_block_reuse: true}",
             "scheduler_config: {waiting_queue_policy: fcfs}",
             "tensorrt-llm",
             "without native",
@@ -161,7 +161,11 @@ def test_secrets_are_not_shown():
     argument = "max_model_len: 32768\n        hf_token: s3cr3t"
     config = "enable_chunked_prefill: true\n          internal_request_auth_key: s3cr3t"
     changed = THREE.replace(pool, hidden).replace("max_model_len: 32768", argument)
-    models = make_plan(changed.replace("enable_chunked_prefill: true", config))
+    models = make_plan(
+        changed.replace(
+            "kv_cache_config: {free_gpu_memory_fraction: 0.85, enable_block_reuse: true}", config
+        )
+    )
     shown = to_text(models)
     assert "s3cr3t" not in shown and "PLAIN=seen" in shown
     assert "FRONTLINE_ENGINE_KEY='(not shown)'" in shown
@@ -228,6 +232,15 @@ def test_too_low_a_maxconn_is_told(monkeypatch):
     monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", "32768")
     assert "too low" not in plan(CLUSTER).output
     assert json.loads(plan("--json", CLUSTER).output)["front"]["maxconn_here"] == 32768
+
+
+@pytest.mark.parametrize("value", ["many", "1e4", "-1", "0", "4096.5"])
+def test_a_maxconn_that_is_no_number_is_named(monkeypatch, value):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_MAXCONN", value)
+    shown = plan(CLUSTER)
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    problem = f"RAY_SERVE_HAPROXY_MAXCONN: expected a whole number of at least 1, not {value!r}"
+    assert shown.stderr == f"frontline plan: {problem}\n"
 
 
 def test_a_maxconn_that_is_not_set_is_not_made_up(monkeypatch):

@@ -9,6 +9,7 @@ from app.cli.board import ModelFrame
 from app.cli.diff import Difference
 from app.cli.status import ApplicationRow, ClusterStatus, DeploymentRow, NodeRow
 from app.cli.status_view import render
+from app.contracts.start import StartFailure, StartProblem
 
 pytestmark = pytest.mark.unit
 
@@ -52,3 +53,33 @@ def test_differences_are_told_only_where_a_file_was_named():
     assert ["applications.m.args.pools.vllm.slots", "16", "8"] in [
         line.split() for line in shown.splitlines()
     ]
+
+
+FAILURE = StartFailure(
+    "vllm", StartProblem.MISSING_MODULE, "No module named 'vllm' [1]", "install it", "/logs/a.log",
+    "10.0.0.2", ("Traceback", "ModuleNotFoundError"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("told_by", ["model", "serve"])
+def test_a_failed_start_is_said_once_with_its_log_and_what_to_do(told_by):
+    """d26830b: only the first line of Serve's message, which is the same for every cause."""
+    message = f"A replica failed to start with exception. Error:\n{FAILURE.to_text()}"
+    pool = DeploymentRow("vllm", "UPDATING", 0, 1, {}, message, ())
+    model = ModelFrame("bad", "FAILED", id="org/bad", failed={"vllm": FAILURE})
+    rows = ApplicationRow(
+        "bad", "DEPLOYING", message, (pool,), model if told_by == "model" else None
+    )
+    shown = io.StringIO()
+    console = Console(file=shown, width=160)
+    console.print(render(ClusterStatus("10.0.0.1:6379", (HEAD,), (rows,), None)))
+    assert shown.getvalue().count("failed to start") == 1
+    for line in FAILURE.report().splitlines():
+        assert line in shown.getvalue()
+
+
+def test_engines_that_are_starting_say_what_they_do():
+    status = ClusterStatus("10.0.0.1:6379", (HEAD,), (), None, ("m, pool p: loading weights 4 %",))
+    shown = io.StringIO()
+    Console(file=shown, width=160).print(render(status))
+    assert "starting: m, pool p: loading weights 4 %" in shown.getvalue()
