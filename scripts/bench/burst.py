@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
 
 from scripts.bench.effort import Processes
 from scripts.bench.load import Answer, Endpoint, Load, Workload
+from scripts.bench.progress import steps
 from scripts.bench.trial import Say, Window, watched
 
 _LONGEST_FILLING_S = 120.0
@@ -104,15 +105,22 @@ async def run_bursts(
     plan: BurstPlan,
     say: Say,
     processes: Processes = dict,
+    after_turn: Callable[[list[BurstTrial]], object] = lambda trials: None,
 ) -> list[BurstTrial]:
-    """Measure every endpoint in turn, round by round."""
+    """Measure every endpoint in turn, round by round.
+
+    ``after_turn`` gets what was measured so far, so that a run that is cut short is not lost.
+    """
     turns = [_Turns(one, workload, plan, say, processes) for one in contenders]
     try:
         for turn in turns:
             await turn.warm_up()
-        for number in range(plan.rounds):
-            for turn in turns[:: -1 if number % 2 else 1]:
-                await turn.take()
+        order = [
+            turn for number in range(plan.rounds) for turn in turns[:: -1 if number % 2 else 1]
+        ]
+        for turn in steps(order, "bursts"):
+            await turn.take()
+            after_turn([turn.trial for turn in turns if turn.trial.bursts])
     finally:
         for turn in turns:
             await turn.load.close()

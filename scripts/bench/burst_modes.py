@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvloop
@@ -15,6 +17,7 @@ from rich.console import Console
 from scripts.bench import burst_report, burst_summary, fill, report
 from scripts.bench.burst import BurstPlan, BurstTrial, Contender, run_bursts
 from scripts.bench.load import Workload
+from scripts.bench.summary import Goal
 from scripts.bench.targets import Contenders
 
 Start = AbstractContextManager[Contenders]
@@ -63,9 +66,10 @@ def run_burst(
             "workload": asdict(workload),
             "engine": contenders.engine,
         }
+        keep = partial(_write, options, about, contenders.simulated)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             trials = runner.run(
-                run_bursts(chosen, workload, plan, console.log, contenders.processes)
+                run_bursts(chosen, workload, plan, console.log, contenders.processes, keep)
             )
     return _tell(console, options, about, trials, contenders.simulated)
 
@@ -103,20 +107,27 @@ def _tell(
     trials: list[BurstTrial], simulated: bool,
 ) -> bool:  # fmt: skip
     """Show and write the results of bursts; return whether every goal is met."""
-    rows = [burst_summary.row_of(trial) for trial in trials]
-    goals = burst_summary.goals_of(rows, simulated=simulated)
+    rows, goals, path = _write(options, about, simulated, trials)
     console.print(burst_report.table(rows))
     burst_report.show(console, trials)
     report.show_goals(console, goals)
+    size = about["plan"]["size"]
+    title = (
+        f"{size} priority requests at once, {options.clients} default clients; {about['engine']}"
+    )
+    burst_report.draw(path.with_suffix(".svg"), title, trials)
+    console.print(f"{path} (and .md, .svg)")
+    return all(goal.met for goal in goals)
+
+
+def _write(
+    options: argparse.Namespace, about: dict[str, Any], simulated: bool, trials: list[BurstTrial],
+) -> tuple[list[burst_summary.BurstRow], list[Goal], Path]:  # fmt: skip
+    rows = [burst_summary.row_of(trial) for trial in trials]
+    goals = burst_summary.goals_of(rows, simulated=simulated)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"burst-{options.target or 'url'}.json"
     burst_report.write(path, about, trials, rows, goals)
     tables = (burst_report.markdown(rows), burst_report.goals_markdown(goals))
     path.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
-    size = about["plan"]["size"]
-    title = (
-        f"{size} priority requests at once, {options.clients} default clients; {about['engine']}"
-    )
-    burst_report.draw(path.with_suffix(".png"), title, trials)
-    console.print(f"{path} (and .md, .png)")
-    return all(goal.met for goal in goals)
+    return rows, goals, path

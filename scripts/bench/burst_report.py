@@ -58,9 +58,11 @@ def table(rows: Sequence[BurstRow]) -> Table:
 
 
 def markdown(rows: Sequence[BurstRow]) -> str:
-    """Return the table as it stands in the documentation."""
-    lines = [_COLUMNS, ["---", *["--:"] * (len(_COLUMNS) - 1)]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (*lines, *map(cells, rows)))
+    """Return the table as it stands in the documentation, one endpoint a column."""
+    by_endpoint = zip(_COLUMNS, *map(cells, rows), strict=True)
+    [_, *names], *figures = (list(line) for line in by_endpoint)
+    lines = [["", *names], ["---", *["--:"] * len(names)], *figures]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def goals_markdown(goals: Sequence[Goal]) -> str:
@@ -108,6 +110,7 @@ def draw(path: Path, title: str, trials: Sequence[BurstTrial]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "frontline"
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(8, 4))
@@ -122,5 +125,6 @@ def draw(path: Path, title: str, trials: Sequence[BurstTrial]) -> None:
     panel.legend(loc="best", fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    # Without times and random ids: the same figures make the same file.
+    figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

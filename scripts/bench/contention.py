@@ -6,6 +6,7 @@
     scripts/bench/contention.py --mode burst --target vllm  bursts of priority, with and without
                                                             preemption, and through the peers
     scripts/bench/contention.py --mode fill --target vllm   flex fills what the others leave idle
+    scripts/bench/contention.py --pool FILE                 bursts over gpu_check's pool
 
 Run it in the tests' environment: `FRONTLINE_ENV=test . scripts/activate`.
 """
@@ -29,6 +30,7 @@ from rich.console import Console
 from scripts.bench import burst_modes, report, targets
 from scripts.bench.burst import Contender
 from scripts.bench.load import Endpoint, RefusedAddress, Workload, require_loopback
+from scripts.bench.progress import steps
 from scripts.bench.summary import goals_of, rows_of
 from scripts.bench.targets import ENGINE_TIERS, FRONTLINE_TIERS, Contenders, Target
 from scripts.bench.trial import Plan, Trial, run_trial
@@ -55,6 +57,11 @@ _DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "tokens": 200, "spread": 0.25, "prompt_words": 12, "clients": 24, "alone_s": 10.0,
             "bursts": 3, "every_s": 5.0, "idle_bursts": 2,
         },
+        # An engine on a GPU has its slots full at once, and more of them.
+        "pool": {
+            "tokens": 200, "spread": 0.25, "prompt_words": 48, "alone_s": 10.0,
+            "bursts": 8, "every_s": 5.0, "idle_bursts": 4,
+        },
     },
     "fill": {
         "simulated": {"tokens": 100, "prompt_words": 48, "alone_s": 12.0},
@@ -72,6 +79,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--target", choices=_STARTED, help="start this, measure it, end it")
     what.add_argument("--base-url", help="an OpenAI base URL, with /v1")
+    what.add_argument("--pool", type=Path, help="bursts over the pool in this file")
     parser.add_argument(
         "--mode",
         choices=_DEFAULTS,
@@ -88,6 +96,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a goal is missed")
     given = parser.parse_args(arguments)
+    if given.pool:
+        given.mode, given.target = "burst", "pool"
     defaults = _COMMON | _DEFAULTS[given.mode][given.target or "simulated"]
     for name, value in defaults.items():
         if getattr(given, name) is None:
@@ -170,7 +180,8 @@ def measure(
     """Send the same load to each endpoint, one after the other."""
     trials = []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        for endpoint in target.endpoints[: 1 if first_only else None]:
+        endpoints = target.endpoints[: 1 if first_only else None]
+        for endpoint in steps(endpoints, "contention", console):
             trial = run_trial(endpoint, workload, plan, console.log, target.processes)
             trials.append(runner.run(trial))
     return trials
@@ -204,7 +215,10 @@ def _title(options: argparse.Namespace, about: dict[str, Any]) -> str:
 def run_by_turns(options: argparse.Namespace, workload: Workload, console: Console) -> int:
     """Measure bursts, or flex that fills what is idle, and return the exit status."""
     address, target = options.base_url, options.target
-    start = _CONTENDERS[target]() if target else running_contender(address, options)
+    if options.pool:
+        start: burst_modes.Start = targets.burst_pool(options.pool)
+    else:
+        start = _CONTENDERS[target]() if target else running_contender(address, options)
     if options.mode == "burst":
         met = burst_modes.run_burst(options, start, workload, console)
         return 0 if met or not options.check else 1

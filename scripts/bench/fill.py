@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from scripts.bench.burst import Contender
 from scripts.bench.burst_summary import tokens_per_s
 from scripts.bench.effort import Processes
 from scripts.bench.load import Answer, Load, Workload
+from scripts.bench.progress import steps
 from scripts.bench.report import finite, milliseconds
 from scripts.bench.summary import percentile
 from scripts.bench.trial import Say, Window, watched
@@ -76,11 +78,12 @@ async def run_fill(
 ) -> list[FillTrial]:
     """Measure every endpoint in turn, each phase for ``alone_s`` seconds after settling."""
     trials = []
+    phases = steps(len(contenders) * ORDER, "fill")
     for contender in contenders:
         load = Load(contender.endpoint, workload, most=50_000)
         trial = FillTrial(contender.endpoint.name, load.answers)
         try:
-            for phase in ORDER:
+            for phase in islice(phases, len(ORDER)):
                 say(f"{trial.endpoint}: {phase}")
                 window = await _phase(load, trial, clients_of(phase, slots), alone_s, processes)
                 trial.windows.setdefault(phase, []).append(window)

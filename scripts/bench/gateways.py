@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +28,8 @@ from app.store.database_url import resolve_url
 from app.tenants.key_store import KeyStore
 from app.tenants.keys import create_key
 from scripts.bench.drive import Gateway, Roles
+from scripts.bench.overhead_report import UNMEASURED
+from scripts.bench.switchable import UNOBSERVED
 
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parents[1]
@@ -57,9 +59,14 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Frontline and the bare passage on one Ray cluster, and where Frontline's records are."""
+    """Frontline and the bare passage on one Ray cluster, and where Frontline's records are.
+
+    ``unobserved`` is the same Frontline, without metrics, access log and traces, if it can be
+    switched.
+    """
 
     frontline: Gateway
+    unobserved: Gateway
     passthrough: Gateway
     database: Path
     processes: Callable[[], Roles]
@@ -127,12 +134,17 @@ def mock_engine(folder: Path) -> Iterator[Gateway]:
 
 
 @contextmanager
-def cluster(folder: Path, engine: Gateway, *, ingresses: int) -> Iterator[Cluster]:
-    """Serve both with `serve run`, as scripts/run does."""
+def cluster(
+    folder: Path, engine: Gateway, *, ingresses: int, switchable: bool = False
+) -> Iterator[Cluster]:
+    """Serve both with `serve run`, as scripts/run does.
+
+    ``switchable``: requests may choose to be ``unobserved``.
+    """
     port, database, log = free_port(), folder / "usage.db", folder / "serve.log"
     key = _make_key(database)
     config = folder / "serve.yaml"
-    config.write_text(yaml.safe_dump(_config(folder, port, engine, ingresses)))
+    config.write_text(yaml.safe_dump(_config(folder, port, engine, ingresses, switchable)))
     environment = _environment(folder)
     serve = ["serve", "run", "--address", "local", str(config)]
     with running("serve", serve, log, **environment) as process:
@@ -147,12 +159,13 @@ def cluster(folder: Path, engine: Gateway, *, ingresses: int) -> Iterator[Cluste
             "Frontline", port, processes, ("ingress", "HAProxy"),
             model=_MODEL, key=key, tier=Tier.PRIORITY.value,
         )  # fmt: skip
+        unobserved = replace(frontline, name=UNMEASURED, headers=(UNOBSERVED,))
         path = f"/passthrough{frontline.path}"
         bare = Gateway("bare Serve", port, processes, ("passthrough", "HAProxy"), path=path)
         until_answers(frontline, process, log)
         until_answers(bare, process, log)
         known.append(_cluster_processes(environment[_MARK]))
-        yield Cluster(frontline, bare, database, processes)
+        yield Cluster(frontline, unobserved, bare, database, processes)
 
 
 def _make_key(database: Path) -> str:
@@ -183,7 +196,9 @@ def _environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _config(folder: Path, port: int, engine: Gateway, ingresses: int) -> dict[str, object]:
+def _config(
+    folder: Path, port: int, engine: Gateway, ingresses: int, switchable: bool
+) -> dict[str, object]:
     user_config = {
         "auth": "keys",
         "ledger": f"sqlite:///{folder}/usage.db",
@@ -203,6 +218,7 @@ def _config(folder: Path, port: int, engine: Gateway, ingresses: int) -> dict[st
     def application(name: str, prefix: str | None, path: str, **rest: object) -> dict[str, object]:
         return {"name": name, "route_prefix": prefix, "import_path": path, **rest}
 
+    module = "scripts.bench.switchable" if switchable else "app.ingress"
     ingress = {"name": "Ingress", "num_replicas": ingresses, "ray_actor_options": few}
     model = {"name": "Model", "user_config": {"rate_card": rate_card}}
     bare = {"name": "Passthrough", "num_replicas": ingresses, "ray_actor_options": few}
@@ -211,7 +227,7 @@ def _config(folder: Path, port: int, engine: Gateway, ingresses: int) -> dict[st
         "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": 3600},
         "applications": [
             application(
-                "ingress", "/", "app.ingress:build",
+                "ingress", "/", f"{module}:build",
                 deployments=[{**ingress, "user_config": user_config}],
             ),
             application(

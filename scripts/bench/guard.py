@@ -20,6 +20,7 @@ import uvloop
 
 from app.core.dialect import Route
 from deployments.hosting.guard import LOOPBACK, EngineGuard
+from scripts.bench.progress import steps
 
 KEY = "benchmark"
 NODE = "127.0.0.2"
@@ -78,7 +79,7 @@ async def main() -> None:
             for connections in (1, 16):
                 urls = {"engine": f"http://{LOOPBACK}:{port}", "guard": guard.base_url}
                 seen: dict[str, list[tuple[float, float]]] = {name: [] for name in urls}
-                for _ in range(options.rounds):
+                for _ in steps(range(options.rounds), f"{connections} connections"):
                     for name, url in urls.items():
                         seen[name].append(await ask(url, connections, options.seconds, script))
                 for name, results in seen.items():

@@ -15,9 +15,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,7 @@ from deployments.hosting.guard import LOOPBACK, EngineGuard
 from deployments.hosting.launch import environment, make_launch
 from deployments.hosting.ports import reserve_port
 from deployments.process.supervisor import EngineProcess
+from scripts.bench.progress import steps
 
 KEY = "benchmark"
 NODE = "127.0.0.2"
@@ -276,11 +278,15 @@ async def main() -> None:
                     Target("server", own, {"server": server}, model),
                     Target("guard", url, {"server": server, "guard": haproxy}, model),
                 )
-                for attack in ATTACKS:
-                    for target in targets:
-                        print(f"{attack.__name__:16} {target.name:7} {await attack(target)}")
+                await attack_all(targets)
             finally:
                 await guard.stop()
+
+
+async def attack_all(targets: Sequence[Target]) -> None:
+    """Print what each attack does to each target."""
+    for attack, target in steps([*product(ATTACKS, targets)], "attacks"):
+        print(f"{attack.__name__:16} {target.name:7} {await attack(target)}", flush=True)
 
 
 if __name__ == "__main__":

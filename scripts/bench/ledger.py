@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -29,6 +30,7 @@ from app.ledger.ledger import Ledger, open_ledger
 from app.ledger.record import Origin, State, UsageRecord, now_utc
 from app.store.database import connect
 from app.store.database_url import resolve_url
+from scripts.bench.progress import steps
 
 AT_ONCE = (1, 16, 64, 256)
 PACES = (100, 500, 1000, 2000)
@@ -133,11 +135,14 @@ async def run(url: str, settings: JournalSettings, count: int) -> None:
 
 async def measure_all(ledger: Ledger, count: int) -> None:
     await asyncio.gather(*(unary(ledger, number) for number in range(500)))
-    for a_second in PACES:
-        await measure_paced(ledger, a_second, count / 4000)
-    for request in (unary, stream):
-        for at_once in AT_ONCE:
-            await measure(ledger, request, at_once, count if at_once > 1 else count // 10)
+    paced = [partial(measure_paced, ledger, a_second, count / 4000) for a_second in PACES]
+    unpaced = [
+        partial(measure, ledger, request, at_once, count if at_once > 1 else count // 10)
+        for request in (unary, stream)
+        for at_once in AT_ONCE
+    ]
+    for measured in steps([*paced, *unpaced], "ledger"):
+        await measured()
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     scripts/bench/install_peers                 once; what is not installed is left out
     scripts/bench/overhead.py                   about 15 minutes
     scripts/bench/overhead.py --only frontline,bare --rounds 1 --quick
+    scripts/bench/overhead.py --only frontline --unmeasured --quick --rounds 9
 
 Starts a mock engine, Frontline with everything on, a bare passage on the same Ray Serve, and the
 peers; drives them in turn, in several rounds, with the same load generators (wrk, and a stream
@@ -39,6 +40,7 @@ from scripts.bench.drive import (
     require_wrk,
 )
 from scripts.bench.overhead_report import Checked
+from scripts.bench.progress import steps
 
 _CONTAINED = "FRONTLINE_BENCH_CONTAINED"
 _GRACE_S = 40.0
@@ -57,6 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--loads", help="loads whose names begin with one of these, by commas")
     parser.add_argument("--quick", action="store_true", help="fewer loads")
     parser.add_argument("--soak", type=int, default=0, help="then so many requests, and the memory")
+    parser.add_argument(
+        "--unmeasured", action="store_true", help="by turns also Frontline without metrics"
+    )
     parser.add_argument("--hold", action="store_true", help="wait for Enter before measuring")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     parser.add_argument("--name", default="overhead", help="of the files with the results")
@@ -93,27 +98,36 @@ def measure_all(
     """Put every load on every gateway, in turn, round after round."""
     samples: list[Sample] = []
     failed: set[tuple[str, str]] = set()
-    for number in range(options.rounds):
-        for load in loads(options):
-            # Whoever comes first in one round comes last in another.
-            turn = number % len(measured)
-            for gateway in [*measured[turn:], *measured[:turn]]:
-                if (gateway.name, load.name.split()[0]) in failed:
-                    continue
-                try:
-                    sample = measure(load, gateway, streams)
-                except (RuntimeError, OSError) as error:
-                    console.log(f"{gateway.name}, {load.name}: {error}")
-                    failed.add((gateway.name, load.name.split()[0]))
-                    continue
-                samples.append(sample)
-                console.log(f"round {number + 1}: {overhead_report.line(sample)}")
+    turns = [
+        (number, load, gateway)
+        for number in range(options.rounds)
+        for load in loads(options)
+        for gateway in _in_turn(measured, number)
+    ]
+    for number, load, gateway in steps(turns, "overhead", console):
+        if (gateway.name, load.name.split()[0]) in failed:
+            continue
+        try:
+            sample = measure(load, gateway, streams)
+        except (RuntimeError, OSError) as error:
+            console.log(f"{gateway.name}, {load.name}: {error}")
+            failed.add((gateway.name, load.name.split()[0]))
+            continue
+        samples.append(sample)
+        console.log(f"round {number + 1}: {overhead_report.line(sample)}")
     return samples
+
+
+def _in_turn(measured: Sequence[Gateway], number: int) -> list[Gateway]:
+    # Whoever comes first in one round comes last in another.
+    turn = number % len(measured)
+    return [*measured[turn:], *measured[:turn]]
 
 
 def check_records(database: Path, samples: Sequence[Sample]) -> Checked:
     """Compare the ledger with what the generators received from Frontline."""
-    mine = [sample for sample in samples if sample.gateway == "Frontline"]
+    names = (overhead_report.FRONTLINE, overhead_report.UNMEASURED)
+    mine = [sample for sample in samples if sample.gateway in names]
     answers = sum(sample.answers for sample in mine)
     deadline, before = time.monotonic() + _DRAIN_S, -1
     while time.monotonic() < deadline:
@@ -158,8 +172,14 @@ def run(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         folder = stack.enter_context(gateways.scratch())
         engine = stack.enter_context(gateways.mock_engine(folder))
-        cluster = stack.enter_context(gateways.cluster(folder, engine, ingresses=options.ingresses))
+        cluster = stack.enter_context(
+            gateways.cluster(
+                folder, engine, ingresses=options.ingresses, switchable=options.unmeasured
+            )
+        )
         own = [engine, cluster.frontline, cluster.passthrough]
+        if options.unmeasured:
+            own.insert(2, cluster.unobserved)
         peers = stack.enter_context(gateways.peers(folder, engine, home, wanted))
         measured = [gateway for gateway in [*own, *peers] if wanted(gateway.name)]
         console.log(f"measuring {', '.join(gateway.name for gateway in measured)}")

@@ -15,6 +15,7 @@ from scripts.bench.drive import Sample
 
 FLOOR = "engine alone"
 FRONTLINE = "Frontline"
+UNMEASURED = "Frontline without metrics"
 BARE = "bare Serve"
 _NONE = math.nan
 
@@ -124,7 +125,12 @@ def _row(samples: Sequence[Sample], floor: Sequence[Sample]) -> Row:
 
 
 def _serving(sample: Sample) -> tuple[str, ...]:
-    own = {FRONTLINE: ("ingress", "HAProxy"), BARE: ("passthrough", "HAProxy"), FLOOR: ("engine",)}
+    own = {
+        FRONTLINE: ("ingress", "HAProxy"),
+        UNMEASURED: ("ingress", "HAProxy"),
+        BARE: ("passthrough", "HAProxy"),
+        FLOOR: ("engine",),
+    }
     return own.get(sample.gateway, ("gateway",))
 
 

@@ -3,14 +3,19 @@
 scripts/bench/install_peers installs them. What is not installed is left out.
 
 - SMG has its priority scheduler on. It is told the class by a header, and the body keeps the
-  engine's own ``priority``. Priority has a slot reserved, as Frontline's headroom on 8 slots.
+  engine's own ``priority``. Priority has a slot reserved, as Frontline's headroom on 8 slots. Its
+  worker is registered with the engine's slots as a label: otherwise SMG takes each worker for one
+  of 64, and its scheduler never has anybody wait.
 - LiteLLM has its own ``priority`` (lower goes first), which it does not pass on.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +37,7 @@ _LITELLM_TIERS = {
     "flex": {"priority": 200},
 }
 _LONGEST_WAIT_S = 600
+_START_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +61,13 @@ class Peer:
         name: of its environment.
         command: its command line, for its folder, its port, the engine and a folder to write to.
         endpoint: how requests go through it, made from the engine's own endpoint.
+        prepare: what it is told at its address once it runs.
     """
 
     name: str
     command: Callable[[Path, int, Behind, Path], list[str]]
     endpoint: Callable[[Endpoint], Endpoint]
+    prepare: Callable[[str, Behind], None] = lambda url, engine: None
 
 
 def smg_classes() -> dict[str, Any]:
@@ -89,12 +97,38 @@ def _smg(folder: Path, port: int, engine: Behind, scratch: Path) -> list[str]:
     config.write_text(yaml.safe_dump(smg_classes()))
     return [
         *(f"{folder}/bin/smg", "launch", "--host", "127.0.0.1", "--port", str(port)),
-        *("--worker-urls", engine.url, "--policy", "round_robin", "--log-level", "error"),
-        *("--api-key", engine.endpoint.key, "--prometheus-port", str(gateways.free_port())),
+        *("--policy", "round_robin", "--log-level", "error", "--api-key", engine.endpoint.key),
+        # It asks a worker of its own kind for its health without a key.
+        *("--backend", "openai", "--disable-health-check"),
+        *("--prometheus-port", str(gateways.free_port())),
         *("--max-concurrent-requests", str(engine.slots), "--priority-scheduler-enabled"),
         *("--priority-scheduler-default-max-class", "interactive"),
         *("--priority-scheduler-config", str(config)),
     ]
+
+
+def _register_worker(url: str, engine: Behind) -> None:
+    """Tell SMG of the engine, once it listens."""
+    worker = {
+        "url": engine.url,
+        "api_key": engine.endpoint.key,
+        "runtime_type": "external",
+        "labels": {"max_running_requests": str(engine.slots)},
+    }
+    headers = {
+        "content-type": "application/json",
+        "authorization": f"Bearer {engine.endpoint.key}",
+    }
+    request = urllib.request.Request(f"{url}/workers", json.dumps(worker).encode(), headers)
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def _through_smg(engine: Endpoint) -> Endpoint:
@@ -122,7 +156,10 @@ def _through_litellm(engine: Endpoint) -> Endpoint:
     return replace(engine, name="litellm", key="none", tiers=_LITELLM_TIERS)
 
 
-PEERS = (Peer("smg", _smg, _through_smg), Peer("litellm", _litellm, _through_litellm))
+PEERS = (
+    Peer("smg", _smg, _through_smg, _register_worker),
+    Peer("litellm", _litellm, _through_litellm),
+)
 
 
 def at_port(endpoint: Endpoint, port: int) -> Endpoint:
@@ -156,6 +193,7 @@ def _running(peer: Peer, installed: Path, engine: Behind, folder: Path) -> Itera
     command = peer.command(installed.resolve(), port, engine, folder)
     with gateways.running(peer.name, command, log, **gateways.QUIET) as process:
         endpoint = at_port(peer.endpoint(engine.endpoint), port)
+        peer.prepare(f"http://127.0.0.1:{port}", engine)
         probe = Gateway(peer.name, port, dict, (), model=endpoint.model, key=endpoint.key)
         gateways.until_answers(probe, process, log)
         yield endpoint

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from scripts.bench.load import Answer
 from scripts.bench.trial import Trial, Window
 
-MOST_TTFT_GROWTH = 1.5
+MOST_TTFT_GROWTH = 1.3
 LEAST_LEAD = 10.0
 MOST_LOSS = 0.05
 

@@ -52,6 +52,8 @@ _DISCOVERY_S = 2.0
 _LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 _CHAT = "smollm2"
 _START_S = 420.0
+_POOL_START_S = 1800.0
+"""A large model may take long to start."""
 _ROLES = {
     "deployments.simulator": "engine",
     "vllm.entrypoints": "engine",
@@ -128,6 +130,27 @@ def burst_simulated() -> AbstractContextManager[Contenders]:
 def burst_vllm() -> AbstractContextManager[Contenders]:
     """Contenders on vLLM on the CPU, as configs/local.yaml has it."""
     return _contenders(_local_chat, {"ignore_eos": True}, simulated=False)
+
+
+@contextmanager
+def burst_pool(file: Path) -> Iterator[Contenders]:
+    """Frontline over the one pool that scripts/gpu_check wrote into a file."""
+    with _frontline() as (deployment, cluster):
+        from tests.engines.subjects import checked_subject
+
+        subject = checked_subject(file)
+        ingress = cluster.ingress_app(discovery_interval_s=_DISCOVERY_S)
+        deployment.deploy(ingress, subject.app())
+        deployment.wait_ready(subject.model, timeout_s=_POOL_START_S)
+        [replica] = deployment.snapshot(subject.model).replicas
+        endpoint = Endpoint(
+            *(PREEMPTION if replica.preempts else HEADROOM, deployment.base_url, subject.model),
+            *("none", FRONTLINE_TIERS, {"ignore_eos": True}),
+        )
+        contender = Contender(endpoint, replica.base_url, replica.key)
+        engine = f"{replica.dialect.engine} {replica.engine_version}, {replica.slots} slots"
+        simulated = replica.dialect.simulated
+        yield Contenders((contender,), replica.slots, _cluster_processes, simulated, engine)
 
 
 def _simulated_app() -> dict[str, Any]:

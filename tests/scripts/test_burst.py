@@ -165,11 +165,14 @@ def test_results_are_written_and_drawn(tmp_path):
     assert results["rows"][1]["default_alone"] is None
     assert results["trials"][0]["ttft_s"] == {"idle": [0.1], "saturated": [0.2]}
     text = burst_report.markdown(rows)
-    assert {line.count("|") for line in text.splitlines()} == {18}
+    assert {line.count("|") for line in text.splitlines()} == {len(rows) + 2}
+    assert len(text.splitlines()) == 2 + burst_report.table(rows).row_count
     assert burst_report.table(rows).row_count == 16
     assert burst_report.goals_markdown(goals).count("\n") == len(goals) + 1
-    burst_report.draw(tmp_path / "r.png", "made up", [trial])
-    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("r.svg", "again.svg"):
+        burst_report.draw(tmp_path / name, "made up", [trial])
+    drawn = (tmp_path / "r.svg").read_text()
+    assert "<svg" in drawn and drawn == (tmp_path / "again.svg").read_text()
 
 
 # --- what is measured --------------------------------------------------------------------------
@@ -198,6 +201,7 @@ def test_each_peer_is_told_the_tier_in_its_own_way(tmp_path):
     assert ranks == sorted(set(ranks)) and ranks[0] >= 0, "lower goes first, none is negative"
     assert {one.base_url for one in endpoints.values()} == {"http://127.0.0.1:99/v1"}
     assert "--priority-scheduler-enabled" in commands["smg"]
+    assert "--worker-urls" not in commands["smg"], "it is told of its worker with its slots"
     assert "secret" not in commands["litellm"]
 
 
@@ -208,6 +212,13 @@ def test_a_burst_is_as_large_as_the_engine_unless_told_otherwise(target):
     assert burst_modes.plan_of(options, 8).clients >= 2 * 8
     options = contention.parse(["--mode", "burst", "--target", target, "--burst-size", "3"])
     assert burst_modes.plan_of(options, 8).size == 3
+
+
+def test_the_pool_of_gpu_check_has_bursts(tmp_path):
+    options = contention.parse(["--pool", str(tmp_path / "pool.json"), "--clients", "24"])
+    assert (options.mode, options.target) == ("burst", "pool")
+    assert burst_modes.plan_of(options, 8).size == 8
+    assert burst_modes.plan_of(options, 8).bursts > 0
 
 
 def test_a_burst_on_a_server_that_runs_already_has_a_size(capsys):

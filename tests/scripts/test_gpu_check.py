@@ -1,5 +1,6 @@
 """scripts/gpu_check says plainly and early what is missing; the rest is the contract suite."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,27 @@ def test_an_engine_that_is_not_installed_is_named(one_gpu):
     assert status == 2 and "tensorrt_llm is not installed for" in words
     status, words = check("vllm", "--model", "m", "--cpu", "--python", "/nowhere/python")
     assert status == 2 and "/nowhere/python cannot be run" in words
+
+
+def test_the_suite_is_followed_by_bursts_unless_tests_are_chosen(monkeypatch, tmp_path):
+    module = importlib.import_module("scripts.gpu_check")
+    runs = []
+
+    def run(command, env, **options):
+        runs.append((command, env))
+        return subprocess.CompletedProcess(command, 3 if "pytest" in command else 0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    arguments = ["simulated", "--model", "m", "--cpu", "--slots", "4", "--preemptions", "7"]
+    assert module.main(arguments) == 3, "the suite's own status"
+    (suite, environment), (bursts, _) = runs
+    assert "pytest" in suite and environment["FRONTLINE_PREEMPTIONS"] == "7"
+    assert (
+        "--pool" in bursts and "--check" in bursts and bursts[bursts.index("--clients") + 1] == "12"
+    )
+    runs.clear()
+    module.main([*arguments, "-k", "shape"])
+    assert len(runs) == 1
 
 
 def test_a_bad_engine_argument_is_named():

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 from contextlib import asynccontextmanager
 
 import pytest
 
 from app.protocol.sse import EventReader, parse_block
 from app.upstream.pool import Connections
+from deployments.engines.base import Launch
+from deployments.engines.registry import adapter_named
+from deployments.replica import LocalEngine
 from scripts.bench import mock_engine, overhead_report
 from scripts.bench.drive import Sample
 from scripts.bench.overhead_report import BARE, FLOOR, FRONTLINE, Checked, goals_of, rows_of
@@ -19,32 +23,39 @@ pytestmark = pytest.mark.unit
 
 
 @asynccontextmanager
-async def engine(key=None):
+async def served(key=None):
     routes = mock_engine.side_routes("mock")
     server = await asyncio.get_running_loop().create_server(
         lambda: mock_engine.Connection(routes, key), "127.0.0.1", 0
     )
-    connections = Connections()
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
-    async def post(key, **fields):
-        body = json.dumps({"model": "mock", "messages": [], **fields}).encode()
-        head = (
-            b"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer %b\r\n"
-            b"content-length: %d\r\n\r\n" % (key, len(body))
-        )
-        connection = await connections.take(url)
-        response = await connection.send(head, body, 5.0)
-        answer = response.status, await response.read()
-        connections.give_back(url, connection)
-        return answer
-
     try:
-        yield post
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
-        connections.close()
         server.close()
         await server.wait_closed()
+
+
+@asynccontextmanager
+async def engine(key=None):
+    connections = Connections()
+    async with served(key) as url:
+
+        async def post(key, **fields):
+            body = json.dumps({"model": "mock", "messages": [], **fields}).encode()
+            head = (
+                b"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer %b\r\n"
+                b"content-length: %d\r\n\r\n" % (key, len(body))
+            )
+            connection = await connections.take(url)
+            response = await connection.send(head, body, 5.0)
+            answer = response.status, await response.read()
+            connections.give_back(url, connection)
+            return answer
+
+        try:
+            yield post
+        finally:
+            connections.close()
 
 
 def data(wire):
@@ -76,6 +87,15 @@ async def test_the_mock_engine_paces_and_wants_its_key():
         status, wire = await post(b"secret", stream=True, max_tokens=10, messages=prompt)
         assert (status, len(data(wire))) == (200, 12)
         assert loop.time() - began >= 11 * mock_engine.PACE_S * 0.99
+
+
+async def test_the_adapter_of_the_simulated_engine_reads_the_mock_engines_facts():
+    # The overhead benchmark puts the mock engine where a pool starts a simulated engine.
+    launch = Launch("mock", "mock", "127.0.0.1", 0, 8, "secret", sys.executable)
+    async with served(b"secret") as url:
+        facts = await adapter_named("simulated").inspect(launch, LocalEngine(url, "secret"))
+    assert (facts.version, facts.dialect.preempts) == (mock_engine.VERSION, False)
+    assert facts.dialect.native_priority
 
 
 def unary(gateway, requests, cpu_s):
