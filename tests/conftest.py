@@ -8,6 +8,7 @@ from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.support import environment
+from tests.support.waiting import SLOWEST
 
 # On a loaded machine an example may take any time. Where nobody is there to look into a new
 # counterexample the examples are the same every time; developers' runs go on finding new ones.
@@ -29,6 +30,10 @@ def pytest_addoption(parser):
 
 
 LONGEST = (
+    # Not long. Ray's agents export late, or not at all, in a cluster that has had twenty minutes of
+    # tests: these read what they export.
+    "integration/test_monitoring.py",
+    "integration/test_board.py",
     "integration/test_cluster.py",
     "engines/test_several_nodes.py",
     "engines/test_contract.py",
@@ -42,8 +47,8 @@ LONGEST = (
     "integration/test_queue.py",
     "integration/test_engine_loss.py",
 )
-"""Modules of a minute and more, which come first: otherwise the last of them keeps one worker busy
-while the others have nothing left."""
+"""Modules that come first. Most take a minute and more: otherwise the last of them would keep one
+worker busy while the others have nothing left."""
 
 
 FOLDERS = {
@@ -87,11 +92,20 @@ def _check_folders(items):
                 raise pytest.UsageError(f"{item.nodeid} is not in FOLDERS[{mark.name!r}]")
 
 
+def _give_time(items):
+    """Let each test take longer than it says, and than pyproject.toml says of all."""
+    for item in items:
+        own = item.get_closest_marker("timeout")
+        seconds = own.args[0] if own else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(SLOWEST * seconds), append=False)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Bring the longest modules to the front, the others as they were."""
     _check_folders(items)
     _skip_without_environment(items)
+    _give_time(items)
     ranks = {f"tests/{module}": rank for rank, module in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
 

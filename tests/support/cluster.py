@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import sqlite3
@@ -31,6 +32,7 @@ from ray.serve.schema import ServeDeploySchema
 from app.contracts.stats import ModelBoard
 from app.contracts.status import ModelSnapshot, ReplicaStatus
 from deployments.process.reaper import OWNER_MARK
+from tests.support.waiting import PATIENCE_S, SLOWEST, starting
 
 INGRESS = "ingress"
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -43,6 +45,14 @@ _POOL_SETTINGS = (
     *("health_timeout_s", "probe_timeout_s", "preemption"),
 )
 _NOT_THE_ENGINES = ("replicas", "autoscaling", *_POOL_SETTINGS)
+
+
+LEDGER = {
+    "ledger": f"sqlite:///${{{_LEDGER}}}/usage.db",
+    # Tests wait for what is in the store.
+    "journal": {"folder": f"${{{_LEDGER}}}/journal", "flush_interval_s": 0.25},
+}
+"""Settings of an ingress whose ledger ``Deployment.records`` reads."""
 
 
 def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
@@ -58,9 +68,7 @@ def ingress_app(*, replicas: int = 1, **user_config: Any) -> dict[str, Any]:
                 "ray_actor_options": {"num_cpus": 0.1},
                 "user_config": {
                     "discovery_interval_s": 0.5,
-                    "ledger": f"sqlite:///${{{_LEDGER}}}/usage.db",
-                    # Tests wait for what is in the store.
-                    "journal": {"folder": f"${{{_LEDGER}}}/journal", "flush_interval_s": 0.25},
+                    **LEDGER,
                     **user_config,
                 },
             }
@@ -147,7 +155,7 @@ class Deployment:
         self._looking = httpx.Client(
             base_url=self.root,
             verify=PLAIN,
-            timeout=5,
+            timeout=SLOWEST * 5,
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
@@ -193,7 +201,7 @@ class Deployment:
             base_url=self.base_url,
             api_key="none",
             max_retries=0,
-            timeout=60,
+            timeout=PATIENCE_S,
             http_client=openai.DefaultHttpxClient(verify=PLAIN),
         )
         self._clients.append(client)
@@ -211,13 +219,13 @@ class Deployment:
             base_url=self.base_url,
             api_key="none",
             max_retries=0,
-            timeout=60,
+            timeout=PATIENCE_S,
             http_client=openai.DefaultAsyncHttpxClient(verify=PLAIN),
         )
 
     def http(self) -> httpx.Client:
         """A plain HTTP client."""
-        return httpx.Client(base_url=self.root, timeout=60, verify=PLAIN)
+        return httpx.Client(base_url=self.root, timeout=PATIENCE_S, verify=PLAIN)
 
     def entry(self, model: str) -> dict[str, Any] | None:
         """The model's entry in the models list, if it has one by now."""
@@ -234,11 +242,23 @@ class Deployment:
         """Whether the ingress that answers knows a replica of the model."""
         return bool((self.entry(model) or {}).get("service_tiers"))
 
+    def serves_everywhere(self, model: str) -> bool:
+        """Whether every ingress that there is to be knows a replica of the model."""
+        ingresses = self._apps.get(INGRESS, {}).get("deployments", [{}])[0].get("num_replicas", 1)
+        if ingresses == 1:
+            return self.serves(model)
+        # They are asked in turn.
+        return (
+            running_ingresses() == ingresses
+            and all(self.serves(model) for _ in range(4 * ingresses))
+            and len(self.board(model).ingresses) >= ingresses
+        )
+
     def wait_ready(self, *models: str, timeout_s: float = 60) -> None:
-        """Wait until each model serves some tier."""
+        """Wait until each model serves some tier, whichever ingress is asked."""
         for model in models:
             eventually(
-                partial(self.serves, model),
+                partial(self.serves_everywhere, model),
                 timeout_s,
                 f"{model} is not ready; Serve says: {serve.status()}",
             )
@@ -259,11 +279,18 @@ class Deployment:
         """What a Model actor tells people: what its ingresses have running where."""
         return self._ask(app, "board")
 
-    def _ask(self, app: str, what: str) -> Any:
+    def state(self, app: str) -> dict[str, Any]:
+        """What the board shows of a model now."""
+        state: dict[str, Any] = json.loads(self._ask(app, "news", "", 0).state)
+        return state
+
+    def _ask(self, app: str, what: str, *arguments: Any) -> Any:
         handle = getattr(serve.get_deployment_handle("Model", app_name=app), what)
         # Serve refuses to wait for an answer on an event loop; tests have one now and then.
         with ThreadPoolExecutor(1) as aside:
-            return aside.submit(lambda: handle.remote().result(timeout_s=10)).result()
+            return aside.submit(
+                lambda: handle.remote(*arguments).result(timeout_s=PATIENCE_S)
+            ).result()
 
     @contextmanager
     def engine(self, app: str, replica: int = 0) -> Iterator[httpx.Client]:
@@ -272,27 +299,38 @@ class Deployment:
         status = eventually(lambda: self.snapshot(app).replicas[replica:])[0]
         headers = {"authorization": f"Bearer {status.key}"}
         with httpx.Client(
-            base_url=status.base_url, headers=headers, timeout=10, verify=PLAIN
+            base_url=status.base_url, headers=headers, timeout=PATIENCE_S, verify=PLAIN
         ) as client:
             yield client
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float = 20, why: str = "") -> Any:
-    """Return the first true value of ``condition``, or fail after ``timeout_s``.
+    """Return the first true value of ``condition``, or fail after ``SLOWEST`` times ``timeout_s``.
 
     It looks less often the longer it takes: what an engine takes to start, looking takes from it.
     """
     began = time.monotonic()
     while not (value := condition()):
-        waited_s = time.monotonic() - began
-        assert waited_s < timeout_s, why or f"not within {timeout_s} s"
-        time.sleep(min(max(0.1, waited_s / 20), 0.5))
+        time.sleep(_pause_s(time.monotonic() - began, timeout_s, why))
     return value
 
 
 async def eventually_async(condition: Callable[[], Any], timeout_s: float = 20) -> Any:
-    """The same for code on an event loop; ``condition`` runs in a thread."""
-    return await asyncio.to_thread(eventually, condition, timeout_s)
+    """The same for code on an event loop; ``condition`` runs in a thread.
+
+    The thread ends with each look: one that went on after its test has failed would hold up the end
+    of the test's event loop.
+    """
+    began = time.monotonic()
+    while not (value := await asyncio.to_thread(condition)):
+        await asyncio.sleep(_pause_s(time.monotonic() - began, timeout_s, ""))
+    return value
+
+
+def _pause_s(waited_s: float, timeout_s: float, why: str) -> float:
+    """How long to wait before the next look, after so long."""
+    assert waited_s < SLOWEST * timeout_s, why or f"not within {SLOWEST * timeout_s} s"
+    return min(max(0.1, waited_s / 20), 0.5)
 
 
 def test_run_processes() -> list[psutil.Process]:
@@ -357,8 +395,20 @@ def local_serve() -> Iterator[Deployment]:
         yield from _serving(port)
 
 
+def _start_node() -> None:
+    """Start a node, or leave no process of it."""
+    try:
+        ray.init(num_cpus=16, include_dashboard=False, namespace="serve", log_to_driver=False)
+    except Exception as error:  # Ray raises no narrower one
+        print(f"Ray did not start: {error!r}")
+        ray.shutdown()
+        for process in test_run_processes():
+            process.kill()
+        raise
+
+
 def _serving(port: int) -> Iterator[Deployment]:
-    ray.init(num_cpus=16, include_dashboard=False, namespace="serve", log_to_driver=False)
+    starting()(_start_node)
     try:
         controller = serve_start(
             http_options={"host": "127.0.0.1", "port": port, "request_timeout_s": 3600},

@@ -35,6 +35,7 @@ class Ask:
     tokens: int = 4
     options: str | None = None
     fail_fast: bool = False
+    require: bool = False
     model: str = MODEL
     goes_wrong: tuple[InjectedFailures | None, ...] = ()
     leave: Leave | None = None
@@ -46,7 +47,7 @@ class Ask:
         words = "tell me of the sea, and of the ships on it; " * 4
         fields: dict[str, Any] = {"model": self.model, "stream": self.stream}
         match self.route:
-            case Route.CHAT:
+            case Route.CHAT | Route.MESSAGES:
                 fields |= {"messages": [{"role": "user", "content": words}]}
                 fields |= {"max_tokens": self.tokens}
             case Route.COMPLETIONS:
@@ -57,7 +58,13 @@ class Ask:
             fields["service_tier"] = self.tier
         if self.fail_fast:
             fields["fail_fast"] = True
-        if self.options is not None and self.stream and self.route is not Route.RESPONSES:
+        if self.require:
+            fields["require_tier"] = True
+        if (
+            self.options is not None
+            and self.stream
+            and self.route in (Route.CHAT, Route.COMPLETIONS)
+        ):
             continuous = {"continuous_usage_stats": True} if self.options == "continuous" else {}
             fields["stream_options"] = {"include_usage": True, **continuous}
         return fields
@@ -78,6 +85,7 @@ class Offer:
 
     priority: str
     flex: bool
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,12 +128,15 @@ rarely = st.sampled_from([False, False, False, True])
 asks = st.builds(
     Ask,
     tier=st.sampled_from([None, *ACCEPTED_VALUES, "priority", "priority"]),
-    route=st.sampled_from([Route.CHAT, Route.CHAT, Route.COMPLETIONS, Route.RESPONSES]),
+    route=st.sampled_from(
+        [Route.CHAT, Route.CHAT, Route.COMPLETIONS, Route.RESPONSES, Route.MESSAGES, Route.MESSAGES]
+    ),
     stream=st.booleans(),
     tenant=st.sampled_from(["plain", "plain", *KEYS]),
     tokens=st.sampled_from([1, 4, 25]),
     options=st.sampled_from([None, "usage", "continuous"]),
     fail_fast=rarely,
+    require=rarely,
     model=st.sampled_from([MODEL, MODEL, ALIAS]),
     goes_wrong=st.one_of(
         st.just(()),
@@ -140,7 +151,7 @@ crowds = st.lists(asks, min_size=3, max_size=9).map(tuple)
 short = st.decimals(0, 500, places=5)
 changes = st.one_of(
     st.builds(Reprice, short, st.decimals(1, 3, places=3), st.decimals(0, 1, places=3)),
-    st.builds(Offer, st.sampled_from(["auto", "auto", "queue", "off"]), st.booleans()),
+    st.builds(Offer, st.sampled_from(["auto", "auto", "queue", "off"]), st.booleans(), rarely),
     st.builds(Engines, st.sets(st.sampled_from(sorted(ENGINES)), min_size=1).map(frozenset)),
 )
 pauses = st.builds(Pause, st.sampled_from([0.0, 0.005, 0.03, None]))
@@ -155,7 +166,7 @@ class Run:
     world: World
     engines: frozenset[str] = frozenset(ENGINES)
     tiers: dict[str, Any] = field(default_factory=dict)
-    card: dict[str, Any] = field(default_factory=dict)
+    card: dict[str, Any] = field(default_factory=lambda: {"free": True})
     seen: list[Seen] = field(default_factory=list)
     running: set[asyncio.Task[None]] = field(default_factory=set)
     cards = 0
@@ -184,9 +195,14 @@ class Run:
                     "input": price, "cached_input": price / 4, "output": step.output,
                     "multipliers": factors,
                 }  # fmt: skip
+                if Run.cards % 2:
+                    self.card["long_context"] = {
+                        "above": 1 + Run.cards % 20,
+                        **{kind: self.card[kind] + 1000 for kind in ("input", "output")},
+                    }
                 await self.apply()
             case Offer():
-                self.tiers = {"priority": step.priority, "flex": step.flex}
+                self.tiers = {"priority": step.priority, "flex": step.flex, "strict": step.strict}
                 await self.apply()
             case Engines():
                 self.engines = step.names

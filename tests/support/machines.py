@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.waiting import SLOWEST
+
 NETWORK = "10.99.0"
 HTTP_PORT = 8000
 _ROOT = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ def namespaces_work() -> bool:
     """Whether users of this machine may make namespaces."""
     command = [_UNSHARE[0], *_AS_ROOT_OF_ITS_OWN, *_UNSHARE[1:], "ip", "link", "show", "lo"]
     try:
-        return subprocess.run(command, capture_output=True, timeout=10).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=SLOWEST * 10).returncode == 0
     except OSError:
         return False
 
@@ -54,7 +56,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=timeout_s,
+            timeout=SLOWEST * timeout_s,
         )
         assert done.returncode == 0, f"{command} on {self.address}: {done.stdout}"
         return done.stdout
@@ -161,7 +163,7 @@ def _begin(command: list[str], *mounts: str) -> subprocess.Popen[str]:
 
 
 def _end(first: subprocess.Popen[str]) -> None:
-    first.communicate(timeout=20)  # closes its input first
+    first.communicate(timeout=SLOWEST * 20)  # closes its input first
 
 
 def _innermost(process: subprocess.Popen[str]) -> int:

@@ -17,12 +17,14 @@ import httpx
 import openai
 import psutil
 import yaml
+from tenacity import RetryCallState, retry_if_exception
 from typer.testing import CliRunner
 
 from app.cli.main import main
 from deployments.process.reaper import OWNER_MARK
 from tests.support.cluster import PLAIN, eventually, ingress_app
 from tests.support.machines import HTTP_PORT, NETWORK, Machine, machines
+from tests.support.waiting import PATIENCE_S, SLOWEST, starting
 
 HEAD = f"{NETWORK}.1"
 FRONT = {"front": 0.01}
@@ -78,7 +80,7 @@ class RayMachines:
         """Start the head node, or its successor, which has its address and its storage."""
         machine: Machine = self._network.add(1)
         addresses = (f"--node-ip-address={HEAD}", "--port=6379", f"--dashboard-host={HEAD}")
-        self._ray(machine, "start", "--head", *addresses, "--num-cpus=0", _MEMORY)
+        self._start(machine, "--head", *addresses, "--num-cpus=0", _MEMORY)
         self.head = machine
         return machine
 
@@ -87,7 +89,7 @@ class RayMachines:
         machine: Machine = self._network.add(number)
         where = (f"--address={HEAD}:6379", f"--node-ip-address={machine.address}")
         offers = f"--resources={json.dumps(resources)}"
-        self._ray(machine, "start", *where, "--num-cpus=4", offers, _MEMORY)
+        self._start(machine, *where, "--num-cpus=4", offers, _MEMORY)
         return machine
 
     def join_all(self, **kinds: dict[str, float]) -> list[Machine]:
@@ -132,8 +134,8 @@ class RayMachines:
             base_url=f"http://{machine.address}/v1",
             api_key=self.key,
             max_retries=0,
-            timeout=120,
-            http_client=httpx.AsyncClient(transport=transport, timeout=120),
+            timeout=PATIENCE_S,
+            http_client=httpx.AsyncClient(transport=transport, timeout=PATIENCE_S),
         )
 
     def window(self, machine: Machine) -> str:
@@ -147,7 +149,7 @@ class RayMachines:
         transport = httpx.HTTPTransport(uds=self.window(machine), verify=PLAIN)
         headers = {"authorization": f"Bearer {self.key}"}
         try:
-            with httpx.Client(transport=transport, timeout=5) as client:
+            with httpx.Client(transport=transport, timeout=SLOWEST * 5) as client:
                 answer = client.get(f"http://{machine.address}/v1/models", headers=headers)
         except httpx.TransportError:
             return {}
@@ -189,8 +191,20 @@ class RayMachines:
         assert made.exit_code == 0, made.output
         return next(word for word in made.output.split() if word.startswith("fl-"))
 
+    def _start(self, machine: Machine, *words: str) -> None:
+        def clear(_: RetryCallState) -> None:
+            print(f"Ray did not start on {machine.address}")
+            self._ray(machine, "stop", "--force")
+
+        again = starting(retry=retry_if_exception(_was_slow), before_sleep=clear)
+        again(self._ray, machine, "start", *words)
+
     def _ray(self, machine: Machine, *words: str) -> str:
         return machine.run("ray", *words, **self._env)
+
+
+def _was_slow(error: BaseException) -> bool:
+    return isinstance(error, AssertionError) and "timed out during startup" in str(error)
 
 
 @contextmanager

@@ -70,14 +70,17 @@ usages = st.builds(
     tokens,
 )
 prices = st.decimals(0, 1_000_000, places=12)
+tier_prices = st.fixed_dictionaries({"input": prices, "cached_input": prices, "output": prices})
+long_prices = st.builds(
+    lambda above, own: {"above": above, **own}, st.integers(1, 10**9), tier_prices
+)
 cards = st.builds(
-    lambda i, c, o, p, f: RateCard(
-        input=i, cached_input=c, output=o, multipliers=Multipliers(priority=p, flex=f)
+    lambda own, long, priority, flex: RateCard(
+        **own, long_context=long, priority=priority, multipliers=Multipliers(flex=flex)
     ),
-    prices,
-    prices,
-    prices,
-    st.decimals(0, 10, places=4),
+    tier_prices,
+    st.none() | long_prices,
+    st.none() | tier_prices,
     st.decimals(0, 10, places=4),
 )
 texts = st.text(
@@ -100,6 +103,7 @@ def records(draw) -> UsageRecord:
         stream=draw(st.booleans()),
         requested=draw(st.none() | st.sampled_from(Tier)),
         arrived=draw(moments),
+        ingress=draw(st.just("") | texts),
     )
     state = draw(st.sampled_from([state for state in State if state is not State.OPEN]))
     ended = of.arrived + timedelta(seconds=draw(st.floats(0, 4000)))
@@ -116,6 +120,7 @@ def records(draw) -> UsageRecord:
         ended=ended,
         ttft_s=draw(st.none() | st.floats(0, 100)),
         estimated=draw(st.booleans()),
+        preemptions=draw(st.none() | st.integers(0, 40)),
     )
 
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import orjson
 import uvicorn
+from sqlalchemy import URL
 
 from app.config.ingress import IngressSettings
 from app.config.journal import JournalSettings
@@ -36,22 +38,27 @@ from app.gateway.asgi import build_api
 from app.gateway.registry import ModelRegistry
 from app.gateway.response import Reply
 from app.gateway.services import Services
+from app.gateway.spend_counter import SpendCounter
 from app.ledger.ledger import Ledger
 from app.ledger.record_store import RecordStore, Wanted
 from app.ledger.usage import Grouping, add_up
 from app.store.database import connect
 from app.store.database_url import parse_url
 from app.tenants.access import Access
+from app.tenants.budget_gate import BudgetGate
 from app.tenants.keys import KeyLimits, KeyTable, create_key
 from app.tenants.limiter import LimitBooks
+from app.tenants.spending import SpendBook
 from app.upstream.client import EngineClient
 from deployments.engines.base import Launch
 from deployments.engines.simulated import Simulated
 from deployments.simulator.__main__ import Server
 from deployments.simulator.application import Application
 from deployments.simulator.engine import Engine, GivenUpError
+from deployments.simulator.observations import Observations
 from deployments.simulator.settings import InjectedFailures, SimulatedSettings
 from tests.support.records import completed
+from tests.support.waiting import SLOWEST
 
 MODEL, ALIAS = "acme/model", "model"
 KEY = "engine-key"
@@ -94,6 +101,7 @@ class Attempt:
     replica_id: str
     fields: dict[str, Any]
     at: float
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -189,6 +197,11 @@ class SimulatedEngine:
         """How many requests it is working on."""
         return self._app.engine.scheduler.running
 
+    @property
+    def observations(self) -> Observations:
+        """What it has received."""
+        return self._app.engine.observations
+
     def stop(self) -> None:
         """Die at once: every connection breaks, and none is taken any more."""
         if not self.up:
@@ -220,7 +233,8 @@ class SimulatedEngine:
         if seen is not None:
             number = len(seen.attempts)
             fields = orjson.loads(message["body"])
-            seen.attempts.append(Attempt(self.status.replica_id, fields, time.monotonic()))
+            headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+            seen.attempts.append(Attempt(self.status.replica_id, fields, time.monotonic(), headers))
             seen.changed.set()
             planned = seen.plan[number] if number < len(seen.plan) else None
             if planned is HANG_UP:
@@ -287,7 +301,7 @@ class Source:
 
     async def wait_for_wakeup(self, application: str, ingress: str) -> bool:
         try:
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(SLOWEST * 2):
                 await self._news.wait()
         except TimeoutError:
             return False
@@ -318,9 +332,13 @@ class Books:
 
     def __init__(self) -> None:
         self._books = LimitBooks()
+        self._spend = SpendBook()
 
     async def answer(self, asks: Any) -> Any:
         return self._books.answer(asks, time.monotonic())
+
+    async def spend(self, report: Any) -> Any:
+        return self._spend.answer(report, time.monotonic())
 
 
 class KeptKeys:
@@ -371,8 +389,11 @@ class World:
         )
         self.services = Services(
             self.registry, EngineClient(), settings,
-            self.ledger, Access(self.registry.ingress, self._keys, Books()), self.store,
+            self.ledger, Access(self.registry.ingress, self._keys, books := Books()), self.store,
         )  # fmt: skip
+        self.budgets = BudgetGate(self.registry.ingress, books, self.store.spent)
+        self.services.budgets = self.budgets
+        self.services.observers.add(SpendCounter(self.budgets))
         self._api = build_api(self.services)
         self.engines = {name: SimulatedEngine(self, name) for name in ENGINES}
         self._row = 0
@@ -383,6 +404,7 @@ class World:
         self.registry.start()
         assert self.services.access is not None
         self.services.access.start()
+        self.budgets.start()
         await self.registry.wait_known(5)
         self.services.ready.set()
 
@@ -390,6 +412,7 @@ class World:
         await self.registry.stop()
         assert self.services.access is not None
         await self.services.access.stop()
+        await self.budgets.stop()
         await self.services.engines.close()
         await self.ledger.close()
         for engine in self.engines.values():
@@ -410,6 +433,23 @@ class World:
             if crash[0] < published:
                 crash[1] = min(crash[1], time.monotonic())
 
+    def key(self, tenant: str) -> str:
+        """The key of a tenant."""
+        return self._keys.texts[tenant]
+
+    def client(self, tenant: str) -> httpx.AsyncClient:
+        """A client of the ingress that sends the key of a tenant."""
+        return httpx.AsyncClient(
+            transport=httpx.ASGITransport(self._api),
+            base_url="http://127.0.0.1",
+            headers={"x-api-key": self.key(tenant)},
+        )
+
+    @property
+    def store_url(self) -> URL:
+        """Where its records are, for whoever reads them."""
+        return parse_url(f"sqlite:///{self._database}")
+
     def taken(self) -> int:
         """How many slots are taken, as the ingress believes."""
         admission = self.registry.find(MODEL)
@@ -421,6 +461,11 @@ class World:
         engine = self.engines[name]
         await engine.ended()
         await engine.start()
+
+    async def front(self, scope: Any, receive: Any, send: Any) -> None:
+        """The ingress as an application, for clients over HTTP."""
+        _noting.set(lambda _: None)
+        await self._api(scope, receive, send)
 
     async def ask(self, seen: Seen, route: Route, fields: dict[str, Any], tenant: str) -> None:
         """Send a request, and return when its answer or its connection has ended."""
