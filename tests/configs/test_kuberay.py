@@ -1,6 +1,7 @@
 """The manifests of configs/kuberay against schemas, and what must hold between them."""
 
 import json
+import re
 from functools import cache, reduce
 from importlib.resources import files
 from operator import getitem
@@ -204,6 +205,22 @@ def test_streams_have_time_to_end_and_containers_are_confined(environment):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             image = container["image"].removeprefix("frontline/").partition(":")[0]
             assert (DOCKER / f"{image}.Dockerfile").is_file()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm"])
+def test_an_image_has_the_version_of_the_engine_that_is_pinned(engine):
+    [base] = re.findall(r"^FROM \S+:v?(\S+)$", (DOCKER / f"{engine}.Dockerfile").read_text(), re.M)
+    lock = (KUBERAY.parents[1] / "requirements" / f"{engine}.lock").read_text()
+    assert f"\n{engine}=={base}" in lock
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_pool_of_a_model_understands_the_same_requests(environment):
+    config = yaml.safe_load(rayservice(environment)["spec"]["serveConfigV2"])
+    for application in config["applications"]:
+        for pool in application.get("args", {}).get("pools", ()):
+            options = " ".join(pool["engine_args"])
+            assert "tool" in options and "reasoning_parser" in options, pool["name"]
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)

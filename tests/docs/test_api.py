@@ -8,12 +8,12 @@ import pytest
 
 from app.config.ingress import IngressSettings
 from app.core.shed_reason import ShedReason
-from app.core.tiers import TierReason
+from app.core.tiers import TIER_WORDS, TierReason
 from app.gateway.body_memory import NoRoom
 from app.gateway.health import CANNOT_SERVE, HealthReason
 from app.protocol.json_body.depth import MAX_DEPTH
 from app.protocol.json_body.members import LONGEST_PARSED
-from app.protocol.json_body.parse import LONGEST_WHOLE
+from app.protocol.json_body.parse import FEW, LONGEST_SPARSE, LONGEST_WHOLE
 from app.protocol.json_body.scan import MOST_MEMBERS
 
 pytestmark = pytest.mark.unit
@@ -71,10 +71,23 @@ def test_every_reason_is_documented():
     assert {cell.strip("`") for cell, _ in rows("Errors", 1)} == shed
 
 
+def test_every_tier_word_is_documented():
+    def requests(word):
+        tier = "the key's default tier" if word.tier is None else f"`{word.tier.value}`"
+        return tier + (f", with the reason `{word.reason.value}`" if word.reason else "")
+
+    assert rows("Tier words") == [
+        [f"`{name}`", requests(word), word.used_by] for name, word in TIER_WORDS.items()
+    ]
+
+
 def test_the_bounds_of_a_request_are_the_codes_own():
     bounds = {bound: value for bound, value, _ in rows("Requests", 1)}
     defaults = {name: field.default for name, field in IngressSettings.model_fields.items()}
-    assert f"{defaults['max_body_bytes'] // 1024**2} MiB" in bounds["length of the body"]
+    assert (
+        f"{defaults['max_body_bytes'] // 1024**2} MiB"
+        in bounds["length of the body, compressed and decoded"]
+    )
     assert bounds["nested arrays and objects"].startswith(f"{MAX_DEPTH} levels")
     assert bounds["top-level fields"] == f"{MOST_MEMBERS:,}"
     assert f"{defaults['body_timeout_s']:g} s" in bounds["time for the whole body"]
@@ -84,6 +97,8 @@ def test_the_bounds_of_a_request_are_the_codes_own():
     assert f"{defaults['body_memory_mb']:,} MiB" in memory
     assert f"of more than {LONGEST_PARSED // 1024} KiB is not parsed" in PAGE
     assert f"of up to {LONGEST_WHOLE // 1024} KiB is parsed" in PAGE
+    sparse = f"one of up to {LONGEST_SPARSE // 1024} KiB is, too, if it has few arrays and objects"
+    assert f"{sparse} ({FEW})" in PAGE
 
 
 def test_every_header_is_documented():

@@ -1,4 +1,5 @@
 import copy
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,10 @@ import yaml
 
 from tests.engines.pools import SGLANG
 from tests.engines.subjects import REAL, SIMULATED, checked_subject
-from tests.support.cluster import ingress_app
+from tests.support.cluster import LEDGER, ingress_app
+
+START_S, TOLD_EVERY_S = 1800, 20
+"""How long the engine of scripts/gpu_check may take to start, and how often that is shown."""
 
 LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 
@@ -51,12 +55,14 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def local(cluster):
-    """configs/local.yaml as it is, and its chat model once more without native priority.
+    """configs/local.yaml with the tests' ledger, and its chat model also without native priority.
 
     Ready even if the test before has killed an engine. Whoever needs them last removes them: an
     engine takes memory, and a little of a core, also while nobody asks.
     """
     apps = yaml.safe_load(LOCAL.read_text())["applications"]
+    [ingress] = (one for app in apps for one in app["deployments"] if one["name"] == "Ingress")
+    ingress["user_config"] |= LEDGER
     cluster.deploy(*apps, _first_come_first_served(apps))
     cluster.wait_ready("smollm2", "all-minilm-l6-v2", "smollm2-fcfs", timeout_s=500)
     return cluster
@@ -103,5 +109,10 @@ def checked(cluster, request):
     """The one pool that scripts/gpu_check is about."""
     subject = checked_subject(Path(request.config.getoption("--contract-pool")))
     cluster.deploy(ingress_app(), subject.app())
-    cluster.wait_ready(subject.model, timeout_s=1800)
-    return cluster
+    terminal = request.config.pluginmanager.getplugin("terminalreporter")
+    for waited_s in range(0, START_S, TOLD_EVERY_S):
+        terminal.write_line(f"the engine is starting: {waited_s} s")
+        with suppress(AssertionError):
+            cluster.wait_ready(subject.model, timeout_s=TOLD_EVERY_S)
+            return cluster
+    raise AssertionError(f"the engine is not ready after {START_S} s")

@@ -22,6 +22,8 @@ class Can(StrEnum):
 
     EMBED = "make embeddings"
     RESPOND = "answer /v1/responses"
+    MESSAGE = "answer /v1/messages, and turn text into tokens"
+    RANK = "rank texts by their embeddings"
     CALL_TOOLS = "call the function that a request demands"
     FOLLOW_SCHEMAS = "answer in the JSON that a schema demands"
     REFUSE_LONG_ANSWERS = "refuse a max_tokens beyond its context instead of cutting it"
@@ -45,6 +47,14 @@ class Engine:
     """Ask the engine itself how many requests it is running."""
     long: int = 64
     """How many tokens take much longer to generate than a request to be scheduled."""
+    preempted: Callable[[httpx.Client], float] | None = None
+    """Ask the engine itself how often it has suspended a request."""
+    tells_preemptions: Mapping[str, bool] = field(default_factory=dict)
+    """What to add to a chat, not streamed, whose answer is to tell how often it was suspended."""
+    native: bool = False
+    """Whether token ids are to be had on SGLang's own ``/generate`` alone."""
+    is_free: Callable[[httpx.Client], bool] | None = None
+    """Ask the engine itself whether nothing runs or waits and its KV cache holds nobody's."""
     abort_s: float = 3.0
     """How soon after its client has gone a request must be gone too: less than it would take to
     end by itself, and more than the second or so between two looks of the engine."""
@@ -55,40 +65,81 @@ def _metric(name: str) -> Callable[[httpx.Client], float]:
     return lambda engine: sum(map(float, pattern.findall(engine.get("/metrics").text)))
 
 
-def _simulated(engine: httpx.Client) -> float:
-    return engine.get("/simulate").json()["running"]
+def _metrics_are_zero(*names: str) -> Callable[[httpx.Client], bool]:
+    return lambda engine: not any(_metric(name)(engine) for name in names)
 
 
-def _loads(engine: httpx.Client) -> float:
-    return sum(load["num_running_reqs"] for load in engine.get("/v1/loads").json()["loads"])
+def _simulated(name: str) -> Callable[[httpx.Client], float]:
+    return lambda engine: engine.get("/simulate").json()[name]
+
+
+def _simulated_is_free(engine: httpx.Client) -> bool:
+    return not any(_simulated(name)(engine) for name in ("running", "waiting"))
+
+
+def _loads(name: str) -> Callable[[httpx.Client], float]:
+    return lambda engine: sum(load[name] for load in engine.get("/v1/loads").json()["loads"])
+
+
+def _sglang_is_free(engine: httpx.Client) -> bool:
+    # Tokens that only the prefix cache holds are not in use.
+    return not any(
+        _loads(f"num_{what}")(engine) for what in ("running_reqs", "waiting_reqs", "used_tokens")
+    )
 
 
 # Whether it makes embeddings is the model's matter.
 _REAL = frozenset(Can) - {Can.TELL, Can.EMBED}
 _SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED}
 
+_SIMULATION_OF: dict[str, Any] = {
+    "running": _simulated("running"),
+    "preempted": _simulated("preempted"),
+    "is_free": _simulated_is_free,
+    "long": 500,
+}
+
 ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine("vllm", _REAL, _metric("vllm:num_requests_running"), long=150),
+    "vllm": Engine(
+        "vllm",
+        _REAL,
+        _metric("vllm:num_requests_running"),
+        long=150,
+        preempted=_metric("vllm:num_preemptions_total"),
+        is_free=_metrics_are_zero(
+            "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"
+        ),
+    ),
     # It looks for clients that have gone every 2 to 4 seconds.
     "sglang": Engine(
         "sglang",
-        _REAL - {Can.NAME_LIMITS, Can.REFUSE_EMPTY_ANSWERS, Can.REPRODUCE},
-        _loads,
+        _REAL - {Can.NAME_LIMITS, Can.REFUSE_EMPTY_ANSWERS, Can.REPRODUCE, Can.RANK},
+        _loads("num_running_reqs"),
+        # It counts preemptions for each request alone.
+        tells_preemptions={"return_meta_info": True},
+        native=True,
+        is_free=_sglang_is_free,
         abort_s=6.0,
     ),
     # Its count of running requests has no route of its own: /metrics is emptied by reading.
     "tensorrt_llm": Engine(
         "tensorrt-llm",
-        _REAL - {Can.COUNT, Can.REFUSE_LONG_ANSWERS, Can.NAME_LIMITS, Can.PREEMPT},
+        _REAL
+        - {Can.COUNT, Can.REFUSE_LONG_ANSWERS, Can.NAME_LIMITS, Can.PREEMPT}
+        - {Can.MESSAGE, Can.RANK},
     ),
-    "simulated": Engine(
-        "simulated-vllm", _SIMULATED | {Can.REFUSE_LONG_ANSWERS}, _simulated, long=500
-    ),
-    "simulated-sglang": Engine("simulated-sglang", _SIMULATED, _simulated, long=500),
+    "simulated": Engine("simulated-vllm", _SIMULATED | {Can.REFUSE_LONG_ANSWERS}, **_SIMULATION_OF),
+    "simulated-sglang": Engine("simulated-sglang", _SIMULATED - {Can.RANK}, **_SIMULATION_OF),
     "simulated-tensorrt-llm": Engine(
-        "simulated-tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT}, _simulated
+        "simulated-tensorrt-llm",
+        _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK},
+        _simulated("running"),
     ),
-    "stand-in": Engine("tensorrt-llm", _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT}, _simulated),
+    "stand-in": Engine(
+        "tensorrt-llm",
+        _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK},
+        _simulated("running"),
+    ),
 }
 
 
@@ -150,7 +201,9 @@ def _simulation(name: str, engine: str, **engine_args: Any) -> Subject:
 
 
 def _stand_in() -> Subject:
-    path = os.pathsep.join([str(STAND_INS), str(STAND_INS.parents[1])])
+    root = STAND_INS.parents[1]
+    inside = root / "deployments" / "engines" / "inside"
+    path = os.pathsep.join(map(str, [STAND_INS, root, inside]))
     environment = {"PYTHONPATH": path, "STAND_IN_SETTINGS": json.dumps(_SIMULATION)}
     pool = {
         **_POOL,

@@ -15,6 +15,7 @@ import yaml
 from app.cli.board import Sight, make_frame
 from tests.faults.clients import COMPLETE, Answer, Clients, check_bill, told
 from tests.support.cluster import actors_titled, eventually_async, ingress_app
+from tests.support.waiting import PATIENCE_S
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 CONFIG = Path(__file__).parents[2] / "configs" / "autoscaling.yaml"
@@ -85,6 +86,8 @@ async def read_stream(client, number):
         async for line in answer.aiter_lines():
             if line == "data: [DONE]":
                 stream.done = True
+            elif line.startswith(":"):
+                assert line == ": keep-alive"  # a busy machine is slow to begin
             elif line:
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
@@ -106,7 +109,7 @@ async def streaming(cluster):
             streams.append(await read_stream(client, number))
 
     async with (
-        httpx.AsyncClient(base_url=cluster.base_url, timeout=120) as client,
+        httpx.AsyncClient(base_url=cluster.base_url, timeout=PATIENCE_S) as client,
         asyncio.TaskGroup() as tasks,
     ):
         for number in range(STREAMS):

@@ -60,6 +60,7 @@ TRTLLM_OPTIONS = {
 """Some of trtllm-serve's options, as ``tensorrt_llm/commands/serve.py`` of 2026 has them."""
 TRTLLM_CONFIG = {
     "enable_chunked_prefill": set(),
+    "guided_decoding_backend": set(),
     "kv_cache_config": {"free_gpu_memory_fraction", "enable_block_reuse", "dtype"},
     "scheduler_config": {"waiting_queue_policy", "capacity_scheduler_policy"},
 }

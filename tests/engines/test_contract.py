@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import httpx
 import openai
 import pytest
 
 from app.core.tiers import Tier
-from tests.engines.preemption_load import Direct
+from tests.engines.preemption_clients import Bill, of_engine, of_ingress
+from tests.engines.preemption_load import Load
 from tests.engines.subjects import Can, Subject
 from tests.support.cluster import PLAIN, Deployment, eventually, eventually_async
 
@@ -497,9 +500,74 @@ async def direct(replica, model_id):
     """A client of the engine's own server."""
     headers = {"authorization": f"Bearer {replica.key}"}
     async with httpx.AsyncClient(
-        base_url=replica.base_url, headers=headers, timeout=300, verify=PLAIN
+        base_url=replica.base_url,
+        headers=headers,
+        timeout=300,
+        verify=PLAIN,
+        # An engine closes a connection that is idle, perhaps just as a request is sent on it.
+        limits=httpx.Limits(max_keepalive_connections=0),
     ) as engine:
-        yield Direct(engine, model_id, replica.dialect.priority_values)
+        yield of_engine(engine, model_id, replica.dialect.priority_values)
+
+
+PREEMPTIONS = int(os.environ.get("FRONTLINE_PREEMPTIONS", "20"))
+"""How many preemptions the next test waits for; 1,000 in its long form."""
+
+
+@pytest.mark.timeout(600 + 3 * PREEMPTIONS)
+async def test_every_answer_is_whole_however_often_it_is_suspended(served, needs, subject):
+    needs(Can.PREEMPT)
+    cluster, engine = served.deployment, subject.engine
+    [replica] = cluster.replicas(subject.model)
+    began = datetime.now(UTC).isoformat()
+
+    def new_records():
+        return [one for one in cluster.records() if one["arrived"] >= began]
+
+    def look(ask):
+        with cluster.engine(subject.model) as http:
+            return ask(http)
+
+    async def preemptions():
+        if engine.preempted is None:
+            return load.suspended
+        return await asyncio.to_thread(look, engine.preempted)
+
+    async with (
+        httpx.AsyncClient(base_url=cluster.root, timeout=600, verify=PLAIN) as http,
+        direct(replica, cluster.snapshot(subject.model).id) as own,
+    ):
+        load = Load(of_ingress(http, subject.model), own, engine, replica.slots)
+        count = await load.run(preemptions, PREEMPTIONS)
+        worst = await load.score_again(5 + PREEMPTIONS // 50, slack=0.5)
+    assert count >= PREEMPTIONS
+    assert await eventually_async(lambda: look(engine.is_free)), "slots and cache are free again"
+    # Each answer has one record with its tokens, and whoever left has one at the most.
+    answers = sum(load.clients.billed.values())
+    await eventually_async(lambda: len(_completed(new_records())) >= answers)
+    records = new_records()
+    assert Counter(_completed(records)) == load.clients.billed
+    others = [one for one in records if one["state"] != "completed"]
+    assert {one["reason"] for one in others} <= {"client_gone"}
+    assert len(others) <= load.served["leaver"]
+    print(
+        f"\n| {subject.name} | {count:.0f} preemptions | {answers} answers | "
+        f"{dict(load.served)} | priority TTFT p50 {_at(load.first_s, 0.5):.2f} s, "
+        f"p99 {_at(load.first_s, 0.99):.2f} s of {len(load.first_s)} | longest pause "
+        f"{load.pause_s:.1f} s | {len(load.texts)} texts, worst token {worst:.3f} |"
+    )
+
+
+def _completed(records):
+    return [
+        Bill(one["served_tier"], bool(one["stream"]), one["completion_tokens"])
+        for one in records
+        if one["state"] == "completed"
+    ]
+
+
+def _at(values, share):
+    return sorted(values)[int(share * (len(values) - 1))]
 
 
 # Load and clients that leave
@@ -575,3 +643,106 @@ async def test_many_at_once_of_every_kind_are_all_answered(served):
         kinds = [(t, s) for t in ("priority", "default", "flex") for s in (True, False)] * 3
         answers = await asyncio.gather(*(ask(*kind) for kind in kinds))
     assert Counter(map(frozenset, answers)) == {frozenset({0, 1}): len(kinds)}
+
+
+# Rankings
+
+
+@pytest.mark.parametrize("path", ["/v2/rerank", "/v1/score"])
+def test_texts_are_ranked_at_their_tier(served, needs, path):
+    needs(Can.RANK, Can.EMBED, Can.PRIORITIZE)
+    texts = ["Bread is made of flour.", "Paris is the capital of France."]
+    names = ("query", "documents") if path == "/v2/rerank" else ("text_1", "text_2")
+    asked = {"model": served.subject.embedding_model, "service_tier": "priority"}
+    with served.deployment.http() as http:
+        answer = http.post(path, json={**asked, names[0]: texts[1], names[1]: texts})
+    assert (answer.status_code, answer.headers["x-service-tier"]) == (200, "priority")
+    told = answer.json()
+    if path == "/v2/rerank":
+        assert [one["index"] for one in told["results"]] == [1, 0]
+    else:
+        assert told["data"][1]["score"] > told["data"][0]["score"]
+    assert told["service_tier"] == "priority" and told["usage"]["estimated_cost"] > 0
+    assert told["usage"]["prompt_tokens"] >= 15 and "usage_estimated" not in told["usage"]
+
+
+# Anthropic's messages
+
+
+def message(served, path="messages", **body):
+    asked = {"model": served.subject.model, "messages": FRANCE, **body}
+    with served.deployment.http() as http:
+        return http.post(f"/anthropic/v1/{path}", json=asked)
+
+
+def message_of(answer):
+    """Return the message of an answer or a stream, and the usage with which a stream begins."""
+    if answer.headers["content-type"] == "application/json":
+        whole = answer.json()
+        return whole, whole["usage"]
+    data = [line[6:] for line in answer.text.split("\n") if line.startswith("data: ")]
+    start, *events, end, stop = [json.loads(one) for one in data]
+    kinds = (start["type"], end["type"], stop["type"])
+    assert kinds == ("message_start", "message_delta", "message_stop")
+    texts = [event["delta"]["text"] for event in events if "text" in event.get("delta", ())]
+    content = [{"type": "text", "text": "".join(texts)}]
+    return start["message"] | {"content": content, "usage": end["usage"]}, start["message"]["usage"]
+
+
+@pytest.mark.parametrize("tier", ["priority", "default", "flex"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_have_anthropics_shape_and_their_tier(served, needs, tier, stream):
+    needs(Can.MESSAGE, Can.PRIORITIZE)
+    answer = message(served, service_tier=tier, stream=stream, max_tokens=8, temperature=0)
+    assert (answer.status_code, answer.headers["x-service-tier"]) == (200, tier)
+    assert "x-service-tier-reason" not in answer.headers
+    told, at_first = message_of(answer)
+    assert (told["type"], told["role"]) == ("message", "assistant")
+    assert any(block["text"] for block in told["content"])
+    usage = told["usage"]
+    assert usage["service_tier"] == at_first["service_tier"] == tier
+    assert 1 <= usage["output_tokens"] <= 8
+    assert usage["input_tokens"] + usage.get("cache_read_input_tokens", 0) > 5
+    assert usage["estimated_cost"] > 0 and "usage_estimated" not in usage
+
+
+def test_the_tokens_of_a_message_are_counted_and_text_is_turned_into_them(served, needs):
+    needs(Can.MESSAGE)
+    counted = message(served, "messages/count_tokens").json()["input_tokens"]
+    usage = message(served, max_tokens=1).json()["usage"]
+    assert counted == usage["input_tokens"] + usage.get("cache_read_input_tokens", 0)
+    with served.deployment.http() as http:
+        asked = {"model": served.subject.model, "prompt": "The capital of France"}
+        tokens = http.post("/tokenize", json=asked).json()["tokens"]
+        asked = {"model": served.subject.model, "tokens": tokens}
+        assert "capital of France" in http.post("/v1/detokenize", json=asked).json()["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"max_tokens": -1}, 400),
+        ({}, 400),
+        ({"max_tokens": 4, "messages": [{"role": "nobody", "content": "x"}]}, 400),
+        ({"max_tokens": 4, "messages": [{"role": "user", "content": "word " * 9000}]}, 400),
+        ({"max_tokens": 4, "model": "no/such"}, 404),
+    ],
+)
+def test_errors_of_messages_have_anthropics_shape_and_say_nothing_of_the_inside(
+    served, needs, body, status
+):
+    needs(Can.MESSAGE)
+    if served.subject.engine.shown.startswith("simulated") and "nobody" in str(body):
+        pytest.skip("takes any role")
+    answer = message(served, **body)
+    told = answer.json()
+    assert (answer.status_code, told["type"]) == (status, "error")
+    assert told["error"]["type"] == {400: "invalid_request_error", 404: "not_found_error"}[status]
+    assert not INSIDE.search(told["error"]["message"])
+
+
+def test_an_engine_without_messages_says_so(served, subject):
+    if Can.MESSAGE in subject.can:
+        pytest.skip("it has them")
+    answer = message(served, max_tokens=4)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unsupported_endpoint")

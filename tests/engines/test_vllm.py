@@ -5,16 +5,23 @@ import json
 import os
 import re
 import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import httpx
 import openai
 import pytest
+from playwright.sync_api import expect
 
-from tests.engines.preemption_load import Direct, Load
-from tests.engines.subjects import ENGINES
-from tests.support.cluster import PLAIN, command_line, engine_processes, eventually
+from deployments.engines.metrics import read_metrics
+from deployments.engines.registry import adapter_named
+from tests.faults.clients import CUT, ask, check_bill
+from tests.support.browser import DESKTOP, PHONE, chromium, run, visiting
+from tests.support.cluster import (
+    command_line,
+    engine_processes,
+    eventually_async,
+)
+from tests.support.waiting import PATIENCE_S, SLOWEST
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -105,6 +112,51 @@ def test_embeddings_are_real(local):
     )
 
 
+def test_the_pages_show_and_try_a_real_model(local, tmp_path):
+    with chromium(tmp_path) as browser:
+        for name, options in VISITS.items():
+            with visiting(browser, local.root, **options) as visit:
+                _try_in_the_playground(visit, name)
+
+
+VISITS = {
+    "desktop": {"viewport": DESKTOP},
+    "phone": {"viewport": PHONE, "color_scheme": "dark"},
+}
+
+
+def _try_in_the_playground(visit, name):
+    page = visit.open("/")
+    chat, fcfs, embeds = (
+        page.locator(".model-card", has=page.get_by_role("link", name=one, exact=True))
+        for one in ("SmolLM2-135M-Instruct", "smollm2-fcfs", "all-MiniLM-L6-v2")
+    )
+    expect(chat.locator(".tag.priority")).to_have_text("Priority")
+    expect(fcfs).to_contain_text("No running engine has native priority in force.")
+    expect(embeds.locator(".tags")).to_contain_text("Embeddings")
+    visit.picture(f"models-{name}")
+    chat.get_by_role("link").click()
+    page.route("**/v1/chat/completions", _without_chance)
+    page.get_by_label("Prompt").fill("What is the capital of France?")
+    page.get_by_label("Max tokens").fill("24")
+    for tier in ("Default", "Priority"):
+        run(page, tier)
+        expect(page.locator("#answer")).to_contain_text("Paris")
+        expect(page.locator("#stamp-tier")).to_have_text(tier.lower())
+    expect(page.locator(".tier-card.priority .speed")).to_contain_text(
+        "ms", timeout=SLOWEST * 10_000
+    )
+    assert visit.shifted() < 0.02 and visit.too_wide() <= 0
+    visit.picture(f"model-{name}")
+    page = visit.open("/models/sentence-transformers/all-MiniLM-L6-v2")
+    expect(page.locator("main")).to_contain_text("embeddings, not with text")
+
+
+def _without_chance(route):
+    body = json.loads(route.request.post_data) | {"temperature": 0}
+    route.continue_(post_data=json.dumps(body))
+
+
 def dot(one, other):
     return sum(a * b for a, b in zip(one, other, strict=True))
 
@@ -170,7 +222,9 @@ def test_tools_pass_through(local):
     _, answer = chat(local, **request)
     with local.engine("smollm2") as engine:
         model = {"model": local.snapshot("smollm2").id, "messages": FRANCE, "temperature": 0}
-        direct = engine.post("/v1/chat/completions", json={**request, **model}, timeout=60).json()
+        direct = engine.post(
+            "/v1/chat/completions", json={**request, **model}, timeout=PATIENCE_S
+        ).json()
     assert said(answer) != said(chat(local, max_tokens=40)[1]), "the tool makes a difference"
     assert said(answer) == said(openai.types.chat.ChatCompletion.model_validate(direct))
 
@@ -218,7 +272,7 @@ def test_the_engines_refusals_come_in_shape_and_tell_nothing_of_the_inside(
     local, request_fields, param
 ):
     body = {"model": "smollm2", "messages": FRANCE, **request_fields}
-    answer = httpx.post(f"{local.base_url}/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{local.base_url}/chat/completions", json=body, timeout=PATIENCE_S)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
     assert error["param"] == param
@@ -238,77 +292,77 @@ def test_nothing_of_the_engine_opens_without_its_key(local):
         assert {"/v1/chat/completions", "/invocations", "/tokenize"} <= set(routes)
     for path, methods in routes.items():
         for method in methods:
-            answer = httpx.request(method, status.base_url + path, timeout=10)
+            answer = httpx.request(method, status.base_url + path, timeout=PATIENCE_S)
             assert answer.status_code == 401, (method, path)
     sockets = [c for p in engine_processes() for c in p.net_connections("tcp") if not c.raddr]
     assert {connection.laddr.ip for connection in sockets} == {"127.0.0.1"}
 
 
 def running(local):
+    return requests(local, "running")
+
+
+def waiting(local):
+    return requests(local, "waiting")
+
+
+def requests(local, what):
     with local.engine("smollm2") as engine:
         metrics = engine.get("/metrics").text
-    found = re.search(r"^vllm:num_requests_running\{.*\} (\S+)", metrics, re.M)
+    found = re.search(rf"^vllm:num_requests_{what}\{{.*\}} (\S+)", metrics, re.M)
     assert found, metrics
     return float(found[1])
 
 
-PREEMPTIONS = int(os.environ.get("FRONTLINE_PREEMPTIONS", "20"))
-"""How many preemptions the next test waits for; 1,000 in its long form."""
+def test_it_shows_every_metric_that_its_replicas_relay(local):
+    adapter = adapter_named("vllm")
+    with local.engine("smollm2") as engine:
+        text = engine.get(adapter.metrics_path).text
+    assert [one.metric for one in read_metrics(text, adapter.metrics)] == list(adapter.metrics)
 
 
-@pytest.mark.timeout(600 + 3 * PREEMPTIONS)
-async def test_every_answer_is_whole_however_often_it_is_suspended(local):
-    [replica] = local.replicas("smollm2")
-    assert replica.preempts
-    headers = {"authorization": f"Bearer {replica.key}"}
-    async with httpx.AsyncClient(
-        base_url=replica.base_url, headers=headers, timeout=300, verify=PLAIN
-    ) as engine:
-        direct = Direct(engine, local.snapshot("smollm2").id, replica.dialect.priority_values)
-        load = Load(direct, ENGINES["vllm"].can, replica.slots)
-
-        async def metric(name):
-            text = (await engine.get("/metrics")).text
-            return sum(map(float, re.findall(rf"^{name}\{{.*\}} (\S+)", text, re.MULTILINE)))
-
-        async def idle():
-            gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-            return not any([await metric(f"vllm:{name}") for name in gauges])
-
-        count = await load.run(lambda: metric("vllm:num_preemptions_total"), PREEMPTIONS)
-        assert count >= PREEMPTIONS
-        for _ in range(100):
-            if await idle():
-                break
-            await asyncio.sleep(0.1)
-        assert await idle(), "slots and cache are free again"
-        await load.score_again(5, slack=0.5)
-
-
-def test_a_killed_engine_comes_back(local):
+async def test_a_killed_engine_comes_back(local):
+    """Somebody is suspended in it, and there is no other replica."""
     before = local.snapshot("smollm2").replicas[0]
     port = before.base_url.rsplit(":", 1)[1]
     old = [p for p in engine_processes() if port in command_line(p) or "VLLM" in p.name()]
     [main] = [p for p in old if port in command_line(p)]
-    with ThreadPoolExecutor(1) as aside:
-        # It has begun, and there is no other replica to move it to.
-        long = {"max_tokens": 300, "extra_body": {"ignore_eos": True}}
-        lost = aside.submit(lambda: chat(local, service_tier="priority", **long, timeout=300))
-        eventually(lambda: running(local) == 1)
+    began_at = datetime.now(UTC).isoformat()
+    async with local.async_client() as client:
+        low = [asyncio.create_task(begun(client, number)) for number in range(before.slots)]
+        await eventually_async(lambda: running(local) == before.slots)
+        urgent = asyncio.create_task(begun(client, 1, "priority"))
+        await eventually_async(lambda: waiting(local) == 1)
         os.kill(main.pid, signal.SIGKILL)
-        refused = lost.exception(60)
-        assert isinstance(refused, openai.InternalServerError) and refused.status_code == 503
-        assert float(refused.response.headers["retry-after"]) > 0
-        eventually(lambda: not local.snapshot("smollm2").replicas, 60)
-        time.sleep(1)  # the ingress has heard of it
-        with pytest.raises(openai.InternalServerError) as caught:
-            chat(local)
-        assert caught.value.status_code == 503
-        assert float(caught.value.response.headers["retry-after"]) > 0
-        local.wait_ready("smollm2", timeout_s=240)
-        headers, answer = chat(local, service_tier="priority")
+        answers = await asyncio.gather(*low, urgent)
+    assert {answer.outcome for answer in answers if answer.stream} == {CUT}
+    # No byte was sent yet, so the client gets a status.
+    assert {one.outcome for one in answers if not one.stream} == {"503 engine_not_ready"}
+    await asyncio.to_thread(check_bill, local, answers)
+
+    def records():
+        return [one for one in local.records() if one["arrived"] >= began_at]
+
+    # One for each, whether or not its client has seen the id.
+    await eventually_async(lambda: len(records()) >= len(answers))
+    assert len(records()) == len(answers)
+    await eventually_async(lambda: not local.snapshot("smollm2").replicas, 60)
+    await asyncio.sleep(1)  # the ingress has heard of it
+    with pytest.raises(openai.InternalServerError) as caught:
+        chat(local)
+    assert caught.value.status_code == 503
+    assert float(caught.value.response.headers["retry-after"]) > 0
+    local.wait_ready("smollm2", timeout_s=240)
+    headers, answer = chat(local, service_tier="priority")
     assert "Paris" in answer.choices[0].message.content
     assert headers["x-service-tier"] == "priority"
     mine = local.snapshot("smollm2").replicas[0].base_url.rsplit(":", 1)[1]
     assert mine != port
     assert not main.is_running()
+
+
+def begun(client, number, tier="default"):
+    """Return an answer that takes long; every other request streams."""
+    long = {"max_tokens": 300, "extra_body": {"ignore_eos": True}, "timeout": 300}
+    request = {"model": "smollm2", "messages": FRANCE, "service_tier": tier, **long}
+    return ask(client, stream=number % 2 == 0, **request)

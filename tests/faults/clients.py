@@ -15,11 +15,13 @@ import httpx
 import openai
 
 from tests.support.cluster import Deployment
+from tests.support.waiting import SLOWEST
 
 COMPLETE = "complete"
 CUT = "cut, with an error event"
 TRUNCATED = "cut, without a word"
 REFUSED = "no connection"
+LATE = "no answer in time"
 LEFT = "left by the client"
 TIERS = ("priority", "default", "flex")
 
@@ -31,7 +33,7 @@ class Answer:
     ``outcome`` is one of the names above, or an error's status and code; times are in seconds,
     ``first_s`` is that to the first byte of a stream, ``gap_s`` the longest wait for the next one.
     ``pieces`` counts the chunks of a stream that had text. ``client`` is the number of the client
-    that asked.
+    that asked, and ``error`` is what the connection's end was, where that is the outcome.
     """
 
     began: float
@@ -44,6 +46,7 @@ class Answer:
     seconds: float = 0.0
     gap_s: float = 0.0
     client: int = 0
+    error: str = ""
 
 
 class Truncated(Exception):
@@ -63,8 +66,11 @@ async def ask(
     except openai.APIStatusError as error:
         # One without a code is not Frontline's, but of what stands before it.
         answer.outcome = " ".join(filter(None, (str(error.status_code), error.code)))
-    except (Truncated, openai.APIConnectionError, httpx.TransportError):
+    except openai.APITimeoutError:
+        answer.outcome = LATE
+    except (Truncated, openai.APIConnectionError, httpx.TransportError) as error:
         answer.outcome = TRUNCATED if answer.first_s else REFUSED
+        answer.error = repr(error.__cause__ or error)
     except openai.APIError:
         answer.outcome = CUT
     answer.seconds = time.monotonic() - answer.began
@@ -144,6 +150,14 @@ class Clients:
         """What has become of the requests that began after a time."""
         return Counter(answer.outcome for answer in self.answers if answer.began >= since)
 
+    def failures(self) -> list[str]:
+        """What has become of the requests without a whole answer, in words."""
+        return [
+            f"client {one.client}: {one.outcome} after {one.seconds:.1f} s {one.error}"
+            for one in self.answers
+            if one.outcome != COMPLETE
+        ]
+
     def served(self, since: float) -> bool:
         """Whether every client has got an answer that it asked for after a time."""
         again = {one.client for one in self.complete() if one.began >= since}
@@ -174,7 +188,7 @@ def check_bill(cluster: Deployment, answers: Sequence[Answer], timeout_s: float 
     word. Blocks until the records are there.
     """
     wanted = {answer.request_id: answer for answer in answers if answer.request_id}
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + SLOWEST * timeout_s
     while True:
         records = [one for one in cluster.records() if one["request_id"] in wanted]
         if len(records) >= len(wanted):

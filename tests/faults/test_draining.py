@@ -17,6 +17,7 @@ from tests.support.cluster import (
     running_ingresses,
     simulated_app,
 )
+from tests.support.waiting import SLOWEST
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 TOKENS_PER_S = 20
@@ -56,7 +57,7 @@ def cluster_of_two(cluster):
 
 
 def known(cluster, replicas, ingresses=2):
-    if running_ingresses() != ingresses or not all(cluster.serves("steady") for _ in range(8)):
+    if not cluster.serves_everywhere("steady"):
         return False
     board = cluster.board("steady")
     return len(board.snapshot.replicas) == replicas and len(board.ingresses) == ingresses
@@ -165,8 +166,8 @@ async def test_nothing_that_is_changed_cuts_a_stream(cluster_of_two):
     print_phases(clients, phases)
     assert {one.outcome for one in seen} == {COMPLETE if LONG else LEFT}
     assert {one.tokens for one in seen} == {STREAM_S * TOKENS_PER_S if LONG else 0}
-    assert max(one.gap_s for one in seen) < 10, "a stream stood still"
-    assert set(clients.outcomes()) == {COMPLETE}
+    assert max(one.gap_s for one in seen) < SLOWEST * 10, "a stream stood still"
+    assert not clients.failures()
     print(await asyncio.to_thread(check_bill, cluster, [*seen, *clients.answers]))
     # What has drained is gone, and nothing else.
     await eventually_async(lambda: len(servers()) == 1, 30)
@@ -213,5 +214,5 @@ async def test_a_rolling_update_is_seen_by_nobody(cluster_of_two):
         )
         await asyncio.sleep(1)
     print_phases(clients, phases)
-    assert set(clients.outcomes()) == {COMPLETE}
+    assert not clients.failures()
     print(await asyncio.to_thread(check_bill, cluster, clients.answers))

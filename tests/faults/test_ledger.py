@@ -24,6 +24,7 @@ from app.ledger.record import State
 from app.ledger.record_store import RecordStore, Wanted
 from app.store.database import connect
 from tests.faults.ledger_writer import STEP
+from tests.support.waiting import SLOWEST
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 INGRESS_KILLS = 20 if LONG else 5
@@ -87,7 +88,7 @@ def writer(folder, url, told, max_mb=64):
 
 
 def wait_for_load(told, more=20, timeout_s=30):
-    goal, deadline = len(told.settled) + more, time.monotonic() + timeout_s
+    goal, deadline = len(told.settled) + more, time.monotonic() + SLOWEST * timeout_s
     while len(told.settled) < goal:
         assert time.monotonic() < deadline, "the writer does not get on"
         time.sleep(0.01)
@@ -179,7 +180,7 @@ def test_the_database_is_killed_again_and_again(tmp_path, postgres):
 
 
 def wait_for_store(url, request_ids, timeout_s=30):
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + SLOWEST * timeout_s
     with closing_engine(url) as store:
         store.prepare()
         while request_ids - {record.origin.request_id for record in store.each(Wanted())}:

@@ -27,7 +27,7 @@ from tests.support.cluster import (
 
 CLIENTS = 4
 STREAM_TIMEOUT_S = 3
-PROBE_TIMEOUT_S = 2
+PROBE_TIMEOUT_S = 4
 MAX_WAIT_S = 60
 NO_ENGINE = "503 engine_not_ready"
 
@@ -47,7 +47,7 @@ def single(cluster):
             "single",
             settings={"queue": {"default": {"max_wait_s": MAX_WAIT_S}}},
             tokens_per_second=60,
-            health_timeout_s=2,
+            health_timeout_s=5,
             probe_timeout_s=PROBE_TIMEOUT_S,
         ),
     )

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -94,6 +94,12 @@ def becomes_ready(started, lines):
     return ready()
 
 
+def name_of(process):
+    """Return its name, or nothing: a child of a running Ray may end at any moment."""
+    with suppress(psutil.NoSuchProcess):
+        return process.name()
+
+
 @pytest.mark.timeout(900)
 def test_it_says_ready_where_keys_are_asked_for_and_ends_when_the_raylet_dies(config):
     for _ in range(3):
@@ -101,12 +107,31 @@ def test_it_says_ready_where_keys_are_asked_for_and_ends_when_the_raylet_dies(co
             if not becomes_ready(started, lines):
                 continue
             assert said(lines, "Clients need an API key") and said(lines, "Bearer .KEY")
-            family = [started, *psutil.Process(started.pid).children(recursive=True)]
-            raylet = next(one for one in family[1:] if one.name() == "raylet")
+            family = psutil.Process(started.pid).children(recursive=True)
+            raylet = next(one for one in family if name_of(one) == "raylet")
             raylet.kill()
             assert started.wait(40) == 1
             eventually(lambda: said(lines, "Ray's raylet has died"))
             eventually(lambda: said(lines, "everything has ended"))
-            assert not [one for one in family[1:] if one.is_running()]
+            assert not [one for one in family if one.is_running()]
             return
     pytest.fail("Ray did not start")
+
+
+@pytest.mark.timeout(600)
+def test_it_says_why_an_engine_fails_to_start(config, tmp_path):
+    """At d26830b it said 'waiting for test/one' for ever."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'x: error: unrecognized arguments: --speed' >&2\nexit 2\n")
+    python.chmod(0o755)
+    changed = yaml.safe_load(config.read_text())
+    changed["applications"][1]["args"]["pools"][0]["python"] = str(python)
+    config.write_text(yaml.safe_dump(changed))
+    with running(config) as (started, lines):
+        eventually(lambda: said(lines, "failed to start") or started.poll() is not None, 300)
+        if said(lines, "Ray's raylet has died"):
+            pytest.skip("Ray did not start on this machine")
+        assert said(lines, r"test/one: the engine of pool 'simulated' .*: unrecognized arguments")
+        assert said(lines, "what to do: correct `engine_args`")
+        assert said(lines, r"its log is .*/test-one\.simulated-.*\.log")
+        assert started.poll() is None, "other models go on"

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from app.cli.main import main
 from tests.support.cluster import PLAIN, eventually, ingress_app, ledger_url, simulated_app
+from tests.support.waiting import PATIENCE_S
 
 SLOW = 16
 SLOW_READER_S = 2
@@ -79,7 +80,7 @@ def stream_without_reading(cluster, key):
 def test_those_who_do_not_read_keep_nobody_waiting(guarded):
     """ddce5e3: their slots were taken for as long as they were connected."""
     other = openai.OpenAI(
-        base_url=guarded.base_url, api_key=create_key("other"), max_retries=0, timeout=150,
+        base_url=guarded.base_url, api_key=create_key("other"), max_retries=0, timeout=PATIENCE_S,
         http_client=openai.DefaultHttpxClient(verify=PLAIN),
     )  # fmt: skip
 

@@ -70,9 +70,13 @@ async def test_replicas_come_and_go_with_the_load(deploy):
         asking = [clients.create_task(keep_asking(client, tier)) for tier in tiers]
         try:
             await eventually_async(lambda: ready(frontline, "elastic") == 3, 40)
+            decisions = await eventually_async(lambda: frontline.state("elastic")["decisions"])
         finally:
             stop.set()
     assert all(task.result() >= 1 for task in asking)
+    # The policy runs in Serve's controller; the board has its decisions and reasons all the same.
+    before, after, _ = decisions[0]["pools"]["pool"]
+    assert before == 1 < after and "needs" in decisions[0]["why"]
     await eventually_async(lambda: ready(frontline, "elastic") == 1, 40)
 
 

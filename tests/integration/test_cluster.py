@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import openai
 import psutil
@@ -26,7 +26,7 @@ LONG_FORM = [
     pytest.mark.faults,
     pytest.mark.skipif(not LONG, reason="in the long form only"),
 ]
-CLIENTS = 6
+CLIENTS = 4
 TOKENS_PER_S = 100
 
 
@@ -82,15 +82,17 @@ async def ask(client, model, number):
     assert any(choice.finish_reason for chunk in chunks for choice in chunk.choices)
 
 
-async def stream_long(cluster, model, seconds):
-    """A stream that takes so long, to its end."""
+async def stream_long(cluster, model, seconds, began):
+    """A stream that takes so long, to its end; ``began`` is set with its first event."""
     request = {"model": model, "messages": [{"role": "user", "content": "a long story"}]}
     asked = {**request, "max_tokens": seconds * TOKENS_PER_S, "stream": True}
     async with cluster.client(cluster.front) as client:
         stream = await client.chat.completions.create(
             **asked, stream_options={"include_usage": True}
         )
-        chunks = [chunk async for chunk in stream]
+        chunks = [await anext(stream)]
+        began.set()
+        chunks += [chunk async for chunk in stream]
     assert chunks[-1].usage.completion_tokens == seconds * TOKENS_PER_S
 
 
@@ -109,7 +111,7 @@ async def load(cluster, *models):
                     await ask(client, model, number)
                     answered[model] += 1
                     # What starts meanwhile needs the machine too.
-                    await asyncio.sleep(0.1)
+                    await asyncio.sleep(0.3)
                 except Exception as error:  # whatever it is, a client has seen it
                     failures.append((model, time.strftime("%X"), repr(error)))
                     await asyncio.sleep(0.2)
@@ -149,7 +151,9 @@ def guards(node):
     """The guards of a node's engines, by the engine's port."""
     found = {}
     for process in psutil.process_iter(["name"]):
-        if process.info["name"] == "haproxy":
+        if process.info["name"] != "haproxy":
+            continue
+        with suppress(psutil.Error):  # it has just ended
             variables = process.environ()
             if variables.get("FRONTLINE_GUARD_ADDRESS", "").startswith(f"{node.address}:"):
                 found[variables["FRONTLINE_GUARD_ENGINE_PORT"]] = process
@@ -161,15 +165,16 @@ async def test_a_guard_that_dies_is_replaced_with_its_engine(cluster):
     (engine,) = cluster.engines(node)
     ((_, guard),) = guards(node).items()
     async with load(cluster, "two") as (answered, failures):
-        stream = asyncio.create_task(stream_long(cluster, "one", 30))
-        await asyncio.sleep(1)
+        began = asyncio.Event()
+        stream = asyncio.create_task(stream_long(cluster, "one", 30, began))
+        await began.wait()
         guard.kill()
-        began = time.monotonic()
+        killed = time.monotonic()
         with pytest.raises(openai.APIError):
             await stream
         await eventually_async(lambda: {*cluster.engines(node)} - {engine}, 60)
         await asyncio.to_thread(cluster.wait_ready, cluster.front, "one", "two")
-        print(f"replaced after {time.monotonic() - began:.1f} s")
+        print(f"replaced after {time.monotonic() - killed:.1f} s")
         async with cluster.client(cluster.front) as client:
             await ask(client, "one", 1)
     assert not failures and answered["two"]
@@ -262,8 +267,9 @@ async def test_the_head_node_is_replaced_under_load(cluster):
     before = cluster.engines(cluster.engines_node) | cluster.engines(cluster.front)
     async with load(cluster, "one", "two") as (answered, failures):
         await eventually_async(lambda: answered["one"] > 5)
-        streams = [asyncio.create_task(stream_long(cluster, m, 30)) for m in ("one", "two")]
-        await asyncio.sleep(1)
+        began = {model: asyncio.Event() for model in ("one", "two")}
+        streams = [asyncio.create_task(stream_long(cluster, m, 30, began[m])) for m in began]
+        await asyncio.gather(*(event.wait() for event in began.values()))
         cluster.head.kill()
         without = sum(answered.values())
         await asyncio.sleep(5)

@@ -6,7 +6,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.cluster import ingress_app, simulated_app
+from tests.support.cluster import eventually, ingress_app, simulated_app
+from tests.support.waiting import SLOWEST
 
 pytestmark = pytest.mark.integration
 
@@ -96,7 +97,9 @@ def test_a_client_that_never_finishes_its_body_is_let_go(frontline):
     try:
         time.sleep(3)  # the setting reaches the replica
         address = urlsplit(frontline.root)
-        with socket.create_connection((address.hostname, address.port), timeout=15) as slow:
+        with socket.create_connection(
+            (address.hostname, address.port), timeout=SLOWEST * 15
+        ) as slow:
             slow.sendall(
                 b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
                 b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
@@ -109,10 +112,8 @@ def test_a_client_that_never_finishes_its_body_is_let_go(frontline):
 def test_an_engine_that_is_not_ready(frontline):
     frontline.deploy(simulated_app("sleepy", startup_seconds=600))
     try:
-        deadline = time.monotonic() + 30
-        while frontline.entry("sleepy") is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert frontline.entry("sleepy")["service_tiers"] == []
+        entry = eventually(lambda: frontline.entry("sleepy"), 90, "the model is not listed")
+        assert entry["service_tiers"] == []
         answer, error = post(frontline, json={**CHAT, "model": "sleepy"})
         assert (answer.status_code, error["code"]) == (503, "engine_not_ready")
         assert int(answer.headers["retry-after"]) > 0

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from tests.support.cluster import PLAIN
+from tests.support.waiting import PATIENCE_S, SLOWEST
 
 pytestmark = pytest.mark.integration
 
@@ -27,7 +28,7 @@ def address(frontline):
 
 def ask(frontline, head, wait_s=15):
     """Send bytes, and return the status, the headers and the body that come back."""
-    with socket.create_connection(address(frontline), timeout=wait_s) as connection:
+    with socket.create_connection(address(frontline), timeout=SLOWEST * wait_s) as connection:
         connection.sendall(head)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -158,25 +159,27 @@ def test_half_sent_heads_stop_nobody(frontline):
     # 90a4d9f: the next request waits until they go, a minute and more.
     with ExitStack() as stack:
         held = [
-            stack.enter_context(socket.create_connection(address(frontline), timeout=15))
+            stack.enter_context(socket.create_connection(address(frontline), timeout=SLOWEST * 15))
             for _ in range(4300)
         ]
         for one in held:
             one.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n")
         began = time.monotonic()
         with frontline.http() as http:
-            assert http.post("/v1/chat/completions", json=CHAT, timeout=5).status_code == 200
+            assert (
+                http.post("/v1/chat/completions", json=CHAT, timeout=PATIENCE_S).status_code == 200
+            )
         print(f"\nanswered {time.monotonic() - began:.2f} s beside {len(held)} half-sent heads")
         # They are let go; HAProxy answers those itself.
         assert held[0].recv(4096).startswith(b"HTTP/1.1 408 ")
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < SLOWEST * 15
 
 
 async def test_4200_open_requests_stop_nobody(frontline):
     # 90a4d9f: silence beyond 4,096 connections.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
-        base_url=frontline.root, verify=PLAIN, timeout=60, limits=limits
+        base_url=frontline.root, verify=PLAIN, timeout=PATIENCE_S, limits=limits
     ) as client:
         body = json.dumps(CHAT).encode()
         writers = []
@@ -189,7 +192,7 @@ async def test_4200_open_requests_stop_nobody(frontline):
             )
             writers.append(writer)
         began = time.monotonic()
-        answer = await client.post("/v1/chat/completions", json=CHAT, timeout=20)
+        answer = await client.post("/v1/chat/completions", json=CHAT, timeout=PATIENCE_S)
         print(f"\n{answer.status_code} {time.monotonic() - began:.2f} s beside {len(writers)} open")
         assert answer.status_code == 200
         for writer in writers:

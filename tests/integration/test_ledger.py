@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.support.cluster import eventually, eventually_async, ingress_processes, simulated_app
+from tests.support.waiting import SLOWEST
 
 pytestmark = pytest.mark.integration
 
@@ -80,7 +81,7 @@ def test_what_is_billed_is_what_was_echoed(model, bill, tier):
     assert float(record["cost"]) == pytest.approx(answer.usage.estimated_cost, rel=1e-12)
     assert record["engine"] == headers["x-engine"]
     assert record["request_id"] in answer.id
-    assert 0 < record["ttft_s"] <= record["duration_s"] < 10
+    assert 0 < record["ttft_s"] <= record["duration_s"] < SLOWEST * 10
 
 
 def test_a_stream_is_billed_once_by_the_engines_own_count(model, bill):

@@ -13,6 +13,7 @@ from ray import serve
 
 from app.ray_compat.controller import serve_controller
 from tests.support.cluster import eventually, simulated_app
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.integration
 
@@ -84,7 +85,7 @@ def frontline_status(*options):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     return ended.stdout
@@ -92,7 +93,7 @@ def frontline_status(*options):
 
 def test_the_status_shows_what_is_missing_and_what_differs_from_a_file(nowhere, tmp_path):
     native = simulated_app("native", embedding_dimensions=16)
-    native["deployments"][0]["user_config"] = {"rate_card": {"input": 3}}
+    native["deployments"][0]["user_config"] = {"rate_card": {"input": 3, "output": 2}}
     file = tmp_path / "file.yaml"
     file.write_text(yaml.safe_dump({"applications": [native]}))
     status = json.loads(frontline_status("--json", "--config", file))
@@ -115,7 +116,7 @@ def test_the_status_shows_what_is_missing_and_what_differs_from_a_file(nowhere, 
     differs = {one["key"]: (one["file"], one["deployed"]) for one in status["differs"]}
     card = "applications.native.deployments.Model.user_config.rate_card"
     assert differs.pop(f"{card}.input") == (3, 1)
-    assert differs.pop(f"{card}.output") == ("(not set)", 2)
+    assert differs.pop(f"{card}.cached_input") == ("(not set)", 0.5)
     assert differs.pop("applications.nowhere") == ("(not set)", "(set)")
     assert not any(key.startswith("applications.native.args") for key in differs)
 

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from tests.support.cluster import eventually, eventually_async, pooled_app
+from tests.support.waiting import SLOWEST
 
 pytestmark = pytest.mark.integration
 
@@ -170,7 +171,7 @@ def test_a_request_that_fails_everywhere_fails_once_on_each(pools):
     with pytest.raises(openai.InternalServerError) as caught:
         ask(pools)
     assert caught.value.type == "server_error"
-    assert float(caught.value.response.headers["x-queue-time-ms"]) < 1000
+    assert float(caught.value.response.headers["x-queue-time-ms"]) < SLOWEST * 1000
     assert [received(pools, pool) for pool in NAMES] == [1, 1]
 
 
@@ -224,6 +225,6 @@ async def test_a_request_moves_at_once(pools):
     fail(pools, "first", request="crash", at_request=1)
     start = time.monotonic()
     headers, _ = await asyncio.to_thread(ask, pools, "priority")
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < SLOWEST * 3
     assert headers["x-engine"] == NAMES["second"]
     await eventually_async(lambda: len(replicas(pools)) == 2, 60)

@@ -80,7 +80,7 @@ def test_prices_and_tiers_change_without_a_restart(frontline):
                 "changing",
                 settings={
                     "tiers": {"priority": priority, "flex": False},
-                    "rate_card": {"input": price},
+                    "rate_card": {"input": price, "output": 0},
                 },
             )
         )

@@ -13,6 +13,7 @@ from ray import serve
 
 from app.core.tiers import Tier
 from tests.support.cluster import eventually_async, simulated_app
+from tests.support.waiting import PATIENCE_S
 
 pytestmark = pytest.mark.integration
 
@@ -46,7 +47,7 @@ def top(*options):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 
@@ -76,7 +77,7 @@ async def ask(client, tier, **more):
 def told(what):
     """What the only ingress has told the Model by now, as ``what`` reads it from its demand."""
     handle = serve.get_deployment_handle("Model", app_name="watched")
-    boards = handle.board.remote().result(timeout_s=10).ingresses
+    boards = handle.board.remote().result(timeout_s=PATIENCE_S).ingresses
     return what(boards[0].demand) if boards else None
 
 

@@ -5,6 +5,8 @@ import asyncio
 import json
 import os
 import socket
+from importlib import import_module
+from types import SimpleNamespace
 
 import uvicorn
 import yaml
@@ -15,7 +17,10 @@ from deployments.simulator.settings import SimulatedSettings
 
 SETTINGS_VARIABLE = "STAND_IN_SETTINGS"
 """Further settings of the simulated engine, as JSON."""
-CONFIG_KEYS = {"scheduler_config", "max_seq_len", "enable_chunked_prefill", "kv_cache_config"}
+CONFIG_KEYS = {
+    "scheduler_config", "max_seq_len", "enable_chunked_prefill", "kv_cache_config",
+    "guided_decoding_backend",
+}  # fmt: skip
 SCHEDULER_KEYS = {"waiting_queue_policy", "capacity_scheduler_policy"}
 
 
@@ -29,6 +34,7 @@ def parse():
     parser.add_argument("--max_seq_len", type=int)
     parser.add_argument("--tensor_parallel_size", "--tp_size", type=int, default=1)
     parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--middleware", action="append", default=[])
     parser.add_argument("--config", "--extra_llm_api_options", dest="config")
     return parser.parse_args()
 
@@ -63,10 +69,35 @@ def settings_for(options, config):
     )
 
 
+class Wrapped:
+    """The application in a middleware, which finds the engine as trtllm-serve's own does."""
+
+    def __init__(self, application, settings):
+        scheduler = SimpleNamespace(waiting_queue_policy=settings.policy)
+        length = settings.context_length
+        arguments = SimpleNamespace(scheduler_config=scheduler, max_seq_len=length)
+        self.application, self.generator = application, SimpleNamespace(args=arguments)
+        self.routes = [SimpleNamespace(endpoint=self.chat)]
+
+    def chat(self):
+        """A route, as a method of what owns the engine."""
+
+    def inside(self, name):
+        module, _, cls = name.rpartition(".")
+        middleware = getattr(import_module(module), cls)(self.application)
+
+        async def answer(scope, receive, send):
+            await middleware({**scope, "app": self}, receive, send)
+
+        return answer
+
+
 async def serve(listener, options, config):
     engine = Engine(settings_for(options, config), asyncio.get_running_loop())
     application = Application(engine, options.served_model_name or options.model, "", "")
     application.ready = True
+    for name in options.middleware:
+        application = Wrapped(application, engine.settings).inside(name)
     server = uvicorn.Server(uvicorn.Config(application, lifespan="off", timeout_keep_alive=5))
     await server.serve(sockets=[listener])
 
