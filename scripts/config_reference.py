@@ -14,13 +14,15 @@ from pydantic_core import PydanticUndefined
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
+from app.config.access_log import AccessLogSettings  # noqa: E402
 from app.config.ingress import IngressSettings  # noqa: E402
 from app.config.journal import JournalSettings  # noqa: E402
 from app.config.model import ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
 from app.config.queue import QueueSettings, TierQueue  # noqa: E402
 from app.config.scaling import ScalingSettings  # noqa: E402
+from app.config.slo import SloSettings, TierSlo  # noqa: E402
 from app.config.usage_reads import UsageSettings  # noqa: E402
-from app.core.pricing import Multipliers, RateCard  # noqa: E402
+from app.core.pricing import LongContext, Multipliers, RateCard, TierPrices  # noqa: E402
 from app.core.settings import Settings  # noqa: E402
 
 TARGET = REPO / "docs" / "configuration.md"
@@ -35,6 +37,12 @@ key and the line. This page is made from the types of the settings by
 SECTIONS: list[tuple[str, type[Settings], str]] = [
     ("The ingress: `user_config` of the deployment `Ingress`", IngressSettings, ""),
     ("`journal`", JournalSettings, "In the `user_config` of `Ingress`; read when it starts."),
+    (
+        "`access_log`",
+        AccessLogSettings,
+        "In the `user_config` of `Ingress`. [logs-and-traces.md](logs-and-traces.md) describes "
+        "the lines.",
+    ),
     ("`usage`", UsageSettings, "In the `user_config` of `Ingress`, for each ingress."),
     ("A model: `args` of its application", ModelArgs, ""),
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
@@ -64,7 +72,21 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
         '{policy_function: "app.autoscaling:priority_aware"}`; see [autoscaling.md]'
         "(autoscaling.md). Each pool's bounds are Serve's own `min_replicas` and `max_replicas`.",
     ),
+    ("`slo`", SloSettings, "In the `user_config` of `Model`; see [monitoring.md](monitoring.md)."),
+    ("`slo.priority`, `slo.default`, `slo.flex`", TierSlo, ""),
     ("`rate_card.multipliers`", Multipliers, "On every price; `default` is always 1."),
+    (
+        "`rate_card.priority`, `rate_card.flex`",
+        TierPrices,
+        "Own prices of a tier, in USD for a million tokens. They replace its multiplier and the "
+        "card's `long_context`.",
+    ),
+    (
+        "`rate_card.long_context`",
+        LongContext,
+        "The prices of requests with long prompts. Multipliers apply to them; those in "
+        "`rate_card.priority` and `rate_card.flex` have none.",
+    ),
 ]
 
 

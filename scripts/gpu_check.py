@@ -1,4 +1,4 @@
-"""The contract suite over one installed engine; see scripts/gpu_check."""
+"""The contract suite and bursts of priority over one installed engine; see scripts/gpu_check."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/gpu_check", description="Run the contract suite over an installed engine."
+        prog="scripts/gpu_check",
+        description="Run the contract suite and bursts of priority over an installed engine.",
     )
     parser.add_argument("engine", choices=list(ADAPTERS))
     parser.add_argument("--model", required=True, help="folder or name of a chat model")
@@ -54,7 +55,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--env", action="append", default=[], metavar="K=V", help="a variable for the engine"
     )
-    parser.add_argument("-k", dest="only", default="", help="only tests that match, as pytest's")
+    parser.add_argument(
+        "--preemptions", type=int, default=100, help="how often requests are suspended at least"
+    )
+    parser.add_argument(
+        "-k", dest="only", default="", help="only tests that match, as pytest's, and no load"
+    )
     return parser.parse_args(arguments)
 
 
@@ -118,12 +124,31 @@ def _bad_pool(pool: Mapping[str, Any]) -> str | None:
 
 def _run(file: Path, options: argparse.Namespace) -> int:
     print(f"gpu_check: {options.engine} with {options.model}", flush=True)
+    status = _run_suite(file, options)
+    if options.only:
+        return status
+    print("gpu_check: bursts of priority while default requests fill the engine", flush=True)
+    return _run_bursts(file, options) or status
+
+
+def _run_suite(file: Path, options: argparse.Namespace) -> int:
     suite = REPO / "tests" / "engines" / "test_contract.py"
     command = [sys.executable, "-m", "pytest", str(suite), "--contract-pool", str(file)]
     # A large model may take long to start: only the tests themselves are timed.
-    command += ["-q", "--tb=short", "-r", "fE", "-o", "timeout_func_only=true"]
+    # -s: the long test tells how far it is.
+    command += ["-v", "-s", "--tb=short", "-r", "fE", "-o", "timeout_func_only=true"]
     command += ["-k", options.only] if options.only else []
-    return subprocess.run(command, cwd=REPO).returncode
+    environment = os.environ | {"FRONTLINE_PREEMPTIONS": str(options.preemptions)}
+    return subprocess.run(command, cwd=REPO, env=environment).returncode
+
+
+def _run_bursts(file: Path, options: argparse.Namespace) -> int:
+    bench = REPO / "scripts" / "bench" / "contention.py"
+    command = [sys.executable, str(bench), "--pool", str(file), "--check", "--max-requests", "5000"]
+    command += ["--clients", str(3 * options.slots), "--out", str(file.parent)]
+    # The whole check is contained already.
+    environment = os.environ | {"FRONTLINE_BENCH_CONTAINED": "1"}
+    return subprocess.run(command, cwd=REPO, env=environment).returncode
 
 
 if __name__ == "__main__":

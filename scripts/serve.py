@@ -9,19 +9,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from app.cli.doctor import findings, look_around
+from app.cli.starts import Starts
+from app.haproxy.config import BadSetting, whole_number
 from deployments.process.reaper import Identity, descendants, is_running
 from scripts.contain import Containment, process_name
 
 MODEL = "deployments.model:build"
 GRACE_S = 60.0
 POLL_S = 1.0
-REPEAT_S = 15.0
+REPEAT_S = 10.0
 RAY = frozenset({"raylet", "gcs_server"})
 """Without one of these processes nothing can be started any more, and Ray does not restart them:
 `serve run` would wait for ever."""
@@ -41,11 +45,19 @@ def log_folder(driver: int) -> Path:
     return next(sessions.glob(f"session_*_{driver}/logs"), sessions / "session_latest/logs")
 
 
+def report_folder(driver: int) -> Path | None:
+    """Return where the replicas of this run write how their starts go; none before there is one."""
+    sessions = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    session = next(sessions.glob(f"session_*_{driver}"), None)
+    return None if session is None else session / "logs" / "serve"
+
+
 class Readiness:
     """Asks the ingress for its models until each of them serves some tier."""
 
     def __init__(self, models: list[str], port: int, driver: int) -> None:
         self._models = models
+        self._starts = Starts(partial(report_folder, driver))
         self._driver = driver
         self._root = f"http://127.0.0.1:{port}"
         self._url = f"{self._root}/v1"
@@ -57,19 +69,24 @@ class Readiness:
 
     def look(self) -> None:
         now = time.monotonic()
-        if self.reached or now < self._next_poll:
+        if now < self._next_poll:
+            return
+        self._next_poll = now + POLL_S
+        # Also after all models were ready: an engine may be replaced.
+        for failure in self._starts.failures():
+            print(f"run [{now - self._started:4.0f}s] {failure}", flush=True)
+        if self.reached:
             return
         try:
             waiting = self._waiting()
         except (OSError, ValueError, KeyError):
-            self._say("the ingress is starting")
+            self._say("the ingress is starting", self._starts.progress())
         else:
             if waiting:
-                self._say(f"waiting for {waiting}")
+                self._say(f"waiting for {waiting}", self._starts.progress())
             else:
                 self.reached = True
                 self._announce()
-        self._next_poll = time.monotonic() + POLL_S
 
     def _waiting(self) -> str:
         """What does not answer yet, in words. Raises while the ingress itself does not."""
@@ -93,13 +110,16 @@ class Readiness:
         with urllib.request.urlopen(url, timeout=2.0) as answer:
             return json.load(answer)
 
-    def _say(self, what: str) -> None:
+    def _say(self, what: str, more: Sequence[str] = ()) -> None:
+        """Print what it waits for: when that changes, and now and then."""
         now = time.monotonic()
         said_at, said = self._last_said
         if what == said and now - said_at < REPEAT_S:
             return
         where = f"; logs: {log_folder(self._driver)}" if what == said else ""
         print(f"run [{now - self._started:4.0f}s] {what}{where}", flush=True)
+        for line in more:
+            print(f"             {line}", flush=True)
         self._last_said = (now, what)
 
     def _announce(self) -> None:
@@ -164,7 +184,10 @@ def main() -> None:
     port = (config.get("http_options") or {}).get("port", 8000)
     require_free(port, f"http_options.port in {path}")
     for name, default in HAPROXY_PORTS.items():
-        require_free(int(os.environ.get(name, default)), name)
+        try:
+            require_free(whole_number(os.environ, name, default, least=1), name)
+        except BadSetting as error:
+            sys.exit(f"run: {error}")
 
     models = model_ids(config)
     # A cluster of its own, whatever else runs on this machine.
