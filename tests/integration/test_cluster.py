@@ -245,7 +245,7 @@ async def test_a_node_is_replaced_under_load_while_a_model_is_added(cluster):
     old = cluster.engines_node
     async with load(cluster, "one", "two") as (answered, failures):
         new = await asyncio.to_thread(cluster.join, 4, engine_vllm=3)
-        stream = asyncio.create_task(stream_long(cluster, "one", 10))
+        stream = asyncio.create_task(stream_long(cluster, "one", 10, asyncio.Event()))
         await asyncio.to_thread(cluster.drain, old)
         await asyncio.to_thread(cluster.deploy, INGRESS, ON_VLLM, ON_SGLANG, ADDED)
         await eventually_async(lambda: "test/one" in cluster.engines(new).values(), 60)
