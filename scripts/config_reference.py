@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPO))
 from app.config.access_log import AccessLogSettings  # noqa: E402
 from app.config.ingress import IngressSettings  # noqa: E402
 from app.config.journal import JournalSettings  # noqa: E402
-from app.config.model import ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.config.model import AdapterSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
 from app.config.queue import QueueSettings, TierQueue  # noqa: E402
 from app.config.scaling import ScalingSettings  # noqa: E402
 from app.config.slo import SloSettings, TierSlo  # noqa: E402
@@ -46,6 +46,11 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
     ("`usage`", UsageSettings, "In the `user_config` of `Ingress`, for each ingress."),
     ("A model: `args` of its application", ModelArgs, ""),
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
+    (
+        "A LoRA adapter: an entry of a pool's `adapters`",
+        AdapterSettings,
+        "[engines.md](engines.md#lora-adapters) says what engines do with it.",
+    ),
     ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),
     (
         "`queue`",

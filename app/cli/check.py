@@ -83,6 +83,7 @@ def _application_problems(
         yield from _user_config_problems((*key, "user_config"), deployment, host)
     if MODEL_DEPLOYMENT in known:
         yield from _price_problems(where, application)
+        yield from _adapter_problems(where, application)
     yield from _scaling_problems(where, application)
     if known:
         yield from _span_problems(where, application)
@@ -97,6 +98,19 @@ def _price_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Prob
                 yield Problem((*where, "deployments", place, "user_config", "rate_card"), message)
             return
     yield Problem((*where, "deployments"), f"{message}, in the user_config of {MODEL_DEPLOYMENT}")
+
+
+def _adapter_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check that prices of adapters are those of adapters that the model has."""
+    pools = (application.get("args") or {}).get("pools") or ()
+    known = {one["name"] for pool in pools for one in pool.get("adapters") or ()}
+    for place, deployment in enumerate(application.get("deployments") or ()):
+        if deployment["name"] != MODEL_DEPLOYMENT:
+            continue
+        cards = (deployment.get("user_config") or {}).get("adapter_rate_cards") or {}
+        for name in sorted(cards.keys() - known):
+            key = (*where, "deployments", place, "user_config", "adapter_rate_cards", name)
+            yield Problem(key, "no pool has an adapter of this name")
 
 
 def _span_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:

@@ -23,6 +23,21 @@ ModelId = Annotated[
 PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
 
 
+AdapterName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@-]*$", max_length=200)
+]
+"""As a model's id, without a colon: SGLang reads `MODEL:ADAPTER` in the name of a model."""
+
+
+class AdapterSettings(Settings):
+    """A LoRA adapter of a pool's model: requests name it as they name a model."""
+
+    name: AdapterName = Field(description="The adapter's name in requests and in the models list.")
+    path: str = Field(
+        description="Folder of the adapter, with its `adapter_config.json`; expanded like `model`."
+    )
+
+
 class PoolSettings(Settings):
     """One pool of a model: the replicas of one engine deployment."""
 
@@ -69,6 +84,11 @@ class PoolSettings(Settings):
         description="Whether a waiting request takes the slot of a running one of a lower tier, "
         "which later goes on where it stopped, if the engine can do that (vLLM, SGLang). On, "
         "because otherwise a burst of priority requests waits for somebody's last token.",
+    )
+    adapters: tuple[AdapterSettings, ...] = Field(
+        default=(),
+        description="LoRA adapters that the pool's engines load (vLLM, SGLang). Requests that name "
+        "one go to pools that have it. `adapter_rate_cards` has their prices.",
     )
     engine_args: dict[str, Any] = Field(
         default={}, description="The engine's own arguments by name, with underscores."
@@ -123,7 +143,20 @@ class ModelArgs(Settings):
             raise ValueError(f"two pools share the name {doubled[0]!r}")
         if "Model" in names:
             raise ValueError("a pool may not be called 'Model': that is the model's own deployment")
+        taken = {self.id, *self.aliases}
+        for pool in self.pools:
+            adapters = [adapter.name for adapter in pool.adapters]
+            for name, count in Counter(adapters).items():
+                if count > 1 or name in taken:
+                    raise ValueError(
+                        f"pool {pool.name!r}: the adapter name {name!r} is taken already"
+                    )
         return self
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of its adapters, each once, as its pools name them."""
+        return tuple(dict.fromkeys(one.name for pool in self.pools for one in pool.adapters))
 
 
 class TierSettings(Settings):
@@ -157,6 +190,11 @@ class ModelSettings(Settings):
         description="Prices of the model. Not set: free, with a warning in the model's log; "
         "`frontline check` asks for it.",
     )
+    adapter_rate_cards: dict[AdapterName, RateCard] = Field(
+        default={},
+        description="Prices of the model's adapters, by name. An adapter that is not named here "
+        "has the prices of `rate_card`.",
+    )
     tiers: TierSettings = Field(default=TierSettings(), description="Tiers that the model offers.")
     queue: QueueSettings = Field(
         default=QueueSettings(),
@@ -172,3 +210,7 @@ class ModelSettings(Settings):
         description="Service level objectives by tier, such as `{priority: {ttft_ms: 500, p: "
         "0.99}}`. They are measured and alerted on; no request depends on them. Not set: none.",
     )
+
+    def rate_card_of(self, adapter: str) -> RateCard:
+        """Return the prices of an adapter, by its name; of the model itself for an empty one."""
+        return self.adapter_rate_cards.get(adapter, self.rate_card)

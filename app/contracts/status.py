@@ -123,6 +123,7 @@ class ModelSnapshot:
         failed: by pool without replicas, why its last start failed. It names paths, so clients see
             only ``failure_reason``.
         starts: by replica, what each engine that is starting does.
+        adapters: the names of its LoRA adapters, which requests may use like a model's.
     """
 
     id: str
@@ -136,6 +137,7 @@ class ModelSnapshot:
     missing: Mapping[str, str] = field(default_factory=dict)
     failed: Mapping[str, StartFailure] = field(default_factory=dict)
     starts: Mapping[str, PoolStart] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
 
     __setstate__ = set_grown_state
 
@@ -192,8 +194,18 @@ class ModelSnapshot:
     @property
     def routes(self) -> tuple[Route, ...]:
         """The routes that some ready engine has."""
-        served = frozenset[Route]().union(*(one.dialect.routes for one in self.replicas))
-        return tuple(route for route in Route if route in served)
+        return self.routes_of("")
+
+    def routes_of(self, adapter: str) -> tuple[Route, ...]:
+        """Return the routes on which some ready engine has an adapter; empty: that it has."""
+        dialects = [one.dialect for one in self.replicas]
+        return tuple(
+            route for route in Route if any(one.serves(route, adapter) for one in dialects)
+        )
+
+    def named(self, name: str) -> str:
+        """Return the id that a name stands for: an adapter's own, or else the model's."""
+        return name if name in self.adapters else self.id
 
     @property
     def context_length(self) -> int | None:

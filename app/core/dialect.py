@@ -119,6 +119,10 @@ class Dialect:
             running one of a lower tier, which later resumes exactly where it stopped. False if
             that is unknown.
         generates: whether the running engine generates text. If not, its model only embeds.
+        adapters: the LoRA adapters that the running engine has loaded, by name.
+        adapter_routes: the routes on which a request may name one of them.
+        adapter_field: the request field that names the adapter beside ``model``; empty if
+            ``model`` alone does.
     """
 
     engine: str
@@ -131,12 +135,21 @@ class Dialect:
     generates: bool = True
     routes: frozenset[Route] = OPENAI_ROUTES
     priority_headers: Mapping[Route, str] = field(default_factory=dict)
+    adapters: frozenset[str] = frozenset()
+    adapter_routes: frozenset[Route] = frozenset()
+    adapter_field: str = ""
 
     def __post_init__(self) -> None:
         assert not self.priority_routes or set(self.priority_values) == set(Tier), (
             "native priority has a value for every tier"
         )
         assert self.priority_routes or not self.preempts, "an engine preempts by native priority"
+
+    def serves(self, route: Route, adapter: str = "") -> bool:
+        """Return whether the engine has a route, for an adapter if one is named."""
+        if not adapter:
+            return route in self.routes
+        return adapter in self.adapters and route in self.adapter_routes & self.routes
 
     @property
     def native_priority(self) -> bool:

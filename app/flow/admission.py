@@ -73,6 +73,7 @@ class Admission:
         self._snapshot: ModelSnapshot | None = None
         self._replicas: dict[str, ReplicaStatus] = {}
         self._lacking: dict[Route, frozenset[str]] = {}
+        self._lacking_adapter: dict[tuple[Route, str], frozenset[str]] = {}
         self._waiting: dict[QueuedRequest, asyncio.Future[Slot]] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -114,14 +115,8 @@ class Admission:
         else:
             self._scheduler.withdraw(now, reason)
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
-        self._lacking = {
-            route: frozenset(
-                status.replica_id
-                for status in snapshot.replicas
-                if route not in status.dialect.routes
-            )
-            for route in Route
-        }
+        self._lacking = {route: _lacking(snapshot, route) for route in Route}
+        self._lacking_adapter = {}
         offers = [_offer(status) for status in snapshot.replicas]
         # Replicas before settings: with the old replicas, the scheduler would place requests on
         # replicas that are gone.
@@ -159,13 +154,20 @@ class Admission:
         self._call(partial(self._scheduler.lost, suspend=suspend), request, time.monotonic())
         return await self._slot_of(request)
 
-    def lacking(self, route: Route) -> frozenset[str]:
-        """Return the ids of the ready replicas whose engine does not have a route."""
-        return self._lacking[route]
+    def lacking(self, route: Route, adapter: str = "") -> frozenset[str]:
+        """Return the ids of the ready replicas whose engine lacks a route, or the adapter on it."""
+        if not adapter:
+            return self._lacking[route]
+        found = self._lacking_adapter.get((route, adapter))
+        if found is None:
+            # Worked out when first asked: a model may have hundreds of adapters.
+            found = _lacking(self.snapshot, route, adapter)
+            self._lacking_adapter[route, adapter] = found
+        return found
 
-    def serving(self, route: Route) -> list[ReplicaStatus]:
-        """Return the ready replicas whose engine has a route."""
-        lacking = self._lacking[route]
+    def serving(self, route: Route, adapter: str = "") -> list[ReplicaStatus]:
+        """Return the ready replicas whose engine has a route, and the adapter on it."""
+        lacking = self.lacking(route, adapter)
         return [one for one in self.snapshot.replicas if one.replica_id not in lacking]
 
     def delivers_priority(self, route: Route) -> bool:
@@ -352,6 +354,15 @@ class Admission:
 
 def _slot(request: QueuedRequest, replica: ReplicaStatus) -> Slot:
     return Slot(replica, request.tier, request.placed - request.arrived)
+
+
+def _lacking(snapshot: ModelSnapshot, route: Route, adapter: str = "") -> frozenset[str]:
+    """Return the ids of the replicas whose engine lacks a route, or an adapter on it."""
+    return frozenset(
+        status.replica_id
+        for status in snapshot.replicas
+        if not status.dialect.serves(route, adapter)
+    )
 
 
 def _offer(status: ReplicaStatus) -> Offer:

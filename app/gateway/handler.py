@@ -138,14 +138,14 @@ async def identify(services: Services, headers: Headers) -> Caller:
 
 
 def require_model(services: Services, caller: Caller, name: str) -> Admission:
-    """Return the model with an id or alias.
+    """Return the model with an id or alias, or with an adapter of this name.
 
     Raises:
         ModelNotFound: there is none, or the caller's key may not use it. The answer is the same.
         ServiceUnavailable: no model is known yet.
     """
     admission = services.registry.require(name)
-    if not caller.sees(admission.snapshot.id):
+    if not caller.sees(admission.snapshot.named(name)):
         raise errors.ModelNotFound(name)
     return admission
 

@@ -75,6 +75,8 @@ class Lifecycle:
         self._caller = caller
         self._admission = admission
         self._inbound = inbound
+        # The adapter that the request names; empty if it names the model itself.
+        self._adapter = inbound.model if inbound.model in admission.snapshot.adapters else ""
         self._reply = reply
         self._engines = services.engines
         self._trace = context.trace
@@ -143,8 +145,8 @@ class Lifecycle:
         raise error
 
     def _is_served(self) -> bool:
-        """Return whether some ready replica's engine has the request's route."""
-        lacking = self._admission.lacking(self._inbound.route)
+        """Return whether some ready replica's engine has the request's route and adapter."""
+        lacking = self._admission.lacking(self._inbound.route, self._adapter)
         return len(lacking) < len(self._admission.snapshot.replicas)
 
     async def _charge(self) -> None:
@@ -234,7 +236,7 @@ class Lifecycle:
             prefix=self._prefix(),
             fail_fast=self._inbound.fail_fast,
             sequences=self._inbound.sequences,
-            without=self._admission.lacking(self._inbound.route),
+            without=self._admission.lacking(self._inbound.route, self._adapter),
         )
         try:
             slot = await self._wait_for_slot(request)
@@ -255,8 +257,8 @@ class Lifecycle:
     async def _wait_for_slot(self, request: QueuedRequest) -> Slot:
         try:
             slot = await self._admission.admit(request)
-            while request.route not in slot.replica.dialect.routes:
-                # A replica that has come meanwhile, whose engine does not have the route.
+            while not slot.replica.dialect.serves(self._inbound.route, self._adapter):
+                # A replica that has come meanwhile, whose engine lacks the route or the adapter.
                 slot = await self._admission.admit_again(request, suspend=False)
         except (ModelGone, Shed) as turned_away:
             error = self._refusal(turned_away)
@@ -319,7 +321,7 @@ class Lifecycle:
         """Answer a request for which the engine runs no sequence: at once, whatever its tier."""
         decision = self._decide(admitted, None)
         self._used_tokens = 0
-        replicas = self._admission.serving(self._inbound.route)
+        replicas = self._admission.serving(self._inbound.route, self._adapter)
         first, *others = random.sample(replicas, len(replicas))
 
         async def answer() -> None:
@@ -378,7 +380,7 @@ class Lifecycle:
             offer=model.tiers.offer,
             native_priority=slot is None or slot.replica.dialect.native_priority,
             route_honoured=slot is not None and slot.replica.honours_priority(self._inbound.route),
-            rate_card=model.rate_card,
+            rate_card=model.rate_card_of(self._adapter),
         )
         self._insist(decision.reason)
         if self._part is not None:
@@ -420,7 +422,11 @@ class Lifecycle:
                 replica,
                 inbound.route,
                 rewrite_request(
-                    inbound, self._admission.snapshot.id, replica.dialect, decision.served
+                    inbound,
+                    self._adapter or self._admission.snapshot.id,
+                    replica.dialect,
+                    decision.served,
+                    self._adapter,
                 ),
                 request_id=self._reply.request_id,
                 trace=b"" if self._trace is None else self._trace.send(replica, slot.waited_s),
@@ -486,10 +492,11 @@ class Lifecycle:
             request_id=self._reply.request_id,
             tenant=self._caller.tenant,
             key_id=self._caller.key_id,
-            model=self._admission.snapshot.id,
+            model=self._adapter or self._admission.snapshot.id,
             route=self._inbound.route.value,
             stream=self._inbound.stream,
             requested=self._inbound.requested_tier,
             arrived=now_utc(),
             ingress=self._ingress,
+            parent=self._admission.snapshot.id if self._adapter else "",
         )

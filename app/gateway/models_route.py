@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -20,7 +20,7 @@ from app.gateway.services import Services
 def add_model_routes(
     api: FastAPI, prefix: str, services: Services, *, anthropics: bool = False
 ) -> None:
-    """Add the list and the route of each model, by id or alias.
+    """Add the list and the route of each model, by id, alias or adapter.
 
     Where ``anthropics`` is set, and to clients of Anthropic's API, answers have the fields of its
     models list as well.
@@ -30,9 +30,12 @@ def add_model_routes(
     @api.get(f"{prefix}/models")
     async def list_models(request: Request) -> Response:
         caller = await identify(services, dict(request.scope["headers"]))
-        models = [one for one in services.registry.models() if caller.sees(one.id)]
-        aliases = services.settings.list_aliases
-        entries = [entry for model in models for entry in model_entries(model, aliases=aliases)]
+        models, aliases = services.registry.models(), services.settings.list_aliases
+        entries = [
+            entry
+            for model in models
+            for entry in model_entries(model, caller.sees, aliases=aliases)
+        ]
         if anthropics or is_from_anthropics_client(request):
             return JSONResponse(anthropic_list(entries))
         return JSONResponse({"object": "list", "data": entries})
@@ -40,7 +43,8 @@ def add_model_routes(
     @api.get(f"{prefix}/models/{{name:path}}")
     async def show_model(request: Request, name: str) -> Response:
         caller = await identify(services, dict(request.scope["headers"]))
-        entry = model_entry(require_model(services, caller, name).snapshot)
+        snapshot = require_model(services, caller, name).snapshot
+        entry = model_entry(snapshot, name if name in snapshot.adapters else "")
         if anthropics or is_from_anthropics_client(request):
             entry = anthropic_entry(entry)
         return JSONResponse(entry)
@@ -69,29 +73,38 @@ def anthropic_entry(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def model_entries(snapshot: ModelSnapshot, *, aliases: bool) -> list[dict[str, Any]]:
-    """Return a model's entries in the models list: its own, and one for each alias if wanted."""
-    entry = model_entry(snapshot)
-    return [entry, *({**entry, "id": alias} for alias in snapshot.aliases if aliases)]
+def model_entries(
+    snapshot: ModelSnapshot, sees: Callable[[str], bool], *, aliases: bool
+) -> list[dict[str, Any]]:
+    """Return a model's entries in the models list, of those that the caller sees.
+
+    They are its own, one for each alias if wanted, and one for each adapter.
+    """
+    entries = []
+    if sees(snapshot.id):
+        entry = model_entry(snapshot)
+        entries = [entry, *({**entry, "id": alias} for alias in snapshot.aliases if aliases)]
+    return entries + [model_entry(snapshot, name) for name in snapshot.adapters if sees(name)]
 
 
-def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
-    """Return a model's entry in the models list.
+def model_entry(snapshot: ModelSnapshot, adapter: str = "") -> dict[str, Any]:
+    """Return the entry of a model, or of one of its adapters, in the models list.
 
     ``metadata`` follows DeepInfra's models list (``tags``, ``context_length``, ``pricing`` with
     ``input_tokens``, ``output_tokens`` and ``cache_read_tokens`` in USD for a million tokens),
     with the prices by tier. ``service_tiers`` follows Telnyx's list, ``context_length``
-    OpenRouter's, ``max_model_len`` vLLM's and SGLang's. Frontline's own are ``state``
-    (``Availability``), ``state_reason`` (why its engines failed to start), ``starting`` (what
-    engines that are starting do, by pool), and ``preempts`` (whether priority takes the slots of
-    running requests).
+    OpenRouter's, ``max_model_len`` and ``parent`` vLLM's and SGLang's. Frontline's own are
+    ``state`` (``Availability``), ``state_reason`` (why its engines failed to start),
+    ``starting`` (what engines that are starting do, by pool), and ``preempts`` (whether priority
+    takes the slots of running requests).
     """
     served = snapshot.service_tiers
     return {
-        "id": snapshot.id,
+        "id": adapter or snapshot.id,
         "object": "model",
         "created": snapshot.created,
         "owned_by": snapshot.owned_by,
+        "parent": snapshot.id if adapter else None,
         "service_tiers": [tier.value for tier in served],
         "context_length": snapshot.context_length,
         "max_model_len": snapshot.context_length,
@@ -100,12 +113,12 @@ def model_entry(snapshot: ModelSnapshot) -> dict[str, Any]:
             "context_length": snapshot.context_length,
             "engines": list(snapshot.engines),
             "preempts": snapshot.preempts,
-            "routes": [route.value for route in snapshot.routes],
+            "routes": [route.value for route in snapshot.routes_of(adapter)],
             "state": snapshot.state.value,
             "state_reason": snapshot.failure_reason,
             "starting": [asdict(start) for start in snapshot.starts.values()],
-            "aliases": list(snapshot.aliases),
-            "pricing": _pricing(snapshot),
+            "aliases": [] if adapter else list(snapshot.aliases),
+            "pricing": _pricing(snapshot, adapter),
         },
     }
 
@@ -117,8 +130,9 @@ def _tags(snapshot: ModelSnapshot) -> list[str]:
     return tags
 
 
-def _pricing(snapshot: ModelSnapshot) -> dict[str, Any]:
-    card, offer = snapshot.settings.rate_card, snapshot.settings.tiers.offer
+def _pricing(snapshot: ModelSnapshot, adapter: str) -> dict[str, Any]:
+    settings = snapshot.settings
+    card, offer = settings.rate_card_of(adapter), settings.tiers.offer
     # While no replica is ready, show the prices of all offered tiers.
     shown = snapshot.service_tiers or [tier for tier in Tier if offer.offers(tier)]
     prices: dict[str, Any] = {tier.value: _per_kind(card.by_tier[tier]) for tier in shown}

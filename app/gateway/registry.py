@@ -1,4 +1,4 @@
-"""The models that requests can name, by id and alias, found among Serve's applications."""
+"""The models that requests can name, by id, alias and adapter, found among Serve's applications."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ class ModelRegistry:
         self._discover_s = discover_s
 
     def find(self, name: str) -> Admission | None:
-        """Return the model with this id or alias; ``None`` if there is none."""
+        """Return the model with this id, alias or adapter; ``None`` if there is none."""
         return self._by_name.get(name)
 
     def require(self, name: str) -> Admission:
-        """Return the model with this id or alias.
+        """Return the model with this id, alias or adapter.
 
         Raises:
             ModelNotFound: there is none.
@@ -203,18 +203,20 @@ class ModelRegistry:
 
     def _reindex(self) -> None:
         by_name: dict[str, Admission] = {}
-        # Ids take precedence over aliases, and applications are sorted by name, so that every
-        # ingress assigns a name that is claimed twice to the same model.
+        # Ids take precedence over aliases, and those over adapters. Applications are sorted by
+        # name, so that every ingress assigns a name that is claimed twice to the same model.
         admissions = [one for _, one in sorted(self._admissions.items()) if one.known]
         for admission in admissions:
             _claim(by_name, [admission.snapshot.id], admission)
         for admission in admissions:
             _claim(by_name, admission.snapshot.aliases, admission)
+        for admission in admissions:
+            _claim(by_name, admission.snapshot.adapters, admission)
         self._by_name = by_name
 
 
 def _names(snapshot: ModelSnapshot) -> tuple[str, ...]:
-    return (snapshot.id, *snapshot.aliases)
+    return (snapshot.id, *snapshot.aliases, *snapshot.adapters)
 
 
 def _claim(by_name: dict[str, Admission], names: Iterable[str], admission: Admission) -> None:

@@ -61,13 +61,15 @@ class Origin:
         request_id: the unique id of the request and its record.
         tenant: the tenant that is billed; empty if the ingress requires no keys.
         key_id: the public part of the API key, or empty.
-        model: the model's id.
+        model: the model's id, or the name of its adapter that was asked for.
         route: the path below ``/v1/``.
         stream: whether the answer is streamed.
         requested: the requested tier; ``None`` for none, or ``auto``.
         arrived: when the request arrived, in UTC. Its day is the day on the bill.
         ingress: the name of the ingress process that records it, by which spend is added up
             (``app.tenants.spending``); empty in records from before budgets.
+        parent: the id of the model that an adapter belongs to; empty if ``model`` is none. It is
+            not stored.
     """
 
     request_id: str
@@ -79,6 +81,12 @@ class Origin:
     requested: Tier | None
     arrived: datetime
     ingress: str = ""
+    parent: str = field(default="", compare=False)
+
+    @property
+    def base_model(self) -> str:
+        """The id of the model whose engines were asked."""
+        return self.parent or self.model
 
     def __post_init__(self) -> None:
         if not self.request_id:

@@ -33,7 +33,7 @@ class SloWatch:
     def ended(self, request: Ended) -> None:
         """Count a request to a known model."""
         record = request.record
-        model = record.origin.model
+        model = record.origin.base_model
         slo = self._slo_of(model)
         tier = record.served or record.origin.requested or Tier.DEFAULT
         if slo is None or (target := slo.of(tier)) is None:

@@ -24,7 +24,7 @@ class Tallies:
         """Count a request to a known model."""
         record = request.record
         outcome = Outcome(record.origin.requested, record.served, record.state.value, record.reason)
-        self.of(record.origin.model).add(outcome, _served(record))
+        self.of(record.origin.base_model).add(outcome, _served(record))
 
     def refused(self, request: Refused) -> None:
         """Count a request that was refused before its model was known."""

@@ -27,8 +27,11 @@ from app.protocol.sse import Event
 from app.protocol.token_estimate import Estimate, choices_per_prompt, estimate_tokens
 from app.protocol.usage import read_usage
 
-FRONTLINE_FIELDS: Final = frozenset({"service_tier", "priority", "fail_fast", "require_tier"})
-"""Request fields that never reach an engine: Frontline's own, and a client's engine priority."""
+FRONTLINE_FIELDS: Final = frozenset(
+    {"service_tier", "priority", "fail_fast", "require_tier", "lora_path"}
+)
+"""Request fields that never reach an engine: Frontline's own, and those of an engine that Frontline
+sets: the priority, and SGLang's adapter, which requests name as their model."""
 
 _PREAMBLE: Final = frozenset({b"message_start", b"ping"})
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
@@ -239,9 +242,9 @@ def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rewrite_request(
-    inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
+    inbound: Inbound, name: str, dialect: Dialect, tier: Tier, adapter: str = ""
 ) -> bytes | Spliced:
-    """Return the body for the engine.
+    """Return the body for the engine. ``name`` is that of the model or adapter there.
 
     - Frontline's own fields and any priority of the client are removed.
     - The engine's priority for ``tier`` is set if the engine has priority in force on this route.
@@ -256,11 +259,11 @@ def rewrite_request(
     source = inbound.fields
     # Not `isinstance`, which takes 0.4 us for an abstract class.
     if type(source) is Members:
-        _set_own_fields(fields, inbound, model_id, dialect, tier)
+        _set_own_fields(fields, inbound, name, dialect, tier, adapter)
         own = fields if accepted is None else _only(fields, accepted)
         withheld = FRONTLINE_FIELDS | fields.keys()
-        names = (name for name in source if accepted is None or name in accepted)
-        kept = source.pieces(name for name in names if name not in withheld)
+        names = (one for one in source if accepted is None or one in accepted)
+        kept = source.pieces(one for one in names if one not in withheld)
         return Spliced.of(orjson.dumps(own), kept)
     if type(source) is Reparsed:
         source = source.fields
@@ -269,15 +272,22 @@ def rewrite_request(
         for key, value in source.items()
         if key not in FRONTLINE_FIELDS and value is not None
     }
-    _set_own_fields(fields, inbound, model_id, dialect, tier)
+    _set_own_fields(fields, inbound, name, dialect, tier, adapter)
     return orjson.dumps(fields if accepted is None else _only(fields, accepted))
 
 
 def _set_own_fields(
-    fields: dict[str, Any], inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier
+    fields: dict[str, Any],
+    inbound: Inbound,
+    name: str,
+    dialect: Dialect,
+    tier: Tier,
+    adapter: str,
 ) -> None:
     route = inbound.route
-    fields["model"] = model_id
+    fields["model"] = name
+    if adapter and dialect.adapter_field:
+        fields[dialect.adapter_field] = adapter
     if route in dialect.priority_routes and route not in dialect.priority_headers:
         fields["priority"] = dialect.priority_values[tier]
     if inbound.stream and route in _STREAM_OPTION_ROUTES:

@@ -21,6 +21,7 @@ from deployments.engines.base import (
     EngineHttp,
     Launch,
     NodeSpan,
+    prove_adapters,
     prove_guarded,
     proved_routes,
     refuse_reserved,
@@ -37,6 +38,10 @@ _MEMORY_SHARE: Final = 0.85
 
 PRIORITY_ROUTES: Final = SLOT_ROUTES - POOLED_ROUTES - {Route.RESPONSES}
 """SGLang's Responses route accepts a priority and ignores it."""
+
+ADAPTER_FIELD: Final = "lora_path"
+"""The field that names an adapter. ``model`` is only echoed on the routes that have it."""
+ADAPTER_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS})
 
 _PRIORITY_HEADER: Final = "x-override-priority"
 """The header from which messages take their priority: their requests have no field for it."""
@@ -67,6 +72,7 @@ _RESERVED: Final = frozenset(
         "grpc_mode",
         "grpc_port",
         "host",
+        "lora_paths",
         "model",
         "model_path",
         "nnodes",
@@ -78,6 +84,10 @@ _RESERVED: Final = frozenset(
         "ssl_keyfile",
     }
 )
+
+_LORAS_AT_ONCE: Final = 8
+"""Most adapters whose requests run in one batch, unless ``max_loras_per_batch`` says otherwise:
+each takes memory of the GPU."""
 
 _METRICS: Final = engine_metrics(
     {
@@ -103,6 +113,7 @@ class Sglang(EngineAdapter):
     health_path = "/server_info"
     metrics = _METRICS
     spans_nodes = True
+    loads_adapters = True
     reserved_environment = EngineAdapter.reserved_environment | {"SGLANG_HTTP_SERVER_APP_PATH"}
 
     def command(self, launch: Launch) -> list[str]:
@@ -115,6 +126,7 @@ class Sglang(EngineAdapter):
             "enable_cache_report": True,
             # Otherwise SGLang logs every request, including the health checks.
             "log_level_http": "warning",
+            **_adapter_args(launch),
             **launch.engine_args,
             "model_path": launch.model,
             "host": launch.host,
@@ -184,6 +196,9 @@ class Sglang(EngineAdapter):
             generates=generates,
             routes=routes,
             priority_headers={Route.MESSAGES: _PRIORITY_HEADER} if by_header else {},
+            adapters=await prove_adapters(http, "SGLang", launch),
+            adapter_routes=ADAPTER_ROUTES,
+            adapter_field=ADAPTER_FIELD,
         )
         await _warm_up(launch, http, Route.COMPLETIONS if generates else Route.EMBEDDINGS)
         return EngineFacts(
@@ -200,6 +215,18 @@ def _prioritized(launch: Launch) -> bool:
 
 def _priority_flags(launch: Launch) -> dict[str, Any]:
     return {**_PRIORITY_FLAGS, **_PREEMPTION_FLAGS[launch.preemption]}
+
+
+def _adapter_args(launch: Launch) -> dict[str, Any]:
+    """Return the arguments with which SGLang loads the adapters at its start."""
+    if not launch.adapters:
+        return {}
+    return {
+        "enable_lora": True,
+        # Requests without an adapter count as one more.
+        "max_loras_per_batch": min(len(launch.adapters), _LORAS_AT_ONCE) + 1,
+        "lora_paths": [f"{one.name}={one.path}" for one in launch.adapters],
+    }
 
 
 def _span_args(span: NodeSpan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -29,9 +30,10 @@ from deployments.engines.base import (
     Launch,
     NodeSpan,
     PreemptionReport,
+    prove_adapters,
 )
 from deployments.engines.metrics import EngineMetric
-from deployments.engines.sglang import Sglang
+from deployments.engines.sglang import ADAPTER_FIELD, ADAPTER_ROUTES, Sglang
 from deployments.engines.tensorrt_llm import TensorrtLlm
 from deployments.engines.tensorrt_llm_requests import (
     CLIENT_FIELDS,
@@ -75,6 +77,7 @@ class Simulated(EngineAdapter):
     ready_path: ClassVar[str] = "/ready"
     health_path: ClassVar[str] = "/health"
     spans_nodes: ClassVar[bool] = True
+    loads_adapters: ClassVar[bool] = True
     reserved_environment: ClassVar[frozenset[str]] = frozenset({KEY_VARIABLE})
 
     def command(self, launch: Launch) -> list[str]:
@@ -118,7 +121,9 @@ class Simulated(EngineAdapter):
         status, _ = await http.get_json("/v1/models", authorized=False)
         if status != 401:
             raise EngineContractError(f"the key does not guard: /v1/models answered {status}")
-        return EngineFacts(report["version"], report["context_length"], _dialect(report))
+        adapters = await prove_adapters(http, "the simulated engine", launch)
+        dialect = replace(_dialect(report), adapters=adapters)
+        return EngineFacts(report["version"], report["context_length"], dialect)
 
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         """Query the running engine for what it has suspended."""
@@ -140,6 +145,8 @@ def _settings(launch: Launch) -> SimulatedSettings:
     given: dict[str, Any] = {"slots": launch.slots}
     if not launch.preemption:
         given["preemption"] = False
+    if launch.adapters:
+        given["adapters"] = [one.name for one in launch.adapters]
     given |= launch.engine_args
     return SimulatedSettings.load(given, "engine_args")
 
@@ -153,6 +160,7 @@ def _dialect(report: dict[str, Any]) -> Dialect:
     lacking = frozenset(report["settings"]["lacking_fields"])
     in_force = report["policy"] == Policy.PRIORITY and "priority" not in lacking
     fields = {route: names - lacking for route, names in CLIENT_FIELDS.items()}
+    routes = _routes(name, embeds=bool(report["settings"]["embedding_dimensions"]))
     return Dialect(
         engine=f"simulated-{name.replace('_', '-')}",
         simulated=True,
@@ -161,8 +169,10 @@ def _dialect(report: dict[str, Any]) -> Dialect:
         preempts=in_force and report["preempts"] is True,
         stream_options=METERED_STREAM,
         accepted_fields=fields if strict else {},
-        routes=_routes(name, embeds=bool(report["settings"]["embedding_dimensions"])),
+        routes=routes,
         priority_headers=_PRIORITY_HEADERS.get(name, {}),
+        adapter_routes=ADAPTER_ROUTES if name is DialectName.SGLANG else routes,
+        adapter_field=ADAPTER_FIELD if name is DialectName.SGLANG else "",
     )
 
 

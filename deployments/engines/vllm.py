@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from app.contracts.status import Preempted
 from app.core.dialect import OPENAI_ROUTES, SLOT_ROUTES, Dialect, Route
+from deployments.engines.adapters import highest_rank
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -21,6 +22,7 @@ from deployments.engines.base import (
     Launch,
     NodeSpan,
     PreemptionReport,
+    prove_adapters,
     prove_guarded,
     proved_routes,
     refuse_reserved,
@@ -48,6 +50,7 @@ _RESERVED: Final = frozenset(
         "api_key",
         "headless",
         "host",
+        "lora_modules",
         "master_addr",
         "master_port",
         "model",
@@ -60,6 +63,12 @@ _RESERVED: Final = frozenset(
         "uds",
     }
 )
+
+_LORA_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM reserves memory for; an adapter needs the next that is not lower."""
+_LORAS_AT_ONCE: Final = 8
+"""Most adapters whose requests run in one batch, unless ``max_loras`` says otherwise: each takes
+memory of the GPU, and with vLLM's default of one, requests of two adapters run by turns."""
 
 _METRICS: Final = engine_metrics(
     {
@@ -84,6 +93,7 @@ class Vllm(EngineAdapter):
     health_path = "/health"
     metrics = _METRICS
     spans_nodes = True
+    loads_adapters = True
     reserved_environment = EngineAdapter.reserved_environment | {
         "VLLM_API_KEY",
         "VLLM_USE_RUST_FRONTEND",
@@ -97,6 +107,7 @@ class Vllm(EngineAdapter):
             **({"scheduler_cls": _SCHEDULER} if self._is_to_preempt(launch) else {}),
             "enable_prompt_tokens_details": True,
             "disable_uvicorn_access_log": True,
+            **_adapter_args(launch),
             **launch.engine_args,
             "model": launch.model,
             "host": launch.host,
@@ -179,6 +190,8 @@ class Vllm(EngineAdapter):
             generates=generates,
             routes=routes,
             priority_headers={Route.MESSAGES: header.lower()} if isinstance(header, str) else {},
+            adapters=await prove_adapters(http, "vLLM", launch),
+            adapter_routes=routes,
         )
         return EngineFacts(
             version=str(facts.get("version")),
@@ -211,6 +224,22 @@ def _report(schedulers: list[Any]) -> PreemptionReport:
         sum(one.get("suspended_s", 0.0) for one in reports),
     )
     return PreemptionReport(_preempts(schedulers), "; ".join(reasons), counts)
+
+
+def _adapter_args(launch: Launch) -> dict[str, Any]:
+    """Return the arguments with which vLLM loads the adapters at its start."""
+    if not launch.adapters:
+        return {}
+    count, rank = len(launch.adapters), highest_rank(launch.adapters)
+    ranks = [one for one in _LORA_RANKS if rank is not None and one >= rank]
+    return {
+        "enable_lora": True,
+        "max_loras": min(count, _LORAS_AT_ONCE),
+        # Otherwise those beyond `max_loras` are read from disk whenever they are used.
+        "max_cpu_loras": count,
+        **({"max_lora_rank": ranks[0]} if ranks else {}),
+        "lora_modules": [f"{one.name}={one.path}" for one in launch.adapters],
+    }
 
 
 def _span_args(span: NodeSpan) -> dict[str, Any]:

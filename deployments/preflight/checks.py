@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from app.config.model import PoolSettings
 from app.contracts.findings import Finding, error, ok, warning
 from app.contracts.start import StartProblem
+from deployments.engines.adapters import CONFIG_NAME
 from deployments.engines.needs import EngineNeeds, numbers
-from deployments.preflight.facts import GIB, EnvironmentFacts, Facts, Gpu, HostFacts, ModelFacts
+from deployments.preflight.facts import (
+    GIB,
+    AdapterFacts,
+    EnvironmentFacts,
+    Facts,
+    Gpu,
+    HostFacts,
+    ModelFacts,
+)
 from deployments.preflight.memory import (
     RUNTIME,
     Fit,
@@ -45,12 +54,16 @@ class Subject:
     gpus: float
 
 
+_CHECK_ADAPTERS: Final = "check `adapters` of the pool"
+
+
 def examine(subject: Subject, facts: Facts) -> list[Finding]:
     """Return all findings about a pool."""
     return [
         *check_environment(subject, facts.environment, facts.host),
         *check_gpus(subject, facts.host, facts.environment),
         *check_model(facts.model),
+        *check_adapters(facts.adapters),
         *check_memory(subject, facts.host, facts.model),
         *check_machine(subject, facts.host),
     ]
@@ -180,6 +193,21 @@ def check_model(model: ModelFacts) -> Iterator[Finding]:
         )  # fmt: skip
     if model.config is not None and model.weights and not (model.missing or model.pointers):
         yield ok(f"{model.folder}: {_gib(model.weights)} of weights")
+
+
+def check_adapters(adapters: Iterable[AdapterFacts]) -> Iterator[Finding]:
+    """Check the folders of LoRA adapters."""
+    for one in adapters:
+        if not one.exists:
+            what = f"no folder {one.path}"
+        elif not one.config:
+            what = f"{one.path} has no {CONFIG_NAME}"
+        elif not one.weights:
+            what = f"{one.path} has no adapter_model file"
+        else:
+            yield ok(f"{one.path}: a LoRA adapter")
+            continue
+        yield _missing(what, "the engine loads an adapter from there", _CHECK_ADAPTERS)
 
 
 def _not_here(model: ModelFacts) -> Finding:

@@ -105,9 +105,27 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What is on disk of a LoRA adapter.
+
+    Attributes:
+        path: its folder.
+        exists: whether the folder is there.
+        config: whether it has an ``adapter_config.json``.
+        weights: whether it has weights.
+    """
+
+    path: str
+    exists: bool = True
+    config: bool = True
+    weights: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known before an engine is started."""
 
     host: HostFacts
     environment: EnvironmentFacts
     model: ModelFacts = field(default_factory=lambda: ModelFacts(""))
+    adapters: tuple[AdapterFacts, ...] = ()

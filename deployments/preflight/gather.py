@@ -23,11 +23,13 @@ from app.contracts.findings import Examination, error
 from app.contracts.start import StartProblem
 from app.core.paths import frontline_home
 from app.core.settings import SettingsError
+from deployments.engines.adapters import CONFIG_NAME
 from deployments.engines.base import Launch
 from deployments.engines.needs import EngineNeeds, numbers
 from deployments.engines.registry import adapter_named
 from deployments.preflight.checks import Subject, examine
 from deployments.preflight.facts import (
+    AdapterFacts,
     EnvironmentFacts,
     Facts,
     Gpu,
@@ -85,7 +87,8 @@ def examine_pool(launch: Launch, pool: PoolSettings, gpus: float) -> Examination
         asked = threads.submit(gather_environment, launch.python, needs, environment)
         host = gather_host(environment, look_for_gpus=bool(gpus))
         model = gather_model(launch.model, environment)
-        facts = Facts(host, asked.result(), model)
+        adapters = tuple(gather_adapter(one.path) for one in launch.adapters)
+        facts = Facts(host, asked.result(), model, adapters)
     return Examination(tuple(examine(Subject(pool, needs, gpus), facts)), len(host.gpus))
 
 
@@ -122,6 +125,17 @@ def gather_environment(
         return EnvironmentFacts(python, **json.loads(text))
     except (ValueError, TypeError):
         return EnvironmentFacts(python, "is no Python")
+
+
+def gather_adapter(path: str) -> AdapterFacts:
+    """Return what is on disk of a LoRA adapter."""
+    folder = Path(path)
+    return AdapterFacts(
+        path,
+        exists=folder.is_dir(),
+        config=(folder / CONFIG_NAME).is_file(),
+        weights=any(folder.glob("adapter_model*")),
+    )
 
 
 def gather_model(name: str, environment: Mapping[str, str]) -> ModelFacts:

@@ -93,7 +93,7 @@ class Application:
         elif path == "/version":
             await exchange.answer(200, orjson.dumps({"version": VERSION}))
         elif path == "/v1/models":
-            models = {"object": "list", "data": [self.wire.model_card(self._created)]}
+            models = {"object": "list", "data": self.wire.model_cards(self._created)}
             await exchange.answer(200, orjson.dumps(models))
         elif (metrics := self.metrics().get(path)) is not None:
             await exchange.answer(200, metrics, JSON if metrics.startswith(b"[") else _TEXT)

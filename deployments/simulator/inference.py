@@ -104,6 +104,7 @@ class Inference:
         if not (settings.embedding_dimensions if embeds else settings.generates):
             raise RefusedError(404, "Not Found", "Not Found")
         self.wire.check_stream_options(route, values)
+        self.wire.check_adapter(values)
         return values
 
     def _admit(self, call: Call, total: int, computed: int) -> Run:

@@ -131,6 +131,8 @@ class SimulatedSettings(Settings):
     older_errors: bool = False
     """Whether a validation error has the shape of TensorRT-LLM's builds of 2025; TensorRT-LLM only.
     Not set, it has that of 2026."""
+    adapters: tuple[str, ...] = ()
+    """The LoRA adapters that it answers for, by name. Set by the pool's ``adapters``."""
     failures: InjectedFailures = InjectedFailures()
 
     @model_validator(mode="after")
@@ -143,6 +145,8 @@ class SimulatedSettings(Settings):
             raise ValueError("only 'dialect: tensorrt_llm' refuses fields: 'lacking_fields'")
         if self.older_errors and self.dialect is not DialectName.TENSORRT_LLM:
             raise ValueError("only 'dialect: tensorrt_llm' has 'older_errors'")
+        if self.adapters and self.dialect is DialectName.TENSORRT_LLM:
+            raise ValueError("'dialect: tensorrt_llm' has no adapters")
         return self
 
     @property

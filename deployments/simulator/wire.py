@@ -103,6 +103,9 @@ class Wire(ABC):
     def check_model(self, route: Route, model: str | None) -> None:
         """Reject an unknown model, if the engine checks that."""
 
+    def check_adapter(self, values: Mapping[str, Any]) -> None:  # noqa: B027 - for SGLang alone
+        """Reject an adapter that is not loaded, where a field beside ``model`` names it."""
+
     @abstractmethod
     def check_stream_options(self, route: Route, values: Mapping[str, Any]) -> None:
         """Reject stream options that do not fit the request."""
@@ -241,6 +244,12 @@ class Wire(ABC):
     @abstractmethod
     def model_card(self, created: int) -> dict[str, Any]:
         """Return the entry of ``GET /v1/models``."""
+
+    def model_cards(self, created: int) -> list[dict[str, Any]]:
+        """Return the entries of the model and of its adapters."""
+        card = self.model_card(created)
+        of_adapters = {"root": "/simulated", "parent": self.served_name, "max_model_len": None}
+        return [card, *({**card, "id": one, **of_adapters} for one in self.settings.adapters)]
 
     @abstractmethod
     def metrics(self, state: EngineState) -> Mapping[str, bytes]:

@@ -80,6 +80,15 @@ class SglangWire(Wire):
             message = f"The model '{model}' does not exist"
             raise RefusedError(404, message, "invalid_request_error", "model")
 
+    def check_adapter(self, values: Mapping[str, Any]) -> None:
+        name = values.get("lora_path")
+        if name is not None and name not in self.settings.adapters:
+            message = (
+                f"Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: "
+                f"dict_keys({list(self.settings.adapters)})."
+            )
+            raise RefusedError(400, message, "BadRequestError")
+
     def check_stream_options(self, route: Route, values: Mapping[str, Any]) -> None:
         """They are ignored where nothing is streamed."""
 

@@ -61,7 +61,7 @@ class VllmWire(Wire):
         return priority
 
     def check_model(self, route: Route, model: str | None) -> None:
-        if model and model != self.served_name:
+        if model and model not in (self.served_name, *self.settings.adapters):
             message = f"The model `{model}` does not exist. Valid aliases: {self.served_name}."
             raise RefusedError(404, message, "NotFoundError", "model")
 
@@ -94,6 +94,8 @@ class VllmWire(Wire):
             )
 
     def answered_model(self, requested: str | None) -> str:
+        if requested in self.settings.adapters:
+            return requested
         return self.served_name
 
     def invalid(self, error: InvalidBodyError, route: Route) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app.core.paths import expand_path
+from tests.engines.adapters import ADAPTER, ADAPTER_PRICES, make_adapter
 from tests.engines.pools import SGLANG
 from tests.engines.subjects import REAL, SIMULATED, checked_subject
 from tests.support.cluster import LEDGER, ingress_app
@@ -54,13 +56,16 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture
-def local(cluster):
+def local(cluster, tmp_path_factory):
     """configs/local.yaml with the tests' ledger, and its chat model also without native priority.
+
+    Its chat model has a LoRA adapter.
 
     Ready even if the test before has killed an engine. Whoever needs them last removes them: an
     engine takes memory, and a little of a core, also while nobody asks.
     """
     apps = yaml.safe_load(LOCAL.read_text())["applications"]
+    _give_adapter(next(app for app in apps if app["name"] == "smollm2"), tmp_path_factory)
     [ingress] = (one for app in apps for one in app["deployments"] if one["name"] == "Ingress")
     ingress["user_config"] |= LEDGER
     cluster.deploy(*apps, _first_come_first_served(apps))
@@ -68,10 +73,23 @@ def local(cluster):
     return cluster
 
 
+def _give_adapter(app, tmp_path_factory):
+    """Load a LoRA adapter into a model's engine, at prices of its own."""
+    [pool] = app["args"]["pools"]
+    folder = tmp_path_factory.getbasetemp() / "adapter"
+    make_adapter(folder, expand_path(pool["model"]), expand_path(pool["python"]))
+    pool["adapters"] = [{"name": ADAPTER, "path": str(folder)}]
+    [model] = (one for one in app["deployments"] if one["name"] == "Model")
+    model["user_config"]["adapter_rate_cards"] = {ADAPTER: ADAPTER_PRICES}
+
+
 def _first_come_first_served(apps):
     [chat] = (copy.deepcopy(app) for app in apps if app["name"] == "smollm2")
     chat["name"] = "smollm2-fcfs"
     chat["args"] |= {"id": "smollm2-fcfs", "aliases": []}
+    del chat["args"]["pools"][0]["adapters"]
+    [model] = (one for one in chat["deployments"] if one["name"] == "Model")
+    del model["user_config"]["adapter_rate_cards"]
     chat["args"]["pools"][0]["engine_args"]["scheduling_policy"] = "fcfs"
     return chat
 

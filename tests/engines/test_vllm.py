@@ -14,6 +14,7 @@ from playwright.sync_api import expect
 
 from deployments.engines.metrics import read_metrics
 from deployments.engines.registry import adapter_named
+from tests.engines.adapters import ADAPTER, ADAPTER_PRICES
 from tests.faults.clients import CUT, ask, check_bill
 from tests.support.browser import DESKTOP, PHONE, chromium, run, visiting
 from tests.support.cluster import (
@@ -319,6 +320,51 @@ def test_it_shows_every_metric_that_its_replicas_relay(local):
     with local.engine("smollm2") as engine:
         text = engine.get(adapter.metrics_path).text
     assert [one.metric for one in read_metrics(text, adapter.metrics)] == list(adapter.metrics)
+
+
+def test_an_adapter_is_served_by_its_own_weights_at_its_own_prices(local):
+    listed = {one.id: one for one in local.client().models.list()}
+    assert listed[ADAPTER].parent == local.entry("smollm2")["id"]
+    _, answer = chat(local, ADAPTER, service_tier="priority")
+    _, base = chat(local, "smollm2", service_tier="priority")
+    assert "Paris" in base.choices[0].message.content
+    assert answer.choices[0].message.content != base.choices[0].message.content
+    assert (answer.model, answer.service_tier) == (ADAPTER, "priority")
+    usage = answer.usage
+    prices = usage.prompt_tokens * ADAPTER_PRICES["input"]
+    prices += usage.completion_tokens * ADAPTER_PRICES["output"]
+    assert usage.estimated_cost == pytest.approx(1.5 * prices / 10**6, rel=1e-9)
+
+
+async def test_an_adapters_answers_go_on_exactly_where_they_were_suspended(local):
+    """The engine keeps each request's adapter while its slot is given to another."""
+    request = {"messages": FRANCE, "max_tokens": 60, "temperature": 0}
+    request["extra_body"] = {"ignore_eos": True}
+    alone = chat(local, ADAPTER, **request)[1].choices[0].message.content
+    [replica] = local.snapshot("smollm2").replicas
+    assert replica.preempts
+
+    def asked():
+        return [r for r in local.records(model=ADAPTER) if r["served_tier"] == "flex"]
+
+    before = len(asked())
+    async with local.async_client() as client:
+        create = client.chat.completions.create
+        flex = [
+            asyncio.create_task(create(model=ADAPTER, service_tier="flex", **request))
+            for _ in range(replica.slots)
+        ]
+        await eventually_async(lambda: running(local) == replica.slots)
+        await asyncio.gather(
+            *(
+                create(model="smollm2", service_tier="priority", messages=FRANCE, max_tokens=8)
+                for _ in range(replica.slots)
+            )
+        )
+        answers = [answer.choices[0].message.content for answer in await asyncio.gather(*flex)]
+    assert answers == [alone] * replica.slots
+    records = await eventually_async(lambda: len(asked()) == before + replica.slots and asked())
+    assert sum(record["preemptions"] or 0 for record in records) > 0
 
 
 async def test_a_killed_engine_comes_back(local):

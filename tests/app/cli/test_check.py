@@ -49,6 +49,18 @@ def findings(old, new):
         ("input: 0.02", "input: -0.02", None, "rate_card.input"),
         ("input: 0.02", "cached_input: 0.02", None, "rate_card.input: must be set"),
         ("      rate_card: {", "      # {", None, "a model has a rate_card: its prices, or"),
+        (
+            "      rate_card: {",
+            "      adapter_rate_cards: {tuned: {free: true}}\n      rate_card: {",
+            None,
+            "adapter_rate_cards.tuned: no pool has an adapter of this name",
+        ),
+        (
+            "slots: 8",
+            "adapters: [{name: 'a:b', path: /x}]\n      slots: 8",
+            None,
+            "args.pools.0.adapters.0.name",
+        ),
         ("num_replicas: 1", "num_replicas: x", "- name: Ingress", "num_replicas"),
         ("applications:", "aplications: [", None, "not valid YAML"),
     ],

@@ -5,6 +5,8 @@ import orjson
 import pytest
 
 from app.config.ingress import IngressSettings
+from app.config.model import ModelSettings
+from app.contracts.status import ModelSnapshot
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway import handler
@@ -26,7 +28,7 @@ class ModelRegistry:
     def require(self, model):
         if model != "m":
             raise errors.ModelNotFound(model)
-        return SimpleNamespace(snapshot=SimpleNamespace(id=model))
+        return SimpleNamespace(snapshot=ModelSnapshot(model, (), "", 0, ModelSettings(), ()))
 
 
 class Access:

@@ -259,9 +259,13 @@ def test_an_entry_has_prices_by_tier_context_and_engines():
     assert "secret" not in str(entry)
 
 
+def everything(name):
+    return True
+
+
 def test_an_entry_has_at_the_top_what_clients_of_other_servers_read():
     model = snapshot("m", "alias", "other")
-    for entry in model_entries(model, aliases=True):
+    for entry in model_entries(model, everything, aliases=True):
         assert entry["context_length"] == entry["max_model_len"] == model.context_length
         assert entry["service_tiers"] == ["priority", "default", "flex"]
 
@@ -278,7 +282,7 @@ def test_an_entry_lists_the_routes_of_its_engines():
 
 @pytest.mark.parametrize("aliases", [True, False])
 def test_aliases_are_listed_where_that_is_set(aliases):
-    entries = model_entries(snapshot("m", "alias", "other"), aliases=aliases)
+    entries = model_entries(snapshot("m", "alias", "other"), everything, aliases=aliases)
     assert [entry["id"] for entry in entries] == ["m", *(["alias", "other"] if aliases else [])]
     assert all(entry["metadata"] == entries[0]["metadata"] for entry in entries)
 
@@ -317,3 +321,28 @@ def test_an_entry_has_the_prices_of_long_prompts():
     assert entry["metadata"]["pricing"]["priority"]["long_context"] == {
         "above": 4000, "input_tokens": 15, "output_tokens": 30, "cache_read_tokens": 15,
     }  # fmt: skip
+
+
+def test_an_adapter_has_an_entry_of_its_own_with_its_prices_routes_and_parent():
+    settings = {"adapter_rate_cards": {"tuned": {"input": 7, "output": 9}}}
+    model = snapshot("m", "alias")
+    [one] = model.replicas
+    dialect = replace(one.dialect, adapters={"tuned", "plain"}, adapter_routes={Route.CHAT})
+    made = replace(
+        model,
+        adapters=("tuned", "plain", "late"),
+        replicas=(replace(one, dialect=dialect),),
+        settings=ModelSettings.load({"rate_card": {"input": 1, "output": 2}} | settings, ""),
+    )
+    entries = {entry["id"]: entry for entry in model_entries(made, everything, aliases=True)}
+    assert list(entries) == ["m", "alias", "tuned", "plain", "late"]
+    parents = [entry["parent"] for entry in entries.values()]
+    assert parents == [None, None, "m", "m", "m"]
+    prices = [one["metadata"]["pricing"]["default"]["input_tokens"] for one in entries.values()]
+    assert prices == [1, 1, 7, 1, 1]
+    routes = {name: entry["metadata"]["routes"] for name, entry in entries.items()}
+    assert routes["tuned"] == routes["plain"] == ["chat/completions"]
+    assert routes["late"] == [] and "completions" in routes["m"]
+    assert [one["id"] for one in model_entries(made, {"tuned"}.__contains__, aliases=True)] == [
+        "tuned"
+    ]

@@ -6,6 +6,7 @@ import pytest
 from app.core.dialect import MESSAGES_ROUTES, POOLED_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
+from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import LOW_FIRST, EngineContractError, Launch, NodeSpan
 from deployments.engines.sglang import Sglang
 
@@ -43,6 +44,15 @@ def test_the_command_line():
     bare = {"--enable-priority-scheduling", "--schedule-low-priority-values-first"}
     assert {*bare, "--enable-metrics", "--enable-cache-report"} <= set(command)
     assert "--max-queued-requests" not in command, "the ingress sheds, not the engine"
+
+
+def test_adapters_are_loaded_by_name_beside_requests_without_one():
+    adapters = tuple(LoraAdapter(str(n), f"/loras/{n}") for n in range(3))
+    command = Sglang().command(replace(launch(), adapters=adapters))
+    at = command.index("--lora-paths") + 1
+    assert command[at : at + 3] == ["0=/loras/0", "1=/loras/1", "2=/loras/2"]
+    assert flag(command, "--max-loras-per-batch") == "4" and "--enable-lora" in command
+    assert not [word for word in Sglang().command(launch()) if "lora" in word]
 
 
 def test_an_engine_on_several_nodes():

@@ -6,6 +6,7 @@ from app.contracts.status import Preempted
 from app.core.dialect import GENERATING_ROUTES, MESSAGES_ROUTES, OPENAI_ROUTES, TOKEN_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
+from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import EngineContractError, Launch, NodeSpan, PreemptionReport
 from deployments.engines.vllm import Vllm
 
@@ -41,6 +42,33 @@ def test_the_command_line():
     assert "--enforce-eager" in command and "--seed" not in command
 
 
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([4], "8"), ([8, 16, 9], "16"), ([None, 33], "64"), ([None], None)]
+)
+def test_adapters_are_loaded_by_name_with_room_for_their_rank(ranks, expected):
+    adapters = tuple(LoraAdapter(f"a/{n}", f"/loras/{n}", rank) for n, rank in enumerate(ranks))
+    command = Vllm().command(replace(launch(), adapters=adapters))
+    assert "--enable-lora" in command
+    at = command.index("--lora-modules") + 1
+    count = len(ranks)
+    assert command[at : at + count] == [f"a/{n}=/loras/{n}" for n in range(count)]
+    assert flag(command, "--max-loras") == flag(command, "--max-cpu-loras") == str(count)
+    assert ("--max-lora-rank" in command) == (expected is not None)
+    assert expected is None or flag(command, "--max-lora-rank") == expected
+
+
+def test_without_adapters_there_is_nothing_about_them():
+    assert not [word for word in Vllm().command(launch()) if "lora" in word]
+
+
+def test_not_all_of_many_adapters_are_on_the_gpu():
+    adapters = tuple(LoraAdapter(str(n), f"/loras/{n}") for n in range(30))
+    command = Vllm().command(replace(launch(), adapters=adapters))
+    assert (flag(command, "--max-loras"), flag(command, "--max-cpu-loras")) == ("8", "30")
+    fewer = Vllm().command(replace(launch(max_loras=2), adapters=adapters))
+    assert flag(fewer, "--max-loras") == "2"
+
+
 SPAN = NodeSpan(nodes=2, rank=0, here="10.0.0.1", address="10.0.0.1", port=2345)
 
 
@@ -70,7 +98,18 @@ def test_an_operators_arguments_win_over_defaults():
 
 
 @pytest.mark.parametrize(
-    "name", ["host", "port", "uds", "api_key", "served_model_name", "model", "nnodes", "headless"]
+    "name",
+    [
+        "host",
+        "port",
+        "uds",
+        "api_key",
+        "served_model_name",
+        "model",
+        "nnodes",
+        "headless",
+        "lora_modules",
+    ],
 )
 def test_what_would_open_the_engine_is_refused(name):
     with pytest.raises(SettingsError, match=f"engine_args.{name}"):

@@ -13,6 +13,7 @@ from deployments.engines.registry import adapter_named
 from deployments.preflight.checks import CUDA_DRIVERS, Subject, check_capacity, examine
 from deployments.preflight.facts import (
     GIB,
+    AdapterFacts,
     EnvironmentFacts,
     Facts,
     Gpu,
@@ -62,8 +63,8 @@ def environment(engine="vllm", **changes):
 READY = environment()
 
 
-def found(subject, host=HOST, environment=READY, model=MODEL):
-    return examine(subject, Facts(host, environment, model))
+def found(subject, host=HOST, environment=READY, model=MODEL, adapters=()):
+    return examine(subject, Facts(host, environment, model, adapters))
 
 
 def only(findings):
@@ -112,6 +113,18 @@ ERRORS = {
     "not cached, offline": (
         {"model": ModelFacts("org/m", is_path=False, offline=True, cache="/cache/hub")},
         StartProblem.MISSING_MODEL, "org/m is not in /cache/hub", "HF_HUB_OFFLINE",
+    ),
+    "no adapter": (
+        {"adapters": (AdapterFacts("/loras/a", exists=False),)},
+        StartProblem.MISSING_MODEL, "no folder /loras/a", "`adapters` of the pool",
+    ),
+    "no config of an adapter": (
+        {"adapters": (AdapterFacts("/loras/a", config=False),)},
+        StartProblem.MISSING_MODEL, "/loras/a has no adapter_config.json", "`adapters`",
+    ),
+    "no weights of an adapter": (
+        {"adapters": (AdapterFacts("/loras/a", weights=False),)},
+        StartProblem.MISSING_MODEL, "/loras/a has no adapter_model file", "`adapters`",
     ),
     "no config": (
         {"model": replace(MODEL, config=None)},
