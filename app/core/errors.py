@@ -135,7 +135,7 @@ class AdminRequired(InvalidRequest):
 
     def __init__(self) -> None:
         super().__init__(
-            "The board shows the traffic of all tenants. It needs an admin key "
+            "What is asked for shows the traffic of all tenants. It needs an admin key "
             "(frontline keys create --admin).",
             code="admin_key_required",
         )

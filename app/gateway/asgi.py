@@ -16,6 +16,7 @@ from app.gateway.health_route import add_health_routes
 from app.gateway.http_methods import as_get, refuse_websocket, wants_websocket
 from app.gateway.me_route import add_me_route
 from app.gateway.models_route import add_model_routes, is_from_anthropics_client
+from app.gateway.organization_usage import add_organization_routes
 from app.gateway.request_costs_route import add_request_costs_route
 from app.gateway.response import Send
 from app.gateway.services import Services
@@ -103,6 +104,7 @@ def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
     for prefix in PREFIXES:
         add_model_routes(api, prefix, services)
         add_usage_route(api, prefix, services)
+        add_organization_routes(api, prefix, services)
         add_me_route(api, prefix, services)
         add_request_costs_route(api, prefix, services)
         # Health probes expect the routes at the root, without the API's version.

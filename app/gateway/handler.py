@@ -23,7 +23,7 @@ from app.observe.observers import (
 from app.protocol.events import error_body, error_event
 from app.tenants.access import NOBODY, Caller
 
-__all__ = ["Handler", "Receive", "Scope", "authorization_of", "identify"]
+__all__ = ["Handler", "Receive", "Scope", "authorization_of", "identify", "identify_admin"]
 
 
 class Handler:
@@ -135,6 +135,19 @@ async def identify(services: Services, headers: Headers) -> Caller:
     if services.access is None:
         return NOBODY
     return await services.access.identify(authorization_of(headers))
+
+
+async def identify_admin(services: Services, headers: Headers) -> Caller:
+    """Return the caller of a request about all tenants; without keys, everyone is an admin.
+
+    Raises:
+        HostNotAllowed, InvalidKey: see ``identify``.
+        AdminRequired: the caller's key is not an admin key.
+    """
+    caller = await identify(services, headers)
+    if services.access is not None and not caller.is_admin:
+        raise errors.AdminRequired
+    return caller
 
 
 def require_model(services: Services, caller: Caller, name: str) -> Admission:

@@ -22,6 +22,7 @@ from app.store.database import StoreAway, StoreTooSlow
 _DEFAULT_GROUPS = (Grouping.DAY, Grouping.MODEL, Grouping.TIER)
 # The groupings offered to a tenant. Its own name is left out: it is the same in every record.
 _GROUPS = tuple(one for one in Grouping if one is not Grouping.TENANT)
+_FEWER = "fewer days"
 _PARAMETERS = frozenset({"start", "end", "group_by", "model", "key", "tier"})
 
 
@@ -53,8 +54,13 @@ def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
 
 
 @contextmanager
-def reading(bounds: UsageSettings) -> Iterator[None]:
+def reading(bounds: UsageSettings, param: str = "start", fewer: str = _FEWER) -> Iterator[None]:
     """Translate what goes wrong while usage is read.
+
+    Args:
+        bounds: the bounds on reading.
+        param: the parameter that is named where it is too much.
+        fewer: what to ask for then, for the error's message.
 
     Raises:
         InvalidRequest: it is more than may be read at once.
@@ -63,9 +69,10 @@ def reading(bounds: UsageSettings) -> Iterator[None]:
     try:
         yield
     except TooManyRows:
-        raise _too_large(f"has more than {bounds.max_rows} rows") from None
+        raise _too_large(f"has more than {bounds.max_rows} rows", param, fewer) from None
     except StoreTooSlow:
-        raise _too_large(f"takes longer than {bounds.timeout_s:g} s to read") from None
+        too_slow = f"takes longer than {bounds.timeout_s:g} s to read"
+        raise _too_large(too_slow, param, fewer) from None
     except StoreAway:
         raise errors.Unavailable(
             "Usage cannot be read at the moment. What is used meanwhile is recorded.",
@@ -94,11 +101,11 @@ def span(start: date | None, end: date | None, today: date, max_days: int) -> tu
     return since, until
 
 
-def _too_large(why: str) -> errors.InvalidRequest:
+def _too_large(why: str, param: str, fewer: str) -> errors.InvalidRequest:
     return errors.InvalidRequest(
-        f"The usage that is asked for {why}. Ask for fewer days, or for fewer groups ('group_by').",
+        f"The usage that is asked for {why}. Ask for {fewer}, or for fewer groups ('group_by').",
         code="usage_too_large",
-        param="start",
+        param=param,
     )
 
 

@@ -27,7 +27,7 @@ from app.core.tiers import Tier
 from app.ledger.record import UsageRecord
 from app.ledger.usage import Grouping, Total, add_up
 from app.store.database import StoreAway, StoreRefuses, migrate, translated
-from app.store.schema import Amount, Moment, hour_of, spend, usage_records
+from app.store.schema import Amount, Moment, hour_of, minute_of, spend, usage_records
 from app.store.sqlite_file import MISSING, Identity, identity, path_of, was_replaced
 from app.tenants.budget import Owner, SpendId
 
@@ -188,6 +188,7 @@ _columns = usage_records.c
 _GROUPS: Final = {
     Grouping.DAY: _columns.day,
     Grouping.HOUR: hour_of(_columns.arrived),
+    Grouping.MINUTE: minute_of(_columns.arrived),
     Grouping.TENANT: _columns.tenant,
     Grouping.KEY: _columns.key_id,
     Grouping.MODEL: _columns.model,
@@ -217,6 +218,9 @@ class Wanted:
         key: only the key with this id.
         tier: only requests that were served at this tier.
         requests: only the requests with these ids.
+        arrived: only requests that arrived from the first time until before the second, in UTC.
+        tenants, models, keys, routes: only these.
+        served: only requests that reached an engine.
     """
 
     tenant: str | None = None
@@ -226,6 +230,12 @@ class Wanted:
     key: str | None = None
     tier: Tier | None = None
     requests: tuple[str, ...] | None = None
+    arrived: tuple[datetime, datetime] | None = None
+    tenants: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    keys: tuple[str, ...] | None = None
+    routes: tuple[str, ...] | None = None
+    served: bool = False
 
     def condition(self) -> ColumnElement[bool]:
         """Return the SQL condition of the filter."""
@@ -237,8 +247,21 @@ class Wanted:
             None if self.model is None else columns.model == self.model,
             None if self.key is None else columns.key_id == self.key,
             None if self.tier is None else columns.served_tier == self.tier.value,
-            None if self.requests is None else columns.request_id.in_(self.requests),
+            None if not self.served else columns.served_tier.is_not(None),
         ]
+        for column, values in (
+            (columns.request_id, self.requests),
+            (columns.tenant, self.tenants),
+            (columns.model, self.models),
+            (columns.key_id, self.keys),
+            (columns.route, self.routes),
+        ):
+            conditions.append(None if values is None else column.in_(values))
+        if self.arrived is not None:
+            start, end = self.arrived
+            conditions += [columns.arrived >= start, columns.arrived < end]
+            # There is an index of the days.
+            conditions += [columns.day >= start.date(), columns.day <= end.date()]
         return and_(True, *(each for each in conditions if each is not None))
 
 

@@ -21,6 +21,8 @@ class Grouping(StrEnum):
     DAY = "day"
     HOUR = "hour"
     """The hour of arrival in UTC, such as ``2026-11-29T22``."""
+    MINUTE = "minute"
+    """The minute of arrival in UTC, such as ``2026-11-29T22:05``."""
     TENANT = "tenant"
     KEY = "key"
     MODEL = "model"

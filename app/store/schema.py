@@ -75,6 +75,13 @@ class hour_of(FunctionElement[str]):
     inherit_cache = True
 
 
+class minute_of(FunctionElement[str]):
+    """The minute of a time, in UTC, as text such as ``2026-11-29T22:05``."""
+
+    type = Text()
+    inherit_cache = True
+
+
 @compiles(hour_of)
 def _hour_in_postgresql(element: hour_of, compiler: SQLCompiler, **options: Any) -> str:
     moment = compiler.process(element.clauses, **options)
@@ -84,6 +91,17 @@ def _hour_in_postgresql(element: hour_of, compiler: SQLCompiler, **options: Any)
 @compiles(hour_of, "sqlite")
 def _hour_in_sqlite(element: hour_of, compiler: SQLCompiler, **options: Any) -> str:
     return f"substr({compiler.process(element.clauses, **options)}, 1, 13)"
+
+
+@compiles(minute_of)
+def _minute_in_postgresql(element: minute_of, compiler: SQLCompiler, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"to_char({moment} AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI')"
+
+
+@compiles(minute_of, "sqlite")
+def _minute_in_sqlite(element: minute_of, compiler: SQLCompiler, **options: Any) -> str:
+    return f"substr({compiler.process(element.clauses, **options)}, 1, 16)"
 
 
 metadata = MetaData()

@@ -70,6 +70,11 @@ class Caller:
         if self.key is not None and not self.key.scope.allows_route(route):
             raise errors.RouteNotAllowed(route.value)
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether the caller has an admin key."""
+        return self.key is not None and self.key.admin
+
     def sees(self, model_id: str) -> bool:
         """Return whether the caller may use a model, and know of it."""
         return self.key is None or self.key.scope.allows_model(model_id)

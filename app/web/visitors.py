@@ -43,14 +43,9 @@ async def admin(services: Services, request: Request) -> Caller:
         AdminRequired: the visitor's key is not an admin key.
     """
     caller = await visitor(services, request)
-    if services.access is not None and not is_admin(caller):
+    if services.access is not None and not caller.is_admin:
         raise errors.AdminRequired
     return caller
-
-
-def is_admin(caller: Caller) -> bool:
-    """Return whether somebody has an admin key."""
-    return caller.key is not None and caller.key.admin
 
 
 def still_admin(services: Services, caller: Caller, headers: Headers) -> bool:
@@ -63,7 +58,7 @@ def still_admin(services: Services, caller: Caller, headers: Headers) -> bool:
         known = access.known_key(caller.key_id)
         return known is not None and known.admin
     now = access.known_session(token, time.time())
-    return now is not None and is_admin(now)
+    return now is not None and now.is_admin
 
 
 def session_token(headers: Headers) -> str | None:
