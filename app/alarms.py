@@ -18,6 +18,8 @@ NAMES: Final = (
     "access log full",
     "access log lost",
     "billed otherwise than echoed",
+    "budget alert lost",
+    "budget webhook failing",
     "budgets not shared",
     "budgets unread",
     "engine metrics",

@@ -33,6 +33,7 @@ from app.store.database_url import resolve_url
 from app.tenants import deployment
 from app.tenants.access import Access
 from app.tenants.budget_gate import BudgetGate
+from app.tenants.budget_webhook import receiver_of
 from app.tenants.deployment import ServeLimits
 from app.tenants.key_store import KeyStore
 from app.upstream.client import EngineClient
@@ -71,12 +72,16 @@ class Ingress:
         """Take over changed settings; requests under way keep those they began with.
 
         Raises:
-            SettingsError: ``user_config`` has an unknown key or a bad value, or lets everybody in
-                from a network without saying so twice.
+            SettingsError: ``user_config`` has an unknown key or a bad value, lets everybody in
+                from a network without saying so twice, or names a secret that is not there.
             OSError: the folder of the journal or of the access log cannot be written.
         """
         settings = IngressSettings.load(user_config, "user_config")
         settings.check_open(await serve_host(), "user_config")
+        receiver = None
+        if (webhook := settings.budget_alert_webhook) is not None:
+            where = ("user_config", "budget_alert_webhook")
+            receiver = await asyncio.to_thread(receiver_of, webhook, *where)
         before, first = self.services.settings, self._store is None
         new_store = first or settings.ledger != before.ledger
         old, store = self._store, self._connect(settings) if new_store else self._store
@@ -88,6 +93,7 @@ class Ingress:
         if old_log is not None:
             self._retire("access log", partial(asyncio.to_thread, old_log.close))
         self._store, self.services.settings = store, settings
+        self.services.budget_webhook.change(receiver)
         if new_store or settings.usage != before.usage:
             self._open_usage(settings)
         self._open_accounts(store, settings, new_store=new_store)
@@ -127,7 +133,10 @@ class Ingress:
                 registry.ingress, KeyStore(store), self._limits, lambda: registry.ingresses
             )
             self._access.start()
-            self._budgets = BudgetGate(registry.ingress, self._limits, RecordStore(store).spent)
+            self._budgets = BudgetGate(
+                registry.ingress, self._limits, RecordStore(store).spent,
+                self.services.budget_webhook.tell,
+            )  # fmt: skip
             self._budgets.start()
             self.services.observers.add(SpendCounter(self._budgets))
         elif self._access is not None and self._budgets is not None and new_store:
@@ -163,6 +172,7 @@ class Ingress:
             await self._access.stop()
         if self._budgets is not None:
             await self._budgets.stop()
+        await self.services.budget_webhook.stop()
         if self.services.usage is not None:
             await asyncio.to_thread(self.services.usage.close)
         await asyncio.to_thread(self._access_log.close)

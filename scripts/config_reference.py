@@ -15,6 +15,7 @@ REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
 from app.config.access_log import AccessLogSettings  # noqa: E402
+from app.config.budget_webhook import BudgetWebhookSettings  # noqa: E402
 from app.config.ingress import IngressSettings  # noqa: E402
 from app.config.journal import JournalSettings  # noqa: E402
 from app.config.model import AdapterSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
@@ -44,6 +45,12 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
         "the lines.",
     ),
     ("`usage`", UsageSettings, "In the `user_config` of `Ingress`, for each ingress."),
+    (
+        "`budget_alert_webhook`",
+        BudgetWebhookSettings,
+        "In the `user_config` of `Ingress`. [billing.md](billing.md#a-webhook-for-alerts) has the "
+        "messages.",
+    ),
     ("A model: `args` of its application", ModelArgs, ""),
     ("A pool: an entry of `args.pools`", PoolSettings, ""),
     (

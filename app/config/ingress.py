@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, StringConstraints
 
 from app.config.access_log import AccessLogSettings
+from app.config.budget_webhook import BudgetWebhookSettings
 from app.config.hosts import ANY_HOST, HOST_NAME, HostRule
 from app.config.journal import JournalSettings
 from app.config.origins import ORIGIN, OriginRule
@@ -227,6 +228,11 @@ class IngressSettings(Settings):
     )
     usage: UsageSettings = Field(
         default=UsageSettings(), description="Bounds on `GET /v1/usage`; see below."
+    )
+    budget_alert_webhook: BudgetWebhookSettings | None = Field(
+        default=None,
+        description="Where alerts of budgets are sent over HTTP; see below. Not set: they are in "
+        "the log and in a metric only.",
     )
 
     @cached_property

@@ -16,6 +16,7 @@ from app.observe.request_trace import RequestTrace, pass_on
 from app.observe.tallies import Tallies
 from app.tenants.access import Access
 from app.tenants.budget_gate import BudgetGate
+from app.tenants.budget_webhook import BudgetWebhook
 from app.upstream.client import EngineClient
 
 
@@ -39,6 +40,7 @@ class Services:
         begin_trace: returns the trace of a request with these headers, if there is one.
         tallies: one of them: counts the requests of each model.
         budgets: holds requests to budgets; set together with ``access``.
+        budget_webhook: sends the alerts of budgets, if the settings have a receiver.
     """
 
     registry: ModelRegistry
@@ -54,6 +56,7 @@ class Services:
     begin_trace: Callable[[Mapping[bytes, bytes]], RequestTrace | None] = pass_on
     tallies: Tallies = field(default_factory=Tallies)
     budgets: BudgetGate | None = None
+    budget_webhook: BudgetWebhook = field(default_factory=BudgetWebhook)
 
     def __post_init__(self) -> None:
         self.observers.add(self.tallies)

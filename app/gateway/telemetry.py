@@ -24,6 +24,7 @@ from app.observe.measurements import Measurements
 from app.observe.process import process_samples
 from app.observe.slo import LIMITS, SloWatch
 from app.ray_compat.metrics import MetricsBackend
+from app.tenants.budget_webhook import Outcome as WebhookOutcome
 from app.tenants.spending import ALERTS
 
 _NO_KEY = 401
@@ -61,6 +62,9 @@ class Telemetry:
         yield from self._measurements.samples([model.id for model in models])
         yield from refusal_samples(services.tallies.refused_requests)
         yield from budget_samples({} if services.budgets is None else services.budgets.alerts)
+        for outcome in WebhookOutcome:
+            sent = services.budget_webhook.counts[outcome]
+            yield Sample(c.BUDGET_WEBHOOK, (outcome.value,), sent)
         if services.ledger is not None:
             yield from ledger_samples(services.ledger, self._lag, now)
         found = judge(read_signs(services, now)).reasons

@@ -160,6 +160,13 @@ BUDGET_ALERTS: Final = _counter(
     "Budgets of keys and tenants of which 50, 80 or 100 percent were reached, as this ingress saw "
     "it; `mode`: `hard` or `warn`. The log names the owner.",
 )
+BUDGET_WEBHOOK: Final = _counter(
+    "frontline_budget_webhook_total",
+    ("outcome",),
+    Source.INGRESS,
+    "Budget alerts that the webhook's receiver has taken (`outcome`: `delivered`), that it has not "
+    "(`given_up`) or that were not sent (`dropped`), and tries that `failed` and were repeated.",
+)
 # --- the queue -------------------------------------------------------------------------------
 QUEUE_WAIT: Final = _histogram(
     "frontline_queue_wait_seconds",

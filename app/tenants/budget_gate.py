@@ -29,6 +29,7 @@ from app import alarms, supervision
 from app.core import errors
 from app.store.database import StoreAway
 from app.tenants.budget import Budget, Owner, SpendId
+from app.tenants.budget_alert import BudgetAlert
 from app.tenants.keys import ApiKey
 from app.tenants.spending import (
     RENEWAL_S,
@@ -107,6 +108,7 @@ class BudgetGate:
         ingress: the name of the ingress, as in its records.
         source: where the spend of other ingresses comes from.
         read: reads spend from the database.
+        tell: is called with each alert, and must not wait.
         today: returns the day on the bill.
 
     Attributes:
@@ -119,6 +121,7 @@ class BudgetGate:
         ingress: str,
         source: SpendSource,
         read: ReadSpend,
+        tell: Callable[[BudgetAlert], None] = lambda alert: None,
         *,
         today: Callable[[], date] = today_utc,
         patience_s: float = PATIENCE_S,
@@ -128,6 +131,7 @@ class BudgetGate:
         self._ingress = ingress
         self._source = source
         self._read = read
+        self._tell = tell
         self._today = today
         self._patience_s = patience_s
         self._began = today()
@@ -346,7 +350,7 @@ class BudgetGate:
         self._note_learnt()
 
     def _alert(self, watch: Watch) -> None:
-        """Log and count if the spend has reached another percentage of the budget."""
+        """Log, count and tell if the spend has reached another percentage of the budget."""
         if not self._is_known(watch):
             return
         budget, spent = watch.budget, self._spent(watch)
@@ -358,6 +362,7 @@ class BudgetGate:
                 budget.name, reached, f"{spent:f}", f"{budget.usd:f}", budget.period,
                 "; its requests are refused" if reached == 100 and budget.hard else "",
             )  # fmt: skip
+            self._tell(BudgetAlert(budget, watch.id, reached, spent, datetime.now(UTC)))
         watch.alerted = reached
 
     def _forget(self, now: float) -> None:

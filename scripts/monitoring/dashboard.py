@@ -308,7 +308,9 @@ MONEY: Final = Row(
             "short",
             {
                 "{{percent}} % of a {{mode}} budget": "sum by (percent, mode) "
-                "(increase(ray_frontline_budget_alerts_total[1h]))"
+                "(increase(ray_frontline_budget_alerts_total[1h]))",
+                "webhook: {{outcome}}": "sum by (outcome) "
+                "(increase(ray_frontline_budget_webhook_total[1h]))",
             },
         ),
     ),

@@ -1,4 +1,5 @@
 import asyncio
+import json
 import time
 from decimal import Decimal
 
@@ -8,6 +9,7 @@ from sqlalchemy import event, make_url
 from app.config.ingress import FlightBounds
 from app.core import errors
 from app.core.pricing import RateCard, TokenUsage
+from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from app.ingress import Ingress
 from app.ledger.record import now_utc
@@ -15,9 +17,12 @@ from app.ledger.record_store import RecordStore, Wanted
 from app.observe.observers import Ended, Refused
 from app.store.database import connect
 from app.tenants.access import Caller
+from app.tenants.budget_webhook import Outcome
 from app.tenants.keys import KeyLimits, create_key
 from app.tenants.limiter import LimitBooks
 from app.tenants.spending import SpendBook
+from tests.app.tenants.test_budget_webhook import SECRET as WEBHOOK_SECRET
+from tests.app.tenants.test_budget_webhook import Receiver
 from tests.support.records import NOON, completed
 from tests.support.waiting import until
 
@@ -156,6 +161,49 @@ async def test_budgets_are_kept_through_another_ledger_and_read_from_it(ingress,
         await asyncio.sleep(0.02)
     with pytest.raises(errors.InsufficientQuota):
         await budgets.require(other)
+
+
+async def test_alerts_go_to_the_webhook_of_the_settings(ingress, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEBHOOK_SECRET", WEBHOOK_SECRET)
+    config = with_ledger(tmp_path, "one")
+    key, _ = create_key("acme", created=NOON, budgets=["total=1"])
+    cost = RateCard.load({"input": 1, "output": 0}, "x")
+    async with Receiver(500).up() as receiver:
+        webhook = {"url": receiver.url, "secret_env": "WEBHOOK_SECRET"}
+        await ingress.reconfigure(config | {"budget_alert_webhook": webhook})
+        await ingress.services.budgets.require(key)
+        record = completed(
+            key_id=key.key_id, card=cost, served=Tier.DEFAULT, usage=TokenUsage(10**6, 0, 0),
+            arrived=now_utc(), ingress=ingress.services.registry.ingress,
+        )  # fmt: skip
+        ingress.services.observers.ended(Ended(record, 200))
+        await until(lambda: ingress.services.budget_webhook.counts[Outcome.DELIVERED])
+        assert len(receiver.ids) == 2 and len(set(receiver.ids)) == 1
+        data = json.loads(receiver.requests[-1][2])["data"]
+    assert (data["key_id"], data["percent"], data["spent"]) == (key.key_id, 100, "1")
+    assert data["requests_refused"]
+    # Without it nothing is sent, and nothing is lost.
+    await ingress.reconfigure(config)
+    lost = ingress.services.budget_webhook.counts[Outcome.DROPPED]
+    other, _ = create_key("acme", created=NOON, budgets=["total=0:warn"])
+    await ingress.services.budgets.require(other)
+    await until(lambda: ingress.services.budgets.alerts[100, False])
+    assert (len(receiver.requests), lost) == (2, 0)
+
+
+async def test_a_webhook_without_its_secret_changes_nothing(ingress, tmp_path, monkeypatch):
+    monkeypatch.delenv("WEBHOOK_SECRET", raising=False)
+    config = with_ledger(tmp_path, "one")
+    await ingress.reconfigure(config)
+    services = ingress.services
+    before = (services.settings, services.ledger, services.usage)
+    webhook = {"url": "https://example.com/TOKEN", "secret_env": "WEBHOOK_SECRET"}
+    bad = with_ledger(tmp_path, "two") | {"budget_alert_webhook": webhook}
+    with pytest.raises(SettingsError) as caught:
+        await ingress.reconfigure(bad)
+    assert str(caught.value).startswith("user_config.budget_alert_webhook.secret_env: ")
+    assert "TOKEN" not in str(caught.value)
+    assert before == (services.settings, services.ledger, services.usage)
 
 
 async def test_settings_that_cannot_be_taken_over_change_nothing(ingress, stores, tmp_path):

@@ -20,6 +20,7 @@ from app.ledger.ledger import Ledger
 from app.ledger.record import State, UsageRecord
 from app.observe.catalogue import METRICS, Source
 from app.observe.observers import Ended, Refused
+from app.tenants.budget_webhook import Outcome
 from tests.app.flow.test_admission import admission, model, new_request
 from tests.support import records
 from tests.support.metrics import MemoryMetrics
@@ -114,6 +115,10 @@ async def test_alerts_of_budgets_are_counted(world):
     of = partial(backend.of, "frontline_budget_alerts_total")
     assert [of(percent=each, mode="hard") for each in ("50", "80", "100")] == [0, 2, 0]
     assert of(percent="80", mode="warn") == 0
+    services.budget_webhook.counts[Outcome.GIVEN_UP] += 3
+    await exporter.push()
+    of = partial(backend.of, "frontline_budget_webhook_total")
+    assert [of(outcome=each.value) for each in Outcome] == [0, 0, 3, 0]
 
 
 async def test_the_queue_is_shown_as_it_is(world):

@@ -126,6 +126,27 @@ async def test_a_warning_never_refuses(caplog):
     assert warned.key_id in caplog.text
 
 
+async def test_alerts_are_told_with_an_id_that_ingresses_and_restarts_agree_on():
+    book, limited, told = Book(), key("month=1", "total=100"), []
+    database = Database(dead="0.3")
+    async with (
+        gate("one", book, database, tell=told.append) as one,
+        gate("two", book, database, tell=told.append) as two,
+    ):
+        for made in (one, two):
+            assert await admits(made, limited)
+        spend(one, limited, "0.3")
+        spend(two, limited, "0.25")
+        await until(lambda: len([each for each in told if each.percent == 80]) == 2)
+    async with gate("three", Book(), Database(dead="0.85"), tell=told.append) as made:
+        assert await admits(made, limited)
+        await until(lambda: len([each for each in told if each.percent == 80]) == 3)
+    assert {each.of.period for each in told} == {"month"}
+    assert len({each.id for each in told if each.percent == 80}) == 1
+    last = told[-1]
+    assert (last.spent, last.budget.usd, last.of.name) == (Decimal("0.85"), ONE, limited.key_id)
+
+
 async def test_ingresses_know_of_each_other_within_a_moment():
     """An ingress alone, or one that counts only its own, would admit the budget twice."""
     book, limited = Book(), key("total=1")
