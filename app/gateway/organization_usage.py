@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Final
 
 import orjson
@@ -21,6 +22,7 @@ from app.gateway.services import Services
 from app.gateway.usage_query import UsageQuery
 from app.gateway.usage_reader import UsageReader
 from app.gateway.usage_route import reading
+from app.ledger.line_items import LineItem, line_items
 from app.ledger.record import now_utc
 from app.ledger.record_store import Wanted
 from app.ledger.time_buckets import Page, Width, border_of, cursor_of, page_of, start_of
@@ -36,7 +38,12 @@ _GROUPS: Final = {
 _CONSTANTS: Final[dict[str, Any]] = {"user_id": None, "batch": False, "api_source": "unlabeled"}
 """Groupings by which all requests are one group, and what is said of it. Keys have no users, and
 there are no batches."""
+_LINE_ITEM: Final = "line_item"
 _FEWER: Final = "fewer buckets ('limit')"
+
+
+_Row = tuple[Mapping[str, str | None], Mapping[str, Any]]
+"""The values of a group, by grouping, and the fields of its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +86,21 @@ def _input(total: Total) -> dict[str, Any]:
 
 
 def _cost(total: Total) -> dict[str, Any]:
+    return {"amount": _amount(total.cost), "quantity": None, "quantity_unit": None}
+
+
+def _item(item: LineItem) -> dict[str, Any]:
+    return {
+        "amount": _amount(item.cost),
+        "line_item": item.name,
+        "quantity": item.tokens,
+        "quantity_unit": "tokens",
+    }
+
+
+def _amount(cost: Decimal) -> dict[str, Any]:
     # A number with every digit, which a float would lose.
-    value = orjson.Fragment(plain(total.cost).encode())
-    return {"amount": {"value": value, "currency": "usd"}}
+    return {"value": orjson.Fragment(plain(cost).encode()), "currency": "usd"}
 
 
 _LIMITS: Final = {Width.MINUTE: (60, 1440), Width.HOUR: (24, 168), Width.DAY: (7, 31)}
@@ -97,7 +116,8 @@ _REPORTS: Final = {
         _LIMITS, _FILTERS, tuple(route.value for route in Route if not route.generates), _input,
     ),
     "costs": _Report(
-        "organization.costs.result", ("project_id", "user_id", "api_key_id", "api_source"),
+        "organization.costs.result",
+        ("project_id", "user_id", _LINE_ITEM, "api_key_id", "api_source"),
         {Width.DAY: (7, 180)}, ("project_ids", "api_key_ids"), None, _cost,
     ),
 }  # fmt: skip
@@ -125,7 +145,7 @@ async def _answer(report: _Report, query: UsageQuery, usage: UsageReader, now: i
     lists = {name: query.texts(name) for name in report.filters}
     only_batches = query.boolean("batch") if report.has_batches else None
     query.refuse_others()
-    totals: list[Total] = []
+    results: dict[int, list[dict[str, Any]]] = {}
     if page.start < page.end and not only_batches:
         wanted = Wanted(
             arrived=(_moment(page.start), _moment(page.end)), served=True, routes=report.routes,
@@ -133,11 +153,10 @@ async def _answer(report: _Report, query: UsageQuery, usage: UsageReader, now: i
         )  # fmt: skip
         groups = [width.grouping, *(_GROUPS[name] for name in names if name in _GROUPS)]
         with reading(usage.settings, "limit", _FEWER):
-            totals = await usage.totals(wanted, groups)
-    results: dict[int, list[dict[str, Any]]] = {}
-    for total in totals:
-        border = border_of(total.group[width.grouping] or "")
-        results.setdefault(border, []).append(_result(report, names, total))
+            rows = await _read(report, usage, wanted, groups, by_item=_LINE_ITEM in names)
+        for group, amounts in rows:
+            border = border_of(group[width.grouping] or "")
+            results.setdefault(border, []).append(_result(report, names, group, amounts))
     buckets = [
         {
             "object": "bucket",
@@ -154,6 +173,17 @@ async def _answer(report: _Report, query: UsageQuery, usage: UsageReader, now: i
         "next_page": None if page.next is None else cursor_of(page.next),
     }
     return Response(orjson.dumps(body), media_type="application/json")
+
+
+async def _read(
+    report: _Report, usage: UsageReader, wanted: Wanted, groups: list[Grouping], *, by_item: bool
+) -> list[_Row]:
+    """Return what was used in each group, by line item if need be."""
+    if not by_item:
+        totals = await usage.totals(wanted, groups)
+        return [(total.group, report.amounts(total)) for total in totals]
+    priced = await usage.priced(wanted, [*groups, Grouping.MODEL])
+    return [(item.group, _item(item)) for item in line_items(priced, groups)]
 
 
 def _page(report: _Report, query: UsageQuery, width: Width, max_days: int, now: int) -> Page:
@@ -185,18 +215,16 @@ def _page(report: _Report, query: UsageQuery, width: Width, max_days: int, now: 
     return page_of(start, end, width, min(default, most) if limit is None else limit)
 
 
-def _result(report: _Report, names: tuple[str, ...], total: Total) -> dict[str, Any]:
+def _result(
+    report: _Report,
+    names: tuple[str, ...],
+    group: Mapping[str, str | None],
+    amounts: Mapping[str, Any],
+) -> dict[str, Any]:
     groups = {
-        name: total.group[_GROUPS[name]] if name in _GROUPS else _CONSTANTS[name]
-        for name in report.groups
-        if name in names
+        name: group[_GROUPS[name]] if name in _GROUPS else _CONSTANTS.get(name) for name in names
     }
-    return {
-        "object": report.object,
-        **report.amounts(total),
-        **dict.fromkeys(report.groups),
-        **groups,
-    }
+    return {"object": report.object, **dict.fromkeys(report.groups), **groups, **amounts}
 
 
 def _moment(at: int) -> datetime:

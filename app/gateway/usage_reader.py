@@ -19,7 +19,7 @@ from app.core import errors
 from app.core.holdings import Holding, Holdings
 from app.ledger.record import UsageRecord
 from app.ledger.record_store import Place, RecordStore, Wanted
-from app.ledger.usage import Grouping, Total
+from app.ledger.usage import Grouping, Priced, Total
 from app.store.database import connect
 
 _T = TypeVar("_T")
@@ -59,6 +59,15 @@ class UsageReader:
         """
         most = self.settings.max_rows
         return await self._read(wanted, lambda: self._records.totals(wanted, groups, most))
+
+    async def priced(self, wanted: Wanted, groups: Sequence[Grouping]) -> list[Priced]:
+        """Return the usage of each group and each set of prices.
+
+        Raises:
+            UsageBusy, StoreTooSlow, StoreAway, TooManyRows: see ``totals``.
+        """
+        most = self.settings.max_rows
+        return await self._read(wanted, lambda: self._records.priced(wanted, groups, most))
 
     async def latest(
         self, wanted: Wanted, most: int, before: Place | None = None

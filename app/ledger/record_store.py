@@ -25,7 +25,7 @@ from sqlalchemy import (
 from app.core.pricing import EXACT, Prices, TokenUsage
 from app.core.tiers import Tier
 from app.ledger.record import UsageRecord
-from app.ledger.usage import Grouping, Total, add_up
+from app.ledger.usage import Grouping, Priced, Total, add_up
 from app.store.database import StoreAway, StoreRefuses, migrate, translated
 from app.store.schema import Amount, Moment, hour_of, minute_of, spend, usage_records
 from app.store.sqlite_file import MISSING, Identity, identity, path_of, was_replaced
@@ -119,8 +119,24 @@ class RecordStore:
     ) -> list[Total]:
         """Return totals of records, in the order of their groups.
 
-        The totals equal the sum of the records exactly. The database sums whole numbers of tokens
-        per set of prices, and the cost is tokens times prices.
+        The totals equal the sum of the records exactly: the cost is tokens times prices.
+
+        Raises:
+            TooManyRows: see ``priced``.
+        """
+        totals: dict[tuple[str | None, ...], list[Total]] = {}
+        for one in self.priced(wanted, groupings, max_rows):
+            totals.setdefault(tuple(one.group.values()), []).append(one.total())
+        names = [grouping.value for grouping in groupings]
+        return [
+            replace(add_up(parts), group=dict(zip(names, key, strict=True)))
+            for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
+        ]
+
+    def priced(
+        self, wanted: Wanted, groupings: Sequence[Grouping], max_rows: int | None = None
+    ) -> list[Priced]:
+        """Return the usage of each group and each set of prices, which the database adds up.
 
         Raises:
             TooManyRows: there are more than ``max_rows`` groups, each with one set of prices.
@@ -135,15 +151,7 @@ class RecordStore:
             rows = connection.execute(query).all()
         if max_rows is not None and len(rows) > max_rows:
             raise TooManyRows
-        names = [grouping.value for grouping in groupings]
-        totals: dict[tuple[str | None, ...], list[Total]] = {}
-        for row in rows:
-            key = tuple(_group_value(value) for value in row[: len(groups)])
-            totals.setdefault(key, []).append(_total(row[len(groups) :]))
-        return [
-            replace(add_up(parts), group=dict(zip(names, key, strict=True)))
-            for key, parts in sorted(totals.items(), key=lambda item: [v or "" for v in item[0]])
-        ]
+        return [_priced(groupings, row) for row in rows]
 
     def spent(self, of: SpendId) -> dict[str, Decimal]:
         """Return what a key or a tenant has spent in a period, in USD, by the recording ingress.
@@ -174,14 +182,12 @@ def _group_value(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _total(row: Sequence[Any]) -> Total:
-    """Return the total of a row of prices and sums."""
-    *prices, requests, prompt, cached, completion = row
+def _priced(groupings: Sequence[Grouping], row: Sequence[Any]) -> Priced:
+    """Return what a row of groups, prices and sums says."""
+    group = {one.value: _group_value(value) for one, value in zip(groupings, row, strict=False)}
+    *prices, requests, prompt, cached, completion = row[len(groupings) :]
     usage = TokenUsage(int(prompt), int(cached), int(completion))
-    cost = Decimal(0) if prices[0] is None else Prices(*prices).cost(usage)
-    return Total(
-        {}, requests, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, cost
-    )
+    return Priced(group, requests, None if prices[0] is None else Prices(*prices), usage)
 
 
 _columns = usage_records.c

@@ -11,7 +11,7 @@ from typing import Any, Final, TextIO
 
 import orjson
 
-from app.core.pricing import EXACT
+from app.core.pricing import EXACT, Prices, TokenUsage
 from app.ledger.record import UsageRecord
 
 
@@ -56,6 +56,32 @@ class Total:
         """Return the total as a flat mapping; amounts are strings with every digit."""
         counts = {f.name: getattr(self, f.name) for f in fields(self)[1:-1]}
         return {**self.group, **counts, "cost": plain(self.cost)}
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """The usage of a group of requests with equal prices.
+
+    Attributes:
+        group: the common values of the group, as in ``Total``.
+        requests: the number of requests.
+        prices: their prices; ``None`` for requests that reached no engine.
+        usage: the sum of their tokens.
+    """
+
+    group: dict[str, str | None]
+    requests: int
+    prices: Prices | None
+    usage: TokenUsage
+
+    def total(self) -> Total:
+        """Return the total, with its exact cost."""
+        usage = self.usage
+        cost = Decimal(0) if self.prices is None else self.prices.cost(usage)
+        return Total(
+            self.group, self.requests, usage.prompt_tokens, usage.cached_tokens,
+            usage.completion_tokens, cost,
+        )  # fmt: skip
 
 
 def add_up(totals: Iterable[Total]) -> Total:

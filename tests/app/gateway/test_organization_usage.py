@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from app.config.ingress import IngressSettings
 from app.config.usage_reads import UsageSettings
-from app.core.pricing import TokenUsage
+from app.core.pricing import RateCard, TokenUsage
 from app.core.tiers import Tier
 from app.gateway.asgi import build_api
 from app.gateway.registry import ModelRegistry
@@ -205,6 +205,7 @@ async def compare_with_usage(http, width):
         usage = await pages(http, COMPLETIONS, **of, **wide)
         usage += await pages(http, EMBEDDINGS, **of, **wide)
         costs = await pages(http, COSTS, **of)
+        items = await pages(http, COSTS, **of, group_by="line_item")
         answer = await http.get("/v1/usage", params=days, headers=KEYS.headers[tenant])
         told = answer.json()["total"]
         results = [result for bucket in usage for result in bucket["results"]]
@@ -216,6 +217,13 @@ async def compare_with_usage(http, width):
         amounts = [result["amount"] for bucket in costs for result in bucket["results"]]
         assert all(amount["currency"] == "usd" for amount in amounts)
         assert sum(Fraction(amount["value"]) for amount in amounts) == Fraction(told["cost"])
+        for bucket, whole in zip(items, costs, strict=True):
+            parts = [Fraction(item["amount"]["value"]) for item in bucket["results"]]
+            assert sum(parts) == sum(
+                Fraction(result["amount"]["value"]) for result in whole["results"]
+            )
+        quantities = [item["quantity"] for bucket in items for item in bucket["results"]]
+        assert sum(quantities) == told["prompt_tokens"] + told["completion_tokens"]
 
 
 async def test_empty_buckets_are_there_and_what_was_turned_away_is_not(store, reader):
@@ -231,6 +239,37 @@ async def test_empty_buckets_are_there_and_what_was_turned_away_is_not(store, re
         "model": None, "batch": None, "service_tier": None, "api_source": None,
     }  # fmt: skip
     assert [bucket["results"] for bucket in body["data"]] == [empty, empty, [result], empty]
+
+
+async def test_costs_are_split_into_line_items(store, reader):
+    dear = RateCard.load({"input": 2, "cached_input": 1, "output": 4}, "x")
+    written = [
+        completed(model="m", card=dear, served=Tier.DEFAULT),
+        completed(model="m", card=dear, served=Tier.FLEX),
+        completed(model="m", card=dear, served=Tier.FLEX, tenant="b"),
+        completed(model="n", card=dear, served=Tier.DEFAULT, usage=TokenUsage(5, 5, 0)),
+    ]
+    store.add([record.to_json() for record in [*written, shed()]])
+    day = {"start_time": unix(NOON), "end_time": unix(NOON) + 60}
+    async with client(reader) as http:
+        [bucket] = await pages(http, COSTS, **day, group_by=["line_item", "project_id"])
+        [plain] = await pages(http, COSTS, **day)
+    # 600 of 1,000 tokens of the prompt are not cached; flex costs 0.8.
+    assert [
+        (one["project_id"], one["line_item"], one["quantity"], Fraction(one["amount"]["value"]))
+        for one in bucket["results"]
+    ] == [
+        ("acme", "m, cached_input_tokens", 800, Fraction(400 * 18, 10**7)),
+        ("acme", "m, input_tokens", 1200, Fraction(600 * 36, 10**7)),
+        ("acme", "m, output_tokens", 500, Fraction(250 * 72, 10**7)),
+        ("acme", "n, cached_input_tokens", 5, Fraction(5, 10**6)),
+        ("b", "m, cached_input_tokens", 400, Fraction(400 * 8, 10**7)),
+        ("b", "m, input_tokens", 600, Fraction(600 * 16, 10**7)),
+        ("b", "m, output_tokens", 250, Fraction(250 * 32, 10**7)),
+    ]
+    assert {one["quantity_unit"] for one in bucket["results"]} == {"tokens"}
+    [result] = plain["results"]
+    assert (result["line_item"], result["quantity"]) == (None, None)
 
 
 async def test_by_default_it_is_seven_days_from_the_start_and_until_now(store, reader):
@@ -293,7 +332,8 @@ async def test_filters_and_groupings_that_are_one_group_here(store, reader):
         (COMPLETIONS, {"start_time": 9, "group_by": ["model", "colour"]}, "group_by"),
         (COMPLETIONS, {"start_time": 9, "group_by[]": "tenant"}, "group_by"),
         (EMBEDDINGS, {"start_time": 9, "group_by": "service_tier"}, "group_by"),
-        (COSTS, {"start_time": 9, "group_by": "line_item"}, "group_by"),
+        (COSTS, {"start_time": 9, "group_by": "model"}, "group_by"),
+        (COMPLETIONS, {"start_time": 9, "group_by": "line_item"}, "group_by"),
         (COMPLETIONS, {"start_time": 9, "limit": 0}, "limit"),
         (COMPLETIONS, {"start_time": 9, "limit": 32}, "limit"),
         (COMPLETIONS, {"start_time": 9, "limit": 169, "bucket_width": "1h"}, "limit"),
