@@ -22,6 +22,7 @@ NAMES: Final = (
     "budget webhook failing",
     "budgets not shared",
     "budgets unread",
+    "client address unknown",
     "engine metrics",
     "journal damaged",
     "journal not moved",

@@ -22,6 +22,7 @@ from app.gateway.services import Services
 from app.gateway.spend_counter import SpendCounter
 from app.gateway.telemetry import Telemetry
 from app.gateway.usage_reader import UsageReader
+from app.haproxy.config import client_proof
 from app.ledger.ledger import open_ledger
 from app.ledger.record_store import RecordStore
 from app.observe.access_log import AccessLog
@@ -52,6 +53,7 @@ class Ingress:
         settings = IngressSettings()
         registry = ModelRegistry(ServeSource(), discover_s=settings.discovery_interval_s)
         self.services = Services(registry, EngineClient(), settings)
+        self.services.proxy_proof = client_proof(os.environ)
         self._limits = ServeLimits(limits)
         self._store: Engine | None = None
         self._access: Access | None = None

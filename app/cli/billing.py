@@ -16,6 +16,7 @@ import typer
 
 from app.cli.progress import counted, counting
 from app.config.journal import JournalSettings
+from app.core.addresses import parse_network
 from app.core.dialect import Route
 from app.core.paths import expand_path
 from app.core.settings import SettingsError
@@ -115,6 +116,13 @@ def create(
             help="The routes that it may use, such as `chat/completions,embeddings`. Not set: all."
         ),
     ] = None,
+    allow_address: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An address or a network that it may be used from, such as `10.0.0.0/8`. May be "
+            "repeated. Not set: everywhere."
+        ),
+    ] = None,
     budget: Annotated[
         list[str] | None,
         typer.Option(
@@ -147,6 +155,7 @@ def create(
             scope=KeyScope(
                 None if models is None else frozenset(_split(models)),
                 None if routes is None else frozenset(_members(Route, routes, "routes")),
+                None if allow_address is None else frozenset(map(parse_network, allow_address)),
             ),
             expires=None if expires is None else expires.replace(tzinfo=UTC),
             admin=admin,
@@ -353,6 +362,7 @@ def _key_fields(key: ApiKey) -> dict[str, Any]:
         "budgets": ",".join(str(one) for one in key.budgets if one.owner is Owner.KEY) or None,
         "models": joined(key.scope.models),
         "routes": joined(key.scope.routes),
+        "addresses": joined(key.scope.addresses),
         "admin": key.admin,
         "created": key.created.isoformat(timespec="seconds"),
         "expires": key.expires and key.expires.isoformat(timespec="seconds"),

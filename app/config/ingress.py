@@ -11,7 +11,7 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, StringConstraints
+from pydantic import AfterValidator, Field, SecretStr, StringConstraints
 
 from app.config.access_log import AccessLogSettings
 from app.config.budget_webhook import BudgetWebhookSettings
@@ -19,11 +19,20 @@ from app.config.hosts import ANY_HOST, HOST_NAME, HostRule
 from app.config.journal import JournalSettings
 from app.config.origins import ORIGIN, OriginRule
 from app.config.usage_reads import UsageSettings
+from app.core.addresses import Network, parse_network
 from app.core.settings import Problem, Settings, SettingsError
 from app.core.tiers import Tier
 from app.store.database_url import DEFAULT_URL, StoreUrl
 
 HostName = Annotated[str, StringConstraints(pattern=HOST_NAME, max_length=253)]
+
+
+def _is_network(text: str) -> str:
+    parse_network(text)
+    return text
+
+
+Proxies = Annotated[str, AfterValidator(_is_network)]
 Origin = Annotated[str, StringConstraints(pattern=ORIGIN, max_length=300)]
 
 LONGEST_STOP_S = 3700.0
@@ -90,6 +99,14 @@ class IngressSettings(Settings):
         "`https://app.example.com` or, with any port, `http://localhost:*`; `*` allows all. "
         "Preflights need no key. None by default: with `auth: open`, any page that a user of the "
         "machine opens could otherwise use the models.",
+    )
+    trusted_proxies: tuple[Proxies, ...] = Field(
+        default=(),
+        description="Addresses and networks of the proxies and load balancers before Serve's "
+        "HAProxy whose `X-Forwarded-For` is believed, such as `10.1.0.0/16`. The client of a "
+        "request is the last address that is none of theirs; keys with allowed addresses need it. "
+        "None by default: then it is the address that has connected to HAProxy. HAProxy itself is "
+        "not named here: an ingress recognises it by a proof made of Ray's token.",
     )
     max_concurrent_per_key: int = Field(
         default=2000,
@@ -242,6 +259,11 @@ class IngressSettings(Settings):
             return HostRule.of(self.allowed_hosts)
         everywhere = self.auth == "keys" or self.open_to_network
         return HostRule.of([ANY_HOST] if everywhere else [])
+
+    @cached_property
+    def trusted_networks(self) -> tuple[Network, ...]:
+        """The networks of trusted proxies."""
+        return tuple(map(parse_network, self.trusted_proxies))
 
     @cached_property
     def cors_rule(self) -> OriginRule:

@@ -7,6 +7,7 @@
     │   ├── HostNotAllowed   403  the `Host` header is not one that this ingress serves
     │   ├── CrossSite        403  a browser sent it for a page of another site
     │   ├── AdminRequired    403  the key is not an admin key
+    │   ├── AddressNotAllowed 403  the key may not be used from the client's address
     │   ├── ModelNotFound    404
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
@@ -150,6 +151,18 @@ class RouteNotAllowed(InvalidRequest):
         super().__init__(
             f"This API key may not be used for {route}. GET /v1/me lists its routes.",
             code="route_not_allowed",
+        )
+
+
+class AddressNotAllowed(InvalidRequest):
+    """The key works, but not from the client's address. The message names no address."""
+
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This API key may not be used from the address that this request came from.",
+            code="address_not_allowed",
         )
 
 

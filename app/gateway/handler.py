@@ -9,6 +9,7 @@ from app.core import errors
 from app.core.dialect import Route
 from app.flow.admission import Admission
 from app.gateway import cross_site
+from app.gateway.client_address import HeaderLines, require_address
 from app.gateway.lifecycle import Lifecycle
 from app.gateway.request_body import ClientGone, Headers, Receive, Scope
 from app.gateway.response import Reply, Send
@@ -64,7 +65,8 @@ class Handler:
         caller, lifecycle, began = NOBODY, None, time.monotonic()
         context = Context(headers.get(b"x-request-id", b""), services.begin_trace(headers))
         try:
-            caller = await identify(services, headers)
+            caller = await key_holder(services, headers)
+            require_address(services, caller, scope["headers"])
             caller.require_route(self._route)
             cross_site.require_json(headers)
             with services.bodies.room_for(caller.tenant, services.settings) as room:
@@ -122,13 +124,21 @@ def _forget_frames(error: BaseException) -> None:
         one.__context__ = one.__cause__ = None
 
 
-async def identify(services: Services, headers: Headers) -> Caller:
+async def identify(services: Services, lines: HeaderLines) -> Caller:
     """Return the caller of a request, before its body is read. Waits until this ingress is ready.
 
     Raises:
         HostNotAllowed: the request names a host that is not served here.
         InvalidKey: keys are required, and the request has none that works.
+        AddressNotAllowed: the key may not be used from the client's address.
     """
+    caller = await key_holder(services, dict(lines))
+    require_address(services, caller, lines)
+    return caller
+
+
+async def key_holder(services: Services, headers: Headers) -> Caller:
+    """Do the same as ``identify``, without the rule for addresses."""
     if not services.ready.is_set():
         await services.ready.wait()
     services.settings.host_rule.require(headers)

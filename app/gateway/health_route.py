@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.gateway.client_address import HeaderLines, may_come_from
 from app.gateway.handler import authorization_of
 from app.gateway.health import Signs, judge
-from app.gateway.request_body import Headers
 from app.gateway.services import Services
 from app.supervision import PROCESS
 
@@ -30,7 +30,7 @@ def add_health_routes(api: FastAPI, prefix: str, services: Services) -> None:
             "reasons": [reason.value for reason in result.reasons],
             "model_states": {state.value: count for state, count in signs.models.items()},
         }
-        if _may_see_models(services, dict(request.scope["headers"])):
+        if _may_see_models(services, request.scope["headers"]):
             body["models"] = {model.id: model.state.value for model in services.registry.models()}
         return JSONResponse(body, result.code, headers=_FRESH)
 
@@ -60,11 +60,12 @@ def read_signs(services: Services, now: float) -> Signs:
     )
 
 
-def _may_see_models(services: Services, headers: Headers) -> bool:
+def _may_see_models(services: Services, lines: HeaderLines) -> bool:
     """Return whether ``GET /v1/models`` would list the models for this request."""
+    headers = dict(lines)
     if not services.ready.is_set() or not services.settings.host_rule.allows(headers):
         return False
     if services.access is None:
         return True
-    authorization = authorization_of(headers)
-    return authorization is not None and services.access.knows(authorization)
+    caller = services.access.known_caller(authorization_of(headers))
+    return caller is not None and may_come_from(services, caller, lines)

@@ -18,7 +18,7 @@ from app.tenants.access import Access, Caller
 from app.tenants.budget_gate import BudgetState
 from app.tenants.concurrency import Holder
 from app.tenants.keys import KeyLimits
-from app.tenants.scope import EVERYTHING
+from app.tenants.scope import EVERYTHING, listed
 
 _NO_LIMITS = KeyLimits()
 
@@ -28,7 +28,7 @@ def add_me_route(api: FastAPI, prefix: str, services: Services) -> None:
 
     @api.get(f"{prefix}/me")
     async def me(request: Request) -> Response:
-        caller = await identify(services, dict(request.scope["headers"]))
+        caller = await identify(services, request.scope["headers"])
         states = await budget_states(services, caller)
         return JSONResponse(caller_object(caller, services.settings, services.access, states))
 
@@ -47,9 +47,10 @@ def caller_object(
     """Return what a caller may know of itself.
 
     ``limits`` are over all ingresses; ``null`` is no limit. ``models`` and ``routes`` are those
-    that its key may use; ``null`` for all. ``remaining`` is what the headers of an
-    answer would say now. ``in_flight`` counts this ingress's requests only. ``budgets`` are those
-    of its key and of its tenant; amounts are strings in USD, and ``null`` if they are not known.
+    that its key may use, ``addresses`` the networks that it may use them from; ``null`` for all.
+    ``remaining`` is what the headers of an answer would say now. ``in_flight`` counts this
+    ingress's requests only. ``budgets`` are those of its key and of its tenant; amounts are strings
+    in USD, and ``null`` if they are not known.
     """
     key = caller.key
     limits = _NO_LIMITS if key is None else key.limits
@@ -62,8 +63,9 @@ def caller_object(
         "key": None if key is None else _key(caller),
         "default_tier": (caller.default_tier or settings.default_tier).value,
         "service_tiers": [tier.value for tier in Tier if tier in tiers],
-        "models": _listed(scope.models),
-        "routes": _listed(scope.routes),
+        "models": listed(scope.models),
+        "routes": listed(scope.routes),
+        "addresses": listed(scope.addresses),
         "limits": {
             "requests_per_minute": limits.rpm,
             "tokens_per_minute": limits.tpm,
@@ -103,10 +105,6 @@ def _budget(state: BudgetState) -> dict[str, Any]:
 
 def _midnight(day: date) -> datetime:
     return datetime.combine(day, time(), UTC)
-
-
-def _listed(parts: frozenset[str] | None) -> list[str] | None:
-    return None if parts is None else sorted(parts)
 
 
 def _least(bound: int, own: int | None) -> int:

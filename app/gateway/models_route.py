@@ -29,7 +29,7 @@ def add_model_routes(
     @api.get(f"{prefix}/models/", include_in_schema=False)
     @api.get(f"{prefix}/models")
     async def list_models(request: Request) -> Response:
-        caller = await identify(services, dict(request.scope["headers"]))
+        caller = await identify(services, request.scope["headers"])
         models, aliases = services.registry.models(), services.settings.list_aliases
         entries = [
             entry
@@ -42,7 +42,7 @@ def add_model_routes(
 
     @api.get(f"{prefix}/models/{{name:path}}")
     async def show_model(request: Request, name: str) -> Response:
-        caller = await identify(services, dict(request.scope["headers"]))
+        caller = await identify(services, request.scope["headers"])
         snapshot = require_model(services, caller, name).snapshot
         entry = model_entry(snapshot, name if name in snapshot.adapters else "")
         if anthropics or is_from_anthropics_client(request):

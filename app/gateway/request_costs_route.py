@@ -33,9 +33,8 @@ def add_request_costs_route(api: FastAPI, prefix: str, services: Services) -> No
 
     @api.post(f"{prefix}/request-costs")
     async def request_costs(request: Request) -> Response:
-        headers = dict(request.scope["headers"])
-        caller = await identify(services, headers)
-        require_json(headers)
+        caller = await identify(services, request.scope["headers"])
+        require_json(dict(request.scope["headers"]))
         ids = parse_ids(await read_short_body(request, _LONGEST))
         assert services.usage is not None, "settings come before requests"
         with reading(services.usage.settings):

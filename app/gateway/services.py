@@ -41,6 +41,8 @@ class Services:
         tallies: one of them: counts the requests of each model.
         budgets: holds requests to budgets; set together with ``access``.
         budget_webhook: sends the alerts of budgets, if the settings have a receiver.
+        proxy_proof: what HAProxy's word on a client's address begins with; ``None`` if there is no
+            such word to believe (``app.gateway.client_address``).
     """
 
     registry: ModelRegistry
@@ -57,6 +59,7 @@ class Services:
     tallies: Tallies = field(default_factory=Tallies)
     budgets: BudgetGate | None = None
     budget_webhook: BudgetWebhook = field(default_factory=BudgetWebhook)
+    proxy_proof: str | None = None
 
     def __post_init__(self) -> None:
         self.observers.add(self.tallies)

@@ -31,7 +31,7 @@ def add_usage_route(api: FastAPI, prefix: str, services: Services) -> None:
 
     @api.get(f"{prefix}/usage")
     async def usage(request: Request) -> Response:
-        caller = await identify(services, dict(request.scope["headers"]))
+        caller = await identify(services, request.scope["headers"])
         query = request.query_params
         for name in query:
             if name not in _PARAMETERS:

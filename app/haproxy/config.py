@@ -4,9 +4,10 @@ Standard library only, because ``scripts/haproxy`` runs it alone at every start 
 
     python3 -I -S config.py BINARY FILE
 
-It adds a timeout for request heads, room for large heads, limits of connections, and errors in
-OpenAI's format. A configuration that differs from what Serve 2.60 writes, or that HAProxy would
-reject afterwards, stays unchanged; the reason is on stderr and in ``keeper.log``.
+It adds a timeout for request heads, room for large heads, limits of connections, errors in
+OpenAI's format, and a header with the client's address. A configuration that differs from what
+Serve 2.60 writes, or that HAProxy would reject afterwards, stays unchanged; the reason is on stderr
+and in ``keeper.log``.
 
 HAProxy 2.8 answers two kinds of requests with HTML before it evaluates any rule: requests that are
 not valid HTTP or whose head exceeds its buffer (400), and requests whose head never ends (408).
@@ -14,6 +15,8 @@ not valid HTTP or whose head exceeds its buffer (400), and requests whose head n
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import os
 import re
@@ -21,7 +24,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 
@@ -31,6 +34,9 @@ HEAD_BYTES = 32 * 1024
 tokens. The OpenAI SDKs send less than 1 KiB."""
 MAX_HEADERS = 200
 """Most headers that are forwarded: twice what other proxies allow."""
+CLIENT_HEADER = "x-frontline-client"
+"""The header with which an ingress gets the address that has connected to HAProxy: a proof that
+HAProxy has written it (``client_proof``), a space, the address."""
 BAD_SETTING = 78
 """Exit status if an environment variable has a bad value: HAProxy must not start then."""
 _PARSED_HEADERS = 4096
@@ -67,12 +73,15 @@ class ProxyBounds:
         client_connections: concurrent connections of one address; 0 for no limit.
         trusted_proxies: networks whose ``X-Forwarded-For`` names the client.
         descriptors: how many files HAProxy may have open.
+        proof: what shows an ingress that HAProxy has written ``CLIENT_HEADER``; left out of
+            ``repr``. Without it no ingress learns clients' addresses.
     """
 
     head_timeout_s: int = 10
     client_connections: int = 0
     trusted_proxies: tuple[str, ...] = ()
     descriptors: int = _UNLIMITED
+    proof: str | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, environ: Mapping[str, str], descriptors: int) -> ProxyBounds:
@@ -86,6 +95,7 @@ class ProxyBounds:
             client_connections=whole_number(environ, "FRONTLINE_CLIENT_CONNECTIONS", 0, 0),
             trusted_proxies=_networks(environ, "FRONTLINE_TRUSTED_PROXIES"),
             descriptors=descriptors,
+            proof=client_proof(environ),
         )
 
 
@@ -101,6 +111,26 @@ def whole_number(environ: Mapping[str, str], name: str, default: int, least: int
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
         raise BadSetting(f"{name}: expected a whole number of at least {least}, not {text!r}")
     return int(text)
+
+
+def client_proof(environ: Mapping[str, str]) -> str | None:
+    """Return what proves that ``CLIENT_HEADER`` is HAProxy's, or ``None`` without Ray's token.
+
+    It is made of Ray's token, which all nodes share and clients do not know. The token does not
+    follow from it.
+    """
+    token = environ.get("RAY_AUTH_TOKEN", "").strip()
+    if not token:
+        path = environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+        try:
+            token = Path(path).read_text().strip()
+        except (OSError, ValueError):
+            # Without the file no token is required of anybody.
+            return None
+    return hmac.new(token.encode(), _PROOF_OF, hashlib.sha256).hexdigest() if token else None
+
+
+_PROOF_OF = b"frontline client address 1"
 
 
 def _networks(environ: Mapping[str, str], name: str) -> tuple[str, ...]:
@@ -350,12 +380,20 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
             "431", too_large,
             f"if {{ req.fhdr_cnt gt {MAX_HEADERS} }} or {{ req.hdrs,length gt {head_bytes} }}",
         ),
+        _client_header(bounds.proof),
         *(f"http-request del-header {name}" for name in _OBEYED),
         *_decoded_rules(),
         f"http-request del-header {_UNUSED} -m reg",
         # An upgrade, for example to WebSocket, would be answered without our application.
         "http-request del-header upgrade if { var(txn.frontline) -m found }",
     ]  # fmt: skip
+
+
+def _client_header(proof: str | None) -> str:
+    """Set the header, in place of whatever a client has sent in it."""
+    if proof is None:
+        return f"http-request del-header {CLIENT_HEADER}"
+    return f'http-request set-header {CLIENT_HEADER} "{proof} %[src]"'
 
 
 def _decoded_rules() -> list[str]:

@@ -171,6 +171,8 @@ api_keys = Table(
     Column("routes", Text),
     Column("in_flight", Integer),
     Column("expires", Moment),
+    # The networks from which it may be used, separated by commas; NULL for everywhere.
+    Column("addresses", Text),
 )
 
 # As `api_keys`: read as text, and checked row by row.

@@ -191,10 +191,11 @@ class Access:
                 raise self._limited(caller.key, over)
             await self._ask_now()
 
-    def knows(self, authorization: str | None) -> bool:
-        """Return whether a header has a working key, without reading the store."""
+    def known_caller(self, authorization: str | None) -> Caller | None:
+        """Return the caller as ``identify`` does, or ``None``, without reading the store."""
         text = bearer(authorization)
-        return text is not None and self._ring.known(text) is not None
+        key = None if text is None else self._ring.known(text)
+        return None if key is None else caller_of(key)
 
     def flight(self, caller: Caller, bounds: FlightBounds) -> AbstractContextManager[None]:
         """Count a request as in flight until the returned context has been left.

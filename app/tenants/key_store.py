@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Engine, Row, insert, update
 
+from app.core.addresses import parse_network
 from app.core.dialect import Route
 from app.core.tiers import Tier
 from app.store.database import migrate, translated
@@ -48,6 +49,7 @@ class KeyStore:
             "routes": joined(key.scope.routes),
             "in_flight": key.limits.in_flight,
             "expires": key.expires,
+            "addresses": joined(key.scope.addresses),
         }
         with translated(), self._engine.begin() as connection:
             connection.execute(insert(api_keys).values(values))
@@ -113,8 +115,12 @@ def _key(row: Row[Any], budgets: BudgetTable) -> ApiKey:
     tiers = frozenset(Tier(name) for name in row.tiers.split(","))
     share = None if row.priority_share is None else Decimal(row.priority_share)
     limits = KeyLimits(_whole(row.rpm), _whole(row.tpm), share, _whole(row.in_flight))
-    routes = _parts(row.routes)
-    scope = KeyScope(_parts(row.models), None if routes is None else frozenset(map(Route, routes)))
+    routes, addresses = _parts(row.routes), _parts(row.addresses)
+    scope = KeyScope(
+        _parts(row.models),
+        None if routes is None else frozenset(map(Route, routes)),
+        None if addresses is None else frozenset(map(parse_network, addresses)),
+    )
     return ApiKey(
         row.key_id, row.secret_hash, row.tenant, row.name, Tier(row.default_tier), tiers, limits,
         _moment(row.created), None if row.revoked is None else _moment(row.revoked),

@@ -32,15 +32,15 @@ def add_board_routes(api: FastAPI, services: Services) -> None:
         return render("board.html", here=_PATH, signed_in=services.access is not None)
 
     async def events(request: Request) -> Response:
-        headers = dict(request.scope["headers"])
-        refuse_other_sites(headers)
+        lines = request.scope["headers"]
+        refuse_other_sites(dict(lines))
         caller = await admin(services, request)
         if ASKED_HEAD in request.scope:
             return Response(media_type=EventStream.media_type)
         viewer = feed.join()
         return EventStream(
             viewer.events(),
-            lambda: not services.draining and still_admin(services, caller, headers),
+            lambda: not services.draining and still_admin(services, caller, lines),
             lambda: feed.leave(viewer),
         )
 

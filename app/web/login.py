@@ -13,10 +13,12 @@ from starlette.types import Scope
 
 from app import alarms
 from app.core import errors
+from app.gateway.client_address import require_address
 from app.gateway.cross_site import require_same_origin
 from app.gateway.services import Services
 from app.gateway.short_body import read_short_body
-from app.tenants.access import Access
+from app.tenants.access import Access, caller_of
+from app.tenants.keys import ApiKey
 from app.tenants.sessions import SESSION_S, create_session
 from app.web.pages import Answer, add_page, error_page, render
 from app.web.visitors import COOKIE
@@ -66,12 +68,11 @@ def add_login_routes(api: FastAPI, services: Services) -> None:
         if services.access is None:
             return _to(after)
         try:
-            token = await _session(services.access, form.get("key", "").strip(), limit)
-        except errors.TooManySignIns as error:
+            key = await _sign_in(services.access, form.get("key", "").strip(), limit)
+            require_address(services, caller_of(key), request.scope["headers"])
+        except (errors.TooManySignIns, errors.InvalidKey, errors.AddressNotAllowed) as error:
             return _form(after, error)
-        if token is None:
-            return _form(after, errors.InvalidKey(given=True))
-        answer = _to(after)
+        answer, token = _to(after), create_session(key, time.time())
         answer.set_cookie(
             COOKIE, token, max_age=SESSION_S, httponly=True, samesite="strict",
             secure=_is_secure(request),
@@ -90,10 +91,11 @@ def add_login_routes(api: FastAPI, services: Services) -> None:
     api.router.routes.append(_Post("/logout", sign_out))
 
 
-async def _session(access: Access, text: str, limit: FailureLimit) -> str | None:
-    """Return a session token for the owner of a key, or ``None`` if the key does not work.
+async def _sign_in(access: Access, text: str, limit: FailureLimit) -> ApiKey:
+    """Return the key that somebody has typed.
 
     Raises:
+        InvalidKey: it does not work.
         TooManySignIns: too many have failed.
     """
     wait_s = limit.wait_s(time.monotonic())
@@ -103,8 +105,8 @@ async def _session(access: Access, text: str, limit: FailureLimit) -> str | None
     if key is None:
         limit.failed(time.monotonic())
         alarms.PROCESS.raised("sign-in refused", "somebody typed a key that does not work")
-        return None
-    return create_session(key, time.time())
+        raise errors.InvalidKey(given=True)
+    return key
 
 
 async def _require_host(services: Services, request: Request) -> None:

@@ -67,6 +67,7 @@ def test_a_key_with_everything(run, engine):
         "keys", "create", "--tenant", "acme", "--name", "ci", "--default-tier", "flex",
         "--tiers", "flex", "--tpm", "9", "--priority-share", "0.25", "--in-flight", "3",
         "--models", "acme/*, m", "--routes", "chat/completions,embeddings",
+        "--allow-address", "10.0.0.0/8", "--allow-address", "::1",
         "--expires", "2100-01-01", "--budget", "month=10", "--budget", "day=0.5:warn", "--json",
     )  # fmt: skip
     fields = json.loads(said)
@@ -77,6 +78,8 @@ def test_a_key_with_everything(run, engine):
     assert key.scope.models == {"acme/*", "m"}
     assert key.scope.routes == {Route.CHAT, Route.EMBEDDINGS}
     assert (fields["models"], fields["routes"]) == ("acme/*,m", "chat/completions,embeddings")
+    assert fields["addresses"] == "10.0.0.0/8,::1/128"
+    assert json.loads(run("keys", "list", "--json"))["addresses"] == "10.0.0.0/8,::1/128"
     assert key.expires == datetime(2100, 1, 1, tzinfo=UTC)
     assert fields["budgets"] == "day=0.5:warn,month=10"
 
@@ -92,6 +95,8 @@ def test_a_key_with_everything(run, engine):
         (["--budget", "10"], "expected day|month|total=USD"),
         (["--budget", "day=1", "--budget", "day=2"], "at most one for each period"),
         (["--models", ""], "no id"),
+        (["--allow-address", "10.0.0.1/8"], "no address and no network"),
+        (["--allow-address", ""], "no address and no network"),
         (["--routes", "chat"], "--routes: expected some of chat/completions,"),
     ],
 )

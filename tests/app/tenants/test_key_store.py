@@ -6,6 +6,7 @@ import pytest
 from alembic import command
 from sqlalchemy import Column, MetaData, Table, make_url, text
 
+from app.core.addresses import parse_network
 from app.core.dialect import Route
 from app.core.tiers import Tier
 from app.store.database import connect, migrate
@@ -26,7 +27,9 @@ def store(engine):
 
 def test_keys_come_back_as_they_were(store):
     limits = KeyLimits(rpm=60, tpm=10**12, priority_share=Decimal("0.333"), in_flight=7)
-    scope = KeyScope(frozenset({"acme/*", "m"}), frozenset({Route.CHAT, Route.EMBEDDINGS}))
+    networks = frozenset(map(parse_network, ["10.0.0.0/8", "fd00::1", "192.0.2.7"]))
+    routes = frozenset({Route.CHAT, Route.EMBEDDINGS})
+    scope = KeyScope(frozenset({"acme/*", "m"}), routes, networks)
     full, text = create_key(
         "acme", name="é", default_tier=Tier.FLEX, tiers=[Tier.FLEX], limits=limits, scope=scope,
         expires=NOON + timedelta(days=1), budgets=["day=0.5:warn", "total=1000"], created=NOON,
@@ -77,6 +80,7 @@ BAD: dict[str, list[Any]] = {
     "models": ["", "a,,b", "[a-z]", "x" * 201, b"m"],
     "routes": ["", "chat", "chat/completions,", b"messages"],
     "in_flight": ["many", 0, -1, 1.5],
+    "addresses": ["", "10.0.0.1/8", "10.0.0.0/8,", "office", "10.0.0.0/8;::1", b"::1"],
     "expires": ["tomorrow", "", "2026-01-01T00:00:00", b"now"],
     "created": ["yesterday", "", 12, "2026-01-01T00:00:00", b"now"],
 }
@@ -84,7 +88,7 @@ BAD: dict[str, list[Any]] = {
 
 OPTIONAL = {
     *("rpm", "tpm", "priority_share", "in_flight"),
-    *("models", "routes", "expires", "revoked"),
+    *("models", "routes", "addresses", "expires", "revoked"),
 }
 
 

@@ -1,3 +1,5 @@
+from ipaddress import ip_network
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,6 +40,15 @@ def test_routes_are_allowed_by_name(routes):
     assert {route for route in Route if scope.allows_route(route)} == routes
 
 
+@given(st.ip_addresses())
+def test_a_client_is_allowed_by_its_address(address):
+    network = ip_network("10.0.0.0/8")
+    scope = KeyScope(addresses=frozenset({network}))
+    assert scope.allows_address(address) is (address in network)
+    assert EVERYTHING.allows_address(address)
+    assert EVERYTHING.allows_address(None) and not scope.allows_address(None)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -47,6 +58,8 @@ def test_routes_are_allowed_by_name(routes):
         ({"models": frozenset({"[a-z]"})}, "no id"),
         ({"models": frozenset({"m" * 201})}, "no id"),
         ({"routes": frozenset()}, "routes: at least one"),
+        ({"addresses": frozenset()}, "addresses: from 1"),
+        ({"addresses": frozenset(ip_network(n) for n in range(101))}, "addresses: from 1"),
     ],
 )
 def test_what_allows_nothing_is_refused(values, message):
