@@ -16,6 +16,7 @@ from app.config.ingress import LONGEST_STOP_S, IngressSettings
 from app.core.settings import Problem, SettingsError
 from app.gateway.asgi import Front, build_api
 from app.gateway.gc_tuning import settle_in
+from app.gateway.key_admin import KeyAdmin
 from app.gateway.registry import ModelRegistry
 from app.gateway.serve_source import ServeSource, serve_host
 from app.gateway.services import Services
@@ -58,6 +59,7 @@ class Ingress:
         self._store: Engine | None = None
         self._access: Access | None = None
         self._budgets: BudgetGate | None = None
+        self._key_admin: KeyAdmin | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self._access_log = AccessLog(partial(replica_log, "access"))
         self.services.observers.add(self._access_log)
@@ -135,6 +137,7 @@ class Ingress:
                 registry.ingress, KeyStore(store), self._limits, lambda: registry.ingresses
             )
             self._access.start()
+            self._key_admin = KeyAdmin(KeyStore(store))
             self._budgets = BudgetGate(
                 registry.ingress, self._limits, RecordStore(store).spent,
                 self.services.budget_webhook.tell,
@@ -144,9 +147,12 @@ class Ingress:
         elif self._access is not None and self._budgets is not None and new_store:
             self._access.read_keys_from(KeyStore(store))
             self._budgets.read_from(RecordStore(store).spent)
+            if self._key_admin is not None:
+                self._key_admin.use(KeyStore(store))
         keyed = settings.auth == "keys"
         self.services.access = self._access if keyed else None
         self.services.budgets = self._budgets if keyed else None
+        self.services.key_admin = self._key_admin if keyed else None
 
     def _retire(self, name: str, end: Callable[[], Awaitable[None]]) -> None:
         """Let something come to its end that requests under way may still use."""
@@ -175,6 +181,8 @@ class Ingress:
         if self._budgets is not None:
             await self._budgets.stop()
         await self.services.budget_webhook.stop()
+        if self._key_admin is not None:
+            await asyncio.to_thread(self._key_admin.close)
         if self.services.usage is not None:
             await asyncio.to_thread(self.services.usage.close)
         await asyncio.to_thread(self._access_log.close)

@@ -1,4 +1,4 @@
-"""The commands that use the database: ``frontline keys``, ``usage`` and ``ledger``."""
+"""The commands that use the database: ``frontline usage`` and ``ledger``; ``keys`` is beside."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, date, datetime
-from decimal import Decimal, InvalidOperation
+from datetime import date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -16,32 +15,23 @@ import typer
 
 from app.cli.progress import counted, counting
 from app.config.journal import JournalSettings
-from app.core.addresses import parse_network
-from app.core.dialect import Route
 from app.core.paths import expand_path
 from app.core.settings import SettingsError
-from app.core.tiers import Tier
-from app.ledger.record import now_utc
 from app.ledger.usage import (
     Grouping,
     Total,
     add_up,
     cloud_event,
-    plain,
     record_fields,
     write_csv,
     write_json_lines,
 )
 from app.store.database_url import DEFAULT_URL
-from app.tenants.budget import Owner
-from app.tenants.keys import ApiKey, KeyLimits, create_key
-from app.tenants.scope import KeyScope, joined
 
 if TYPE_CHECKING:
     from app.ledger.dead_letter import RefusedRecord
 
 Member = TypeVar("Member", bound=StrEnum)
-keys = typer.Typer(no_args_is_help=True, help="API keys.")
 ledger = typer.Typer(no_args_is_help=True, help="The database of records and keys.")
 
 Ledger = Annotated[
@@ -82,119 +72,6 @@ def fail(message: str) -> NoReturn:
     """Print an error and exit with 1."""
     typer.echo(f"frontline: {message}", err=True)
     raise typer.Exit(1)
-
-
-@keys.command("create")
-def create(
-    tenant: Annotated[str, typer.Option(help="The tenant that pays and sees the usage.")],
-    name: Annotated[str, typer.Option(help="A name for the key.")] = "",
-    default_tier: Annotated[
-        Tier, typer.Option(help="The tier of requests that name none.")
-    ] = Tier.DEFAULT,
-    tiers: Annotated[
-        str, typer.Option(help="The tiers that the key may use, separated by commas.")
-    ] = ",".join(Tier),
-    rpm: Annotated[int | None, typer.Option(min=1, help="Requests in any minute.")] = None,
-    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens in any minute.")] = None,
-    priority_share: Annotated[
-        str | None,
-        typer.Option(help="Share of its requests that may be priority, from 0 to 1."),
-    ] = None,
-    in_flight: Annotated[
-        int | None, typer.Option(min=1, help="Requests in flight at once.")
-    ] = None,
-    models: Annotated[
-        str | None,
-        typer.Option(
-            help="The models that the key may use, by id, separated by commas; `*` stands for any "
-            "text. Not set: all."
-        ),
-    ] = None,
-    routes: Annotated[
-        str | None,
-        typer.Option(
-            help="The routes that it may use, such as `chat/completions,embeddings`. Not set: all."
-        ),
-    ] = None,
-    allow_address: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An address or a network that it may be used from, such as `10.0.0.0/8`. May be "
-            "repeated. Not set: everywhere."
-        ),
-    ] = None,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What it may spend: `day=5`, `month=100`, `total=1000`, in USD; with "
-            "`:warn` it only alerts. May be repeated."
-        ),
-    ] = None,
-    expires: Annotated[
-        datetime | None,
-        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M"], help="When it stops working, in UTC."),
-    ] = None,
-    admin: Annotated[
-        bool,
-        typer.Option("--admin", help="It opens `/board`, which shows all tenants' traffic."),
-    ] = False,
-    as_json: JsonOutput = False,
-    url: Ledger = DEFAULT_URL,
-) -> None:
-    """Create a key and print it. It is printed only once: the secret is not stored."""
-    from app.tenants.key_store import KeyStore
-
-    with database(url) as engine:
-        share = None if priority_share is None else _share(priority_share)
-        key, text = create_key(
-            tenant,
-            name=name,
-            default_tier=default_tier,
-            tiers=_members(Tier, tiers, "tiers"),
-            limits=KeyLimits(rpm, tpm, share, in_flight),
-            scope=KeyScope(
-                None if models is None else frozenset(_split(models)),
-                None if routes is None else frozenset(_members(Route, routes, "routes")),
-                None if allow_address is None else frozenset(map(parse_network, allow_address)),
-            ),
-            expires=None if expires is None else expires.replace(tzinfo=UTC),
-            admin=admin,
-            budgets=budget or (),
-            created=now_utc(),
-        )
-        KeyStore(engine).add(key)
-        if as_json:
-            write_json_lines([{**_key_fields(key), "key": text}], sys.stdout)
-            return
-        typer.echo(text)
-        typer.echo(f"This is key {key.key_id} of {tenant}. It is not shown again.", err=True)
-
-
-@keys.command("list")
-def list_keys(as_json: JsonOutput = False, url: Ledger = DEFAULT_URL) -> None:
-    """Show all keys, without their secrets."""
-    from app.tenants.key_store import KeyStore
-
-    with database(url) as engine:
-        found, unreadable = KeyStore(engine).listing()
-        rows = [_key_fields(key) for key in found]
-        for key_id, fault in unreadable.items():
-            typer.echo(f"{key_id} cannot be read and does not work: {fault}", err=True)
-    print_rows(rows, as_json=as_json)
-
-
-@keys.command("revoke")
-def revoke(
-    key_id: Annotated[str, typer.Argument(help="The key's id, as `list` shows it.")],
-    url: Ledger = DEFAULT_URL,
-) -> None:
-    """Revoke a key. Ingresses apply that within a few seconds."""
-    from app.tenants.key_store import KeyStore
-
-    with database(url) as engine:
-        if not KeyStore(engine).revoke(key_id, now_utc()):
-            fail(f"no key {key_id!r} works")
-    typer.echo(f"{key_id} is revoked")
 
 
 class Format(StrEnum):
@@ -325,49 +202,20 @@ def _refused_fields(refused: RefusedRecord) -> dict[str, Any]:
     return {**shown, "why": refused.why}
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """Return the parts of a text that are separated by commas."""
     return [part.strip() for part in text.split(",")]
 
 
 def _members(kind: type[Member], text: str, option: str) -> list[Member]:
     try:
-        return [kind(name) for name in _split(text)]
+        return [kind(name) for name in split(text)]
     except ValueError:
         raise ValueError(f"--{option}: expected some of {', '.join(kind)}") from None
 
 
-def _share(text: str) -> Decimal:
-    try:
-        return Decimal(text)
-    except InvalidOperation:
-        raise ValueError("priority_share is from 0 to 1") from None
-
-
 def _day(moment: datetime | None) -> date | None:
     return None if moment is None else moment.date()
-
-
-def _key_fields(key: ApiKey) -> dict[str, Any]:
-    share = key.limits.priority_share
-    return {
-        "key_id": key.key_id,
-        "tenant": key.tenant,
-        "name": key.name,
-        "default_tier": key.default_tier.value,
-        "tiers": ",".join(tier for tier in Tier if tier in key.tiers),
-        "rpm": key.limits.rpm,
-        "tpm": key.limits.tpm,
-        "priority_share": None if share is None else plain(share),
-        "in_flight": key.limits.in_flight,
-        "budgets": ",".join(str(one) for one in key.budgets if one.owner is Owner.KEY) or None,
-        "models": joined(key.scope.models),
-        "routes": joined(key.scope.routes),
-        "addresses": joined(key.scope.addresses),
-        "admin": key.admin,
-        "created": key.created.isoformat(timespec="seconds"),
-        "expires": key.expires and key.expires.isoformat(timespec="seconds"),
-        "revoked": key.revoked and key.revoked.isoformat(timespec="seconds"),
-    }
 
 
 def print_rows(rows: list[dict[str, Any]], *, as_json: bool) -> None:

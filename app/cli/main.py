@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import billing, budgets
+from app.cli import billing, budgets, keys
 
 if TYPE_CHECKING:
     from app.cli.plan import ModelPlan
 
 main = typer.Typer(no_args_is_help=True, add_completion=False)
-main.add_typer(billing.keys, name="keys")
+main.add_typer(keys.keys, name="keys")
 main.add_typer(budgets.budgets, name="budgets")
 main.add_typer(billing.ledger, name="ledger")
 main.command()(billing.usage)

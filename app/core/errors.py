@@ -8,7 +8,9 @@
     │   ├── CrossSite        403  a browser sent it for a page of another site
     │   ├── AdminRequired    403  the key is not an admin key
     │   ├── AddressNotAllowed 403  the key may not be used from the client's address
+    │   ├── BeyondOwnRights  403  an admin key would give more rights than it has
     │   ├── ModelNotFound    404
+    │   ├── KeyNotFound      404
     │   ├── UnknownUrl       404
     │   ├── MethodNotAllowed 405
     │   ├── TierUnavailable  400, 403, 429  the tier must not be lowered, and cannot be had
@@ -22,6 +24,7 @@
     ├── InsufficientQuota    429  over a budget of its key or tenant
     ├── TooManyInFlight      429  over a bound on requests in flight; carries Retry-After
     ├── UsageBusy            429  too many usage queries at once; carries Retry-After
+    ├── KeysBusy             429  too many requests for keys at once; carries Retry-After
     ├── TooManySignIns       429  too many failed sign-ins; carries Retry-After
     ├── EngineRejected       4xx  the engine rejected the request; its own message
     └── ServerError          500
@@ -130,14 +133,13 @@ class CrossSite(InvalidRequest):
 
 
 class AdminRequired(InvalidRequest):
-    """The key works, but it is not an admin key."""
+    """The key works, but it is not an admin key. ``why`` says why one is needed, in a sentence."""
 
     status = 403
 
-    def __init__(self) -> None:
+    def __init__(self, why: str) -> None:
         super().__init__(
-            "What is asked for shows the traffic of all tenants. It needs an admin key "
-            "(frontline keys create --admin).",
+            f"{why} It needs an admin key (frontline keys create --admin).",
             code="admin_key_required",
         )
 
@@ -163,6 +165,31 @@ class AddressNotAllowed(InvalidRequest):
         super().__init__(
             "This API key may not be used from the address that this request came from.",
             code="address_not_allowed",
+        )
+
+
+class BeyondOwnRights(InvalidRequest):
+    """An admin key would give a key more rights than it has itself; ``param`` says which."""
+
+    status = 403
+
+    def __init__(self, param: str) -> None:
+        super().__init__(
+            f"An admin key cannot give more rights than it has: '{param}' must be within its own.",
+            code="beyond_own_rights",
+            param=param,
+        )
+
+
+class KeyNotFound(InvalidRequest):
+    """No key has this id, or it has been revoked already and cannot be changed."""
+
+    status = 404
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(
+            f"No API key with the id '{_shown(key_id)}' is found, or it is revoked.",
+            code="key_not_found",
         )
 
 
@@ -345,6 +372,20 @@ class UsageBusy(ApiError):
     def __init__(self) -> None:
         super().__init__(
             "Too many requests for usage at once. Please try again in 1s.",
+            code="rate_limit_exceeded",
+        )
+        self.headers |= _retry_headers(1.0)
+
+
+class KeysBusy(ApiError):
+    """Too many requests read or change keys at once."""
+
+    status = 429
+    type = "requests"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Too many requests for keys at once. Please try again in 1s.",
             code="rate_limit_exceeded",
         )
         self.headers |= _retry_headers(1.0)

@@ -14,6 +14,7 @@ from app.gateway.cross_origin import CrossOrigin
 from app.gateway.handler import Handler, Receive, Scope
 from app.gateway.health_route import add_health_routes
 from app.gateway.http_methods import as_get, refuse_websocket, wants_websocket
+from app.gateway.keys_route import add_keys_routes
 from app.gateway.me_route import add_me_route
 from app.gateway.models_route import add_model_routes, is_from_anthropics_client
 from app.gateway.organization_usage import add_organization_routes
@@ -107,6 +108,7 @@ def _others(services: Services, handlers: Mapping[str, Handler]) -> FastAPI:
         add_organization_routes(api, prefix, services)
         add_me_route(api, prefix, services)
         add_request_costs_route(api, prefix, services)
+        add_keys_routes(api, prefix, services)
         # Health probes expect the routes at the root, without the API's version.
         add_health_routes(api, "" if prefix == PREFIXES[0] else prefix, services)
     add_model_routes(api, ANTHROPIC_PREFIX, services, anthropics=True)

@@ -147,16 +147,16 @@ async def key_holder(services: Services, headers: Headers) -> Caller:
     return await services.access.identify(authorization_of(headers))
 
 
-async def identify_admin(services: Services, headers: Headers) -> Caller:
+async def identify_admin(services: Services, lines: HeaderLines) -> Caller:
     """Return the caller of a request about all tenants; without keys, everyone is an admin.
 
     Raises:
         HostNotAllowed, InvalidKey: see ``identify``.
         AdminRequired: the caller's key is not an admin key.
     """
-    caller = await identify(services, headers)
+    caller = await identify(services, lines)
     if services.access is not None and not caller.is_admin:
-        raise errors.AdminRequired
+        raise errors.AdminRequired("What is asked for shows the traffic of all tenants.")
     return caller
 
 

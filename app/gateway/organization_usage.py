@@ -129,7 +129,7 @@ def add_organization_routes(api: FastAPI, prefix: str, services: Services) -> No
     def add(path: str, report: _Report) -> None:
         @api.get(f"{prefix}/organization/{path}")
         async def answer(request: Request) -> Response:
-            await identify_admin(services, dict(request.scope["headers"]))
+            await identify_admin(services, request.scope["headers"])
             assert services.usage is not None, "settings come before requests"
             query = UsageQuery(request.query_params.multi_items())
             return await _answer(report, query, services.usage, int(now_utc().timestamp()))

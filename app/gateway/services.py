@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from app.config.ingress import IngressSettings
+from app.gateway.key_admin import KeyAdmin
 from app.gateway.registry import ModelRegistry
 from app.gateway.request_body import Bodies
 from app.gateway.usage_reader import UsageReader
@@ -41,6 +42,7 @@ class Services:
         tallies: one of them: counts the requests of each model.
         budgets: holds requests to budgets; set together with ``access``.
         budget_webhook: sends the alerts of budgets, if the settings have a receiver.
+        key_admin: reads and changes keys for admin keys; set together with ``access``.
         proxy_proof: what HAProxy's word on a client's address begins with; ``None`` if there is no
             such word to believe (``app.gateway.client_address``).
     """
@@ -59,6 +61,7 @@ class Services:
     tallies: Tallies = field(default_factory=Tallies)
     budgets: BudgetGate | None = None
     budget_webhook: BudgetWebhook = field(default_factory=BudgetWebhook)
+    key_admin: KeyAdmin | None = None
     proxy_proof: str | None = None
 
     def __post_init__(self) -> None:

@@ -143,12 +143,23 @@ def migrate(engine: Engine) -> bool:
     Raises:
         StoreAway: the database cannot be used, or was made by a newer version of Frontline.
     """
-    with _migrating, translated(), engine.connect() as plain:
+    with _migrating, translated(), begin_write(engine) as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+        return _upgrade(connection)
+
+
+@contextmanager
+def begin_write(engine: Engine) -> Iterator[Connection]:
+    """Yield a connection in a transaction that writes what depends on what it reads.
+
+    SQLite's only writer is chosen at its beginning, not at its first write, when what was read may
+    have changed. In PostgreSQL rows are locked by ``with_for_update``.
+    """
+    with engine.connect() as plain:
         connection = plain.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
         with connection.begin():
-            if engine.dialect.name == "postgresql":
-                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
-            return _upgrade(connection)
+            yield connection
 
 
 def _upgrade(connection: Connection) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Engine, Row, insert, update
+from sqlalchemy import Connection, Engine, Row, insert, update
 
 from app.core.addresses import parse_network
 from app.core.dialect import Route
 from app.core.tiers import Tier
-from app.store.database import migrate, translated
+from app.store.database import begin_write, migrate, translated
 from app.store.schema import api_keys
 from app.store.text_rows import BOOLEANS, INVALID, fault, select_as_text
 from app.tenants.budget_store import BudgetTable, add_budget, read_budgets
@@ -32,29 +32,33 @@ class KeyStore:
 
     def add(self, key: ApiKey) -> None:
         """Store a new key with its budgets."""
-        values = {
-            "key_id": key.key_id,
-            "secret_hash": key.secret_hash,
-            "tenant": key.tenant,
-            "name": key.name,
-            "default_tier": key.default_tier.value,
-            "tiers": ",".join(tier.value for tier in Tier if tier in key.tiers),
-            "rpm": key.limits.rpm,
-            "tpm": key.limits.tpm,
-            "priority_share": key.limits.priority_share,
-            "created": key.created,
-            "revoked": key.revoked,
-            "admin": key.admin,
-            "models": joined(key.scope.models),
-            "routes": joined(key.scope.routes),
-            "in_flight": key.limits.in_flight,
-            "expires": key.expires,
-            "addresses": joined(key.scope.addresses),
-        }
         with translated(), self._engine.begin() as connection:
-            connection.execute(insert(api_keys).values(values))
+            connection.execute(insert(api_keys).values(_values(key)))
             for budget in key.budgets:
                 add_budget(connection, budget)
+
+    def change(self, key_id: str, changed: Callable[[ApiKey], ApiKey]) -> ApiKey | None:
+        """Replace a key that is not revoked by what ``changed`` returns for it, and return that.
+
+        ``None`` if there is none with this id, or its row is invalid. Budgets stay as they are.
+        Two changes at once are made one after the other. What ``changed`` raises is raised.
+        """
+        with translated(), begin_write(self._engine) as connection:
+            mine = (api_keys.c.key_id == key_id) & api_keys.c.revoked.is_(None)
+            query = select_as_text(api_keys, self._engine.dialect).where(mine).with_for_update()
+            keys, _ = _read(connection, connection.execute(query).all())
+            if not keys:
+                return None
+            key = changed(keys[0])
+            connection.execute(update(api_keys).where(mine).values(_values(key)))
+            return key
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """Return the key with an id, or ``None`` if there is none or its row is invalid."""
+        query = select_as_text(api_keys, self._engine.dialect).where(api_keys.c.key_id == key_id)
+        with translated(), self._engine.connect() as connection:
+            keys, _ = _read(connection, connection.execute(query).all())
+        return keys[0] if keys else None
 
     def revoke(self, key_id: str, at: datetime) -> bool:
         """Revoke a key; return whether there was a working key with this id."""
@@ -91,17 +95,44 @@ class KeyStore:
         if not every:
             query = query.where(api_keys.c.revoked.is_(None))
         with translated(), self._engine.connect() as connection:
-            rows: Sequence[Row[Any]] = connection.execute(query).all()
-            budgets = read_budgets(connection)
-        keys, unreadable = [], {}
-        for row in rows:
-            try:
-                keys.append(_key(row, budgets))
-            except INVALID as error:
-                unreadable[str(row.key_id)[:MAX_NAME]] = fault(error)
-        for (owner, name), why in budgets.unreadable.items():
-            unreadable[f"of the budget of {owner} {name}"[:MAX_NAME]] = why
-        return keys, unreadable
+            return _read(connection, connection.execute(query).all())
+
+
+def _read(connection: Connection, rows: Sequence[Row[Any]]) -> tuple[list[ApiKey], dict[str, str]]:
+    """Return the keys of rows of text values, and the errors of invalid ones and of budgets."""
+    budgets = read_budgets(connection)
+    keys, unreadable = [], {}
+    for row in rows:
+        try:
+            keys.append(_key(row, budgets))
+        except INVALID as error:
+            unreadable[str(row.key_id)[:MAX_NAME]] = fault(error)
+    for (owner, name), why in budgets.unreadable.items():
+        unreadable[f"of the budget of {owner} {name}"[:MAX_NAME]] = why
+    return keys, unreadable
+
+
+def _values(key: ApiKey) -> dict[str, Any]:
+    """Return the row of a key."""
+    return {
+        "key_id": key.key_id,
+        "secret_hash": key.secret_hash,
+        "tenant": key.tenant,
+        "name": key.name,
+        "default_tier": key.default_tier.value,
+        "tiers": ",".join(tier.value for tier in Tier if tier in key.tiers),
+        "rpm": key.limits.rpm,
+        "tpm": key.limits.tpm,
+        "priority_share": key.limits.priority_share,
+        "created": key.created,
+        "revoked": key.revoked,
+        "admin": key.admin,
+        "models": joined(key.scope.models),
+        "routes": joined(key.scope.routes),
+        "in_flight": key.limits.in_flight,
+        "expires": key.expires,
+        "addresses": joined(key.scope.addresses),
+    }
 
 
 def _key(row: Row[Any], budgets: BudgetTable) -> ApiKey:

@@ -103,8 +103,8 @@ class ApiKey:
     def __post_init__(self) -> None:
         if not self.tenant:
             raise ValueError("a key has a tenant")
-        if any(len(text) > MAX_NAME or not text.isprintable() for text in (self.tenant, self.name)):
-            raise ValueError(f"names have at most {MAX_NAME} characters, all of them printable")
+        check_name(self.tenant)
+        check_name(self.name)
         if not _HASH.fullmatch(self.secret_hash):
             raise ValueError("the hash of a secret has 64 hexadecimal digits")
         if not {Tier.DEFAULT, self.default_tier} <= self.tiers:
@@ -115,6 +115,16 @@ class ApiKey:
     def works(self, now: datetime) -> bool:
         """Return whether it is neither revoked nor expired."""
         return self.revoked is None and (self.expires is None or now < self.expires)
+
+
+def check_name(text: str) -> None:
+    """Check the name of a tenant or a key.
+
+    Raises:
+        ValueError: it is too long, or has characters that are not printable.
+    """
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise ValueError(f"names have at most {MAX_NAME} characters, all of them printable")
 
 
 def create_key(

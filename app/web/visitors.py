@@ -50,7 +50,7 @@ async def admin(services: Services, request: Request) -> Caller:
     """
     caller = await visitor(services, request)
     if services.access is not None and not caller.is_admin:
-        raise errors.AdminRequired
+        raise errors.AdminRequired("The board shows the traffic of all tenants.")
     return caller
 
 

@@ -15,7 +15,7 @@ from app.ingress import Ingress
 from app.ledger.record import now_utc
 from app.ledger.record_store import RecordStore, Wanted
 from app.observe.observers import Ended, Refused
-from app.store.database import connect
+from app.store.database import StoreAway, connect
 from app.tenants.access import Caller
 from app.tenants.budget_webhook import Outcome
 from app.tenants.keys import KeyLimits, create_key
@@ -204,6 +204,25 @@ async def test_a_webhook_without_its_secret_changes_nothing(ingress, tmp_path, m
     assert str(caught.value).startswith("user_config.budget_alert_webhook.secret_env: ")
     assert "TOKEN" not in str(caught.value)
     assert before == (services.settings, services.ledger, services.usage)
+
+
+async def test_keys_are_made_in_the_ledger_that_is_in_force(ingress, tmp_path):
+    admin, _ = create_key("ops", admin=True, created=NOON)
+    for name in ("one", "two"):
+        await ingress.reconfigure(with_ledger(tmp_path, name))
+        await until(lambda: ingress.services.access.keys_read)
+        desk = ingress.services.key_admin
+        async with asyncio.timeout(10):
+            while True:
+                # Until the tables are there.
+                try:
+                    await desk.create(admin, {"tenant": name})
+                    break
+                except StoreAway:
+                    await asyncio.sleep(0.02)
+        assert [key.tenant for key in (await desk.listing())[0]] == [name]
+    await ingress.reconfigure(with_ledger(tmp_path, "two", "open"))
+    assert ingress.services.key_admin is None
 
 
 async def test_settings_that_cannot_be_taken_over_change_nothing(ingress, stores, tmp_path):

@@ -105,6 +105,35 @@ def test_a_wrong_key_is_not_made(run, engine, words, message):
     assert KeyStore(engine).all() == []
 
 
+def test_a_key_is_changed(run, engine):
+    run("keys", "create", "--tenant", "acme", "--rpm", "60", "--budget", "day=1")
+    [before] = KeyStore(engine).all()
+    words = [
+        "rpm=",
+        "tpm=9",
+        "addresses=10.0.0.0/8,::1",
+        "priority_share=0.5",
+        "tiers=flex",
+        "name=",
+    ]
+    run("keys", "change", before.key_id, *words, "models=a, b*", "expires_at=4102444800")
+    [key] = KeyStore(engine).all()
+    assert (key.limits.rpm, key.limits.tpm, key.limits.priority_share) == (None, 9, Decimal("0.5"))
+    assert set(map(str, key.scope.addresses)) == {"10.0.0.0/8", "::1/128"}
+    assert (key.scope.models, key.expires) == ({"a", "b*"}, datetime(2100, 1, 1, tzinfo=UTC))
+    assert key.tiers == {"default", "flex"} and key.budgets == before.budgets
+    for bad, message in [
+        ("rpm", "expected FIELD=VALUE"),
+        ("rpm=many", "rpm: expected a whole number"),
+        ("tenant=b", "tenant: cannot be changed"),
+        ("colour=red", "no such field"),
+    ]:
+        assert message in run("keys", "change", key.key_id, bad, fails=True)
+    assert KeyStore(engine).all() == [key]
+    run("keys", "revoke", key.key_id)
+    assert "no key" in run("keys", "change", key.key_id, "rpm=1", fails=True)
+
+
 def test_usage_in_every_form(run, engine):
     written = [completed(), completed(tenant="b", model="[red]n"), shed()]
     RecordStore(engine).add([record.to_json() for record in written])

@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -65,6 +68,34 @@ def test_a_key_is_revoked_once(store):
     assert not store.revoke("nobody", NOON)
     assert store.table().find(text, NOON) is None
     assert [each.revoked for each in store.all()] == [NOON]
+
+
+def test_two_changes_at_once_are_made_one_after_the_other(store):
+    """Neither undoes the other."""
+    key, _ = create_key("acme", created=NOON)
+    store.add(key)
+
+    def more(old):
+        time.sleep(0.001)
+        return replace(old, limits=replace(old.limits, rpm=(old.limits.rpm or 0) + 1))
+
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda _: store.change(key.key_id, more), range(12)))
+    assert sorted(one.limits.rpm for one in made) == list(range(1, 13))
+    assert store.get(key.key_id).limits.rpm == 12
+
+
+def test_a_change_that_fails_changes_nothing(store):
+    key, _ = create_key("acme", created=NOON)
+    store.add(key)
+
+    def fail(old):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        store.change(key.key_id, fail)
+    assert store.get(key.key_id) == key
+    assert store.get("nobody") is store.change("nobody", fail) is None
 
 
 BAD: dict[str, list[Any]] = {
