@@ -51,14 +51,16 @@ class Slot:
 
     Attributes:
         replica: the engine replica of the slot.
-        queued_as: the tier at which the request was queued: the requested one, or ``default`` if
-            priority could not be delivered to it when it arrived.
+        queued_as: the tier at which the request was queued: the requested one; ``default`` if
+            priority could not be delivered to it when it arrived; or the one that it was raised to.
         waited_s: how long the request waited for the slot, in seconds.
+        raised: whether it had not started in time, and was raised.
     """
 
     replica: ReplicaStatus
     queued_as: Tier
     waited_s: float
+    raised: bool = False
 
 
 class ModelGone(Exception):
@@ -353,7 +355,8 @@ class Admission:
 
 
 def _slot(request: QueuedRequest, replica: ReplicaStatus) -> Slot:
-    return Slot(replica, request.tier, request.placed - request.arrived)
+    waited_s = request.placed - request.arrived
+    return Slot(replica, request.tier, waited_s, raised=request.raised_from is not None)
 
 
 def _lacking(snapshot: ModelSnapshot, route: Route, adapter: str = "") -> frozenset[str]:

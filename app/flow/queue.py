@@ -8,26 +8,33 @@ al., "Fairness in Serving Large Language Models", OSDI 2024). Inside a tier, the
 given the fewest tokens comes first. A tenant that returns after idling is lifted to the lowest
 counter among the waiting tenants. Idle time thus neither earns credit nor costs anything.
 
+A request that has not started in time is raised to a better tier (``raise_due``). From then on it
+counts as if it had arrived at that tier when it did: in the order of its tenant's requests, for the
+starvation guard, and in what the Model is told. Only its longest wait is the longer one of the two
+tiers, so that no request is shed because it was raised.
+
 With n waiting requests, every operation takes O(log n) or O(1) time.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-
-from sortedcontainers import SortedList
+from collections.abc import Callable, Iterator
 
 from app.config.queue import QueueSettings
 from app.core.tiers import Tier
+from app.flow.deadlines import Deadlines
+from app.flow.lane import Lane
 from app.flow.request import QueuedRequest
 
 Room = Callable[[QueuedRequest], bool]
 """Whether a slot is free that this request, and any other of its tier and needs, may use."""
 
+RaiseTo = Callable[[QueuedRequest], Tier | None]
+"""The better tier that a request is raised to now; ``None`` if it stays where it is. It is the same
+for all requests of one tier and route with the same ``raise_to`` and ``raise_only``."""
+
 _TIERS = tuple(Tier)
-_FORGET_EVERY = 1024
 
 
 class RequestQueue:
@@ -44,8 +51,9 @@ class RequestQueue:
         self.settings = settings
         self._bounds = settings.bounds(slots=0, ingresses=1)
         self._reserved = settings.reserved(slots=0, ingresses=1)
-        self._lanes = {tier: _Lane() for tier in _TIERS}
+        self._lanes = {tier: Lane() for tier in _TIERS}
         self._rates = {tier: GrantRate(settings.drain_window_s) for tier in _TIERS}
+        self._deadlines = Deadlines()
         self.count = 0
         self._numbers = 0
         self._large = 0
@@ -66,14 +74,15 @@ class RequestQueue:
         """Work out anew how many slots the waiting requests take; ``slots_of`` tells."""
         self._large = 0
         for lane in self._lanes.values():
-            for request in lane.waiting:
+            lane.slots = 0
+            for request in lane:
                 request.slots = slots_of(request)
                 self._large += request.slots > 1
-            lane.slots = sum(request.slots for request in lane.waiting)
+                lane.slots += request.slots
 
     def waiting(self, tier: Tier) -> int:
         """Return how many requests wait at a tier."""
-        return len(self._lanes[tier].waiting)
+        return self._lanes[tier].count
 
     def oldest_s(self, tier: Tier, now: float) -> float:
         """Return how long the oldest waiting request of a tier has waited; 0 if none waits."""
@@ -101,7 +110,7 @@ class RequestQueue:
             overdue = self._most_overdue(now)
             if overdue is not None and overdue.slots > 1:
                 return overdue, True
-        lane = next(lane for lane in self._lanes.values() if lane.waiting)
+        lane = next(lane for lane in self._lanes.values() if lane.count)
         head = lane.first(lambda _: True)
         assert head is not None, "a request waits in this lane"
         return (head, False) if head.slots > 1 else None
@@ -124,16 +133,45 @@ class RequestQueue:
                 return request
         self._number(request)
         request.since = now
-        self._lanes[request.tier].add(request)
-        self.count += 1
-        self._large += request.slots > 1
+        self._add(request)
         return displaced
 
     def leave(self, request: QueuedRequest) -> None:
         """Remove a waiting request from the queue."""
         self._lanes[request.tier].remove(request)
+        self._deadlines.remove(request)
         self.count -= 1
         self._large -= request.slots > 1
+
+    def raise_due(
+        self, now: float, raise_to: RaiseTo, slots_of: Callable[[QueuedRequest], int]
+    ) -> bool:
+        """Raise the waiting requests that have not started in time; return whether any was raised.
+
+        A request stays where it is while the queue is full for the better tier and the request
+        waits in a reserved place of its own tier; otherwise it takes the place that it gives up. No
+        request is displaced for it. It is tried again with each call.
+
+        Args:
+            now: the time, in seconds.
+            raise_to: returns the tier that a request is raised to.
+            slots_of: returns how many slots it would take at its present tier.
+        """
+        raised = False
+        for request in self._deadlines.due(now):
+            tier = raise_to(request)
+            if tier is None or not self._has_place(request, tier):
+                continue
+            self.leave(request)
+            request.raised_from, request.tier = request.tier, tier
+            request.slots = slots_of(request)
+            self._add(request)
+            raised = True
+        return raised
+
+    def next_raise(self) -> float:
+        """Return when the next request is to be raised, not counting those that had to stay."""
+        return self._deadlines.next_at()
 
     def take(self, room: Room, starving_room: Room, now: float) -> QueuedRequest | None:
         """Remove and return the next request for which a slot is free; ``None`` if there is none.
@@ -180,10 +218,12 @@ class RequestQueue:
             self._lanes[request.tier].charge(request.tenant, tokens - request.tokens, served=False)
 
     def expire(self, now: float) -> Iterator[QueuedRequest]:
-        """Remove and yield the requests that have waited for their tier's longest wait."""
+        """Remove and yield the requests that have waited for their tier's longest wait.
+
+        For a raised request that is the longer one of the tier's and of that where it arrived.
+        """
         for tier in _TIERS:
-            lane, limit = self._lanes[tier], self.settings.of(tier).max_wait_s
-            while (oldest := lane.oldest) is not None and now - oldest.since >= limit:
+            while (oldest := self._expired(tier, now)) is not None:
                 self.leave(oldest)
                 yield oldest
 
@@ -200,9 +240,9 @@ class RequestQueue:
             return math.inf
         return min(
             (
-                oldest.since + self.settings.of(tier).max_wait_s
-                for tier, lane in self._lanes.items()
-                if (oldest := lane.oldest) is not None
+                oldest.since + self._longest_wait_s(oldest)
+                for lane in self._lanes.values()
+                for oldest in lane.heads()
             ),
             default=math.inf,
         )
@@ -225,6 +265,32 @@ class RequestQueue:
         seconds = ahead / rate if rate * longest > ahead else longest
         return max(self.settings.min_retry_after_s, seconds)
 
+    def _add(self, request: QueuedRequest) -> None:
+        self._lanes[request.tier].add(request)
+        self._deadlines.add(request)
+        self.count += 1
+        self._large += request.slots > 1
+
+    def _has_place(self, request: QueuedRequest, tier: Tier) -> bool:
+        """Return whether a waiting request has a place at a better tier; see ``raise_due``."""
+        return (
+            # It counts itself.
+            self.count <= self._bounds[tier]
+            or self.waiting(request.tier) > self._reserved[request.tier]
+            or self.waiting(tier) < self._reserved[tier]
+        )
+
+    def _expired(self, tier: Tier, now: float) -> QueuedRequest | None:
+        heads = self._lanes[tier].heads()
+        late = (one for one in heads if now - one.since >= self._longest_wait_s(one))
+        return next(late, None)
+
+    def _longest_wait_s(self, request: QueuedRequest) -> float:
+        limit = self.settings.of(request.tier).max_wait_s
+        if request.raised_from is None:
+            return limit
+        return max(limit, self.settings.of(request.raised_from).max_wait_s)
+
     def _number(self, request: QueuedRequest) -> None:
         if not request.number:
             self._numbers += 1
@@ -234,10 +300,9 @@ class RequestQueue:
         for lower in reversed(_TIERS[tier.rank + 1 :]):
             if self.waiting(lower) <= self._reserved[lower]:
                 continue
-            # Replays stay: they were admitted before. They number at most a replica's slots.
-            for request in reversed(self._lanes[lower].waiting):
-                if not request.replayed:
-                    return request
+            # Replays stay: they were admitted before.
+            if (request := self._lanes[lower].newest()) is not None:
+                return request
         return None
 
     def _first(self, room: Room) -> QueuedRequest | None:
@@ -262,131 +327,6 @@ class RequestQueue:
         if oldest is None:
             return -math.inf
         return now - oldest.since - self.settings.of(tier).starvation_age_s
-
-
-class _Lane:
-    """The waiting requests of one tier, and the counters of its tenants."""
-
-    def __init__(self) -> None:
-        # By the time at which they began to wait, replays included.
-        self.waiting: OrderedDict[QueuedRequest, None] = OrderedDict()
-        self.slots = 0
-        self._queues: dict[Hashable, _Queue] = {}
-        self._counters: dict[str, float] = {}
-        # Counter that new tenants are lifted to while no request waits. It never falls.
-        self._floor = 0.0
-        self._forget_at = _FORGET_EVERY
-
-    @property
-    def oldest(self) -> QueuedRequest | None:
-        return next(iter(self.waiting), None)
-
-    def add(self, request: QueuedRequest) -> None:
-        tenant = request.tenant
-        if not self._waits(tenant):
-            lift = self._least() if self._queues else self._floor
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lift)
-        queue = self._queues.get(request.needs)
-        if queue is None:
-            queue = self._queues[request.needs] = _Queue()
-        queue.add(request, self._counters[tenant])
-        self.waiting[request] = None
-        self.slots += request.slots
-
-    def remove(self, request: QueuedRequest) -> None:
-        del self.waiting[request]
-        self.slots -= request.slots
-        queue = self._queues[request.needs]
-        queue.remove(request, self._counters[request.tenant])
-        if not queue.requests:
-            del self._queues[request.needs]
-
-    def first(self, room: Room) -> QueuedRequest | None:
-        """Return the next request in turn for which a slot is free."""
-        heads = (queue.head for queue in self._queues.values())
-        usable = [(key, request) for key, request in heads if room(request)]
-        # Keys end in the request's number, which is unique.
-        return min(usable)[1] if usable else None
-
-    def charge(self, tenant: str, tokens: int, *, served: bool = True) -> None:
-        """Add to a tenant's counter; ``served``: it has just received a slot."""
-        counter = self._counters.get(tenant, 0.0)
-        if counter < self._floor and not self._waits(tenant):
-            counter = self._floor
-        least = min(counter, self._least())
-        self._counters[tenant] = counter = counter + tokens
-        if served:
-            # If no request is left waiting, all tenants restart from the one served last.
-            self._floor = max(self._floor, least if self._queues else counter)
-        for queue in self._queues.values():
-            queue.recount(tenant, counter)
-        if len(self._counters) >= self._forget_at:
-            self._forget()
-
-    def _waits(self, tenant: str) -> bool:
-        return any(tenant in queue.requests for queue in self._queues.values())
-
-    def _least(self) -> float:
-        """Return the lowest counter of a waiting tenant; infinity if no request waits."""
-        if not self._queues:
-            return math.inf
-        return min(queue.head[0][0] for queue in self._queues.values())
-
-    def _forget(self) -> None:
-        """Drop idle tenants that would be lifted anyway. Runs rarely, so its cost is small."""
-        self._counters = {
-            tenant: counter
-            for tenant, counter in self._counters.items()
-            if counter > self._floor or self._waits(tenant)
-        }
-        self._forget_at = 2 * len(self._counters) + _FORGET_EVERY
-
-
-_Key = tuple[float, int]
-
-
-class _Queue:
-    """Waiting requests of one tier that can use the same slots, by tenant, then arrival."""
-
-    def __init__(self) -> None:
-        self.requests: dict[str, OrderedDict[QueuedRequest, None]] = {}
-        self._keys: dict[str, _Key] = {}
-        self._order: SortedList[tuple[float, int, str]] = SortedList()
-
-    @property
-    def head(self) -> tuple[_Key, QueuedRequest]:
-        counter, number, tenant = self._order[0]
-        return (counter, number), next(iter(self.requests[tenant]))
-
-    def add(self, request: QueuedRequest, counter: float) -> None:
-        requests = self.requests.get(request.tenant)
-        if requests is None:
-            requests = self.requests[request.tenant] = OrderedDict()
-        requests[request] = None
-        if request.replayed:
-            requests.move_to_end(request, last=False)
-        self.recount(request.tenant, counter)
-
-    def remove(self, request: QueuedRequest, counter: float) -> None:
-        requests = self.requests[request.tenant]
-        del requests[request]
-        if not requests:
-            del self.requests[request.tenant]
-        self.recount(request.tenant, counter)
-
-    def recount(self, tenant: str, counter: float) -> None:
-        """Reorder a tenant after its counter or its first request has changed."""
-        requests = self.requests.get(tenant)
-        key = (counter, next(iter(requests)).number) if requests else None
-        old = self._keys.get(tenant)
-        if key == old:
-            return
-        if old is not None:
-            self._order.remove((*old, tenant))
-            del self._keys[tenant]
-        if key is not None:
-            self._order.add((*key, tenant))
-            self._keys[tenant] = key
 
 
 class GrantRate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,12 +25,12 @@ class RequestState(StrEnum):
 class QueuedRequest:
     """One request as the scheduler sees it.
 
-    The caller sets the first seven attributes. The scheduler and the queue maintain the rest; the
-    caller may read them.
+    The caller sets the attributes down to ``raise_only``. The scheduler and the queue maintain the
+    rest; the caller may read them.
 
     Attributes:
         tier: the tier at which it is queued. The scheduler lowers it from priority to default if
-            priority cannot be delivered to it.
+            priority cannot be delivered to it, and raises it if it has not started in time.
         tenant: the tenant; tenants of the same tier share slots fairly.
         tokens: estimate of its tokens, prompt and answer together, at least 1. The tenant's
             counter is corrected when it ends.
@@ -38,9 +39,15 @@ class QueuedRequest:
             for no preference.
         fail_fast: whether it is shed at once when no slot is free.
         sequences: how many slots it takes, if a replica has as many.
+        start_within_s: after how many seconds of waiting it is raised; infinity for never. Without
+            effect on a replay, which has started once.
+        raise_to: the tier that it is raised to, if that is better than its own. If priority cannot
+            be delivered to it then, it is raised to default instead.
+        raise_only: whether it stays where it is in that case.
         state: its current state.
         arrived: when it arrived, in seconds.
         since: when it last began to wait, in seconds; later than ``arrived`` only for a replay.
+        raised_from: the tier at which it arrived, if it was raised.
         placed: when it last received a slot, in seconds.
         replica_id: the replica whose slots it has, or last had.
         slots: how many slots it has there, or last had.
@@ -56,9 +63,13 @@ class QueuedRequest:
     prefix: int | None = None
     fail_fast: bool = False
     sequences: int = 1
+    start_within_s: float = math.inf
+    raise_to: Tier = Tier.DEFAULT
+    raise_only: bool = False
     state: RequestState = RequestState.NEW
     arrived: float = 0.0
     since: float = 0.0
+    raised_from: Tier | None = None
     placed: float = 0.0
     replica_id: str = ""
     slots: int = 1

@@ -209,7 +209,11 @@ class Scheduler:
         return self._dispatch(now, self._advance(now))
 
     def tick(self, now: float) -> list[QueuedRequest]:
-        """Apply the passing of time: waits and suspensions end, and requests begin to starve."""
+        """Apply the passing of time.
+
+        Waits and suspensions end, requests begin to starve, and those that have not started in time
+        are raised to a better tier.
+        """
         return self._dispatch(now, self._advance(now))
 
     def next_tick(self) -> float:
@@ -220,7 +224,8 @@ class Scheduler:
         opens_at = self.credits.next_change()
         if not self.queue.count:
             return opens_at
-        return min(self.queue.next_expiry(), opens_at, self._gives_up_at)
+        queue = self.queue
+        return min(queue.next_expiry(), queue.next_raise(), opens_at, self._gives_up_at)
 
     def renewal_at(self) -> float:
         """Return when the next demand is due; an event may bring it forward."""
@@ -265,7 +270,12 @@ class Scheduler:
     def _advance(self, now: float) -> list[QueuedRequest]:
         """Bring the state up to ``now``, as a tick would, before an event is handled."""
         changed: list[QueuedRequest] = []
+        # First, because suspensions that end may let priority be delivered.
+        opened = self.credits.advance(now)
+        raised = False
         if self.queue.count:
+            # Before longest waits are applied: a better tier may have a longer one.
+            raised = self.queue.raise_due(now, self._raise_to, self._slots_of)
             for request in self.queue.expire(now):
                 self._shed(request, ShedReason.WAITED_TOO_LONG, now)
                 changed.append(request)
@@ -273,9 +283,18 @@ class Scheduler:
                 for request in self.queue.clear():
                     self._shed(request, self._gives_up_for, now)
                     changed.append(request)
-        if self.credits.advance(now):
+        if opened or raised:
             self._dispatch(now, changed)
         return changed
+
+    def _raise_to(self, request: QueuedRequest) -> Tier | None:
+        """Return the better tier that a request is raised to now; ``None``: it stays."""
+        tier = request.raise_to
+        if tier is Tier.PRIORITY and not self.delivers_priority(request.route):
+            if request.raise_only:
+                return None
+            tier = Tier.DEFAULT
+        return tier if tier.rank < request.tier.rank else None
 
     def _admit(
         self, request: QueuedRequest, now: float, changed: list[QueuedRequest]

@@ -119,6 +119,23 @@ async def test_who_has_waited_too_long_is_shed_without_any_other_event():
     assert late.retry_after_s > 0
 
 
+async def test_who_has_not_started_in_time_is_raised_without_any_other_event():
+    made = admission(model("one", slots=1))
+    running, late = new_request(), new_request(Tier.FLEX, start_within_s=0.05)
+    slot = await made.admit(running)
+    assert not slot.raised
+    [waiting] = await standing(made, late)
+    start = time.monotonic()
+    while late.tier is Tier.FLEX:
+        await asyncio.sleep(0.001)
+        assert time.monotonic() < start + 5
+    assert time.monotonic() >= start + 0.04
+    assert made.state().waiting == {Tier.PRIORITY: 0, Tier.DEFAULT: 1, Tier.FLEX: 0}
+    made.end(running, 10)
+    slot = await waiting
+    assert slot.raised and slot.queued_as is Tier.DEFAULT
+
+
 async def test_who_does_not_want_to_wait_is_shed_at_once():
     made = admission(model("one", slots=1))
     await made.admit(new_request())

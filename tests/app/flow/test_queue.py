@@ -375,9 +375,12 @@ class LineMachine(RuleBasedStateMachine):
         tokens=st.integers(1, 50),
         needs=st.sampled_from([None, "r"]),
         replayed=st.sampled_from([False, False, False, True]),
+        start_within_s=st.sampled_from([math.inf, 0.1, 3.0, 12.0, 30.0]),
+        raise_to=st.sampled_from([D, P]),
+        raise_only=st.booleans(),
     )
-    def joins(self, tier, tenant, tokens, needs, replayed):
-        request = QueuedRequest(tier, tenant, tokens, needs=needs, replayed=replayed)
+    def joins(self, tier, tenant, tokens, needs, replayed, **raising):
+        request = QueuedRequest(tier, tenant, tokens, needs=needs, replayed=replayed, **raising)
         reserved = {P: 0, D: 1, F: 2}
         counts = {one: sum(t.tier is one for t in self.waiting) for one in Tier}
         full = len(self.waiting) >= {P: 9, D: 6, F: 4}[tier]
@@ -418,6 +421,10 @@ class LineMachine(RuleBasedStateMachine):
         best = min(t.tier.rank for t in candidates)
         if request.tier.rank > best:
             self.check_starving(request)
+        elif self.overdue(request) < 0 and not request.replayed:
+            alike = [t for t in candidates if t.tier is request.tier and t.tenant == request.tenant]
+            mine = [t for t in alike if t.needs == request.needs and t is not request]
+            assert all(not t.replayed and t.number > request.number for t in mine)
         self.count_passed_over(request, room)
 
     def overdue(self, request):
@@ -445,11 +452,49 @@ class LineMachine(RuleBasedStateMachine):
                 turns = self.queue.settings.starvation_every - 1
                 assert self.out_of_turn[t] <= self.rivals[t] * turns
 
-    @rule(seconds=st.floats(0.1, 15))
-    def time_passes(self, seconds):
+    @rule(seconds=st.floats(0.1, 15), delivers=st.booleans())
+    def time_passes(self, seconds, delivers):
         self.now += seconds
+        while self.are_raised(delivers):
+            pass
         for request in self.queue.expire(self.now):
             self.leave(request)
+
+    def are_raised(self, delivers):
+        def raise_to(request):
+            tier = request.raise_to
+            if tier is P and not delivers:
+                tier = None if request.raise_only else D
+            return tier if tier is not None and tier.rank < request.tier.rank else None
+
+        def due_at(request):
+            return request.since + request.start_within_s
+
+        def is_due(request):
+            first = request.raised_from is None and not request.replayed
+            return first and due_at(request) <= self.now and raise_to(request) is not None
+
+        before = [(t, t.tier, t.since, is_due(t)) for t in self.waiting]
+        raised = self.queue.raise_due(self.now, raise_to, lambda _: 1)
+        changed = [t for t, tier, since, due in before if t.tier is not tier]
+        assert raised is bool(changed)
+        for request, tier, since, due in before:
+            assert request.since == since
+            if request in changed:
+                assert due and request.raised_from is tier and request.tier.rank < tier.rank
+        reserved, counts = {P: 0, D: 1, F: 2}, Counter(t.tier for t in self.waiting)
+        if raised:
+            self.out_of_turn.clear()
+            self.rivals.clear()
+            return True
+        for request in filter(is_due, self.waiting):
+            to = raise_to(request)
+            assert len(self.waiting) > {P: 9, D: 6, F: 4}[to]
+            assert counts[request.tier] <= reserved[request.tier] and counts[to] >= reserved[to]
+        later = [due_at(t) for t in self.waiting if t.raised_from is None and not t.replayed
+                 and t.raise_to.rank < t.tier.rank and due_at(t) > self.now]  # fmt: skip
+        assert self.queue.next_raise() == min(later, default=math.inf)
+        return False
 
     @precondition(lambda self: self.done)
     @rule(tokens=st.integers(1, 200), data=st.data())
@@ -465,8 +510,9 @@ class LineMachine(RuleBasedStateMachine):
             mine = [t for t in self.waiting if t.tier is tier]
             assert it.waiting(tier) == len(mine)
             assert it.oldest_s(tier, self.now) == max((self.now - t.since for t in mine), default=0)
-            limit = 60 if tier is F else 40
-            assert all(self.now - t.since < limit for t in mine)
+            assert all(
+                self.now - t.since < (60 if F in (tier, t.raised_from) else 40) for t in mine
+            )
         for tier, bound in ((P, 9 + 1 + 2), (D, 6 + 1 + 2), (F, 4)):
             below = [t for t in self.waiting if t.tier.rank >= tier.rank and not t.replayed]
             assert len(below) <= bound

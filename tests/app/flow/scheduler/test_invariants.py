@@ -200,11 +200,16 @@ class GateMachine(RuleBasedStateMachine):
         prefix=st.none() | st.integers(0, 2**32 - 1),
         fail_fast=st.sampled_from([False, False, False, True]),
         sequences=st.sampled_from([1, 1, 1, 2, 3, 20]),
+        start_within_s=st.sampled_from([math.inf, 0.05, 3.0, 12.0]),
+        raise_to=st.sampled_from([D, P]),
+        raise_only=st.booleans(),
     )
-    def arrives(self, tier, tenant, tokens, route, prefix, fail_fast, sequences):
+    def arrives(self, tier, tenant, tokens, route, prefix, fail_fast, sequences, **raising):
         floor = self.floor
         self.call(floor.scheduler.tick(floor.now))
-        request = QueuedRequest(tier, tenant, tokens, route, prefix, fail_fast, sequences)
+        request = QueuedRequest(
+            tier, tenant, tokens, route, prefix, fail_fast, sequences, **raising
+        )
         room = usable(floor, request)
         called = floor.scheduler.arrive(request, floor.now)
         if room and request.tier is tier:
@@ -387,12 +392,32 @@ class GateMachine(RuleBasedStateMachine):
         assert scheduler.renewal_at() <= self.changed_at + RENEWAL_S
 
     @invariant()
+    def those_that_have_not_started_in_time_are_raised(self):
+        scheduler = self.floor.scheduler
+        for request in self.waiting:
+            if request.raised_from is not None:
+                assert request.tier.rank < request.raised_from.rank and not request.fail_fast
+                assert request.tier in (request.raise_to, D)
+                assert request.tier is request.raise_to or not request.raise_only
+                continue
+            if request.replayed or request.raise_to.rank >= request.tier.rank:
+                continue
+            due_at = request.since + request.start_within_s
+            if due_at > self.floor.now:
+                assert scheduler.next_tick() <= due_at
+                continue
+            assert request.raise_to is P and not scheduler.delivers_priority(request.route)
+            assert request.raise_only or request.tier is D
+
+    @invariant()
     def bounds_hold(self):
         limits = {P: (8, 20), D: (6, 20), F: (4, 30)}
         for tier, (most, longest) in limits.items():
             mine = [t for t in self.waiting if t.tier.rank >= tier.rank and not t.replayed]
             assert len(mine) <= most
-            assert all(self.floor.now - t.since < longest for t in self.waiting if t.tier is tier)
+            for request in (t for t in self.waiting if t.tier is tier):
+                before = limits[request.raised_from or tier][1]
+                assert self.floor.now - request.since < max(longest, before)
         assert not self.waiting or self.floor.now < self.floor.gives_up_at
 
     def teardown(self):
