@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Final
 
 from app.core import errors
 from app.core.dialect import Route
@@ -22,7 +23,10 @@ from app.observe.observers import (
     Refused,
 )
 from app.protocol.events import error_body, error_event
+from app.protocol.requests import START_WITHIN, with_start_within
 from app.tenants.access import NOBODY, Caller
+
+_START_WITHIN: Final = START_WITHIN.encode()
 
 __all__ = ["Handler", "Receive", "Scope", "authorization_of", "identify", "identify_admin"]
 
@@ -71,6 +75,7 @@ class Handler:
             cross_site.require_json(headers)
             with services.bodies.room_for(caller.tenant, services.settings) as room:
                 inbound = await room.read(self._route, headers, receive)
+                inbound = with_start_within(inbound, headers.get(_START_WITHIN))
                 admission = require_model(services, caller, inbound.model)
                 lifecycle = Lifecycle(services, admission, caller, inbound, reply, context)
                 await lifecycle.run()

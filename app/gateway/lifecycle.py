@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -18,6 +19,7 @@ from app.core.tier_decision import (
     TierDecision,
     TierRights,
     admit,
+    admit_raised,
     decide,
     keeps_to_tier,
 )
@@ -84,6 +86,8 @@ class Lifecycle:
         self._settings = services.settings
         self._meter = Meter(services.current_ledger, self._origin(), services.observers, context)
         self._part: SharePart | None = None
+        # The tier at which it goes on if it does not start in time; `None`: at the same one.
+        self._raised: TierAdmission | None = None
         # The tokens that count against the key's limit if the usage stays unknown, and the tokens
         # that were used.
         self._presumed_tokens = 0
@@ -174,8 +178,11 @@ class Lifecycle:
             access.put_right(caller, expected, used, time.monotonic() - since)
 
     async def _share_priority(self, access: Access) -> None:
-        """Count the request in its key's priority share."""
-        wanted = self._inbound.requested_tier or self._default_tier
+        """Count the request in its key's priority share.
+
+        One that may be raised to priority counts as one that wants priority, from its arrival on.
+        """
+        wanted = Tier.PRIORITY if self._may_become_priority else self._wanted_tier
         rights, self._part = access.rights(self._caller, wanted)
         try:
             await self._serve(self._admit(rights))
@@ -187,10 +194,33 @@ class Lifecycle:
     def _default_tier(self) -> Tier:
         return self._caller.default_tier or self._settings.default_tier
 
+    @property
+    def _wanted_tier(self) -> Tier:
+        return self._inbound.requested_tier or self._default_tier
+
+    @property
+    def _may_be_raised(self) -> bool:
+        """Whether it has a deadline. Priority has nothing to be raised to."""
+        inbound = self._inbound
+        has_deadline = inbound.start_within_s is not None and inbound.route.takes_slot
+        return has_deadline and self._wanted_tier is not Tier.PRIORITY
+
+    @property
+    def _may_become_priority(self) -> bool:
+        return self._may_be_raised and self._inbound.start_within_tier is Tier.PRIORITY
+
     def _admit(self, rights: TierRights) -> TierAdmission:
         """Return the tier that the model and the key allow."""
         inbound, offer = self._inbound, self._admission.snapshot.settings.tiers.offer
-        return admit(inbound.requested_tier, self._default_tier, offer, rights, inbound.tier_reason)
+        admitted = admit(
+            inbound.requested_tier, self._default_tier, offer, rights, inbound.tier_reason
+        )
+        if self._may_be_raised:
+            raised = admit_raised(admitted, inbound.start_within_tier, offer, rights)
+            # A request that insists is raised to the tier that it names, or not at all.
+            if raised is not None and self._keeps_to_tier(raised.reason):
+                self._raised = raised
+        return admitted
 
     def _require_tier(self, admitted: TierAdmission) -> None:
         """Refuse the request if it insists on a tier that it would not get.
@@ -206,15 +236,18 @@ class Lifecycle:
         self._insist(reason)
 
     def _insist(self, reason: TierReason | None) -> None:
-        inbound, strict = self._inbound, self._admission.snapshot.settings.tiers.strict
-        if reason is None or keeps_to_tier(
-            inbound.requested_tier, reason, strict=strict, required=inbound.require_tier
-        ):
+        if reason is None or self._keeps_to_tier(reason):
             return
         error = tier_unavailable(reason)
         if not self._meter.placed:
             self._turned_away(State.REFUSED, error)
         raise error
+
+    def _keeps_to_tier(self, reason: TierReason | None) -> bool:
+        inbound, strict = self._inbound, self._admission.snapshot.settings.tiers.strict
+        return keeps_to_tier(
+            inbound.requested_tier, reason, strict=strict, required=inbound.require_tier
+        )
 
     async def _serve(self, admitted: TierAdmission) -> None:
         """Answer the request in a slot, or without one if its route needs none."""
@@ -226,7 +259,8 @@ class Lifecycle:
     async def _queue(self, admitted: TierAdmission) -> None:
         """Queue the request until it has a slot; at the end remove it or give its slot back."""
         self._require_tier(admitted)
-        takes_slot = self._inbound.route.takes_slot
+        takes_slot, raised = self._inbound.route.takes_slot, self._raised
+        start_within_s = self._inbound.start_within_s if raised else None
         request = QueuedRequest(
             # Only while the model wakes are requests queued that generate nothing.
             tier=admitted.tier if takes_slot else Tier.DEFAULT,
@@ -236,6 +270,10 @@ class Lifecycle:
             prefix=self._prefix(),
             fail_fast=self._inbound.fail_fast,
             sequences=self._inbound.sequences,
+            start_within_s=math.inf if start_within_s is None else start_within_s,
+            raise_to=Tier.DEFAULT if raised is None else raised.tier,
+            raise_only=raised is not None
+            and not self._keeps_to_tier(TierReason.NO_REPLICA_HONOURS_PRIORITY),
             without=self._admission.lacking(self._inbound.route, self._adapter),
         )
         try:
@@ -374,6 +412,10 @@ class Lifecycle:
     def _decide(self, admitted: TierAdmission, slot: Slot | None) -> TierDecision:
         """Decide the tier, in the slot that was received. Without one there is no priority."""
         model = self._admission.snapshot.settings
+        raised = slot is not None and slot.raised
+        if raised:
+            assert self._raised is not None, "only a request with a deadline is raised"
+            admitted = self._raised
         decision = decide(
             admitted,
             queued_as=slot.queued_as if slot else Tier.DEFAULT,
@@ -381,6 +423,7 @@ class Lifecycle:
             native_priority=slot is None or slot.replica.dialect.native_priority,
             route_honoured=slot is not None and slot.replica.honours_priority(self._inbound.route),
             rate_card=model.rate_card_of(self._adapter),
+            raised=raised,
         )
         self._insist(decision.reason)
         if self._part is not None:

@@ -51,8 +51,8 @@ class Placement:
             (b"x-engine", self.replica.dialect.engine.encode()),
             (b"x-queue-time-ms", milliseconds(self.queue_s).encode()),
         ]
-        if self.decision.reason is not None:
-            stamps.append((b"x-service-tier-reason", self.decision.reason.value.encode()))
+        if (why := self.decision.why) is not None:
+            stamps.append((b"x-service-tier-reason", why.encode()))
         return stamps
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 import orjson
 
 from app.core.pricing import Prices, TokenUsage
-from app.core.tier_decision import TierDecision
+from app.core.tier_decision import TierDecision, and_raised, is_raised
 from app.core.tiers import Tier
 
 NOTHING_USED: Final = TokenUsage(0, 0, 0)
@@ -106,7 +106,8 @@ class UsageRecord:
         origin: the request, as known at its arrival.
         state: its state.
         served: the tier that was echoed and is billed; ``None`` if it reached no engine.
-        reason: why the served tier is not the requested one, or why there is no answer.
+        reason: why the served tier is not the requested one, or why there is no answer. For a
+            request that was raised to a better tier it begins with ``start_within_passed``.
         engine: the name of the engine that answered, or empty.
         replica: the engine replica, or empty.
         usage: the tokens that it used.
@@ -181,9 +182,8 @@ class UsageRecord:
         if decision.requested is not origin.requested:
             raise ValueError("the decision is about another request")
         prices = decision.rate_card.at(decision.served)
-        reason = None if decision.reason is None else decision.reason.value
         return cls(
-            origin, State.OPEN, decision.served, reason, engine, replica, usage, prices,
+            origin, State.OPEN, decision.served, decision.why, engine, replica, usage, prices,
             decision.rate_card.version, max(queue_s, 0.0), None, None,
         )  # fmt: skip
 
@@ -211,10 +211,14 @@ class UsageRecord:
         """Return the settled form of an open record.
 
         ``reason`` is why the answer was cut off or failed; without it the tier's own reason stays.
+        An answer that was cut off is billed, so its record says in any case whether the request was
+        raised.
         ``estimated`` means that ``usage`` is not the engine's own final count.
         """
         if self.state is not State.OPEN or not state.served or state is State.OPEN:
             raise ValueError(f"a record that is {self.state} cannot become {state}")
+        if reason and state is State.INTERRUPTED and is_raised(self.reason):
+            reason = and_raised(reason)
         # Not `replace`, which iterates over the fields for every request.
         return type(self)(
             self.origin, state, self.served, reason or self.reason, self.engine, self.replica,

@@ -18,6 +18,7 @@ from app.contracts.traffic import (
     seconds_per_token,
 )
 from app.core.dialect import Route
+from app.core.tier_decision import without_raise
 from app.core.tiers import AUTO, Tier
 from app.ledger.record import State, UsageRecord
 from app.observe.catalogue import DURATION, PER_TOKEN, TTFT
@@ -89,7 +90,7 @@ class Measurements:
         origin, duration_s = record.origin, record.duration_s
         error = None
         if record.state is not State.COMPLETED:
-            error = record.reason or record.state.value
+            error = without_raise(record.reason) or record.state.value
         if duration_s is not None:
             key = Key(origin.route, origin.model, origin.requested, record.served, error)
             self._of(key).add(record, duration_s)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from app.config.slo import SloSettings
+from app.core.tier_decision import is_raised
 from app.core.tiers import Tier
 from app.ledger.record import State, UsageRecord
 from app.observe.observers import Ended, Refused
@@ -50,8 +51,9 @@ def judge(record: UsageRecord, ttft_s: float) -> bool | None:
     """Return whether a stream met a time to first byte; ``None`` if it says nothing about that.
 
     A stream that got no first byte counts as missed, unless its client or its key was the reason.
+    One that was raised to a better tier has waited at another tier, as long as its client allowed.
     """
-    if not record.origin.stream:
+    if not record.origin.stream or is_raised(record.reason):
         return None
     if record.ttft_s is not None:
         return record.ttft_s <= ttft_s

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Final
 from urllib.parse import urlsplit
 
+from app.core.tier_decision import without_raise
 from app.ledger.record import State, UsageRecord
 from app.observe.observers import CLIENT_GONE, Ended, Refused
 from app.observe.operations import operation_of
@@ -104,7 +105,7 @@ def _call(record: UsageRecord, trace: RequestTrace, attempt: Attempt, ended_ns: 
     url = urlsplit(attempt.replica.base_url)
     error = attempt.error
     if attempt.ended_ns is None and record.state is not State.COMPLETED:
-        error = record.reason or record.state.value
+        error = without_raise(record.reason) or record.state.value
     attributes: Attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "openai",

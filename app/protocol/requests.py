@@ -6,7 +6,7 @@ Everything else in requests and answers passes through unchanged, except nulls i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from app.core.pricing import TokenUsage, cost
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier, TierReason, UnknownTierError, parse_requested
 from app.protocol import anthropic, engine_errors
+from app.protocol.duration import parse_duration, parse_duration_text
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED, Members, Reparsed
 from app.protocol.json_body.parse import LONGEST_WHOLE, is_sparse, parse_plain, scan_object
 from app.protocol.json_body.scan import Steps, run
@@ -28,10 +29,21 @@ from app.protocol.token_estimate import Estimate, choices_per_prompt, estimate_t
 from app.protocol.usage import read_usage
 
 FRONTLINE_FIELDS: Final = frozenset(
-    {"service_tier", "priority", "fail_fast", "require_tier", "lora_path"}
+    {
+        "service_tier",
+        "priority",
+        "fail_fast",
+        "require_tier",
+        "start_within",
+        "start_within_tier",
+        "lora_path",
+    }
 )
 """Request fields that never reach an engine: Frontline's own, and those of an engine that Frontline
 sets: the priority, and SGLang's adapter, which requests name as their model."""
+
+START_WITHIN: Final = "x-start-within"
+"""The request header that stands for the field ``start_within``."""
 
 _PREAMBLE: Final = frozenset({b"message_start", b"ping"})
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
@@ -57,6 +69,9 @@ class Inbound:
             (``app.protocol.prompt_prefix``).
         user_prefix: a hash of ``user`` or ``metadata.user_id``; ``None`` where
             ``prompt_cache_key`` goes first.
+        start_within_s: after how long in the queue it is raised to a better tier, in seconds;
+            ``None`` for never.
+        start_within_tier: the tier that it is raised to, ``default`` or ``priority``.
         expected_tokens: the estimated tokens of prompt and answer together.
         expected_prompt_tokens: the estimated tokens of all its prompts.
         choices_per_prompt: how many choices it wants per prompt.
@@ -80,6 +95,8 @@ class Inbound:
     tier_reason: TierReason | None = None
     require_tier: bool = False
     user_prefix: int | None = None
+    start_within_s: float | None = None
+    start_within_tier: Tier = Tier.DEFAULT
 
     @property
     def wants_usage(self) -> bool:
@@ -188,6 +205,8 @@ def _inbound(
         word.reason,
         _flag(fields, "require_tier"),
         _user_prefix(route, fields) if cache_key is None else None,
+        _start_within_s(fields),
+        _start_within_tier(fields),
     )
 
 
@@ -226,6 +245,53 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
             f"Invalid type for '{name}': expected a boolean.", param=name, code="invalid_type"
         )
     return value
+
+
+def _start_within_s(fields: Mapping[str, Any]) -> float | None:
+    value = fields.get("start_within")
+    if value is None:
+        return None
+    try:
+        return parse_duration(value)
+    except ValueError:
+        raise _no_duration("start_within") from None
+
+
+def _start_within_tier(fields: Mapping[str, Any]) -> Tier:
+    value = fields.get("start_within_tier")
+    if value in (None, Tier.DEFAULT.value):
+        return Tier.DEFAULT
+    if value == Tier.PRIORITY.value:
+        return Tier.PRIORITY
+    raise errors.InvalidRequest(
+        "Invalid value for 'start_within_tier': expected 'default' or 'priority'.",
+        param="start_within_tier",
+        code="invalid_value",
+    )
+
+
+def with_start_within(inbound: Inbound, header: bytes | None) -> Inbound:
+    """Return the request with ``start_within`` from its header, unless a field has it.
+
+    Raises:
+        InvalidRequest: the header is read, and is no duration.
+    """
+    if header is None or inbound.start_within_s is not None:
+        return inbound
+    try:
+        seconds = parse_duration_text(header.decode("latin-1"))
+    except ValueError:
+        raise _no_duration(START_WITHIN) from None
+    return replace(inbound, start_within_s=seconds)
+
+
+def _no_duration(name: str) -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"Invalid value for '{name}': expected a duration of more than 0 and at most 24 hours, "
+        "such as '30s', '1m30s', '500ms', '00h-00m-30s' or a number of seconds.",
+        param=name,
+        code="invalid_value",
+    )
 
 
 def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:

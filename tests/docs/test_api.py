@@ -8,13 +8,16 @@ import pytest
 
 from app.config.ingress import IngressSettings
 from app.core.shed_reason import ShedReason
+from app.core.tier_decision import RAISED
 from app.core.tiers import TIER_WORDS, TierReason
 from app.gateway.body_memory import NoRoom
 from app.gateway.health import CANNOT_SERVE, HealthReason
+from app.protocol.duration import LONGEST_S
 from app.protocol.json_body.depth import MAX_DEPTH
 from app.protocol.json_body.members import LONGEST_PARSED
 from app.protocol.json_body.parse import FEW, LONGEST_SPARSE, LONGEST_WHOLE
 from app.protocol.json_body.scan import MOST_MEMBERS
+from app.protocol.requests import FRONTLINE_FIELDS, START_WITHIN
 
 pytestmark = pytest.mark.unit
 
@@ -63,9 +66,8 @@ def test_no_error_code_is_documented_that_there_is_not():
 
 
 def test_every_reason_is_documented():
-    assert [quoted(cell) for cell, _ in rows("Answers", 1)] == [
-        {reason.value} for reason in TierReason
-    ]
+    reasons = [*(reason.value for reason in TierReason), RAISED]
+    assert [quoted(cell) for cell, _ in rows("Answers", 1)] == [{reason} for reason in reasons]
     shed = {reason.value for reason in ShedReason}
     shed |= {reason.value for reason in NoRoom if reason is not NoRoom.TOO_LARGE}
     assert {cell.strip("`") for cell, _ in rows("Errors", 1)} == shed
@@ -108,6 +110,13 @@ def test_every_header_is_documented():
     headers = set(re.findall(r'"(x-[a-z-]+)"', text)) - {"x-accel-buffering"}
     assert "x-service-tier" in headers
     assert [header for header in headers if f"`{header}`" not in PAGE] == []
+
+
+def test_every_field_of_frontlines_own_is_documented():
+    fields = set().union(*(quoted(cell) for cell, *_ in rows("Requests")))
+    assert fields >= FRONTLINE_FIELDS
+    assert START_WITHIN in fields
+    assert f"at most {LONGEST_S / 3600:g} hours" in PAGE
 
 
 def test_every_reason_of_health():

@@ -36,6 +36,8 @@ class Ask:
     options: str | None = None
     fail_fast: bool = False
     require: bool = False
+    within: float | str | None = None
+    within_tier: str | None = None
     model: str = MODEL
     goes_wrong: tuple[InjectedFailures | None, ...] = ()
     leave: Leave | None = None
@@ -60,6 +62,8 @@ class Ask:
             fields["fail_fast"] = True
         if self.require:
             fields["require_tier"] = True
+        # Also as null, which counts as absent.
+        fields |= {"start_within": self.within, "start_within_tier": self.within_tier}
         if (
             self.options is not None
             and self.stream
@@ -137,6 +141,8 @@ asks = st.builds(
     options=st.sampled_from([None, "usage", "continuous"]),
     fail_fast=rarely,
     require=rarely,
+    within=st.sampled_from([None, "1ms", 0.02, "0h-0m-30s"]),
+    within_tier=st.sampled_from([None, None, "default", "priority"]),
     model=st.sampled_from([MODEL, MODEL, ALIAS]),
     goes_wrong=st.one_of(
         st.just(()),

@@ -471,7 +471,14 @@ class World:
         _noting.set(lambda _: None)
         await self._api(scope, receive, send)
 
-    async def ask(self, seen: Seen, route: Route, fields: dict[str, Any], tenant: str) -> None:
+    async def ask(
+        self,
+        seen: Seen,
+        route: Route,
+        fields: dict[str, Any],
+        tenant: str,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:
         """Send a request, and return when its answer or its connection has ended."""
         body, gone = orjson.dumps(fields), asyncio.Event()
         key = self._keys.texts.get(tenant, "none")
@@ -480,7 +487,7 @@ class World:
             "scheme": "http", "path": f"/v1/{route.value}", "root_path": "", "query_string": b"",
             "headers": [
                 (b"host", b"127.0.0.1"), (b"content-type", b"application/json"),
-                (b"authorization", f"Bearer {key}".encode()),
+                (b"authorization", f"Bearer {key}".encode()), *headers,
             ],
             "client": None,
             "server": ("127.0.0.1", 80),

@@ -7,7 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.pricing import FREE
-from app.core.tier_decision import TierDecision, TierRights, admit, decide, keeps_to_tier
+from app.core.tier_decision import (
+    RAISED,
+    TierDecision,
+    TierRights,
+    admit,
+    admit_raised,
+    and_raised,
+    decide,
+    is_raised,
+    keeps_to_tier,
+    without_raise,
+)
 from app.core.tiers import (
     ACCEPTED_VALUES,
     PriorityMode,
@@ -214,3 +225,53 @@ def test_a_decision_never_changes_and_never_lowers_without_a_reason():
         decision.served = Tier.DEFAULT  # type: ignore[misc]
     with pytest.raises(AssertionError):
         TierDecision(Tier.PRIORITY, Tier.DEFAULT, None, FREE)
+
+
+@given(
+    st.none() | st.sampled_from(Tier),
+    st.sampled_from(Tier),
+    st.sampled_from([Tier.DEFAULT, Tier.PRIORITY]),
+    offers,
+    offers,
+    rights,
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_raised_request_gets_what_it_asked_for_or_default(
+    requested, usual, to, offer, now, rights_, native, honoured, fell_back
+):
+    admitted = admit(requested, usual, offer, rights_)
+    raised = admit_raised(admitted, to, offer, rights_)
+    if raised is None:
+        # There is nothing better for it.
+        assert admitted.tier.rank <= admit(to, Tier.DEFAULT, offer, rights_).tier.rank
+        return
+    assert raised.tier in (to, Tier.DEFAULT) and raised.tier.rank < admitted.tier.rank
+    assert (raised.reason is None) is (raised.tier is to)
+    decision = decide(
+        raised,
+        queued_as=Tier.DEFAULT if fell_back else raised.tier,
+        offer=now,
+        native_priority=native,
+        route_honoured=native and honoured,
+        rate_card=FREE,
+        raised=True,
+    )
+    assert decision.requested is requested and decision.raised
+    assert decision.served in (to, Tier.DEFAULT), "never dearer than it asked for"
+    if decision.served is Tier.PRIORITY:
+        assert Tier.PRIORITY in rights_.tiers and not rights_.over_share and not fell_back
+        assert now.priority.delivers(honoured=native and honoured)
+    assert is_raised(decision.why)
+    cut = without_raise(decision.why)
+    assert cut == (decision.reason and decision.reason.value)
+    assert (cut is None) is (decision.served is to)
+
+
+@given(st.none() | st.sampled_from(["client_gone", *TierReason, "start_within_passed_by"]))
+def test_the_word_for_raised_is_told_from_others(reason):
+    assert not is_raised(reason) and without_raise(reason) == reason
+    assert is_raised(RAISED) and without_raise(RAISED) is None
+    if reason is not None:
+        assert is_raised(and_raised(reason)) and without_raise(and_raised(reason)) == reason

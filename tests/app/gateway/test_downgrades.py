@@ -11,6 +11,7 @@ from app.core.pricing import FREE, TokenUsage
 from app.core.tier_decision import (
     ANSWER_CUT_OFF,
     DOWNGRADE_REASONS,
+    RAISED,
     TierDecision,
     TierRights,
     admit,
@@ -109,3 +110,16 @@ def test_it_is_the_reason_that_the_answer_names(word, default, offer, rights, ho
         assert set(counted) == ({named} if named else set())
     else:
         assert set(counted) <= ({ANSWER_CUT_OFF} if named else set())
+
+
+@given(
+    st.sampled_from([None, Tier.FLEX, Tier.DEFAULT]),
+    st.sampled_from([Tier.DEFAULT, Tier.PRIORITY]),
+    st.sampled_from([None, *TierReason]),
+    st.sampled_from([None, *CUTS]),
+)
+def test_a_raised_request_is_none_unless_it_could_not_have_priority(requested, served, reason, cut):
+    record = settled(TierDecision(requested, served, reason, FREE, raised=True), cut)
+    assert record.reason is not None and record.reason.split(", ")[0] == RAISED
+    once = {} if cut or reason is None else {reason.value: 1}
+    assert seen(record) == (once, once, bool(once))

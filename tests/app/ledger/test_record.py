@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.core.pricing import TokenUsage
-from app.core.tiers import Tier
+from app.core.tier_decision import TierDecision
+from app.core.tiers import Tier, TierReason
 from app.ledger.reading import read_record
 from app.ledger.record import NOTHING_USED, State, UsageRecord
 from tests.support.records import CARD, NOON, cards, completed, opened, origin, records, usages
@@ -124,3 +125,18 @@ def test_the_tier_reason_stays_unless_there_is_a_nearer_one():
     assert record.settle(State.COMPLETED, **ended).reason == "no_replica_honours_priority"
     broken = record.settle(State.FAILED, **ended, reason="engine_error")
     assert broken.reason == "engine_error"
+
+
+@pytest.mark.parametrize("reason", [None, TierReason.OVER_PRIORITY_SHARE])
+def test_what_is_billed_says_that_it_was_raised_however_it_ended(reason):
+    decision = TierDecision(Tier.FLEX, Tier.DEFAULT, reason, CARD, raised=True)
+    record = UsageRecord.open(
+        origin(requested=Tier.FLEX), decision, engine="vllm", replica="r", queue_s=1.0
+    )
+    ended = {"usage": NOTHING_USED, "ended": NOON}
+    why = "start_within_passed" if reason is None else f"start_within_passed, {reason}"
+    assert record.settle(State.COMPLETED, **ended).reason == why
+    cut = record.settle(State.INTERRUPTED, **ended, reason="client_gone")
+    assert cut.reason == "start_within_passed, client_gone"
+    assert record.settle(State.FAILED, **ended, reason="engine_error").reason == "engine_error"
+    assert read_record(cut.to_json()) == cut

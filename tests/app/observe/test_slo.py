@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config.model import ModelSettings
-from app.core.pricing import TokenUsage
+from app.core.pricing import FREE, TokenUsage
 from app.core.settings import SettingsError
+from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier
 from app.ledger.record import State, UsageRecord
 from app.observe.slo import judge
@@ -49,6 +50,18 @@ def test_a_first_byte_counts_by_its_time_however_the_stream_ended(ttft_s, state)
 )
 def test_a_stream_without_a_first_byte_is_missed_unless_its_client_was_the_reason(record, met):
     assert judge(record, TARGET_S) is met
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [(State.COMPLETED, None), (State.INTERRUPTED, "client_gone")]
+)
+def test_a_raised_request_has_waited_at_another_tier_and_does_not_count(state, reason):
+    decision = TierDecision(Tier.FLEX, Tier.DEFAULT, None, FREE, raised=True)
+    origin = records.origin(requested=Tier.FLEX, stream=True)
+    opened = UsageRecord.open(origin, decision, engine="vllm", replica="r", queue_s=9.0)
+    at = origin.arrived + timedelta(seconds=10)
+    record = opened.settle(state, TokenUsage(1, 0, 1), ended=at, ttft_s=9.0, reason=reason)
+    assert judge(record, TARGET_S) is None
 
 
 @pytest.mark.parametrize("slo", [{"ttft_ms": 0}, {"ttft_ms": 5, "p": 1}, {"p": 0.5}, {"x": 1}])

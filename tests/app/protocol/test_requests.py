@@ -19,6 +19,7 @@ from app.protocol.requests import (
     rewrite_request,
     stamp,
     stream_error,
+    with_start_within,
 )
 from app.protocol.sse import Event
 
@@ -70,7 +71,7 @@ def test_bad_requests_name_the_field(body, param):
     assert caught.value.status == 400
 
 
-READ = {"stream", "stream_options", "fail_fast"}
+READ = {"stream", "stream_options", "fail_fast", "start_within", "start_within_tier"}
 
 
 @given(st.dictionaries(st.text().filter(lambda key: key not in READ), json_values))
@@ -86,6 +87,37 @@ def test_a_clients_own_priority_never_reaches_the_engine(tier, priority):
     request = inbound(priority=priority, fail_fast=True, service_tier=tier.value)
     assert rewritten(request, NATIVE, tier)["priority"] == NATIVE.priority_values[tier]
     assert FRONTLINE_FIELDS.isdisjoint(rewritten(request, Dialect("plain"), tier))
+
+
+@pytest.mark.parametrize("more", [{}, {"start_within": None, "start_within_tier": None}])
+def test_without_a_deadline_there_is_none(more):
+    request = inbound(**more)
+    assert (request.start_within_s, request.start_within_tier) == (None, Tier.DEFAULT)
+
+
+def test_a_deadline_is_read_and_never_reaches_the_engine():
+    request = inbound(start_within="1m30s", start_within_tier="priority", kept=1)
+    assert (request.start_within_s, request.start_within_tier) == (90, Tier.PRIORITY)
+    assert rewritten(request, Dialect("plain")) == {"model": "org/m", "kept": 1}
+
+
+def test_the_header_stands_for_a_field_that_is_absent():
+    assert with_start_within(inbound(), b"2.5").start_within_s == 2.5
+    assert with_start_within(inbound(), b"00h-00m-30s").start_within_s == 30
+    assert with_start_within(inbound(start_within=1), b"nonsense").start_within_s == 1
+    assert with_start_within(inbound(), None).start_within_s is None
+    with pytest.raises(InvalidRequest) as caught:
+        with_start_within(inbound(), "\u00b5".encode("latin-1"))
+    assert caught.value.param == "x-start-within"
+
+
+def test_a_deadline_is_also_read_in_a_long_body_unless_it_is_long_itself():
+    long = "x" * 600_000
+    assert inbound(messages=long, start_within="30s").start_within_s == 30
+    for name in ("start_within", "start_within_tier"):
+        with pytest.raises(InvalidRequest) as caught:
+            inbound(messages=long, **{name: "1" * 40_000})
+        assert caught.value.param == name
 
 
 def test_no_priority_is_sent_on_a_route_that_does_not_honour_it():

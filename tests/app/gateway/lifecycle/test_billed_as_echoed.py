@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 
 from app import alarms
 from app.core.dialect import Route
+from app.core.tier_decision import RAISED, is_raised
 from app.core.tiers import TIER_WORDS, TierReason
 from tests.support.engine_scripts import (
     CRASH,
@@ -43,6 +44,7 @@ USUAL = {name: str(more.get("default_tier", "default")) for name, more in KEYS.i
 
 EXACT = Context(prec=80, traps=[Inexact])
 COSTLESS = {"shed", "refused"}
+WITHIN_S = {"1ms": 0.001, 0.02: 0.02, "0h-0m-30s": 30}
 
 
 def answered(seen):
@@ -152,10 +154,18 @@ def check_tier(world, seen, record):
     named = ask.tier and TIER_WORDS[ask.tier].tier
     assert record["requested_tier"] == named
     wanted = named or USUAL[ask.tenant]
+    raised = is_raised(record["reason"])
+    assert not raised or (ask.within is not None and wanted != "priority")
+    # One that has failed is not billed, and its record has only the reason of that.
+    failed = record["state"] == "failed" and served != wanted and ask.within is not None
+    if raised or (failed and wanted != "priority"):
+        wanted = ask.within_tier or "default"
+        assert not raised or record["queue_s"] >= WITHIN_S[ask.within]
+        assert not raised or served == wanted or ", " in record["reason"]
     assert served in (wanted, "default")
     assert served == "default" or served in MAY[ask.tenant]
     assert served == wanted or record["reason"]
-    if ask.tier and (missing := TIER_WORDS[ask.tier].reason):
+    if not raised and ask.tier and (missing := TIER_WORDS[ask.tier].reason):
         assert served == "default" and (seen.status != 200 or record["reason"])
         assert record["state"] != "completed" or record["reason"] == missing
     strict = all(one.tiers.strict for one in in_force(world, seen.began, seen.ended))
@@ -259,6 +269,23 @@ def tally(world):
     assert cost == made.cost
 
 
+def raises(*names):
+    """A script in which others take the slots of some engines, and one waits behind them."""
+    wishes = ({}, {"stream": True}, {"require": True}, {"goes_wrong": (CRASH,)})
+    return [
+        step
+        for to in (None, "priority")
+        for tier in ("flex", "default")
+        for more in wishes
+        for step in (
+            Engines(frozenset(names)),
+            (Ask("priority", tokens=25),) * 2 * len(names),
+            (Ask(tier, tokens=25, within="1ms", within_tier=to, **more),),
+            Pause(None),
+        )
+    ]
+
+
 @settings(
     max_examples=SEQUENCES,
     suppress_health_check=list(HealthCheck),
@@ -273,6 +300,10 @@ def tally(world):
 # Messages: on engines that have the route alone, whatever else is there.
 @example(script=[(Ask(route=Route.MESSAGES), Ask(route=Route.MESSAGES, stream=True)) * 3])
 @example(script=[Engines(frozenset({"tensorrt"})), Ask(route=Route.MESSAGES)])
+# Raised while others run: to default, to priority where that is delivered, and where it is not.
+@example(script=raises("vllm"))
+@example(script=raises("unordered"))
+@example(script=raises("vllm", "unordered"))
 # Dearer in the middle of a stream, and while others wait.
 @example(script=[(Ask(tokens=25, stream=True),) * 12, Pause(0.005), DEARER, Pause(0.005), DEARER])
 def test_what_is_billed_is_what_was_echoed(loop, world, tally, script):
@@ -285,6 +316,7 @@ def test_what_is_billed_is_what_was_echoed(loop, world, tally, script):
         tally.counts[f"on {one.request.route.value}"] += 1
         tally.counts["moved to another replica"] += len(one.attempts) > 1
         tally.counts["left by their clients"] += one.left
+        tally.counts["raised"] += RAISED in one.headers.get("x-service-tier-reason", "")
     assert not records, "records of no request"
     assert "billed otherwise than echoed" not in alarms.PROCESS.counts()
 
