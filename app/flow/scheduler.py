@@ -307,7 +307,8 @@ class Scheduler:
         reason = self._refusal(request, now)
         if reason is not None:
             self._shed(request, reason, now)
-            return changed
+            # A replay has left a slot, which others may use.
+            return self._dispatch(now, changed) if request.replayed else changed
         if request.replayed:
             self._replays.add(request)
         request.slots = self._slots_of(request)
@@ -319,9 +320,10 @@ class Scheduler:
         elif shed is not None:
             self._shed(shed, ShedReason.DISPLACED, now)
             changed.append(shed)
-        if request.slots == 1 and shed is None and self.gathering is None:
+        quiet = request.slots == 1 and shed is None and self.gathering is None
+        if quiet and not request.replayed:
             return changed
-        # Another large request may be next now, or none.
+        # Another large request may be next now, or none; or a replay has left a slot to others.
         self._dispatch(now, changed)
         # It may have been placed after all, which is no change of another request.
         return [one for one in changed if one is not request]

@@ -260,16 +260,16 @@ class GateMachine(RuleBasedStateMachine):
             self.call(self.floor.end(request))
 
     @precondition(lambda self: self.placed)
-    @rule(data=st.data())
-    def loses_its_replica(self, data):
+    @rule(data=st.data(), suspend=st.booleans())
+    def loses_its_replica(self, data, suspend):
         request, floor = data.draw(st.sampled_from(self.placed)), self.floor
         self.call(floor.scheduler.tick(floor.now))
         if request not in self.placed:
             return
         self.placed.remove(request)
-        if request.replica_id in floor.offers:
+        if suspend and request.replica_id in floor.offers:
             floor.suspended[request.replica_id] = floor.now + SUSPENSION_S
-        called = floor.scheduler.lost(request, floor.now)
+        called = floor.scheduler.lost(request, floor.now, suspend=suspend)
         assert request.replica_id not in request.without or request.state is not PLACED
         self.settle(request, called)
 

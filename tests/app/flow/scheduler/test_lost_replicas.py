@@ -70,6 +70,21 @@ def test_a_request_is_not_placed_again_where_it_was_lost():
     assert floor.grant({"two": 1}) == [request] and request.replica_id == "two"
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_the_slot_that_a_lost_request_leaves_is_for_those_who_wait(others):
+    """264253e: it stayed free until the next event."""
+    floor = Floor()
+    floor.add("one", 1)
+    request = floor.place()
+    for number in range(others):
+        floor.add(f"other-{number}", 1)
+        floor.place()
+    waiting = floor.wait()
+    assert floor.scheduler.lost(request, floor.now, suspend=False) == [waiting]
+    assert (waiting.state, waiting.replica_id) == (PLACED, "one")
+    assert request.state is (WAITING if others else SHED)
+
+
 @pytest.mark.parametrize("fail_fast", [False, True])
 def test_a_request_that_the_only_replica_lost_is_shed_at_once(fail_fast):
     floor = Floor()
