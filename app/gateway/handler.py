@@ -23,7 +23,8 @@ from app.observe.observers import (
     Refused,
 )
 from app.protocol.events import error_body, error_event
-from app.protocol.requests import START_WITHIN, with_start_within
+from app.protocol.requests import with_start_within
+from app.protocol.start_within import START_WITHIN
 from app.tenants.access import NOBODY, Caller
 
 _START_WITHIN: Final = START_WITHIN.encode()

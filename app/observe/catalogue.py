@@ -213,7 +213,8 @@ DOWNGRADES: Final = _counter(
     Source.INGRESS,
     "Requests not served as requested, by the reason in `x-service-tier-reason`, or "
     "`answer_cut_off`: the tier differs, and the record has only the reason of the cut. "
-    "`requested_tier` is `default` for words such as `scale`, and `auto` for none.",
+    "`requested_tier` is `default` for words such as `scale`, and `auto` for none. Requests that "
+    "`start_within` has raised are left out, unless they could not have priority.",
 )
 PREEMPTIONS: Final = _counter(
     "frontline_preemptions_total",

@@ -18,13 +18,17 @@ from app.core.pricing import TokenUsage, cost
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier, TierReason, UnknownTierError, parse_requested
 from app.protocol import anthropic, engine_errors
-from app.protocol.duration import parse_duration, parse_duration_text
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED, Members, Reparsed
 from app.protocol.json_body.parse import LONGEST_WHOLE, is_sparse, parse_plain, scan_object
 from app.protocol.json_body.scan import Steps, run
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.prompt_prefix import named_prefix, prompt_prefix
 from app.protocol.sse import Event
+from app.protocol.start_within import (
+    start_within_of_fields,
+    start_within_of_header,
+    start_within_tier,
+)
 from app.protocol.token_estimate import Estimate, choices_per_prompt, estimate_tokens
 from app.protocol.usage import read_usage
 
@@ -41,9 +45,6 @@ FRONTLINE_FIELDS: Final = frozenset(
 )
 """Request fields that never reach an engine: Frontline's own, and those of an engine that Frontline
 sets: the priority, and SGLang's adapter, which requests name as their model."""
-
-START_WITHIN: Final = "x-start-within"
-"""The request header that stands for the field ``start_within``."""
 
 _PREAMBLE: Final = frozenset({b"message_start", b"ping"})
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
@@ -205,8 +206,8 @@ def _inbound(
         word.reason,
         _flag(fields, "require_tier"),
         _user_prefix(route, fields) if cache_key is None else None,
-        _start_within_s(fields),
-        _start_within_tier(fields),
+        start_within_of_fields(fields),
+        start_within_tier(fields),
     )
 
 
@@ -247,29 +248,6 @@ def _flag(fields: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _start_within_s(fields: Mapping[str, Any]) -> float | None:
-    value = fields.get("start_within")
-    if value is None:
-        return None
-    try:
-        return parse_duration(value)
-    except ValueError:
-        raise _no_duration("start_within") from None
-
-
-def _start_within_tier(fields: Mapping[str, Any]) -> Tier:
-    value = fields.get("start_within_tier")
-    if value in (None, Tier.DEFAULT.value):
-        return Tier.DEFAULT
-    if value == Tier.PRIORITY.value:
-        return Tier.PRIORITY
-    raise errors.InvalidRequest(
-        "Invalid value for 'start_within_tier': expected 'default' or 'priority'.",
-        param="start_within_tier",
-        code="invalid_value",
-    )
-
-
 def with_start_within(inbound: Inbound, header: bytes | None) -> Inbound:
     """Return the request with ``start_within`` from its header, unless a field has it.
 
@@ -278,20 +256,7 @@ def with_start_within(inbound: Inbound, header: bytes | None) -> Inbound:
     """
     if header is None or inbound.start_within_s is not None:
         return inbound
-    try:
-        seconds = parse_duration_text(header.decode("latin-1"))
-    except ValueError:
-        raise _no_duration(START_WITHIN) from None
-    return replace(inbound, start_within_s=seconds)
-
-
-def _no_duration(name: str) -> errors.InvalidRequest:
-    return errors.InvalidRequest(
-        f"Invalid value for '{name}': expected a duration of more than 0 and at most 24 hours, "
-        "such as '30s', '1m30s', '500ms', '00h-00m-30s' or a number of seconds.",
-        param=name,
-        code="invalid_value",
-    )
+    return replace(inbound, start_within_s=start_within_of_header(header))
 
 
 def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,7 +17,8 @@ from app.protocol.json_body.depth import MAX_DEPTH
 from app.protocol.json_body.members import LONGEST_PARSED
 from app.protocol.json_body.parse import FEW, LONGEST_SPARSE, LONGEST_WHOLE
 from app.protocol.json_body.scan import MOST_MEMBERS
-from app.protocol.requests import FRONTLINE_FIELDS, START_WITHIN
+from app.protocol.requests import FRONTLINE_FIELDS
+from app.protocol.start_within import START_WITHIN
 
 pytestmark = pytest.mark.unit
 
