@@ -13,7 +13,7 @@ from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.core.tiers import ACCEPTED_VALUES
 from deployments.simulator.settings import InjectedFailures, RequestFailure
-from tests.support.world import ALIAS, ENGINES, KEYS, MODEL, QUEUE, Seen, World
+from tests.support.world import ADAPTER, ALIAS, ENGINES, KEYS, MODEL, QUEUE, Seen, World
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Ask:
     leave: Leave | None = None
     retries: int = 0
     behind: bool = False
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that it names, or an empty text."""
+        return self.model if self.model == ADAPTER else ""
 
     def fields(self) -> dict[str, Any]:
         # Longer than what the engines' caches keep together, so that some of it is cached.
@@ -113,6 +118,7 @@ def broken(kind, after_tokens=0, status=500):
 HANG, CRASH = broken("hang"), broken("crash")
 ONE_OF_TWO = Engines(frozenset({"vllm", "unordered"}))
 DEARER = Reprice(Decimal(40), Decimal(3), Decimal(1))
+ADAPTER_PRICE = {"cached_input": Decimal("0.00000001")}
 
 
 failures = st.one_of(
@@ -143,7 +149,7 @@ asks = st.builds(
     require=rarely,
     within=st.sampled_from([None, "1ms", 0.02, "0h-0m-30s"]),
     within_tier=st.sampled_from([None, None, "default", "priority"]),
-    model=st.sampled_from([MODEL, MODEL, ALIAS]),
+    model=st.sampled_from([MODEL, MODEL, ALIAS, ADAPTER]),
     goes_wrong=st.one_of(
         st.just(()),
         st.lists(st.none() | failures, min_size=1, max_size=2).map(tuple),
@@ -225,8 +231,14 @@ class Run:
                 await asyncio.sleep(seconds)
 
     async def apply(self):
-        model = {"rate_card": self.card, "tiers": self.tiers, "queue": QUEUE}
-        await self.world.set(ModelSettings.load(model, "user_config"), self.engines)
+        # No card of the model has this price.
+        cards = {ADAPTER: self.card if "free" in self.card else self.card | ADAPTER_PRICE}
+        model = {
+            "rate_card": self.card, "adapter_rate_cards": cards, "tiers": self.tiers,
+            "queue": QUEUE,
+        }  # fmt: skip
+        settings = ModelSettings.load(model, "user_config")
+        await self.world.set(settings, self.engines, adapters=(ADAPTER,))
 
     async def ask(self, ask):
         for tries_left in reversed(range(ask.retries + 1)):

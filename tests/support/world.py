@@ -61,16 +61,16 @@ from deployments.simulator.settings import InjectedFailures, SimulatedSettings
 from tests.support.records import completed
 from tests.support.waiting import SLOWEST
 
-MODEL, ALIAS = "acme/model", "model"
+MODEL, ALIAS, ADAPTER = "acme/model", "model", "acme/tuned"
 KEY = "engine-key"
 ENGINES: dict[str, dict[str, Any]] = {
-    "vllm": {"preemption": False},
+    "vllm": {"preemption": False, "adapters": [ADAPTER]},
     "unordered": {"policy": "fcfs"},
-    "sglang": {"dialect": "sglang", "preemption": False},
+    "sglang": {"dialect": "sglang", "preemption": False, "adapters": [ADAPTER]},
     "tensorrt": {"dialect": "tensorrt_llm"},
 }
-"""One honours priority everywhere, one nowhere, two on some routes. None preempts: what is silent
-has failed."""
+"""One honours priority everywhere, one nowhere, two on some routes; two have an adapter. None
+preempts: what is silent has failed."""
 SLOTS = 2
 QUEUE = {
     "priority": {"max_waiting": 3, "max_wait_s": 0.3},

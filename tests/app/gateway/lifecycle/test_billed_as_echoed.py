@@ -28,7 +28,7 @@ from tests.support.engine_scripts import (
     Run,
     scripts,
 )
-from tests.support.world import KEYS, MODEL, World
+from tests.support.world import ADAPTER, KEYS, MODEL, World
 
 LONG = os.environ.get("FRONTLINE_FAULTS") == "long"
 
@@ -72,7 +72,7 @@ def check(world, seen, record):
     assert may, f"a record of {seen}"
     assert world.store.added[seen.request_id] == 1, "recorded more than once"
     ask = seen.request
-    assert (record["tenant"], record["model"]) == (ask.tenant, MODEL)
+    assert (record["tenant"], record["model"]) == (ask.tenant, ADAPTER if ask.adapter else MODEL)
     assert (record["route"], bool(record["stream"])) == (ask.route.value, ask.stream)
     check_cost(record)
     if record["state"] in COSTLESS:
@@ -128,7 +128,8 @@ def check_price(world, seen, record):
     if not moved:
         # It was decided after its only wait, and before the engine heard it.
         first += record["queue_s"] - 0.002
-    cards = {one.rate_card.version: one.rate_card for one in in_force(world, first, last)}
+    in_force_then = [one.rate_card_of(seen.request.adapter) for one in in_force(world, first, last)]
+    cards = {card.version: card for card in in_force_then}
     card = cards.get(record["rate_card"])
     assert card is not None, f"{record['rate_card']} is none of {list(cards)}"
     prices, long = card, card.long_context
@@ -186,6 +187,9 @@ def check_tier(world, seen, record):
             assert given is None
             given = header and int(header)
         assert given == value
+        told = [sent.fields.get(name) for name in ("model", "lora_path")]
+        name = ask.adapter or MODEL
+        assert told == [name, (ask.adapter or None) if dialect.adapter_field else None]
 
 
 def check_answer(seen, record):
@@ -300,6 +304,12 @@ def raises(*names):
 # Messages: on engines that have the route alone, whatever else is there.
 @example(script=[(Ask(route=Route.MESSAGES), Ask(route=Route.MESSAGES, stream=True)) * 3])
 @example(script=[Engines(frozenset({"tensorrt"})), Ask(route=Route.MESSAGES)])
+# An adapter: on engines that have it, among others; lost by one of them; and where none has it.
+@example(script=[(Ask(model=ADAPTER), Ask(model=ADAPTER, stream=True)) * 3])
+@example(
+    script=[Ask(model=ADAPTER, stream=stream, goes_wrong=(CRASH,)) for stream in (False, True)]
+)
+@example(script=[ONE_OF_TWO, Ask(model=ADAPTER, goes_wrong=(CRASH,)), Ask(model=ADAPTER)])
 # Raised while others run: to default, to priority where that is delivered, and where it is not.
 @example(script=raises("vllm"))
 @example(script=raises("unordered"))
@@ -315,6 +325,7 @@ def test_what_is_billed_is_what_was_echoed(loop, world, tally, script):
         tally.counts["requests"] += 1
         tally.counts[f"on {one.request.route.value}"] += 1
         tally.counts["moved to another replica"] += len(one.attempts) > 1
+        tally.counts["to an adapter"] += bool(one.request.adapter and one.attempts)
         tally.counts["left by their clients"] += one.left
         tally.counts["raised"] += RAISED in one.headers.get("x-service-tier-reason", "")
     assert not records, "records of no request"
