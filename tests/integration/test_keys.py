@@ -115,6 +115,50 @@ def test_a_key_has_a_default_tier_and_tiers_that_it_may_use(guarded):
         assert headers["x-service-tier-reason"] == "key_may_not_use_tier"
 
 
+@pytest.mark.parametrize(
+    ("networks", "status"), [(["127.0.0.0/8", "::1"], 200), (["10.0.0.0/8"], 403)]
+)
+def test_a_key_is_used_from_its_addresses_alone(guarded, networks, status):
+    """As HAProxy sees the client, whatever the client says of itself."""
+    key = create("placed", *(word for one in networks for word in ("--allow-address", one)))
+    claims = [
+        {}, {"x-forwarded-for": "10.0.0.1"}, {"x-frontline-client": "x 10.0.0.1"},
+        {"forwarded": "for=10.0.0.1"}, {"x-forwarded-for": "8.8.8.8"},
+    ]  # fmt: skip
+    asked = {"model": "kept", "messages": MESSAGES, "max_tokens": 1}
+    with httpx.Client(base_url=guarded.root, timeout=PATIENCE_S) as http:
+        for claim in claims:
+            headers = {"authorization": f"Bearer {key}", **claim}
+            answer = http.post("/v1/chat/completions", json=asked, headers=headers)
+            assert answer.status_code == status, (claim, answer.text)
+            assert status == 200 or answer.json()["error"]["code"] == "address_not_allowed"
+
+
+def test_an_admin_key_makes_and_revokes_keys_over_http(guarded):
+    admin = {"authorization": f"Bearer {create('ops', '--admin')}"}
+    with httpx.Client(base_url=guarded.base_url, timeout=PATIENCE_S) as http:
+        made = http.post("keys", json={"tenant": "over-http", "name": "first"}, headers=admin)
+        assert made.status_code in (200, 201), made.text
+        key, key_id = made.json()["value"], made.json()["id"]
+        with client(guarded, key) as one:
+            _, answer = ask(one)
+            assert answer.choices
+            with pytest.raises(openai.PermissionDeniedError):
+                one.get("/keys", cast_to=object)
+            listed = http.get("keys", params={"tenant": "over-http"}, headers=admin).json()["data"]
+            assert [entry["id"] for entry in listed] == [key_id] and key not in str(listed)
+            assert http.delete(f"keys/{key_id}", headers=admin).is_success
+            eventually(lambda: refused(one), 60)
+
+
+def refused(one):
+    try:
+        ask(one)
+    except openai.AuthenticationError:
+        return True
+    return False
+
+
 def test_above_its_priority_share_a_key_is_served_as_default(guarded):
     with client(guarded, create("sharing", "--priority-share", "0.2")) as one:
         answers = [ask(one, service_tier="priority") for _ in range(20)]

@@ -159,14 +159,15 @@ def check_tier(world, seen, record):
     assert not raised or (ask.within is not None and wanted != "priority")
     # One that has failed is not billed, and its record has only the reason of that.
     failed = record["state"] == "failed" and served != wanted and ask.within is not None
-    if raised or (failed and wanted != "priority"):
+    perhaps = raised or (failed and wanted != "priority")
+    if perhaps:
         wanted = ask.within_tier or "default"
         assert not raised or record["queue_s"] >= WITHIN_S[ask.within]
         assert not raised or served == wanted or ", " in record["reason"]
     assert served in (wanted, "default")
     assert served == "default" or served in MAY[ask.tenant]
     assert served == wanted or record["reason"]
-    if not raised and ask.tier and (missing := TIER_WORDS[ask.tier].reason):
+    if not perhaps and ask.tier and (missing := TIER_WORDS[ask.tier].reason):
         assert served == "default" and (seen.status != 200 or record["reason"])
         assert record["state"] != "completed" or record["reason"] == missing
     strict = all(one.tiers.strict for one in in_force(world, seen.began, seen.ended))
