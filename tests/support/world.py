@@ -419,8 +419,8 @@ class World:
         await self.budgets.stop()
         await self.services.engines.close()
         await self.ledger.close()
-        for engine in self.engines.values():
-            await engine.ended()
+        # uvicorn looks ten times a second whether it is to end.
+        await asyncio.gather(*(engine.ended() for engine in self.engines.values()))
         self._engine.dispose()
 
     async def set(self, model: ModelSettings, engines: Iterable[str], **more: Any) -> None:
