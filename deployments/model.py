@@ -49,8 +49,8 @@ from deployments.control.pool_starts import PoolStarts
 from deployments.control.pool_state import PoolPhase, Standing, Wakings, standing
 from deployments.control.telemetry import ReplicaCounts, model_samples
 from deployments.control.wakeups import Wakeups
-from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import Launch
+from deployments.engines.lora import LoraAdapter
 from deployments.engines.registry import adapter_named
 
 logger = logging.getLogger("ray.serve")
@@ -430,13 +430,13 @@ def _check_pool(where: Key, pool: PoolSettings) -> None:
         key="",
         python="",
         engine_args=pool.engine_args,
-        adapters=tuple(LoraAdapter(one.name, one.path) for one in pool.adapters),
+        loras=tuple(LoraAdapter(one.name, one.path) for one in pool.adapters),
     )
     try:
         adapter = adapter_named(pool.engine)
         if pool.nodes > 1 and not adapter.spans_nodes:
             raise SettingsError(Problem(("nodes",), f"{pool.engine} runs on one node only"))
-        if pool.adapters and not adapter.loads_adapters:
+        if pool.adapters and not adapter.loads_lora:
             raise SettingsError(Problem(("adapters",), f"{pool.engine} loads no LoRA adapters"))
         adapter.command(launch)
         if taken := sorted(adapter.reserved_environment & pool.environment.keys()):

@@ -10,7 +10,9 @@ from markupsafe import Markup
 from starlette.routing import Route
 
 from app.contracts.status import ModelSnapshot
+from app.core import errors
 from app.gateway.services import Services
+from app.tenants.access import Caller
 from app.web.model_view import ModelView
 from app.web.pages import add_page, render, render_part
 from app.web.ready_requests import ready_requests
@@ -33,7 +35,8 @@ class _Cards:
     def __init__(self) -> None:
         self._made: dict[str, tuple[ModelSnapshot, Markup]] = {}
 
-    async def of(self, snapshots: Sequence[ModelSnapshot]) -> list[Markup]:
+    async def of(self, snapshots: Sequence[ModelSnapshot], caller: Caller) -> list[Markup]:
+        """Return the cards of those models that a caller sees."""
         made = {}
         for snapshot in snapshots:
             kept = self._made.get(snapshot.id)
@@ -43,7 +46,7 @@ class _Cards:
                 await asyncio.sleep(0)
             made[snapshot.id] = kept
         self._made = made
-        return [card for _, card in made.values()]
+        return [card for model_id, (_, card) in made.items() if caller.sees(model_id)]
 
 
 class _ModelPages:
@@ -65,14 +68,17 @@ class _ModelPages:
         return await self._one(request, "parts/live.html")
 
     async def _all(self, request: Request, template: str) -> Response:
-        await visitor(self._services, request)
-        cards = await self._cards.of(self._services.registry.models())
+        caller = await visitor(self._services, request)
+        cards = await self._cards.of(self._services.registry.models(), caller)
         return render(template, here="/", cards=cards, origin=_origin(request))
 
     async def _one(self, request: Request, template: str) -> Response:
         services = self._services
-        await visitor(services, request)
-        snapshot = services.registry.require(request.path_params["name"]).snapshot
+        caller, name = await visitor(services, request), request.path_params["name"]
+        snapshot = services.registry.require(name).snapshot
+        if not caller.sees(snapshot.id):
+            # Also if it sees an adapter of the model: the page is the model's.
+            raise errors.ModelNotFound(name)
         model = ModelView.of(snapshot)
         return render(
             template,

@@ -24,7 +24,7 @@ from app.core.dialect import (
 )
 from app.core.settings import Problem, SettingsError
 from app.core.tiers import Tier
-from deployments.engines.adapters import LoraAdapter, listed_adapters
+from deployments.engines.lora import LoraAdapter, listed_loras
 from deployments.engines.metrics import EngineMetric
 from deployments.engines.needs import EngineNeeds
 from deployments.engines.start_phases import COMMON, Phases, phase_of
@@ -88,7 +88,7 @@ class Launch:
         span: the nodes that the engine runs on; just this one by default.
         preemption: whether the engine is to suspend running requests for waiting ones of a better
             tier, if it can.
-        adapters: the LoRA adapters that the engine loads.
+        loras: the LoRA adapters that the engine loads.
     """
 
     model: str
@@ -101,7 +101,7 @@ class Launch:
     engine_args: Mapping[str, EngineArg] = field(default_factory=dict)
     span: NodeSpan = NodeSpan()
     preemption: bool = True
-    adapters: tuple[LoraAdapter, ...] = ()
+    loras: tuple[LoraAdapter, ...] = ()
 
     @property
     def base_url(self) -> str:
@@ -196,9 +196,9 @@ class EngineAdapter(ABC):
     """Whether the engine can run on several nodes together. This requires a ``command`` and an
     ``environment`` that use ``launch.span``."""
 
-    loads_adapters: ClassVar[bool] = False
+    loads_lora: ClassVar[bool] = False
     """Whether the engine can serve LoRA adapters. This requires a ``command`` that uses
-    ``launch.adapters``, and a dialect that names those that are loaded."""
+    ``launch.loras``, and a dialect that names those that are loaded."""
 
     reserved_environment: ClassVar[frozenset[str]] = frozenset({"FRONTLINE_ENGINE_KEY"})
     """Variables that a pool may not set: without Frontline's values the engine would run without
@@ -289,17 +289,17 @@ async def prove_guarded(http: EngineHttp, engine: str, paths: Iterable[str]) -> 
             raise EngineContractError(f"{engine} answers {path} without the key (status {status})")
 
 
-async def prove_adapters(http: EngineHttp, engine: str, launch: Launch) -> frozenset[str]:
+async def prove_lora(http: EngineHttp, engine: str, launch: Launch) -> frozenset[str]:
     """Return the names of the LoRA adapters that an engine has loaded: all of its launch.
 
     Raises:
         EngineContractError: its models list lacks one of them.
     """
-    if not launch.adapters:
+    if not launch.loras:
         return frozenset()
     _, models = await http.get_json("/v1/models")
-    loaded = listed_adapters(models, launch.adapters)
-    if missing := [one.name for one in launch.adapters if one.name not in loaded]:
+    loaded = listed_loras(models, launch.loras)
+    if missing := [one.name for one in launch.loras if one.name not in loaded]:
         raise EngineContractError(f"{engine} has not loaded the adapter {missing[0]}")
     return loaded
 

@@ -21,8 +21,8 @@ from deployments.engines.base import (
     EngineHttp,
     Launch,
     NodeSpan,
-    prove_adapters,
     prove_guarded,
+    prove_lora,
     proved_routes,
     refuse_reserved,
     render_flags,
@@ -113,7 +113,7 @@ class Sglang(EngineAdapter):
     health_path = "/server_info"
     metrics = _METRICS
     spans_nodes = True
-    loads_adapters = True
+    loads_lora = True
     reserved_environment = EngineAdapter.reserved_environment | {"SGLANG_HTTP_SERVER_APP_PATH"}
 
     def command(self, launch: Launch) -> list[str]:
@@ -126,7 +126,7 @@ class Sglang(EngineAdapter):
             "enable_cache_report": True,
             # Otherwise SGLang logs every request, including the health checks.
             "log_level_http": "warning",
-            **_adapter_args(launch),
+            **_lora_args(launch),
             **launch.engine_args,
             "model_path": launch.model,
             "host": launch.host,
@@ -196,7 +196,7 @@ class Sglang(EngineAdapter):
             generates=generates,
             routes=routes,
             priority_headers={Route.MESSAGES: _PRIORITY_HEADER} if by_header else {},
-            adapters=await prove_adapters(http, "SGLang", launch),
+            adapters=await prove_lora(http, "SGLang", launch),
             adapter_routes=ADAPTER_ROUTES,
             adapter_field=ADAPTER_FIELD,
         )
@@ -217,15 +217,15 @@ def _priority_flags(launch: Launch) -> dict[str, Any]:
     return {**_PRIORITY_FLAGS, **_PREEMPTION_FLAGS[launch.preemption]}
 
 
-def _adapter_args(launch: Launch) -> dict[str, Any]:
+def _lora_args(launch: Launch) -> dict[str, Any]:
     """Return the arguments with which SGLang loads the adapters at its start."""
-    if not launch.adapters:
+    if not launch.loras:
         return {}
     return {
         "enable_lora": True,
         # Requests without an adapter count as one more.
-        "max_loras_per_batch": min(len(launch.adapters), _LORAS_AT_ONCE) + 1,
-        "lora_paths": [f"{one.name}={one.path}" for one in launch.adapters],
+        "max_loras_per_batch": min(len(launch.loras), _LORAS_AT_ONCE) + 1,
+        "lora_paths": [f"{one.name}={one.path}" for one in launch.loras],
     }
 
 

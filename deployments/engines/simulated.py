@@ -30,7 +30,7 @@ from deployments.engines.base import (
     Launch,
     NodeSpan,
     PreemptionReport,
-    prove_adapters,
+    prove_lora,
 )
 from deployments.engines.metrics import EngineMetric
 from deployments.engines.sglang import ADAPTER_FIELD, ADAPTER_ROUTES, Sglang
@@ -77,7 +77,7 @@ class Simulated(EngineAdapter):
     ready_path: ClassVar[str] = "/ready"
     health_path: ClassVar[str] = "/health"
     spans_nodes: ClassVar[bool] = True
-    loads_adapters: ClassVar[bool] = True
+    loads_lora: ClassVar[bool] = True
     reserved_environment: ClassVar[frozenset[str]] = frozenset({KEY_VARIABLE})
 
     def command(self, launch: Launch) -> list[str]:
@@ -121,7 +121,7 @@ class Simulated(EngineAdapter):
         status, _ = await http.get_json("/v1/models", authorized=False)
         if status != 401:
             raise EngineContractError(f"the key does not guard: /v1/models answered {status}")
-        adapters = await prove_adapters(http, "the simulated engine", launch)
+        adapters = await prove_lora(http, "the simulated engine", launch)
         dialect = replace(_dialect(report), adapters=adapters)
         return EngineFacts(report["version"], report["context_length"], dialect)
 
@@ -145,8 +145,8 @@ def _settings(launch: Launch) -> SimulatedSettings:
     given: dict[str, Any] = {"slots": launch.slots}
     if not launch.preemption:
         given["preemption"] = False
-    if launch.adapters:
-        given["adapters"] = [one.name for one in launch.adapters]
+    if launch.loras:
+        given["adapters"] = [one.name for one in launch.loras]
     given |= launch.engine_args
     return SimulatedSettings.load(given, "engine_args")
 

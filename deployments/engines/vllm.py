@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from app.contracts.status import Preempted
 from app.core.dialect import OPENAI_ROUTES, SLOT_ROUTES, Dialect, Route
-from deployments.engines.adapters import highest_rank
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -22,13 +21,14 @@ from deployments.engines.base import (
     Launch,
     NodeSpan,
     PreemptionReport,
-    prove_adapters,
     prove_guarded,
+    prove_lora,
     proved_routes,
     refuse_reserved,
     render_flags,
     stay_on_loopback,
 )
+from deployments.engines.lora import highest_rank
 from deployments.engines.metrics import Role, engine_metrics
 from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
 from deployments.engines.start_phases import VLLM
@@ -93,7 +93,7 @@ class Vllm(EngineAdapter):
     health_path = "/health"
     metrics = _METRICS
     spans_nodes = True
-    loads_adapters = True
+    loads_lora = True
     reserved_environment = EngineAdapter.reserved_environment | {
         "VLLM_API_KEY",
         "VLLM_USE_RUST_FRONTEND",
@@ -107,7 +107,7 @@ class Vllm(EngineAdapter):
             **({"scheduler_cls": _SCHEDULER} if self._is_to_preempt(launch) else {}),
             "enable_prompt_tokens_details": True,
             "disable_uvicorn_access_log": True,
-            **_adapter_args(launch),
+            **_lora_args(launch),
             **launch.engine_args,
             "model": launch.model,
             "host": launch.host,
@@ -190,7 +190,7 @@ class Vllm(EngineAdapter):
             generates=generates,
             routes=routes,
             priority_headers={Route.MESSAGES: header.lower()} if isinstance(header, str) else {},
-            adapters=await prove_adapters(http, "vLLM", launch),
+            adapters=await prove_lora(http, "vLLM", launch),
             adapter_routes=routes,
         )
         return EngineFacts(
@@ -226,11 +226,11 @@ def _report(schedulers: list[Any]) -> PreemptionReport:
     return PreemptionReport(_preempts(schedulers), "; ".join(reasons), counts)
 
 
-def _adapter_args(launch: Launch) -> dict[str, Any]:
+def _lora_args(launch: Launch) -> dict[str, Any]:
     """Return the arguments with which vLLM loads the adapters at its start."""
-    if not launch.adapters:
+    if not launch.loras:
         return {}
-    count, rank = len(launch.adapters), highest_rank(launch.adapters)
+    count, rank = len(launch.loras), highest_rank(launch.loras)
     ranks = [one for one in _LORA_RANKS if rank is not None and one >= rank]
     return {
         "enable_lora": True,
@@ -238,7 +238,7 @@ def _adapter_args(launch: Launch) -> dict[str, Any]:
         # Otherwise those beyond `max_loras` are read from disk whenever they are used.
         "max_cpu_loras": count,
         **({"max_lora_rank": ranks[0]} if ranks else {}),
-        "lora_modules": [f"{one.name}={one.path}" for one in launch.adapters],
+        "lora_modules": [f"{one.name}={one.path}" for one in launch.loras],
     }
 
 

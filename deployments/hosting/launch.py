@@ -16,8 +16,8 @@ from app.contracts.findings import Examination
 from app.contracts.launch import LaunchPlan, OpenPort, RankPlan
 from app.core.paths import expand_path, frontline_home
 from app.core.settings import SettingsError
-from deployments.engines.adapters import LoraAdapter, read_adapter
 from deployments.engines.base import EngineAdapter, Launch, NodeSpan
+from deployments.engines.lora import LoraAdapter, read_lora
 from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK, plan_guard
 from deployments.preflight.gather import examination_failed, examine_pool
@@ -61,7 +61,7 @@ def make_launch(
         engine_args=pool.engine_args,
         span=span,
         preemption=pool.preemption,
-        adapters=tuple(read_adapter(one.name, expand_path(one.path)) for one in pool.adapters),
+        loras=tuple(read_lora(one.name, expand_path(one.path)) for one in pool.adapters),
     )
 
 
@@ -174,7 +174,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         engine_args=pool.engine_args,
         span=NodeSpan(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else NodeSpan(),
         preemption=pool.preemption,
-        adapters=tuple(LoraAdapter(one.name, _expanded(one.path)) for one in pool.adapters),
+        loras=tuple(LoraAdapter(one.name, _expanded(one.path)) for one in pool.adapters),
     )
 
 

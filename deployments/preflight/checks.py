@@ -9,7 +9,7 @@ from typing import Final
 from app.config.model import PoolSettings
 from app.contracts.findings import Finding, error, ok, warning
 from app.contracts.start import StartProblem
-from deployments.engines.adapters import CONFIG_NAME
+from deployments.engines.lora import CONFIG_NAME
 from deployments.engines.needs import EngineNeeds, numbers
 from deployments.preflight.facts import (
     GIB,

@@ -23,8 +23,8 @@ from app.contracts.findings import Examination, error
 from app.contracts.start import StartProblem
 from app.core.paths import frontline_home
 from app.core.settings import SettingsError
-from deployments.engines.adapters import CONFIG_NAME
 from deployments.engines.base import Launch
+from deployments.engines.lora import CONFIG_NAME
 from deployments.engines.needs import EngineNeeds, numbers
 from deployments.engines.registry import adapter_named
 from deployments.preflight.checks import Subject, examine
@@ -87,7 +87,7 @@ def examine_pool(launch: Launch, pool: PoolSettings, gpus: float) -> Examination
         asked = threads.submit(gather_environment, launch.python, needs, environment)
         host = gather_host(environment, look_for_gpus=bool(gpus))
         model = gather_model(launch.model, environment)
-        adapters = tuple(gather_adapter(one.path) for one in launch.adapters)
+        adapters = tuple(gather_adapter(one.path) for one in launch.loras)
         facts = Facts(host, asked.result(), model, adapters)
     return Examination(tuple(examine(Subject(pool, needs, gpus), facts)), len(host.gpus))
 

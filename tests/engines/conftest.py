@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from app.core.paths import expand_path
-from tests.engines.adapters import ADAPTER, ADAPTER_PRICES, make_adapter
+from tests.engines.lora import ADAPTER, ADAPTER_PRICES, make_lora
 from tests.engines.pools import SGLANG
 from tests.engines.subjects import REAL, SIMULATED, checked_subject
 from tests.support.cluster import LEDGER, ingress_app
@@ -77,7 +77,7 @@ def _give_adapter(app, tmp_path_factory):
     """Load a LoRA adapter into a model's engine, at prices of its own."""
     [pool] = app["args"]["pools"]
     folder = tmp_path_factory.getbasetemp() / "adapter"
-    make_adapter(folder, expand_path(pool["model"]), expand_path(pool["python"]))
+    make_lora(folder, expand_path(pool["model"]), expand_path(pool["python"]))
     pool["adapters"] = [{"name": ADAPTER, "path": str(folder)}]
     [model] = (one for one in app["deployments"] if one["name"] == "Model")
     model["user_config"]["adapter_rate_cards"] = {ADAPTER: ADAPTER_PRICES}

@@ -13,8 +13,8 @@ import pytest
 
 from app.cli.plan import make_plan
 from app.core.paths import frontline_home
-from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import Launch
+from deployments.engines.lora import LoraAdapter
 from deployments.engines.registry import adapter_named
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "gpu").glob("*.yaml"))
@@ -77,7 +77,7 @@ ADAPTERS = (LoraAdapter("org/a", "/loras/a", 24), LoraAdapter("b", "/loras/b", 8
 def with_adapters(engine):
     """What a pool with LoRA adapters would be started with."""
     launch = Launch(
-        "/models/m", "m", "127.0.0.1", 1, 4, "", sys.executable, adapters=ADAPTERS
+        "/models/m", "m", "127.0.0.1", 1, 4, "", sys.executable, loras=ADAPTERS
     )  # fmt: skip
     return adapter_named(engine).command(launch)
 

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 
 from deployments.engines.metrics import read_metrics
 from deployments.engines.registry import adapter_named
-from tests.engines.adapters import ADAPTER, ADAPTER_PRICES
+from tests.engines.lora import ADAPTER, ADAPTER_PRICES
 from tests.faults.clients import CUT, ask, check_bill
 from tests.support.browser import DESKTOP, PHONE, chromium, run, visiting
 from tests.support.cluster import (

@@ -50,8 +50,8 @@ from app.tenants.keys import KeyLimits, KeyTable, create_key
 from app.tenants.limiter import LimitBooks
 from app.tenants.spending import SpendBook
 from app.upstream.client import EngineClient
-from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import Launch
+from deployments.engines.lora import LoraAdapter
 from deployments.engines.simulated import Simulated
 from deployments.simulator.__main__ import Server
 from deployments.simulator.application import Application
@@ -188,7 +188,7 @@ class SimulatedEngine:
         self.url = f"http://127.0.0.1:{port}"
         launch = Launch(
             "simulated", MODEL, "127.0.0.1", port, SLOTS, KEY, "", ENGINES[self.name],
-            adapters=tuple(LoraAdapter(one, "") for one in self._app.engine.settings.adapters),
+            loras=tuple(LoraAdapter(one, "") for one in self._app.engine.settings.adapters),
         )  # fmt: skip
         facts = await Simulated().inspect(launch, PlainHttp(self.url))
         self.status = ReplicaStatus(

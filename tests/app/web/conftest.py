@@ -10,16 +10,22 @@ from app.core import errors
 from app.gateway.asgi import build_api
 from app.gateway.registry import ModelRegistry
 from app.gateway.services import Services
-from app.tenants.access import Caller
+from app.ledger.record import now_utc
+from app.tenants.access import Caller, caller_of
+from app.tenants.keys import create_key
+from app.tenants.scope import KeyScope
 from app.web.routes import add_web_routes
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 
 
 class Access:
-    """Knows one key, ``good``."""
+    """Knows the key ``good``, and ``scoped``, which sees one model and an adapter of another."""
 
     async def identify(self, authorization):
+        if authorization == "Bearer scoped":
+            scope = KeyScope(models=frozenset({"org/plain", "tuned"}))
+            return caller_of(create_key("tenant", created=now_utc(), scope=scope)[0])
         if authorization != "Bearer good":
             raise errors.InvalidKey(given=authorization is not None)
         return Caller("tenant")
@@ -37,7 +43,7 @@ class Models(ModelRegistry):
 
     def require(self, name):
         for snapshot in self.snapshots:
-            if name in (snapshot.id, *snapshot.aliases):
+            if name in (snapshot.id, *snapshot.aliases, *snapshot.adapters):
                 return SimpleNamespace(snapshot=snapshot)
         raise errors.ModelNotFound(name)
 

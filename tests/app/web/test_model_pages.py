@@ -14,7 +14,7 @@ EVIL = "<script>alert(1)</script>/\"><img src=x onerror=alert(1)>'"
 @pytest.fixture
 def models(services):
     services.registry.snapshots = [
-        snapshot(CHAT, replica(), replica(2, "sglang"), aliases=("smollm2",)),
+        snapshot(CHAT, replica(), replica(2, "sglang"), aliases=("smollm2",), adapters=("tuned",)),
         snapshot("org/embeds", replica(generates=False)),
         snapshot("org/plain", replica(native=False)),
         snapshot("org/sleeps", sleep=Sleep(tuple(Tier))),
@@ -98,6 +98,21 @@ async def test_pages_are_as_public_as_the_models_list(browser, services, keys_re
     services.registry.snapshots = [snapshot("x/y", replica())]
     with_key = {"authorization": "Bearer good"}
     assert (await browser.get(path, headers=with_key)).status_code == 200
+
+
+async def test_a_key_sees_the_pages_of_the_models_in_its_scope(browser, models, keys_required):
+    with_key = {"authorization": "Bearer scoped"}
+    pages = {
+        path: await browser.get(path, headers=with_key)
+        for path in ("/", "/live/models", "/models/org/plain", f"/models/{CHAT}", "/models/smollm2",
+                     "/models/tuned", f"/live/models/{CHAT}")
+    }  # fmt: skip
+    assert [one.status_code for one in pages.values()] == [200, 200, 200, 404, 404, 404, 404]
+    assert all("org/plain" in pages[path].text for path in ("/", "/live/models"))
+    assert not any(CHAT in pages[path].text for path in ("/", "/live/models", "/models/tuned"))
+    # What one visitor sees is not what the next one does.
+    everything = (await browser.get("/", headers={"authorization": "Bearer good"})).text
+    assert all(model.id in everything for model in models)
 
 
 async def test_the_key_is_asked_for_only_where_one_is_required(browser, services, models):

@@ -6,8 +6,8 @@ import pytest
 from app.core.dialect import MESSAGES_ROUTES, POOLED_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
-from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import LOW_FIRST, EngineContractError, Launch, NodeSpan
+from deployments.engines.lora import LoraAdapter
 from deployments.engines.sglang import Sglang
 
 pytestmark = pytest.mark.unit
@@ -48,7 +48,7 @@ def test_the_command_line():
 
 def test_adapters_are_loaded_by_name_beside_requests_without_one():
     adapters = tuple(LoraAdapter(str(n), f"/loras/{n}") for n in range(3))
-    command = Sglang().command(replace(launch(), adapters=adapters))
+    command = Sglang().command(replace(launch(), loras=adapters))
     at = command.index("--lora-paths") + 1
     assert command[at : at + 3] == ["0=/loras/0", "1=/loras/1", "2=/loras/2"]
     assert flag(command, "--max-loras-per-batch") == "4" and "--enable-lora" in command

@@ -6,8 +6,8 @@ from app.contracts.status import Preempted
 from app.core.dialect import GENERATING_ROUTES, MESSAGES_ROUTES, OPENAI_ROUTES, TOKEN_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
-from deployments.engines.adapters import LoraAdapter
 from deployments.engines.base import EngineContractError, Launch, NodeSpan, PreemptionReport
+from deployments.engines.lora import LoraAdapter
 from deployments.engines.vllm import Vllm
 
 pytestmark = pytest.mark.unit
@@ -47,7 +47,7 @@ def test_the_command_line():
 )
 def test_adapters_are_loaded_by_name_with_room_for_their_rank(ranks, expected):
     adapters = tuple(LoraAdapter(f"a/{n}", f"/loras/{n}", rank) for n, rank in enumerate(ranks))
-    command = Vllm().command(replace(launch(), adapters=adapters))
+    command = Vllm().command(replace(launch(), loras=adapters))
     assert "--enable-lora" in command
     at = command.index("--lora-modules") + 1
     count = len(ranks)
@@ -63,9 +63,9 @@ def test_without_adapters_there_is_nothing_about_them():
 
 def test_not_all_of_many_adapters_are_on_the_gpu():
     adapters = tuple(LoraAdapter(str(n), f"/loras/{n}") for n in range(30))
-    command = Vllm().command(replace(launch(), adapters=adapters))
+    command = Vllm().command(replace(launch(), loras=adapters))
     assert (flag(command, "--max-loras"), flag(command, "--max-cpu-loras")) == ("8", "30")
-    fewer = Vllm().command(replace(launch(max_loras=2), adapters=adapters))
+    fewer = Vllm().command(replace(launch(max_loras=2), loras=adapters))
     assert flag(fewer, "--max-loras") == "2"
 
 

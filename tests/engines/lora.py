@@ -32,6 +32,6 @@ save_file(weights, folder / "adapter_model.safetensors")
 
 
 @cache
-def make_adapter(folder, model, python):
+def make_lora(folder, model, python):
     """Write an adapter of a model's attention into a folder; ``python`` is an engine's."""
     subprocess.run([python, "-c", _MAKE, str(folder), model], check=True, timeout=300)

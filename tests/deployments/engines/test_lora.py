@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from app.config.model import ModelArgs, PoolSettings
 from app.core.dialect import Route
-from deployments.engines.adapters import (
+from deployments.engines.base import EngineContractError, Launch, prove_lora
+from deployments.engines.lora import (
     CONFIG_NAME,
     LoraAdapter,
     highest_rank,
-    listed_adapters,
-    read_adapter,
+    listed_loras,
+    read_lora,
 )
-from deployments.engines.base import EngineContractError, Launch, prove_adapters
 from deployments.engines.registry import adapter_named
 from deployments.hosting.launch import make_launch
 
@@ -39,8 +39,8 @@ def test_the_rank_is_read_where_it_can_be(tmp_path, monkeypatch, config, rank):
     pool = {"name": "p", "engine": "vllm", "model": "m"}
     pool["adapters"] = [{"name": "a", "path": "${LORAS}"}]
     launch = make_launch("m", PoolSettings.load(pool, "pool"), host="127.0.0.1", port=1)
-    assert launch.adapters == (LoraAdapter("a", str(tmp_path), rank),)
-    assert read_adapter("a", str(tmp_path)) == launch.adapters[0]
+    assert launch.loras == (LoraAdapter("a", str(tmp_path), rank),)
+    assert read_lora("a", str(tmp_path)) == launch.loras[0]
 
 
 @given(st.lists(st.none() | st.integers(1, 512)))
@@ -61,16 +61,16 @@ async def test_an_engine_that_does_not_list_its_adapters_has_none(models):
         async def get_json(self, path, *, authorized=True):
             return 200, models
 
-    assert listed_adapters(models, ADAPTERS) == frozenset()
-    launch = Launch("m", "m", "", 0, 1, "", "", adapters=ADAPTERS)
+    assert listed_loras(models, ADAPTERS) == frozenset()
+    launch = Launch("m", "m", "", 0, 1, "", "", loras=ADAPTERS)
     with pytest.raises(EngineContractError, match="has not loaded the adapter a"):
-        await prove_adapters(Http(), "engine", launch)
-    assert await prove_adapters(Http(), "engine", Launch("m", "m", "", 0, 1, "", "")) == frozenset()
+        await prove_lora(Http(), "engine", launch)
+    assert await prove_lora(Http(), "engine", Launch("m", "m", "", 0, 1, "", "")) == frozenset()
 
 
 def test_only_adapters_that_were_asked_for_count():
     models = {"data": [{"id": "m"}, {"id": "b", "parent": "m"}, {"id": "c"}]}
-    assert listed_adapters(models, ADAPTERS) == {"b"}
+    assert listed_loras(models, ADAPTERS) == {"b"}
 
 
 def model(*adapters, **more):
@@ -97,7 +97,7 @@ def test_engines_without_adapters_are_refused_before_they_start():
 
     pool = {"name": "p", "engine": "tensorrt_llm", "model": "m"}
     args = {"id": "m", "pools": [{**pool, "adapters": [{"name": "a", "path": "/x"}]}]}
-    assert not adapter_named("tensorrt_llm").loads_adapters
+    assert not adapter_named("tensorrt_llm").loads_lora
     with pytest.raises(ValueError, match="loads no LoRA adapters"):
         build(args)
 

@@ -27,7 +27,7 @@ class LoraAdapter:
     rank: int | None = None
 
 
-def read_adapter(name: str, path: str) -> LoraAdapter:
+def read_lora(name: str, path: str) -> LoraAdapter:
     """Return an adapter with its rank, if its folder is on this machine."""
     return LoraAdapter(name, path, _rank(Path(path) / CONFIG_NAME))
 
@@ -46,7 +46,7 @@ def highest_rank(adapters: Iterable[LoraAdapter]) -> int | None:
     return max((one.rank for one in adapters if one.rank is not None), default=None)
 
 
-def listed_adapters(models: Any, adapters: Iterable[LoraAdapter]) -> frozenset[str]:
+def listed_loras(models: Any, adapters: Iterable[LoraAdapter]) -> frozenset[str]:
     """Return the names of those adapters that an engine names in its models list.
 
     Args:
