@@ -140,6 +140,12 @@ ENGINES: Mapping[str, Engine] = {
         _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK},
         _simulated("running"),
     ),
+    # A build of 2025: no priority over HTTP, and validation errors of another shape.
+    "stand-in-2025": Engine(
+        "tensorrt-llm",
+        _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK, Can.PRIORITIZE},
+        _simulated("running"),
+    ),
 }
 
 
@@ -200,11 +206,11 @@ def _simulation(name: str, engine: str, **engine_args: Any) -> Subject:
     return Subject(name, ENGINES[engine], "simulations", name, name, pool)
 
 
-def _stand_in() -> Subject:
+def _stand_in(name: str, engine: str, **settings: Any) -> Subject:
     root = STAND_INS.parents[1]
     inside = root / "deployments" / "engines" / "inside"
     path = os.pathsep.join(map(str, [STAND_INS, root, inside]))
-    environment = {"PYTHONPATH": path, "STAND_IN_SETTINGS": json.dumps(_SIMULATION)}
+    environment = {"PYTHONPATH": path, "STAND_IN_SETTINGS": json.dumps(_SIMULATION | settings)}
     pool = {
         **_POOL,
         "engine": "tensorrt_llm",
@@ -212,15 +218,20 @@ def _stand_in() -> Subject:
         "environment": environment,
         "python": sys.executable,
     }
-    name = "tensorrt-llm-stand-in"
-    return Subject(name, ENGINES["stand-in"], "simulations", name, name, pool)
+    return Subject(name, ENGINES[engine], "simulations", name, name, pool)
 
 
 SIMULATED = (
     _simulation("simulated-vllm", "simulated"),
     _simulation("simulated-sglang", "simulated-sglang", dialect="sglang"),
     _simulation("simulated-tensorrt-llm", "simulated-tensorrt-llm", dialect="tensorrt_llm"),
-    _stand_in(),
+    _stand_in("tensorrt-llm-stand-in", "stand-in"),
+    _stand_in(
+        "tensorrt-llm-2025-stand-in",
+        "stand-in-2025",
+        lacking_fields=["priority"],
+        older_errors=True,
+    ),
 )
 """They run wherever the integration tests do."""
 

@@ -431,6 +431,24 @@ def test_priority_costs_one_and_a_half_times_default(served, needs):
     assert usage["flex"].estimated_cost == pytest.approx(0.8 * default, rel=1e-12)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_native_priority_it_is_served_as_default_at_that_price(served, subject, stream):
+    if Can.PRIORITIZE in subject.can:
+        pytest.skip("it has native priority")
+    served.chat()  # fills the prefix cache
+    told = {}
+    for tier in ("default", "priority"):
+        answer = served.post(CHAT, service_tier=tier, max_tokens=3, stream=stream)
+        assert (answer.status_code, answer.headers["x-service-tier"]) == (200, "default")
+        reason = answer.headers.get("x-service-tier-reason")
+        assert reason == ("no_replica_honours_priority" if tier == "priority" else None)
+        events = [e[6:] for e in answer.text.split("\n\n") if e.startswith("data: {")]
+        told[tier] = json.loads(events[-1] if stream else answer.text)
+        assert told[tier]["service_tier"] == "default"
+    costs = {tier: one["usage"]["estimated_cost"] for tier, one in told.items()}
+    assert costs["priority"] == costs["default"] > 0
+
+
 def test_a_clients_own_priority_never_reaches_the_engine(served):
     # It would be refused there: it is not a number.
     headers = {"X-Vllm-Priority": "first", "x-override-priority": "first"}
