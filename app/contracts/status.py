@@ -203,9 +203,13 @@ class ModelSnapshot:
             route for route in Route if any(one.serves(route, adapter) for one in dialects)
         )
 
+    def adapter(self, name: str) -> str:
+        """Return the adapter that a name stands for; empty if it stands for the model itself."""
+        return name if name in self.adapters else ""
+
     def named(self, name: str) -> str:
         """Return the id that a name stands for: an adapter's own, or else the model's."""
-        return name if name in self.adapters else self.id
+        return self.adapter(name) or self.id
 
     @property
     def context_length(self) -> int | None:

@@ -74,8 +74,7 @@ class Admission:
         self._scheduler = Scheduler(ingress, QueueSettings())
         self._snapshot: ModelSnapshot | None = None
         self._replicas: dict[str, ReplicaStatus] = {}
-        self._lacking: dict[Route, frozenset[str]] = {}
-        self._lacking_adapter: dict[tuple[Route, str], frozenset[str]] = {}
+        self._lacking: dict[tuple[Route, str], frozenset[str]] = {}
         self._waiting: dict[QueuedRequest, asyncio.Future[Slot]] = {}
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -117,8 +116,7 @@ class Admission:
         else:
             self._scheduler.withdraw(now, reason)
         self._replicas = {status.replica_id: status for status in snapshot.replicas}
-        self._lacking = {route: _lacking(snapshot, route) for route in Route}
-        self._lacking_adapter = {}
+        self._lacking = {}
         offers = [_offer(status) for status in snapshot.replicas]
         # Replicas before settings: with the old replicas, the scheduler would place requests on
         # replicas that are gone.
@@ -158,13 +156,14 @@ class Admission:
 
     def lacking(self, route: Route, adapter: str = "") -> frozenset[str]:
         """Return the ids of the ready replicas whose engine lacks a route, or the adapter on it."""
-        if not adapter:
-            return self._lacking[route]
-        found = self._lacking_adapter.get((route, adapter))
+        found = self._lacking.get((route, adapter))
         if found is None:
             # Worked out when first asked: a model may have hundreds of adapters.
-            found = _lacking(self.snapshot, route, adapter)
-            self._lacking_adapter[route, adapter] = found
+            found = self._lacking[route, adapter] = frozenset(
+                status.replica_id
+                for status in self.snapshot.replicas
+                if not status.dialect.serves(route, adapter)
+            )
         return found
 
     def serving(self, route: Route, adapter: str = "") -> list[ReplicaStatus]:
@@ -357,15 +356,6 @@ class Admission:
 def _slot(request: QueuedRequest, replica: ReplicaStatus) -> Slot:
     waited_s = request.placed - request.arrived
     return Slot(replica, request.tier, waited_s, raised=request.raised_from is not None)
-
-
-def _lacking(snapshot: ModelSnapshot, route: Route, adapter: str = "") -> frozenset[str]:
-    """Return the ids of the replicas whose engine lacks a route, or an adapter on it."""
-    return frozenset(
-        status.replica_id
-        for status in snapshot.replicas
-        if not status.dialect.serves(route, adapter)
-    )
 
 
 def _offer(status: ReplicaStatus) -> Offer:

@@ -78,7 +78,7 @@ class Lifecycle:
         self._admission = admission
         self._inbound = inbound
         # The adapter that the request names; empty if it names the model itself.
-        self._adapter = inbound.model if inbound.model in admission.snapshot.adapters else ""
+        self._adapter = admission.snapshot.adapter(inbound.model)
         self._reply = reply
         self._engines = services.engines
         self._trace = context.trace
@@ -466,7 +466,7 @@ class Lifecycle:
                 inbound.route,
                 rewrite_request(
                     inbound,
-                    self._adapter or self._admission.snapshot.id,
+                    self._admission.snapshot.id,
                     replica.dialect,
                     decision.served,
                     self._adapter,

@@ -44,7 +44,7 @@ def add_model_routes(
     async def show_model(request: Request, name: str) -> Response:
         caller = await identify(services, request.scope["headers"])
         snapshot = require_model(services, caller, name).snapshot
-        entry = model_entry(snapshot, name if name in snapshot.adapters else "")
+        entry = model_entry(snapshot, snapshot.adapter(name))
         if anthropics or is_from_anthropics_client(request):
             entry = anthropic_entry(entry)
         return JSONResponse(entry)

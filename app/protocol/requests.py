@@ -273,9 +273,9 @@ def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rewrite_request(
-    inbound: Inbound, name: str, dialect: Dialect, tier: Tier, adapter: str = ""
+    inbound: Inbound, model_id: str, dialect: Dialect, tier: Tier, adapter: str = ""
 ) -> bytes | Spliced:
-    """Return the body for the engine. ``name`` is that of the model or adapter there.
+    """Return the body for the engine, for an adapter of the model if one is named.
 
     - Frontline's own fields and any priority of the client are removed.
     - The engine's priority for ``tier`` is set if the engine has priority in force on this route.
@@ -290,11 +290,11 @@ def rewrite_request(
     source = inbound.fields
     # Not `isinstance`, which takes 0.4 us for an abstract class.
     if type(source) is Members:
-        _set_own_fields(fields, inbound, name, dialect, tier, adapter)
+        _set_own_fields(fields, inbound, model_id, dialect, tier, adapter)
         own = fields if accepted is None else _only(fields, accepted)
         withheld = FRONTLINE_FIELDS | fields.keys()
-        names = (one for one in source if accepted is None or one in accepted)
-        kept = source.pieces(one for one in names if one not in withheld)
+        names = (name for name in source if accepted is None or name in accepted)
+        kept = source.pieces(name for name in names if name not in withheld)
         return Spliced.of(orjson.dumps(own), kept)
     if type(source) is Reparsed:
         source = source.fields
@@ -303,20 +303,20 @@ def rewrite_request(
         for key, value in source.items()
         if key not in FRONTLINE_FIELDS and value is not None
     }
-    _set_own_fields(fields, inbound, name, dialect, tier, adapter)
+    _set_own_fields(fields, inbound, model_id, dialect, tier, adapter)
     return orjson.dumps(fields if accepted is None else _only(fields, accepted))
 
 
 def _set_own_fields(
     fields: dict[str, Any],
     inbound: Inbound,
-    name: str,
+    model_id: str,
     dialect: Dialect,
     tier: Tier,
     adapter: str,
 ) -> None:
     route = inbound.route
-    fields["model"] = name
+    fields["model"] = adapter or model_id
     if adapter and dialect.adapter_field:
         fields[dialect.adapter_field] = adapter
     if route in dialect.priority_routes and route not in dialect.priority_headers:
