@@ -29,7 +29,7 @@ from app.tenants.access import NOBODY, Caller
 
 _START_WITHIN: Final = START_WITHIN.encode()
 
-__all__ = ["Handler", "Receive", "Scope", "authorization_of", "identify", "identify_admin"]
+__all__ = ["Handler", "Receive", "Scope", "authorization_of", "identify", "require_admin"]
 
 
 class Handler:
@@ -153,17 +153,17 @@ async def key_holder(services: Services, headers: Headers) -> Caller:
     return await services.access.identify(authorization_of(headers))
 
 
-async def identify_admin(services: Services, lines: HeaderLines) -> Caller:
-    """Return the caller of a request about all tenants; without keys, everyone is an admin.
+def require_admin(services: Services, caller: Caller, why: str) -> None:
+    """Reject a caller whose key is not an admin key; without keys, everyone is an admin.
+
+    Args:
+        why: what is asked for concerns all tenants, as a sentence.
 
     Raises:
-        HostNotAllowed, InvalidKey: see ``identify``.
         AdminRequired: the caller's key is not an admin key.
     """
-    caller = await identify(services, lines)
     if services.access is not None and not caller.is_admin:
-        raise errors.AdminRequired("What is asked for shows the traffic of all tenants.")
-    return caller
+        raise errors.AdminRequired(why)
 
 
 def require_model(services: Services, caller: Caller, name: str) -> Admission:

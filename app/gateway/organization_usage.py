@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 
 from app.core import errors
 from app.core.dialect import Route
-from app.gateway.handler import identify_admin
+from app.gateway.handler import identify, require_admin
 from app.gateway.services import Services
 from app.gateway.usage_query import UsageQuery
 from app.gateway.usage_reader import UsageReader
@@ -129,7 +129,8 @@ def add_organization_routes(api: FastAPI, prefix: str, services: Services) -> No
     def add(path: str, report: _Report) -> None:
         @api.get(f"{prefix}/organization/{path}")
         async def answer(request: Request) -> Response:
-            await identify_admin(services, request.scope["headers"])
+            caller = await identify(services, request.scope["headers"])
+            require_admin(services, caller, "What is asked for shows the traffic of all tenants.")
             assert services.usage is not None, "settings come before requests"
             query = UsageQuery(request.query_params.multi_items())
             return await _answer(report, query, services.usage, int(now_utc().timestamp()))

@@ -8,9 +8,8 @@ from typing import Final
 
 from fastapi import Request
 
-from app.core import errors
 from app.gateway.client_address import HeaderLines, may_come_from, require_address
-from app.gateway.handler import identify
+from app.gateway.handler import identify, require_admin
 from app.gateway.request_body import Headers
 from app.gateway.services import Services
 from app.tenants.access import Caller, caller_of
@@ -49,8 +48,7 @@ async def admin(services: Services, request: Request) -> Caller:
         AdminRequired: the visitor's key is not an admin key.
     """
     caller = await visitor(services, request)
-    if services.access is not None and not caller.is_admin:
-        raise errors.AdminRequired("The board shows the traffic of all tenants.")
+    require_admin(services, caller, "The board shows the traffic of all tenants.")
     return caller
 
 
