@@ -21,7 +21,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from rich.console import Console
@@ -144,7 +144,7 @@ def check_records(database: Path, samples: Sequence[Sample]) -> Checked:
 
 
 def _states(database: Path) -> dict[tuple[str, str], int]:
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         query = "SELECT state, served_tier, count(*) FROM usage_records GROUP BY 1, 2"
         return {(state, tier or ""): n for state, tier, n in connection.execute(query)}
 

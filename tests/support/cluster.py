@@ -189,7 +189,8 @@ class Deployment:
 
     def records(self, **wanted: Any) -> list[dict[str, Any]]:
         """The usage records in the ledger's database, in the order of arrival."""
-        with sqlite3.connect(f"file:{os.environ[_LEDGER]}/usage.db?mode=ro", uri=True) as database:
+        file = f"file:{os.environ[_LEDGER]}/usage.db?mode=ro"
+        with closing(sqlite3.connect(file, uri=True)) as database:
             database.row_factory = sqlite3.Row
             rows = database.execute("SELECT * FROM usage_records ORDER BY arrived").fetchall()
         records = [dict(row) for row in rows]

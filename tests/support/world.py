@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -533,7 +534,7 @@ class World:
         await self.ledger.settle(last)
         while not self.store.added[last.origin.request_id]:
             await asyncio.sleep(0.002)
-        with sqlite3.connect(self._database) as database:
+        with closing(sqlite3.connect(self._database)) as database:
             database.row_factory = sqlite3.Row
             rows = database.execute(
                 "SELECT rowid, * FROM usage_records WHERE rowid > ?", (self._row,)
