@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from app.contracts.traffic import (
     DURATION_BOUNDS_S,
@@ -24,10 +24,7 @@ from app.ledger.record import State, UsageRecord
 from app.observe.catalogue import DURATION, PER_TOKEN, TTFT
 from app.observe.exporter import Sample
 from app.observe.observers import Ended, Refused
-from app.observe.operations import operation_of
-
-PROVIDER: Final = "frontline"
-"""``gen_ai.provider.name``. OpenTelemetry lets a provider that it does not list name itself."""
+from app.observe.operations import PROVIDER, operation_of
 
 
 class Key(NamedTuple):

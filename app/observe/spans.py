@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from app.core.tier_decision import without_raise
 from app.ledger.record import State, UsageRecord
 from app.observe.observers import CLIENT_GONE, Ended, Refused
-from app.observe.operations import operation_of
+from app.observe.operations import PROVIDER, operation_of
 from app.observe.request_trace import Attempt, RequestTrace, new_span_id
 
 Attributes = dict[str, str | int | float | bool]
@@ -108,7 +108,7 @@ def _call(record: UsageRecord, trace: RequestTrace, attempt: Attempt, ended_ns: 
         error = without_raise(record.reason) or record.state.value
     attributes: Attributes = {
         "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": "openai",
+        "gen_ai.provider.name": PROVIDER,
         "gen_ai.request.model": model,
         "server.address": url.hostname or "",
         "server.port": url.port or 80,
@@ -141,7 +141,7 @@ def _of_request(request: Ended | Refused) -> Attributes:
         "http.route": path,
         "http.response.status_code": request.status,
         "gen_ai.operation.name": operation_of(_route(request)),
-        "gen_ai.provider.name": "openai",
+        "gen_ai.provider.name": PROVIDER,
     }
     more: dict[str, str | int | float | bool | None]
     if isinstance(request, Refused):

@@ -21,7 +21,7 @@ def measured(*ended, models=()):
 
 
 def labels(requested, served, error="", operation="chat"):
-    return (operation, "frontline", "m", requested, served, error)
+    return (operation, "openai", "m", requested, served, error)
 
 
 def test_a_downgraded_request_has_both_tiers():

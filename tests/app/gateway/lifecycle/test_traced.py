@@ -145,6 +145,9 @@ async def test_every_route_has_its_spans_answered_or_not(traced, route):
     assert f"{operation} {MODEL}" in spans
     # OpenTelemetry's names, or the route's.
     assert operation in {"chat", "text_completion", "embeddings", route.value}
+    # As in metrics: attributes `openai.*` belong to no other provider.
+    told = [spans[name]["attributes"] for name in (f"POST {route.path}", f"{operation} {MODEL}")]
+    assert [one["gen_ai.provider.name"] for one in told] == ["openai", "openai"]
 
 
 async def test_a_trace_begins_here_without_a_parent_or_with_a_bad_one(traced):
