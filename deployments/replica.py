@@ -41,6 +41,7 @@ from deployments.hosting.drain import count_connections
 from deployments.hosting.guard import LOOPBACK, EngineGuard, GuardFailed, needs_guard
 from deployments.hosting.launch import (
     examine_launch,
+    fitted,
     log_folder,
     log_name,
     make_launch,
@@ -239,7 +240,8 @@ class EngineReplica:
             found = await asyncio.to_thread(examine_pool, self._launch, self._pool, gpus)
         except Exception as error:
             alarms.PROCESS.raised("node not examined", "its engine is started all the same", error)
-            return
+            found = Examination(())
+        self._launch = fitted(self._launch, found)
         self._findings = found.findings
         for finding in found.findings:
             self._log("before the start", finding)

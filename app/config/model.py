@@ -6,14 +6,16 @@ from collections import Counter
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
 from app.config.slo import SloSettings
 from app.core.pricing import FREE, RateCard
-from app.core.settings import Settings
+from app.core.settings import Settings, SettingsError
 from app.core.tiers import PriorityMode, TierOffer
+from app.core.trace_variables import traces_are_on
 
 ModelId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
@@ -94,7 +96,10 @@ class PoolSettings(Settings):
         default={}, description="The engine's own arguments by name, with underscores."
     )
     environment: dict[str, str] = Field(
-        default={}, description="Environment variables for the engine process."
+        default={},
+        description="Environment variables for the engine process. `OTEL_TRACES_EXPORTER: otlp` "
+        "makes it send spans, `none` keeps it from doing so where the variable is inherited (vLLM, "
+        "SGLang).",
     )
     startup_timeout_s: float = Field(
         default=1800.0,
@@ -122,6 +127,16 @@ class PoolSettings(Settings):
         "seconds, the engine counts as hung and is replaced. Engines schedule such a request "
         "beside a long prompt within seconds.",
     )
+
+    @field_validator("environment")
+    @classmethod
+    def _can_send_spans(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            traces_are_on(value)
+        except SettingsError as error:
+            # The values are not shown: some may be secrets.
+            raise PydanticCustomError("secret", "{problem}", {"problem": str(error)}) from None
+        return value
 
 
 class ModelArgs(Settings):

@@ -51,10 +51,12 @@ class Examination:
     Attributes:
         findings: the findings.
         gpus_here: how many GPUs the machine shows.
+        exports_spans: whether the engine's environment has what it needs to send spans.
     """
 
     findings: tuple[Finding, ...]
     gpus_here: int = 0
+    exports_spans: bool = False
 
 
 def error(what: str, why: str, fix: str, problem: StartProblem) -> Finding:

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from app.core.settings import Problem, SettingsError
 from app.core.trace_context import SAMPLED, TraceContext, parse_trace_context
+from app.core.trace_variables import one_of, traces_are_on
 from app.observe.backlog import Backlog
 from app.observe.observers import Ended, Refused
 from app.observe.request_trace import RequestTrace, new_trace_id
@@ -118,24 +119,13 @@ def tracing_of(environment: Mapping[str, str], instance: str) -> Tracing | None:
     Raises:
         SettingsError: a variable has a value that is not supported.
     """
-    if not _is_on(environment):
+    if not traces_are_on(environment):
         return None
     sampler = sampler_of(environment)
     # Loaded only now: it is not needed while traces are off.
     from app.observe.otlp import OtlpExporter
 
     return Tracing(sampler, OtlpExporter(environment, instance))
-
-
-def _is_on(environment: Mapping[str, str]) -> bool:
-    if environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    name = "OTEL_TRACES_EXPORTER"
-    exporter = _one_of(environment, name, ("none", "otlp"), "none")
-    if exporter == "otlp":
-        for protocol in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-            _one_of(environment, protocol, ("http/protobuf",), "http/protobuf")
-    return exporter == "otlp"
 
 
 def sampler_of(environment: Mapping[str, str]) -> Sampler:
@@ -145,7 +135,7 @@ def sampler_of(environment: Mapping[str, str]) -> Sampler:
         SettingsError: a variable has a value that is not supported.
     """
     names = (*_SAMPLERS, *(_PARENT_BASED + name for name in _SAMPLERS))
-    name = _one_of(environment, "OTEL_TRACES_SAMPLER", names, "parentbased_always_on")
+    name = one_of(environment, "OTEL_TRACES_SAMPLER", names, "parentbased_always_on")
     kind = name.removeprefix(_PARENT_BASED)
     ratio = _ratio(environment) if kind == "traceidratio" else float(kind == "always_on")
     return Sampler(ratio, parent_based=name.startswith(_PARENT_BASED))
@@ -161,14 +151,3 @@ def _ratio(environment: Mapping[str, str]) -> float:
     if not 0 <= ratio <= 1:
         raise SettingsError(Problem((name,), f"expected a number from 0 to 1 (got {text!r})"))
     return ratio
-
-
-def _one_of(
-    environment: Mapping[str, str], name: str, accepted: tuple[str, ...], default: str
-) -> str:
-    value = environment.get(name, "").strip().lower() or default
-    if value not in accepted:
-        raise SettingsError(
-            Problem((name,), f"expected one of {', '.join(accepted)} (got {value!r})")
-        )
-    return value

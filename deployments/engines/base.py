@@ -89,6 +89,7 @@ class Launch:
         preemption: whether the engine is to suspend running requests for waiting ones of a better
             tier, if it can.
         loras: the LoRA adapters that the engine loads.
+        traces: the URL that the engine sends its spans to, by OTLP over HTTP; empty for none.
     """
 
     model: str
@@ -102,6 +103,7 @@ class Launch:
     span: NodeSpan = NodeSpan()
     preemption: bool = True
     loras: tuple[LoraAdapter, ...] = ()
+    traces: str = ""
 
     @property
     def base_url(self) -> str:

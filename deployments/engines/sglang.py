@@ -31,6 +31,7 @@ from deployments.engines.base import (
 from deployments.engines.metrics import Role, engine_metrics
 from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
 from deployments.engines.start_phases import SGLANG
+from deployments.engines.traces import ENDPOINT, sends_spans, trace_variables
 
 TRIED: Final = TriedVersions("0.5.23", "0.6")
 _MEMORY_SHARE: Final = 0.85
@@ -127,6 +128,7 @@ class Sglang(EngineAdapter):
             # Otherwise SGLang logs every request, including the health checks.
             "log_level_http": "warning",
             **_lora_args(launch),
+            **_trace_args(launch),
             **launch.engine_args,
             "model_path": launch.model,
             "host": launch.host,
@@ -148,6 +150,7 @@ class Sglang(EngineAdapter):
             # Whoever has the key may set a priority anyway; clients' headers never arrive here.
             "SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES": "1",
             **stay_on_loopback(launch.span),
+            **_trace_variables(launch, self.name),
         }
 
     def needs(self, launch: Launch, environment: Mapping[str, str]) -> EngineNeeds:
@@ -227,6 +230,16 @@ def _lora_args(launch: Launch) -> dict[str, Any]:
         "max_loras_per_batch": min(len(launch.loras), _LORAS_AT_ONCE) + 1,
         "lora_paths": [f"{one.name}={one.path}" for one in launch.loras],
     }
+
+
+def _trace_args(launch: Launch) -> dict[str, Any]:
+    return {"enable_trace": True, ENDPOINT: launch.traces} if sends_spans(launch) else {}
+
+
+def _trace_variables(launch: Launch, service: str) -> dict[str, str]:
+    variables = trace_variables(launch, service)
+    # With its default of 3, a request has a span for each of its tokens.
+    return {**variables, "SGLANG_TRACE_LEVEL": "2"} if variables else {}
 
 
 def _span_args(span: NodeSpan) -> dict[str, Any]:

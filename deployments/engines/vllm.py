@@ -32,6 +32,7 @@ from deployments.engines.lora import highest_rank
 from deployments.engines.metrics import Role, engine_metrics
 from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
 from deployments.engines.start_phases import VLLM
+from deployments.engines.traces import ENDPOINT, sends_spans, trace_variables
 
 TRIED: Final = TriedVersions("0.32", "0.34")
 _MEMORY_SHARE: Final = 0.92
@@ -108,6 +109,7 @@ class Vllm(EngineAdapter):
             "enable_prompt_tokens_details": True,
             "disable_uvicorn_access_log": True,
             **_lora_args(launch),
+            **({ENDPOINT: launch.traces} if sends_spans(launch) else {}),
             **launch.engine_args,
             "model": launch.model,
             "host": launch.host,
@@ -138,6 +140,7 @@ class Vllm(EngineAdapter):
             # vLLM's frontend in Rust loads no middleware, so it would ask for no key.
             "VLLM_USE_RUST_FRONTEND": "0",
             **stay_on_loopback(launch.span),
+            **trace_variables(launch, self.name),
             # Otherwise the parts look for each other at the address of this machine's host name.
             **({"VLLM_HOST_IP": launch.span.here} if launch.span.nodes > 1 else {}),
         }

@@ -7,6 +7,7 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -16,6 +17,7 @@ from app.contracts.findings import Examination
 from app.contracts.launch import LaunchPlan, OpenPort, RankPlan
 from app.core.paths import expand_path, frontline_home
 from app.core.settings import SettingsError
+from app.core.trace_variables import traces_are_on, traces_endpoint
 from deployments.engines.base import EngineAdapter, Launch, NodeSpan
 from deployments.engines.lora import LoraAdapter, read_lora
 from deployments.engines.registry import adapter_named
@@ -48,7 +50,8 @@ def make_launch(
     ``key`` is the engine's secret; by default a new one is generated.
 
     Raises:
-        SettingsError: a path names an environment variable that is not set here.
+        SettingsError: a path names an environment variable that is not set here, or a variable for
+            traces has a value that is not supported.
     """
     return Launch(
         model=expand_path(pool.model),
@@ -62,7 +65,23 @@ def make_launch(
         span=span,
         preemption=pool.preemption,
         loras=tuple(read_lora(one.name, expand_path(one.path)) for one in pool.adapters),
+        traces=_traces(os.environ | pool.environment, span.rank),
     )
+
+
+def _traces(variables: Mapping[str, str], rank: int) -> str:
+    """Return where an engine sends its spans: where the variables say, as for an ingress."""
+    # The other parts of an engine answer no requests.
+    return traces_endpoint(variables) if not rank and traces_are_on(variables) else ""
+
+
+def fitted(launch: Launch, found: Examination) -> Launch:
+    """Return a launch that sends spans only if the engine's environment can.
+
+    Without the packages, an engine that is told to send spans does not start. Nothing found counts
+    as without.
+    """
+    return launch if found.exports_spans else replace(launch, traces="")
 
 
 async def start_engine(adapter: EngineAdapter, launch: Launch, pool: PoolSettings) -> EngineProcess:
@@ -175,6 +194,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         span=NodeSpan(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else NodeSpan(),
         preemption=pool.preemption,
         loras=tuple(LoraAdapter(one.name, _expanded(one.path)) for one in pool.adapters),
+        traces=_traces(pool.environment, rank),
     )
 
 

@@ -47,11 +47,13 @@ class Subject:
         pool: the pool's settings.
         needs: what its engine needs.
         gpus: GPUs that Ray reserves for each node of a replica.
+        traced: whether its engine is to send spans.
     """
 
     pool: PoolSettings
     needs: EngineNeeds
     gpus: float
+    traced: bool = False
 
 
 _CHECK_ADAPTERS: Final = "check `adapters` of the pool"
@@ -109,6 +111,12 @@ def check_environment(
         )
     else:
         yield ok(f"{needs.module} {environment.version} under {python}")
+    if subject.traced and environment.has_module and not environment.exports_spans:
+        yield warning(
+            f"{python} has no exporters of OpenTelemetry", "the engine sends no spans",
+            "install opentelemetry-exporter-otlp there, or set OTEL_TRACES_EXPORTER to none in the "
+            "pool's environment",
+        )  # fmt: skip
 
 
 def check_gpus(

@@ -63,6 +63,7 @@ class EnvironmentFacts:
         version: the engine's version; empty if unknown.
         torch: the version of torch; empty if it is not there.
         torch_cuda: the CUDA that torch was built for; empty for a build for CPUs.
+        exports_spans: whether OpenTelemetry's exporters are there.
     """
 
     python: str
@@ -71,6 +72,7 @@ class EnvironmentFacts:
     version: str = ""
     torch: str = ""
     torch_cuda: str = ""
+    exports_spans: bool = False
 
 
 @dataclass(frozen=True, slots=True)

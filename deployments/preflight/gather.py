@@ -27,6 +27,7 @@ from deployments.engines.base import Launch
 from deployments.engines.lora import CONFIG_NAME
 from deployments.engines.needs import EngineNeeds, numbers
 from deployments.engines.registry import adapter_named
+from deployments.engines.traces import sends_spans
 from deployments.preflight.checks import Subject, examine
 from deployments.preflight.facts import (
     AdapterFacts,
@@ -60,6 +61,9 @@ print(json.dumps({
     "version": next(filter(None, map(version, names)), ""),
     "torch": version("torch"),
     "torch_cuda": cuda,
+    "exports_spans": all(map(version, (
+        "opentelemetry-exporter-otlp-proto-grpc", "opentelemetry-exporter-otlp-proto-http",
+    ))),
 }))
 """
 """Imports nothing of the engine: that takes long and may claim a GPU."""
@@ -89,13 +93,16 @@ def examine_pool(launch: Launch, pool: PoolSettings, gpus: float) -> Examination
         model = gather_model(launch.model, environment)
         adapters = tuple(gather_adapter(one.path) for one in launch.loras)
         facts = Facts(host, asked.result(), model, adapters)
-    return Examination(tuple(examine(Subject(pool, needs, gpus), facts)), len(host.gpus))
+    subject = Subject(pool, needs, gpus, traced=sends_spans(launch))
+    return Examination(
+        tuple(examine(subject, facts)), len(host.gpus), facts.environment.exports_spans
+    )
 
 
 def examination_failed(problem: SettingsError) -> Examination:
-    """Return the examination of a pool whose paths name a variable that is not set here."""
-    what = "a path of the pool cannot be expanded"
-    fix = "set it where Frontline is started"
+    """Return the examination of a pool whose settings do not fit this machine's variables."""
+    what = "an environment variable is missing here, or wrong"
+    fix = "set it where Frontline is started, or in the pool's environment"
     return Examination((error(what, str(problem), fix, StartProblem.CANNOT_RUN),))
 
 

@@ -1,5 +1,5 @@
 import copy
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from tests.engines.lora import ADAPTER, ADAPTER_PRICES, make_lora
 from tests.engines.pools import SGLANG
 from tests.engines.subjects import REAL, SIMULATED, checked_subject
 from tests.support.cluster import LEDGER, ingress_app
+from tests.support.collector import Collector
 
 START_S, TOLD_EVERY_S = 1800, 20
 """How long the engine of scripts/gpu_check may take to start, and how often that is shown."""
@@ -55,11 +56,24 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.line(", ".join(counts))
 
 
+@pytest.fixture(scope="session")
+def collector():
+    """Takes the spans of ingresses and engines whose clients' traces are sampled."""
+    with closing(Collector()) as made:
+        yield made
+
+
+def _traced(collector):
+    return collector.environment(
+        OTEL_TRACES_SAMPLER="parentbased_always_off", OTEL_BSP_SCHEDULE_DELAY="200"
+    )
+
+
 @pytest.fixture
-def local(cluster, tmp_path_factory):
+def local(cluster, tmp_path_factory, collector):
     """configs/local.yaml with the tests' ledger, and its chat model also without native priority.
 
-    Its chat model has a LoRA adapter.
+    Its chat model has a LoRA adapter, and sends its spans to the collector.
 
     Ready even if the test before has killed an engine. Whoever needs them last removes them: an
     engine takes memory, and a little of a core, also while nobody asks.
@@ -68,6 +82,10 @@ def local(cluster, tmp_path_factory):
     _give_adapter(next(app for app in apps if app["name"] == "smollm2"), tmp_path_factory)
     [ingress] = (one for app in apps for one in app["deployments"] if one["name"] == "Ingress")
     ingress["user_config"] |= LEDGER
+    ingress["ray_actor_options"]["runtime_env"] = {"env_vars": _traced(collector)}
+    [chat] = (app for app in apps if app["name"] == "smollm2")
+    [pool] = chat["args"]["pools"]
+    pool["environment"] = pool["environment"] | _traced(collector)  # another pool has the same
     cluster.deploy(*apps, _first_come_first_served(apps))
     cluster.wait_ready("smollm2", "all-minilm-l6-v2", "smollm2-fcfs", timeout_s=500)
     return cluster
@@ -95,19 +113,22 @@ def _first_come_first_served(apps):
 
 
 @pytest.fixture
-def sglang(cluster):
+def sglang(cluster, collector):
     """The small chat model on SGLang, in the same way."""
+    pool = {**SGLANG, "environment": SGLANG["environment"] | _traced(collector)}
+    ingress = ingress_app()
+    ingress["deployments"][0]["ray_actor_options"]["runtime_env"] = {"env_vars": _traced(collector)}
     app = {
         "name": "sglang",
         "route_prefix": None,
         "import_path": "deployments.model:build",
-        "args": {"id": "test/sglang", "aliases": ["sglang"], "pools": [SGLANG]},
+        "args": {"id": "test/sglang", "aliases": ["sglang"], "pools": [pool]},
         "deployments": [
             {"name": "Model", "user_config": {"rate_card": {"input": 1, "output": 2}}},
             {"name": "sglang", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.5}},
         ],
     }
-    cluster.deploy(ingress_app(), app)
+    cluster.deploy(ingress, app)
     cluster.wait_ready("sglang", timeout_s=500)
     return cluster
 

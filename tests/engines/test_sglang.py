@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from app.core.paths import frontline_home
+from tests.engines.traces import Traces, check_joined
 from tests.support.cluster import command_line, engine_processes, eventually, eventually_async
 from tests.support.waiting import PATIENCE_S
 
@@ -155,6 +157,18 @@ def test_an_error_that_the_engine_puts_into_a_stream_becomes_a_status(sglang):
     assert direct.status_code == 200 and direct.text.startswith('data: {"error"'), "it is needed"
     with pytest.raises(openai.BadRequestError, match="nonsense"):
         chat(sglang, **{key: bad[key] for key in ("stream", "response_format")})
+
+
+def test_its_own_spans_are_part_of_the_requests_trace(sglang, collector):
+    server, root = check_joined(Traces(sglang, collector, "sglang", "sglang"))
+    assert root["name"].strip().startswith("Req ")
+    told, own = server["attributes"], root["attributes"]
+    assert own["gen_ai.usage.prompt_tokens"] == told["gen_ai.usage.input_tokens"]
+    assert own["gen_ai.usage.cached_tokens"] == told["gen_ai.usage.cache_read.input_tokens"]
+    assert own["gen_ai.usage.completion_tokens"] == told["gen_ai.usage.output_tokens"]
+    names = Counter(span["name"] for span in collector.spans)
+    assert {"prefill_waiting", "prefill_forward", "decode_forward"} <= names.keys()
+    assert set(names.values()) == {1}, "none for each token"
 
 
 def running(sglang):

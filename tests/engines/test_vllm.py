@@ -15,6 +15,7 @@ from playwright.sync_api import expect
 from deployments.engines.metrics import read_metrics
 from deployments.engines.registry import adapter_named
 from tests.engines.lora import ADAPTER, ADAPTER_PRICES
+from tests.engines.traces import Traces, check_joined
 from tests.faults.clients import CUT, ask, check_bill
 from tests.support.browser import DESKTOP, PHONE, chromium, run, visiting
 from tests.support.cluster import (
@@ -320,6 +321,15 @@ def test_it_shows_every_metric_that_its_replicas_relay(local):
     with local.engine("smollm2") as engine:
         text = engine.get(adapter.metrics_path).text
     assert [one.metric for one in read_metrics(text, adapter.metrics)] == list(adapter.metrics)
+
+
+def test_its_own_span_is_part_of_the_requests_trace(local, collector):
+    server, root = check_joined(Traces(local, collector, "smollm2", "vllm"))
+    assert root["name"] == "llm_request"
+    told, own = server["attributes"], root["attributes"]
+    assert own["gen_ai.usage.prompt_tokens"] == told["gen_ai.usage.input_tokens"]
+    assert own["gen_ai.usage.completion_tokens"] == told["gen_ai.usage.output_tokens"]
+    assert own["gen_ai.latency.time_to_first_token"] > 0
 
 
 def test_an_adapter_is_served_by_its_own_weights_at_its_own_prices(local):

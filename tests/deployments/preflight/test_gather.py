@@ -106,6 +106,11 @@ def test_an_interpreter_says_what_it_has_without_importing_it(tmp_path):
     facts = gather_environment(sys.executable, needs(), {"PYTHONPATH": str(tmp_path)})
     assert (facts.problem, facts.has_module, facts.version) == ("", True, "0.33.1")
     assert (facts.torch, facts.torch_cuda) == ("2.13.0", "13.0")
+    assert not facts.exports_spans
+    for kind in ("grpc", "http"):
+        package(tmp_path, f"opentelemetry_exporter_otlp_proto_{kind}", "1.45.2")
+    facts = gather_environment(sys.executable, needs(), {"PYTHONPATH": str(tmp_path)})
+    assert facts.exports_spans
     bare = gather_environment(sys.executable, needs(), {})
     assert (bare.has_module, bare.version) == (False, "")
 
@@ -186,6 +191,25 @@ def test_a_pool_is_examined_as_its_replica_would_start_it(settings, levels):
     pool = PoolSettings(name="pool", **settings)
     found = examine_launch("org/m", pool, 0.0)
     assert {finding.level for finding in found.findings} == levels
+
+
+def test_an_environment_that_cannot_send_spans_is_warned_of_where_it_should(tmp_path):
+    """Its engine is started without them: with the arguments for it, it would not start."""
+    package(tmp_path, "vllm", "0.33.1")
+
+    def examined(**traces):
+        environment = {"PYTHONPATH": str(tmp_path), **traces}
+        pool = PoolSettings(
+            name="p", engine="vllm", model="m", python=sys.executable, environment=environment
+        )
+        found = examine_launch("org/m", pool, 0.0)
+        return found.exports_spans, any("OpenTelemetry" in one.what for one in found.findings)
+
+    assert examined() == (False, False)
+    assert examined(OTEL_TRACES_EXPORTER="otlp") == (False, True)
+    for kind in ("grpc", "http"):
+        package(tmp_path, f"opentelemetry_exporter_otlp_proto_{kind}", "1.45.2")
+    assert examined(OTEL_TRACES_EXPORTER="otlp") == (True, False)
 
 
 def test_a_gpu_host_is_examined_whole(folder, tmp_path, monkeypatch):
