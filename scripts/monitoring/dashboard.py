@@ -414,7 +414,14 @@ def _panels() -> Iterator[dict[str, Any]]:
     for row in ROWS:
         number += 1
         place = {"h": 1, "w": 24, "x": 0, "y": y}
-        yield {"id": number, "type": "row", "title": row.title, "gridPos": place, "panels": []}
+        yield {
+            "id": number,
+            "type": "row",
+            "title": row.title,
+            "gridPos": place,
+            "collapsed": False,
+            "panels": [],
+        }
         y += 1
         for index, panel in enumerate(row.panels):
             number += 1
@@ -445,7 +452,12 @@ def _panel(number: int, panel: Panel, column: int, y: int) -> dict[str, Any]:
             "overrides": [],
         },
         "options": {
-            "legend": {"displayMode": "list", "placement": "bottom"},
+            "legend": {
+                "displayMode": "list",
+                "placement": "bottom",
+                "showLegend": True,
+                "calcs": [],
+            },
             "tooltip": {"mode": "multi", "sort": "desc"},
         },
         "targets": targets,
