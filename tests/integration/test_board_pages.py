@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.support.browser import DESKTOP, PHONE, chromium, visiting
+from tests.support.browser import DESKTOP, PHONE, chromium, tab_to, visiting
 from tests.support.site import ASLEEP, BUSY, STARTING, Keys, served
 
 pytestmark = pytest.mark.integration
@@ -40,8 +40,10 @@ def guarded(tmp_path_factory, keys):
         yield site
 
 
-def picture(visit, what, size, scheme):
-    visit.picture(f"{what}-{'phone' if size is PHONE else 'desktop'}-{scheme}")
+def picture(visit, what, size, scheme, part):
+    """Keep the picture that the documentation shows: one of these sizes and lights is enough."""
+    if (size, scheme) == (DESKTOP, "light"):
+        visit.picture(f"{what}-desktop", part)
 
 
 def model(page, name):
@@ -84,27 +86,49 @@ def test_the_board_is_live_in_every_size_and_light(browser, site, size, scheme):
         before = row.inner_text()
         expect(row).not_to_have_text(before)
         assert visit.too_wide() <= 0
-        picture(visit, "board", size, scheme)
+        picture(visit, "board", size, scheme, busy)
 
 
 def test_the_board_is_used_by_keyboard_alone(browser, site):
     with visiting(browser, site, viewport=DESKTOP) as visit:
         page = visit.open("/board")
         live(page)
-        page.get_by_label("5 minutes").focus()
+        tab_to(page, page.get_by_label("5 minutes"))
         page.keyboard.press("ArrowRight")
         expect(page.get_by_label("1 hour")).to_be_checked()
-        slots = model(page, BUSY).locator("figure", has_text="Slots")
+        busy = model(page, BUSY)
+        # What scrolls can be reached.
+        tab_to(page, busy.get_by_role("region", name="Tiers now"))
+        slots = busy.locator("figure", has_text="Slots")
         expect(slots).to_contain_text("slots 16")
-        select = slots.get_by_label("Replica in the chart of slots")
-        select.focus()
+        tab_to(page, slots.get_by_label("Replica in the chart of slots"))
         page.keyboard.press("ArrowDown")
         expect(slots).to_contain_text("slots 8")
-        # What scrolls can be reached.
-        for name in ("Tiers now", "Replicas", "Autoscaling decisions"):
-            region = model(page, BUSY).get_by_role("region", name=name)
-            region.focus()
-            expect(region).to_be_focused()
+        for name in ("Replicas", "Sheds and downgrades", "Autoscaling decisions"):
+            tab_to(page, busy.get_by_role("region", name=name))
+
+
+def test_usage_is_seen_by_keyboard_alone(browser, guarded, keys):
+    with visiting(browser, guarded, viewport=DESKTOP) as visit:
+        page = visit.open("/usage")
+        expect(page.get_by_label("API key")).to_be_focused()
+        page.keyboard.type(keys.texts["acme"])
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="Usage of acme")).to_be_visible()
+        tab_to(page, page.get_by_label("From", exact=True))
+        tab_to(page, page.get_by_role("button", name="Show"))
+        tab_to(page, page.get_by_role("link", name="Records as CSV"))
+        with page.expect_download():
+            page.keyboard.press("Enter")
+        for name in ("Spend by day, model and tier", "What is left of them", "Requests"):
+            tab_to(page, page.get_by_role("region", name=name, exact=True))
+        tab_to(page, page.get_by_role("link", name="Older requests"))
+        page.keyboard.press("Enter")
+        rows = page.get_by_role("region", name="Requests", exact=True).get_by_role("row")
+        expect(rows).to_have_count(11)
+        tab_to(page, page.get_by_role("button", name="Sign out"))
+        page.keyboard.press("Enter")
+        expect(page.get_by_label("API key")).to_be_focused()
 
 
 def test_a_lost_connection_is_told_and_comes_back(browser, site):
@@ -135,7 +159,7 @@ def test_a_tenant_sees_its_usage(browser, guarded, keys, size, scheme):
         expect(requests.get_by_role("row")).to_have_count(51)
         expect(requests).to_contain_text("no replica honours priority")
         assert visit.too_wide() <= 0
-        picture(visit, "usage", size, scheme)
+        picture(visit, "usage", size, scheme, page.get_by_role("region", name="Spend", exact=True))
         with page.expect_download() as download:
             page.get_by_role("link", name="Records as CSV").click()
         rows = list(csv.DictReader(download.value.path().read_text().splitlines()))

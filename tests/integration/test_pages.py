@@ -8,7 +8,7 @@ import httpx
 import pytest
 from playwright.sync_api import expect
 
-from tests.support.browser import DESKTOP, PHONE, chromium, done, run, visiting
+from tests.support.browser import DESKTOP, PHONE, chromium, done, run, tab, tab_to, visiting
 from tests.support.cluster import eventually, ingress_app, pooled_app, simulated_app
 from tests.support.waiting import PATIENCE_S, SLOWEST
 
@@ -110,18 +110,18 @@ def test_a_tier_that_is_not_delivered_is_said_with_its_reason(visit):
 def test_the_playground_works_by_keyboard_alone(visit):
     page = visit.open(CHAT)
     keys = page.keyboard
-    seen = [_tab(page) for _ in range(5)]
+    seen = [tab(page) for _ in range(5)]
     assert seen == ["Skip to the content", "Frontline", "Models", "Board", "Usage"]
-    _tab_to(page, "prompt")
+    tab_to(page, page.locator("#prompt"))
     keys.press("Control+A")
     keys.type("by keyboard")
-    _tab_to(page, "tier")
+    tab_to(page, page.locator("[name=tier]:checked"))
     keys.press("ArrowRight")
     expect(page.get_by_label("Default", exact=True)).to_be_checked()
-    _tab_to(page, "limit")
+    tab_to(page, page.locator("#limit"))
     keys.press("Control+A")
     keys.type("5")
-    _tab_to(page, "run")
+    tab_to(page, page.locator("#run"))
     keys.press("Enter")
     done(page)
     # The focus is where the next run starts from.
@@ -130,26 +130,6 @@ def test_the_playground_works_by_keyboard_alone(visit):
     page.get_by_label("Prompt").focus()
     keys.press("Control+Enter")
     done(page)
-
-
-def _tab(page):
-    """Press Tab; return the text of what has the focus then, which must be seen to have it."""
-    page.keyboard.press("Tab")
-    return page.evaluate(
-        """() => {
-          const one = document.activeElement;
-          const shown = [one, one.nextElementSibling].filter(Boolean)
-            .some((part) => getComputedStyle(part).outlineStyle !== "none");
-          return (shown ? "" : "unseen: ") + (one.name || one.id || one.innerText.trim());
-        }"""
-    )
-
-
-def _tab_to(page, name):
-    reached = [_tab(page)]
-    while reached[-1] != name:
-        assert len(reached) < 30 and "unseen" not in reached[-1], reached
-        reached.append(_tab(page))
 
 
 def test_stop_ends_the_stream_and_what_was_generated_is_kept(visit, frontline):

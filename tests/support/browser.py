@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from tests.support.environment import skip
 from tests.support.waiting import SLOWEST
@@ -110,11 +110,19 @@ class Visit:
         """By how many pixels the page is wider than its window."""
         return int(self.page.evaluate("document.documentElement.scrollWidth - innerWidth"))
 
-    def picture(self, name: str) -> None:
-        """Keep a picture of the whole page for the documentation, if FRONTLINE_IMAGES is set."""
-        if os.environ.get("FRONTLINE_IMAGES"):
-            self.page.mouse.move(0, 0)
-            self.page.screenshot(path=_IMAGES / f"{name}.png", full_page=True)
+    def picture(self, name: str, part: Locator | None = None) -> None:
+        """Keep a picture of the whole page, or of a part, for the documentation.
+
+        It does so only if FRONTLINE_IMAGES is set.
+        """
+        if not os.environ.get("FRONTLINE_IMAGES"):
+            return
+        self.page.mouse.move(0, 0)
+        path = _IMAGES / f"{name}.png"
+        if part is None:
+            self.page.screenshot(path=path, full_page=True)
+        else:
+            part.screenshot(path=path)
 
     def close(self) -> None:
         """End the visit; fail if there was something to complain of."""
@@ -146,3 +154,31 @@ def run(page: Page, tier: str) -> None:
 def done(page: Page) -> None:
     """Wait until the playground has its whole answer."""
     expect(page.get_by_role("status")).to_have_text("Done.", timeout=SLOWEST * 60_000)
+
+
+def tab(page: Page) -> str:
+    """Press Tab; return what has the focus then: its name, id or text.
+
+    "unseen: " stands before it if nothing shows that it has the focus.
+    """
+    page.keyboard.press("Tab")
+    focused: str = page.evaluate(
+        """() => {
+          const one = document.activeElement;
+          if (one === document.body) return "nothing";  // after the last
+          // The parts of a field for dates have rings of their own.
+          const shown = one.type === "date" || [one, one.nextElementSibling].filter(Boolean)
+            .some((part) => getComputedStyle(part).outlineStyle !== "none");
+          const name = one.name || one.id || one.ariaLabel || one.innerText.trim();
+          return (shown ? "" : "unseen: ") + name;
+        }"""
+    )
+    return focused
+
+
+def tab_to(page: Page, target: Locator) -> None:
+    """Press Tab until an element has the focus; all on the way must be seen to have it."""
+    reached: list[str] = []
+    while not target.evaluate("(one) => one === document.activeElement"):
+        reached.append(tab(page))
+        assert len(reached) < 100 and "unseen" not in reached[-1], reached
