@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from app.cli.progress import counted, counting
+from app.cli.progress import counted, counting, working
 from app.config.journal import JournalSettings
 from app.core.paths import expand_path
 from app.core.settings import SettingsError
@@ -60,7 +60,8 @@ def database(url: str) -> Iterator[Any]:
     try:
         engine = connect(resolve_url(url))
         try:
-            migrate(engine)
+            with working("bringing the tables up to date"):
+                migrate(engine)
             yield engine
         finally:
             engine.dispose()
@@ -115,7 +116,9 @@ def usage(
         if form in _OF_RECORDS:
             _OF_RECORDS[form](counted(store.each(wanted), "exporting"), source)
             return
-        totals = store.totals(wanted, _members(Grouping, by, "by"))
+        groups = _members(Grouping, by, "by")
+        with working("adding up"):
+            totals = store.totals(wanted, groups)
     _print_totals(totals, form)
 
 

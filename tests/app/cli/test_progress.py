@@ -1,8 +1,10 @@
 import io
+import time
 
 import pytest
 
-from app.cli.progress import AFTER_S, EVERY_S, counted, counting
+from app.cli import progress
+from app.cli.progress import AFTER_S, EVERY_S, counted, counting, working
 
 pytestmark = pytest.mark.unit
 
@@ -52,3 +54,22 @@ def test_what_fails_says_how_far_it_came():
         add(500)
         raise OSError
     assert stream.getvalue().splitlines()[-1] == "moving: 500 records, 50/s, 10 s"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["plain", "terminal"])
+def test_what_the_database_does_as_a_whole_shows_how_long_it_takes(stream, monkeypatch):
+    for name in ("AFTER_S", "EVERY_S", "LIVE_S"):
+        monkeypatch.setattr(progress, name, 0.01)
+    with working("adding up", stream):
+        while stream.getvalue().count("adding up: 0 s") < 2:
+            time.sleep(0.01)
+    shown = stream.getvalue()
+    assert shown.endswith("\n")
+    assert shown.count("\n") == (1 if stream.isatty() else shown.count("adding up"))
+
+
+def test_what_the_database_does_at_once_shows_nothing():
+    stream = io.StringIO()
+    with pytest.raises(OSError), working("adding up", stream):
+        raise OSError
+    assert stream.getvalue() == ""
