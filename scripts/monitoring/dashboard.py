@@ -194,6 +194,8 @@ ENGINES: Final = Row(
                 f"(ray_trtllm_num_requests_running{{{_ENGINE}}})",
                 "{{pool}} TRT-LLM wait": "sum by (pool) "
                 f"(ray_trtllm_num_requests_waiting{{{_ENGINE}}})",
+                "{{pool}} TRT-LLM paused": "sum by (pool) "
+                f"(ray_trtllm_num_paused_requests{{{_ENGINE}}})",
             },
         ),
         Panel(
@@ -212,7 +214,24 @@ ENGINES: Final = Row(
                 f"{_rate('vllm_prefix_cache_queries_total', 'pool', _ENGINE)}",
                 "{{pool}} SGLang": f"{_rate('sglang_cached_tokens_total', 'pool', _ENGINE)} / "
                 f"{_rate('sglang_prompt_tokens_total', 'pool', _ENGINE)}",
+                "{{pool}} TRT-LLM": f"max by (pool) (ray_trtllm_kv_cache_hit_rate{{{_ENGINE}}})",
             },
+        ),
+        Panel(
+            "Time to first token inside the engine, p99",
+            "s",
+            {
+                "{{pool}} vLLM": _quantile(
+                    0.99, "vllm_time_to_first_token_seconds", "pool", _ENGINE
+                ),
+                "{{pool}} SGLang": _quantile(
+                    0.99, "sglang_time_to_first_token_seconds", "pool", _ENGINE
+                ),
+                "{{pool}} TRT-LLM": _quantile(
+                    0.99, "trtllm_time_to_first_token_seconds", "pool", _ENGINE
+                ),
+            },
+            "What customers feel in addition is the time in Frontline's queue.",
         ),
         Panel(
             "Time in the engine's own queue, p99",

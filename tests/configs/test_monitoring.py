@@ -65,6 +65,12 @@ def test_every_metric_of_ours_is_on_the_dashboard_or_in_an_alert():
         assert asked & set(metric.series), f"nothing shows {metric.name}"
 
 
+def test_every_metric_that_is_relayed_is_on_the_dashboard():
+    asked = set().union(*map(names, QUERIES.values()))
+    for metric in write.engine_metrics():
+        assert asked & set(metric.series), f"nothing shows {metric.name}"
+
+
 def test_every_reason_in_a_selector_is_one():
     """A misspelt label value matches nothing, and nobody would notice."""
     reasons = {r.value for kind in (ShedReason, TierReason, HealthReason) for r in kind}
