@@ -155,12 +155,13 @@ def agrees_with_metrics(state):
 
 def model_page_agrees(two, state):
     """Whether the model's page shows what the board shows, whichever ingress answers."""
-    wanted = [f"{one['requests']:,} requests" for one in state["totals"].values()]
+    counts = [one["requests"] for one in state["totals"].values()]
+    wanted = [f"{count:,} request{'' if count == 1 else 's'}" for count in counts]
     for _ in range(4):
         page = httpx.get(
             f"{two.root}/models/{APP}", headers=BROWSER, verify=PLAIN, timeout=PATIENCE_S
         ).text
-        found = re.findall(r"[\d,]+ requests(?=</p>)", page)
+        found = re.findall(r"[\d,]+ requests?(?=</p>)", page)
         if found != wanted:
             print(f"the page says {found}, and the board {wanted}")
             return False
