@@ -45,7 +45,7 @@ def kubernetes(rules: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def grafana_datasource() -> dict[str, Any]:
-    """Return Grafana's provisioning of a local Prometheus."""
+    """Return Grafana's provisioning of a local Prometheus; the variable names its port."""
     return {
         "apiVersion": 1,
         "datasources": [
@@ -54,7 +54,7 @@ def grafana_datasource() -> dict[str, Any]:
                 "uid": "prometheus",
                 "type": "prometheus",
                 "access": "proxy",
-                "url": "http://127.0.0.1:9090",
+                "url": "http://127.0.0.1:${FRONTLINE_PROMETHEUS_PORT}",
                 "isDefault": True,
             }
         ],
