@@ -232,3 +232,20 @@ def test_no_secret_stands_in_a_manifest(environment):
                 if "PASSWORD" in variable["name"]:
                     assert "secretKeyRef" in variable["valueFrom"]
     assert "frontline:${LEDGER_PASSWORD}@" in text
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_prometheus_finds_the_metrics_of_every_pod(environment):
+    """By the operator's PodMonitor, and by annotations where there is no operator."""
+    text = (KUBERAY.parent / "monitoring" / "kubernetes.yaml").read_text()
+    monitor, _ = yaml.safe_load_all(text)
+    assert monitor["spec"]["selector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}, (
+        "KubeRay's own label of each pod"
+    )
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    for group, template in pod_templates(environment).items():
+        ports = [port for one in template["spec"]["containers"] for port in one.get("ports", [])]
+        [port] = [one["containerPort"] for one in ports if one["name"] == endpoint["port"]]
+        annotations = template["metadata"]["annotations"]
+        told = [annotations[f"prometheus.io/{name}"] for name in ("scrape", "port", "path")]
+        assert told == ["true", str(port), endpoint["path"]], group
