@@ -13,7 +13,9 @@ from typing import Any, Final
 REDACTED: Final = "(not shown)"
 
 _SECRET: Final = re.compile(
-    r"(?:^|[_\W])(?:\w*key|token|secret|passw(?:or)?d|passphrase|credentials?)(?:[_\W]|$)",
+    r"(?:^|[_\W])(?:\w*key|token|secret|passw(?:or)?d|passphrase|credentials?|"
+    # Collectors' keys are in the headers of OpenTelemetry's exporters.
+    r"otlp_(?:\w+_)?headers)(?:[_\W]|$)",
     re.IGNORECASE,
 )
 # The password of a URL: everything from the first colon after the user to the last "@".

@@ -11,7 +11,16 @@ pytestmark = pytest.mark.unit
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "api_key", "--api-key", "AWS_SECRET_ACCESS_KEY", "password", "apikey"],
+    [
+        "HF_TOKEN",
+        "api_key",
+        "--api-key",
+        "AWS_SECRET_ACCESS_KEY",
+        "password",
+        "apikey",
+        "OTEL_EXPORTER_OTLP_HEADERS",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+    ],
 )
 def test_names_of_secrets(name):
     assert is_secret(name)
@@ -19,7 +28,16 @@ def test_names_of_secrets(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["max_tokens", "tokenizer", "--tokenizer-mode", "tokens_per_second", "auth", "keys_file"],
+    [
+        "max_tokens",
+        "tokenizer",
+        "--tokenizer-mode",
+        "tokens_per_second",
+        "auth",
+        "keys_file",
+        "stream_headers_after_s",
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+    ],
 )
 def test_names_of_what_is_no_secret(name):
     assert not is_secret(name)
