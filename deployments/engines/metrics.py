@@ -84,6 +84,10 @@ class Reading(NamedTuple):
 def read_metrics(text: str, wanted: Iterable[EngineMetric]) -> Iterator[Reading]:
     """Yield what an engine's ``/metrics`` says of the metrics that are wanted and there.
 
+    A counter that is not there yet is 0, if others are there: SGLang shows its counters of
+    suspended requests and cached tokens only from their first event on, and Prometheus would not
+    count that one.
+
     Raises:
         ValueError: the text is not Prometheus' format.
     """
@@ -101,6 +105,8 @@ def read_metrics(text: str, wanted: Iterable[EngineMetric]) -> Iterator[Reading]
             if metric.kind is Kind.HISTOGRAM
             else _number(lines.get(metric.name, ()), metric.joined)
         )
+        if value is None and metric.kind is Kind.COUNTER and lines:
+            value = 0.0
         if value is not None:
             yield Reading(metric, value)
 

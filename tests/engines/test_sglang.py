@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from app.core.paths import frontline_home
+from deployments.engines.metrics import read_metrics
+from deployments.engines.registry import adapter_named
 from tests.engines.traces import Traces, check_joined
 from tests.support.cluster import command_line, engine_processes, eventually, eventually_async
 from tests.support.waiting import PATIENCE_S
@@ -157,6 +159,19 @@ def test_an_error_that_the_engine_puts_into_a_stream_becomes_a_status(sglang):
     assert direct.status_code == 200 and direct.text.startswith('data: {"error"'), "it is needed"
     with pytest.raises(openai.BadRequestError, match="nonsense"):
         chat(sglang, **{key: bad[key] for key in ("stream", "response_format")})
+
+
+def test_it_shows_every_metric_that_its_replicas_relay(sglang):
+    chat(sglang)
+    adapter = adapter_named("sglang")
+
+    def shown():
+        with sglang.engine("sglang") as engine:
+            text = engine.get(adapter.metrics_path).text
+        return [one.metric.name for one in read_metrics(text, adapter.metrics)]
+
+    # Its processes write them down now and then.
+    eventually(lambda: shown() == [one.name for one in adapter.metrics], 20, "not all of them")
 
 
 def test_its_own_spans_are_part_of_the_requests_trace(sglang, collector):

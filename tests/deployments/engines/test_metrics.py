@@ -45,11 +45,22 @@ def launch(**engine_args):
 def test_an_engines_series_are_joined_and_the_rest_is_left_alone():
     _, wanted = adapter_named("vllm").relayed(launch())
     found = {one.metric.role: one.value for one in read_metrics(TEXT, wanted)}
-    assert found.keys() == {Role.RUNNING, Role.KV_USE, Role.PREEMPTIONS, Role.QUEUE_TIME}
+    shown = {Role.RUNNING, Role.KV_USE, Role.PREEMPTIONS, Role.QUEUE_TIME}
+    assert found.keys() - {Role.PROMPT_TOKENS, Role.CACHED_TOKENS} == shown
     assert (found[Role.RUNNING], found[Role.KV_USE], found[Role.PREEMPTIONS]) == (7, 0.75, 5)
     times = found[Role.QUEUE_TIME]
     assert isinstance(times, Histogram)
     assert (times.bounds, times.counts, times.total) == ((0.3, 2.0), [1, 2, 1], 4.5)
+
+
+def test_a_counter_is_there_with_0_before_its_first_event():
+    """SGLang's of suspended requests was missing until there was one, which was not counted."""
+    wanted = adapter_named("sglang").metrics
+    text = 'sglang:num_running_reqs{model_name="m"} 0.0\n'
+    found = {one.metric.role: one.value for one in read_metrics(text, wanted)}
+    counters = (Role.PREEMPTIONS, Role.PROMPT_TOKENS, Role.CACHED_TOKENS)
+    assert found == {Role.RUNNING: 0, **dict.fromkeys(counters, 0)}
+    assert list(read_metrics("something_else 1\n", wanted)) == []
 
 
 @given(st.lists(st.floats(0, 100), max_size=30))
