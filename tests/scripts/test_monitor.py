@@ -84,6 +84,14 @@ def answers(port):
         return False
 
 
+@pytest.fixture
+def home(monkeypatch):
+    """Where Prometheus is, also in a plain virtual environment."""
+    default = Path.home() / ".cache/frontline"
+    monkeypatch.setenv("FRONTLINE_HOME", os.environ.get("FRONTLINE_HOME", str(default)))
+
+
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("program", ["grafana", "grafana-server", None])
 def test_it_starts_what_there_is_and_ends_it(tmp_path, program):
     port = free_port()
