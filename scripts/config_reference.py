@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
@@ -74,8 +74,8 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
     (
         "`rate_card`",
         RateCard,
-        "In the `user_config` of `Model`. Prices are in USD for a million tokens. A request is "
-        "priced by the card in force when its tier was decided.",
+        "In the `user_config` of `Model`. Prices are in USD for a million tokens where no other "
+        "unit is named. A request is priced by the card in force when its tier was decided.",
     ),
     (
         "`scaling`",
@@ -140,7 +140,7 @@ def type_name(annotation: Any) -> str:
         if issubclass(annotation, SecretStr):
             return "str, never shown"
         return "section" if issubclass(annotation, Settings) else annotation.__name__
-    if origin is UnionType:
+    if origin in (UnionType, Union):
         return " or ".join(map(type_name, inner))
     return str(annotation).replace("typing.", "").replace("|", "or")
 

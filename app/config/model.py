@@ -226,6 +226,18 @@ class ModelSettings(Settings):
         "0.99}}`. They are measured and alerted on; no request depends on them. Not set: none.",
     )
 
+    @model_validator(mode="after")
+    def _adapters_price_what_the_model_does(self) -> ModelSettings:
+        for name, card in self.adapter_rate_cards.items():
+            for kind in ("image", "audio_second"):
+                missing = getattr(card, kind) is None and not card.free
+                if missing and getattr(self.rate_card, kind) is not None:
+                    raise ValueError(
+                        f"adapter_rate_cards: {name!r} has no {kind!r}, which the model's card has "
+                        "(0 for free)"
+                    )
+        return self
+
     def rate_card_of(self, adapter: str) -> RateCard:
         """Return the prices of an adapter, by its name; of the model itself for an empty one."""
         return self.adapter_rate_cards.get(adapter, self.rate_card)

@@ -37,20 +37,44 @@ def _short(value: Decimal) -> Decimal:
 
 
 Price = Annotated[Decimal, Field(ge=0, le=_MAX_PRICE), AfterValidator(_short)]
-"""USD per million tokens. The bound on decimals keeps every product exact in ``Decimal``."""
+"""USD per million tokens, per image or per second. The bound on decimals keeps every product exact
+in ``Decimal``."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """Tokens that one request used. ``cached_tokens`` are part of ``prompt_tokens``."""
+    """What one request used: tokens, and what is billed besides them.
+
+    Attributes:
+        prompt_tokens: the tokens of the prompt, all of them.
+        cached_tokens: those that were read from the engine's prefix cache.
+        completion_tokens: the generated tokens.
+        cache_write_tokens: those of the prompt that were written to the prefix cache; none of them
+            was read from it.
+        images: the images of the prompt. Their tokens are part of ``prompt_tokens``.
+        audio_seconds: the length of the recording that was transcribed, in begun seconds.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    cache_write_tokens: int = 0
+    images: int = 0
+    audio_seconds: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cached_tokens <= self.prompt_tokens or self.completion_tokens < 0:
+        possible = (
+            0 <= self.cached_tokens <= self.prompt_tokens - self.cache_write_tokens
+            and min(self.completion_tokens, self.cache_write_tokens) >= 0
+            and min(self.images, self.audio_seconds) >= 0
+        )
+        if not possible:
             raise ValueError(f"impossible token counts: {self}")
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether anything counts besides prompt, cached and generated tokens."""
+        return bool(self.cache_write_tokens or self.images or self.audio_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +87,10 @@ class Prices:
         cached_input: for a token of the prompt that was in the engine's prefix cache.
         output: for a generated token.
         multiplier: the factor on all of them.
+        cache_write: for a token of the prompt that the engine computed and wrote to its prefix
+            cache.
+        image: in USD per image.
+        audio_second: in USD per second of a recording.
         long_from: the fewest prompt tokens of a long request; 0 for no such limit.
         long: the prices of all tokens of a long request.
     """
@@ -71,38 +99,44 @@ class Prices:
     cached_input: Decimal
     output: Decimal
     multiplier: Decimal
+    cache_write: Decimal
+    image: Decimal
+    audio_second: Decimal
     long_from: int = 0
     long: Prices | None = None
-    _per_token: tuple[Decimal, Decimal, Decimal] = field(init=False, repr=False, compare=False)
+    _each: tuple[Decimal, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # The exponent of a cost is the same whether the factors or the sum come first.
-        prices = (self.input, self.cached_input, self.output)
-        each = (EXACT.multiply(price, self.multiplier) for price in prices)
-        per_token = tuple(EXACT.scaleb(price, _TOKENS_EXPONENT) for price in each)
-        object.__setattr__(self, "_per_token", per_token)
+        tokens = (self.input, self.cached_input, self.output, self.cache_write)
+        each = [EXACT.scaleb(price, _TOKENS_EXPONENT) for price in tokens]
+        each += (self.image, self.audio_second)
+        object.__setattr__(
+            self, "_each", tuple(EXACT.multiply(price, self.multiplier) for price in each)
+        )
 
     def of(self, usage: TokenUsage) -> Prices:
         """Return the prices that apply to ``usage``: the long ones, or these without them."""
         if self.long is None:
             return self
-        return self._long_of(usage) or Prices(
-            self.input, self.cached_input, self.output, self.multiplier
-        )
+        return self._long_of(usage) or replace(self, long_from=0, long=None)
 
     def cost(self, usage: TokenUsage) -> Decimal:
         """Return what ``usage`` costs, in USD, exactly."""
-        if not usage.prompt_tokens and not usage.completion_tokens:
+        if not (usage.prompt_tokens or usage.completion_tokens or usage.has_extras):
             return _NOTHING
         if (long := self._long_of(usage)) is not None:
             return long.cost(usage)
-        fresh, cached, generated = self._per_token
+        fresh, cached, generated, written, image, second = self._each
         times, add = EXACT.multiply, EXACT.add
-        prompt = add(
-            times(usage.prompt_tokens - usage.cached_tokens, fresh),
-            times(usage.cached_tokens, cached),
-        )
-        return add(prompt, times(usage.completion_tokens, generated))
+        computed = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
+        prompt = add(times(computed, fresh), times(usage.cached_tokens, cached))
+        whole = add(prompt, times(usage.completion_tokens, generated))
+        if usage.has_extras:
+            whole = add(whole, times(usage.cache_write_tokens, written))
+            whole = add(whole, times(usage.images, image))
+            whole = add(whole, times(usage.audio_seconds, second))
+        return whole
 
     def _long_of(self, usage: TokenUsage) -> Prices | None:
         """Return the prices of a long request; ``None`` if ``usage`` is not that of one."""
@@ -135,18 +169,26 @@ class TokenPrices(Settings):
         description="Prompt tokens found in the engine's prefix cache. Not set: the price of "
         "`input`.",
     )
+    cache_write: Price = Field(
+        default=Decimal(0),
+        description="Prompt tokens that the engine has written to its prefix cache, where it "
+        "reports them. Not set: the price of `input`.",
+    )
     output: Price = Field(description="Generated tokens.")
 
     @model_validator(mode="before")
     @classmethod
-    def _cached_input_costs_as_input(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "cached_input" not in values and "input" in values:
-            return {**values, "cached_input": values["input"]}
+    def _cache_costs_as_input(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "input" in values:
+            return {**dict.fromkeys(("cached_input", "cache_write"), values["input"]), **values}
         return values
 
-    def flat(self, multiplier: Decimal) -> Prices:
+    def flat(self, multiplier: Decimal, image: Decimal, audio_second: Decimal) -> Prices:
         """Return these prices with a factor, whatever the length of the prompt."""
-        return Prices(self.input, self.cached_input, self.output, multiplier)
+        return Prices(
+            self.input, self.cached_input, self.output, multiplier, self.cache_write, image,
+            audio_second,
+        )  # fmt: skip
 
 
 class LongContext(TokenPrices):
@@ -162,21 +204,32 @@ class LongContext(TokenPrices):
 class TierPrices(TokenPrices):
     """The prices of one tier, of its own instead of a factor on those of `default`."""
 
+    image: Price | None = Field(
+        default=None,
+        description="USD for each image in a prompt, besides its tokens. Not set: nothing besides "
+        "them.",
+    )
+    audio_second: Price | None = Field(
+        default=None,
+        description="USD for each second of a transcribed recording. Not set: the model "
+        "transcribes nothing, unless it is free.",
+    )
     long_context: LongContext | None = Field(
         default=None, description="Prices of requests with long prompts. Not set: the same."
     )
 
     def prices(self, multiplier: Decimal) -> Prices:
         """Return these prices with a factor, those of long prompts included."""
-        short = self.flat(multiplier)
+        others = (multiplier, self.image or _NOTHING, self.audio_second or _NOTHING)
+        short = self.flat(*others)
         if self.long_context is None:
             return short
         long = self.long_context
-        return replace(short, long_from=long.above + 1, long=long.flat(multiplier))
+        return replace(short, long_from=long.above + 1, long=long.flat(*others))
 
 
 class RateCard(TierPrices):
-    """The prices of one model, in USD per million tokens."""
+    """The prices of one model, in USD per million tokens where no other unit is named."""
 
     free: bool = Field(
         default=False,
@@ -210,6 +263,19 @@ class RateCard(TierPrices):
                 raise ValueError(f"{tier.value} has own prices and a multiplier: leave one out")
         return self
 
+    @model_validator(mode="after")
+    def _own_prices_are_whole(self) -> RateCard:
+        """Refuse a tier's own prices that would make free what the card has a price for."""
+        for tier in (Tier.PRIORITY, Tier.FLEX):
+            if (own := self._own(tier)) is None:
+                continue
+            for name in ("image", "audio_second"):
+                if (getattr(own, name) is None) is not (getattr(self, name) is None):
+                    raise ValueError(
+                        f"the card and its prices of {tier.value} both have {name!r}, or neither"
+                    )
+        return self
+
     def _own(self, tier: Tier) -> TierPrices | None:
         return {Tier.PRIORITY: self.priority, Tier.FLEX: self.flex}.get(tier)
 
@@ -227,13 +293,23 @@ class RateCard(TierPrices):
 
         return {tier: of(tier) for tier in Tier}
 
+    @property
+    def prices_images(self) -> bool:
+        """Whether an image costs something besides its tokens, at any tier."""
+        return any(one.image for one in self._prices.values())
+
+    @property
+    def prices_audio(self) -> bool:
+        """Whether it says what a second of a recording costs."""
+        return self.free or self.audio_second is not None
+
     def at(self, tier: Tier) -> Prices:
         """Return the prices of a request served at ``tier``."""
         return self._prices[tier]
 
     @cached_property
     def by_tier(self) -> Mapping[Tier, Mapping[str, Decimal]]:
-        """The price of each kind of token at each tier, of requests whose prompts are not long."""
+        """The price of each kind of usage at each tier, of requests whose prompts are not long."""
         # A plain dictionary: a card is pickled with what it has worked out.
         return {tier: _by_kind(one) for tier, one in self._prices.items()}
 
@@ -251,11 +327,14 @@ FREE: Final = RateCard.model_validate({"free": True})
 
 
 def _by_kind(prices: Prices) -> Mapping[str, Decimal]:
-    """Return the price of each kind of token, its multiplier included."""
+    """Return the price of each kind of usage, its multiplier included."""
     kinds = {
         "input": prices.input,
         "cached_input": prices.cached_input,
         "output": prices.output,
+        "cache_write": prices.cache_write,
+        "image": prices.image,
+        "audio_second": prices.audio_second,
     }
     return {kind: EXACT.multiply(price, prices.multiplier) for kind, price in kinds.items()}
 
@@ -264,6 +343,12 @@ def _words(prices: Prices) -> Iterator[str]:
     """Yield all numbers of them, each written in one way."""
     for price in (prices.input, prices.cached_input, prices.output, prices.multiplier):
         yield format(price.normalize(), "f")
+    # Only where they differ from what they are if not set: cards from before they could be set keep
+    # their versions.
+    others = (prices.cache_write, prices.image, prices.audio_second)
+    for name, price, usual in zip("wia", others, (prices.input, 0, 0), strict=True):
+        if price != usual:
+            yield f"{name}{format(price.normalize(), 'f')}"
     if prices.long is not None:
         yield f"from {prices.long_from}"
         yield from _words(prices.long)

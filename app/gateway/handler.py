@@ -23,7 +23,8 @@ from app.observe.observers import (
     Refused,
 )
 from app.protocol.events import error_body, error_event
-from app.protocol.requests import with_start_within
+from app.protocol.images import with_images
+from app.protocol.requests import Inbound, with_start_within
 from app.protocol.start_within import START_WITHIN
 from app.tenants.access import NOBODY, Caller
 
@@ -78,6 +79,7 @@ class Handler:
                 inbound = await room.read(self._route, headers, receive)
                 inbound = with_start_within(inbound, headers.get(_START_WITHIN))
                 admission = require_model(services, caller, inbound.model)
+                inbound = await _with_images(services, admission, inbound)
                 lifecycle = Lifecycle(services, admission, caller, inbound, reply, context)
                 await lifecycle.run()
         except BaseException as error:
@@ -177,6 +179,14 @@ def require_model(services: Services, caller: Caller, name: str) -> Admission:
     if not caller.sees(admission.snapshot.named(name)):
         raise errors.ModelNotFound(name)
     return admission
+
+
+async def _with_images(services: Services, admission: Admission, inbound: Inbound) -> Inbound:
+    """Return the request with the number of its images, if its model has a price for them."""
+    model = admission.snapshot
+    if not model.settings.rate_card_of(model.adapter(inbound.model)).prices_images:
+        return inbound
+    return await services.bodies.in_turns(with_images(inbound))
 
 
 def authorization_of(headers: Headers) -> str | None:

@@ -144,8 +144,11 @@ def _pricing(snapshot: ModelSnapshot, adapter: str) -> dict[str, Any]:
 
 
 def _per_kind(prices: Mapping[str, Decimal]) -> dict[str, float]:
-    return {
+    shown = {
         "input_tokens": float(prices["input"]),
         "output_tokens": float(prices["output"]),
         "cache_read_tokens": float(prices["cached_input"]),
+        "cache_write_tokens": float(prices["cache_write"]),
     }
+    others = ("image", "audio_second")
+    return shown | {kind: float(prices[kind]) for kind in others if prices[kind]}

@@ -77,6 +77,7 @@ def _tokens(total: Total) -> dict[str, Any]:
         "input_tokens": total.prompt_tokens,
         "output_tokens": total.completion_tokens,
         "input_cached_tokens": total.cached_tokens,
+        "input_cache_write_tokens": total.cache_write_tokens,
         "num_model_requests": total.requests,
     }
 
@@ -93,8 +94,8 @@ def _item(item: LineItem) -> dict[str, Any]:
     return {
         "amount": _amount(item.cost),
         "line_item": item.name,
-        "quantity": item.tokens,
-        "quantity_unit": "tokens",
+        "quantity": item.quantity,
+        "quantity_unit": item.unit,
     }
 
 

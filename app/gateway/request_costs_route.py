@@ -93,6 +93,9 @@ def _entry(record: UsageRecord | None) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+            "images": usage.images,
+            "audio_seconds": usage.audio_seconds,
             "estimated": record.usage_estimated,
         },
     }

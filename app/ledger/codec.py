@@ -35,12 +35,16 @@ class Kind(StrEnum):
     ESTIMATE = "e"
     """As ``PROGRESS``, but the tokens are Frontline's estimate. It is a separate kind because older
     versions skip unknown kinds, but could not read a longer ``PROGRESS``."""
+    DETAILED = "d"
+    """As ``PROGRESS``, for usage with more than prompt, cached and generated tokens; it says itself
+    whether that is an estimate. A kind of its own for the same reason."""
     SETTLED = "s"
     """A record that is final."""
 
 
 _KINDS: Final = {kind.value.encode(): kind for kind in Kind}
 _PROGRESS: Final = [str, int, int, int, str]
+_DETAILED: Final = [*_PROGRESS, int, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +78,19 @@ class Progress:
     @property
     def kind(self) -> Kind:
         """The kind of its frame."""
+        if self.usage.has_extras:
+            return Kind.DETAILED
         return Kind.ESTIMATE if self.estimated else Kind.PROGRESS
 
     def to_json(self) -> bytes:
         """Return the progress as a JSON array."""
         usage = self.usage
         tokens = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
-        return orjson.dumps((self.request_id, *tokens, self.at))
+        plain = (self.request_id, *tokens, self.at)
+        if not usage.has_extras:
+            return orjson.dumps(plain)
+        extras = (usage.cache_write_tokens, usage.images, usage.audio_seconds)
+        return orjson.dumps((*plain, *extras, self.estimated))
 
     @classmethod
     def of(cls, found: Frame) -> Progress:
@@ -90,16 +100,19 @@ class Progress:
             NotUnderstood: the frame's body is no progress.
         """
         fields = load(found.body)
-        if not isinstance(fields, list) or [type(field) for field in fields] != _PROGRESS:
+        types = _DETAILED if found.kind is Kind.DETAILED else _PROGRESS
+        if not isinstance(fields, list) or [type(field) for field in fields] != types:
             raise NotUnderstood("it is no progress")
-        request_id, prompt, cached, completion, at = fields
+        request_id, prompt, cached, completion, at, *more = fields
+        *extras, estimated = more or [found.kind is Kind.ESTIMATE]
         try:
-            usage, moment = TokenUsage(prompt, cached, completion), datetime.fromisoformat(at)
+            usage = TokenUsage(prompt, cached, completion, *extras)
+            moment = datetime.fromisoformat(at)
         except ValueError as error:
             raise NotUnderstood(str(error)) from None
         if moment.utcoffset() != timedelta(0):
             raise NotUnderstood("times are in UTC")
-        return cls(request_id, usage, moment, found.kind is Kind.ESTIMATE)
+        return cls(request_id, usage, moment, estimated)
 
 
 def frame(kind: Kind, body: bytes) -> bytes:

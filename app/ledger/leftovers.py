@@ -54,7 +54,7 @@ class Leftovers:
         """Process an entry; return its body if it is a settled record."""
         if found.kind is None:
             raise NotUnderstood("it is of a kind that is unknown here")
-        if found.kind in (Kind.PROGRESS, Kind.ESTIMATE):
+        if found.kind in (Kind.PROGRESS, Kind.ESTIMATE, Kind.DETAILED):
             step = Progress.of(found)
             self._progress[step.request_id] = step
             return None

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import orjson
 
-from app.ledger.record import VERSION, UsageRecord
+from app.ledger.record import PRICES, USED, VERSION, UsageRecord
 
 _TEXT: Final = (str,)
 _TEXT_OR_NONE: Final = (str, type(None))
@@ -22,15 +22,14 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
     **dict.fromkeys(("request_id", "tenant", "key_id", "model", "route", "state"), _TEXT),
     **dict.fromkeys(("engine", "replica", "rate_card", "cost", "arrived", "ingress"), _TEXT),
     **dict.fromkeys(("requested_tier", "served_tier", "reason", "ended"), _TEXT_OR_NONE),
-    **dict.fromkeys(("input_price", "cached_input_price", "output_price"), _TEXT_OR_NONE),
-    "multiplier": _TEXT_OR_NONE,
+    **dict.fromkeys(PRICES, _TEXT_OR_NONE),
     **dict.fromkeys(("stream", "usage_estimated"), (bool,)),
-    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens"), (int,)),
+    **dict.fromkeys(USED, (int,)),
     "preemptions": (int, type(None)),
     "queue_s": _SECONDS,
     **dict.fromkeys(("ttft_s", "duration_s"), (*_SECONDS, type(None))),
 }
-_AMOUNTS: Final = ("input_price", "cached_input_price", "output_price", "multiplier", "cost")
+_AMOUNTS: Final = (*PRICES, "cost")
 # Bounded, so that no amount with a billion zeros has to be written out.
 _AMOUNT: Final = re.compile(r"[0-9]{1,40}(\.[0-9]{1,60})?")
 
@@ -67,6 +66,12 @@ def read_record(body: bytes) -> UsageRecord:
     fields.setdefault("usage_estimated", False)
     fields.setdefault("preemptions", None)
     fields.setdefault("ingress", "")
+    for name in ("cache_write_tokens", "images", "audio_seconds"):
+        fields.setdefault(name, 0)
+    free = None if fields.get("served_tier") is None else "0"
+    fields.setdefault("cache_write_price", fields.get("input_price"))
+    fields.setdefault("image_price", free)
+    fields.setdefault("audio_second_price", free)
     _check_types(fields)
     try:
         record = UsageRecord.from_fields(_converted(fields))

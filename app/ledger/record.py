@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -23,6 +24,28 @@ MAX_TEXT: Final = 300
 VERSION: Final = 1
 """The version of a record's JSON (``app.ledger.reading``)."""
 _BEGIN: Final = b'{"version":%d,' % VERSION
+
+
+USED: Final = (
+    "prompt_tokens", "cached_tokens", "completion_tokens", "cache_write_tokens", "images",
+    "audio_seconds",
+)  # fmt: skip
+"""The fields with what a request used, in the order of ``TokenUsage``."""
+PRICES: Final = (
+    "input_price", "cached_input_price", "output_price", "multiplier", "cache_write_price",
+    "image_price", "audio_second_price",
+)  # fmt: skip
+"""The fields with its prices, in the order of ``Prices``."""
+
+
+def with_former_prices(values: Sequence[Decimal | None]) -> Sequence[Any]:
+    """Return a served request's values of ``PRICES``, also of a record from before the last three.
+
+    Such a record has no usage with these prices.
+    """
+    if values[-1] is None:
+        return [*values[:-3], values[0], _FREE, _FREE]
+    return values
 
 
 class State(StrEnum):
@@ -110,7 +133,7 @@ class UsageRecord:
             request that was raised to a better tier it begins with ``start_within_passed``.
         engine: the name of the engine that answered, or empty.
         replica: the engine replica, or empty.
-        usage: the tokens that it used.
+        usage: the tokens that it used, and what else is billed.
         prices: its prices, from the rate card at its decision; ``None`` if it was not served. A
             settled record has those that apply to its tokens.
         rate_card: that card's version, or empty.
@@ -249,9 +272,15 @@ class UsageRecord:
             "prompt_tokens": usage.prompt_tokens,
             "cached_tokens": usage.cached_tokens,
             "completion_tokens": usage.completion_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+            "images": usage.images,
+            "audio_seconds": usage.audio_seconds,
             "input_price": prices and prices.input,
             "cached_input_price": prices and prices.cached_input,
             "output_price": prices and prices.output,
+            "cache_write_price": prices and prices.cache_write,
+            "image_price": prices and prices.image,
+            "audio_second_price": prices and prices.audio_second,
             "multiplier": prices and prices.multiplier,
             "rate_card": self.rate_card,
             "cost": self.cost,
@@ -278,11 +307,10 @@ class UsageRecord:
             fields["route"], fields["stream"], requested and Tier(requested), fields["arrived"],
             fields["ingress"],
         )  # fmt: skip
-        usage = TokenUsage(
-            fields["prompt_tokens"], fields["cached_tokens"], fields["completion_tokens"]
-        )
-        names = ("input_price", "cached_input_price", "output_price", "multiplier")
-        prices = None if served is None else Prices(*(fields[name] for name in names))
+        usage = TokenUsage(*(fields[name] for name in USED))
+        prices = None
+        if served is not None:
+            prices = Prices(*with_former_prices([fields[name] for name in PRICES]))
         record = cls(
             origin, State(fields["state"]), served and Tier(served), fields["reason"],
             fields["engine"], fields["replica"], usage, prices, fields["rate_card"],

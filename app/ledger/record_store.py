@@ -24,7 +24,7 @@ from sqlalchemy import (
 
 from app.core.pricing import EXACT, Prices, TokenUsage
 from app.core.tiers import Tier
-from app.ledger.record import UsageRecord
+from app.ledger.record import PRICES, USED, UsageRecord, with_former_prices
 from app.ledger.usage import Grouping, Priced, Total, add_up
 from app.store.database import StoreAway, StoreRefuses, migrate, translated
 from app.store.schema import Amount, Moment, hour_of, minute_of, spend, usage_records
@@ -171,7 +171,8 @@ class RecordStore:
             rows = connection.execute(select(*group, *sums).where(wanted).group_by(*group)).all()
         parts: dict[str, Decimal] = {}
         for ingress, *row in rows:
-            cost = Prices(*row[:4]).cost(TokenUsage(*map(int, row[4:])))
+            prices = Prices(*with_former_prices(row[: len(_PRICES)]))
+            cost = prices.cost(TokenUsage(*map(int, row[len(_PRICES) :])))
             parts[ingress] = EXACT.add(parts.get(ingress, Decimal(0)), cost)
         return parts
 
@@ -185,9 +186,10 @@ def _group_value(value: object) -> str | None:
 def _priced(groupings: Sequence[Grouping], row: Sequence[Any]) -> Priced:
     """Return what a row of groups, prices and sums says."""
     group = {one.value: _group_value(value) for one, value in zip(groupings, row, strict=False)}
-    *prices, requests, prompt, cached, completion = row[len(groupings) :]
-    usage = TokenUsage(int(prompt), int(cached), int(completion))
-    return Priced(group, requests, None if prices[0] is None else Prices(*prices), usage)
+    values = row[len(groupings) :]
+    priced, (requests, *sums) = values[: len(_PRICES)], values[len(_PRICES) :]
+    prices = None if priced[0] is None else Prices(*with_former_prices(priced))
+    return Priced(group, requests, prices, TokenUsage(*map(int, sums)))
 
 
 _columns = usage_records.c
@@ -202,14 +204,12 @@ _GROUPS: Final = {
     Grouping.STATE: _columns.state,
     Grouping.ESTIMATED: _columns.usage_estimated,
 }
-_PRICES: Final = (
-    _columns.input_price,
-    _columns.cached_input_price,
-    _columns.output_price,
-    _columns.multiplier,
-)
-_DEFAULTS: Final = {"usage_estimated": "false", "ingress": "''"}
-_TOKENS: Final = (_columns.prompt_tokens, _columns.cached_tokens, _columns.completion_tokens)
+_PRICES: Final = tuple(_columns[name] for name in PRICES)
+_DEFAULTS: Final = {
+    "usage_estimated": "false", "ingress": "''", "cache_write_tokens": "0", "images": "0",
+    "audio_seconds": "0",
+}  # fmt: skip
+_TOKENS: Final = tuple(_columns[name] for name in USED)
 
 
 @dataclass(frozen=True, slots=True)

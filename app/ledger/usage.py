@@ -42,6 +42,9 @@ class Total:
         prompt_tokens: the prompt tokens, including cached ones.
         cached_tokens: the cached prompt tokens.
         completion_tokens: the generated tokens.
+        cache_write_tokens: the prompt tokens that were written to prefix caches.
+        images: the images that were billed.
+        audio_seconds: the seconds of recordings that were transcribed.
         cost: the exact cost in USD.
     """
 
@@ -50,6 +53,9 @@ class Total:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    cache_write_tokens: int
+    images: int
+    audio_seconds: int
     cost: Decimal
 
     def to_fields(self) -> dict[str, Any]:
@@ -80,21 +86,25 @@ class Priced:
         cost = Decimal(0) if self.prices is None else self.prices.cost(usage)
         return Total(
             self.group, self.requests, usage.prompt_tokens, usage.cached_tokens,
-            usage.completion_tokens, cost,
+            usage.completion_tokens, usage.cache_write_tokens, usage.images, usage.audio_seconds,
+            cost,
         )  # fmt: skip
 
 
 def add_up(totals: Iterable[Total]) -> Total:
     """Return the sum of totals, without a group."""
-    requests = prompt = cached = completion = 0
+    requests = prompt = cached = completion = written = images = seconds = 0
     cost = Decimal(0)
     for total in totals:
         requests += total.requests
         prompt += total.prompt_tokens
         cached += total.cached_tokens
         completion += total.completion_tokens
+        written += total.cache_write_tokens
+        images += total.images
+        seconds += total.audio_seconds
         cost = EXACT.add(cost, total.cost)
-    return Total({}, requests, prompt, cached, completion, cost)
+    return Total({}, requests, prompt, cached, completion, written, images, seconds, cost)
 
 
 def plain(amount: Decimal) -> str:

@@ -63,14 +63,16 @@ def plain_usage(usage: object) -> object:
         # One impossible part makes the whole impossible.
         "prompt_tokens": sum(parts) if possible else -1,
         "completion_tokens": -1 if output is None else output,
-        "prompt_tokens_details": None if read is None else {"cached_tokens": read},
+        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
     }
 
 
 def usage_fields(usage: TokenUsage) -> dict[str, Any]:
     """Return the ``usage`` object for these tokens."""
+    written = usage.cache_write_tokens
     return {
-        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens - written,
         _CACHE_READ: usage.cached_tokens,
+        **({_CACHE_WRITTEN: written} if written else {}),
         "output_tokens": usage.completion_tokens,
     }

@@ -65,7 +65,8 @@ class EventStamper(ABC):
     def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
         self.ended = self.failed = self.broken = False
         self._decision = decision
-        self._count = Count(inbound.expected_prompt_tokens)
+        self._images = inbound.images
+        self._count = Count(inbound.expected_prompt_tokens, images=inbound.images)
 
     def counted(self) -> Counted:
         return self._count.result()

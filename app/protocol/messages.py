@@ -115,7 +115,7 @@ def shown_usage(usage: object, counted: Counted, decision: TierDecision) -> dict
 
 
 def _with_tier(usage: object, counted: Counted, decision: TierDecision) -> dict[str, Any]:
-    told = read_usage(anthropic.plain_usage(usage))
+    told = read_usage(anthropic.plain_usage(usage), counted.usage.images)
     if isinstance(usage, dict) and told == counted.usage and not counted.estimated:
         shown = dict(usage)
     else:

@@ -78,6 +78,7 @@ class Inbound:
         choices_per_prompt: how many choices it wants per prompt.
         sequences: how many sequences an engine runs for it, at least 1: prompts times choices, or
             inputs. A value that is no such thing counts as 1, and engines reject it.
+        images: how many images its prompt has, if they are billed (``app.protocol.images``).
     """
 
     route: Route
@@ -98,6 +99,7 @@ class Inbound:
     user_prefix: int | None = None
     start_within_s: float | None = None
     start_within_tier: Tier = Tier.DEFAULT
+    images: int = 0
 
     @property
     def wants_usage(self) -> bool:
@@ -343,15 +345,21 @@ def json_number(amount: Decimal) -> orjson.Fragment:
     return orjson.Fragment(format(amount.normalize(), "f") if amount else "0.0")
 
 
-def stamp(answer: dict[str, Any], decision: TierDecision, tokens: TokenUsage | None = None) -> None:
+def stamp(
+    answer: dict[str, Any],
+    decision: TierDecision,
+    tokens: TokenUsage | None = None,
+    images: int = 0,
+) -> None:
     """Set the served tier in an answer, chunk or Responses object, and the cost in its ``usage``.
 
-    ``usage`` must have the billed tokens. ``tokens`` are those of ``usage``, if already read.
+    ``usage`` must have the billed tokens. ``tokens`` are those of ``usage``, if already read;
+    otherwise ``images`` are those of the request that are billed.
     """
     answer["service_tier"] = decision.served.value
     usage = answer.get("usage")
     if tokens is None:
-        tokens = read_usage(usage)
+        tokens = read_usage(usage, images)
     if tokens is not None and isinstance(usage, dict):
         usage["estimated_cost"] = json_number(cost(tokens, decision.rate_card, decision.served))
 

@@ -88,7 +88,10 @@ class ChunkStamper:
         self._decision = decision
         self._id: str | None = None
         self._held: dict[str, Any] | None = None
-        self._count = Count(inbound.expected_prompt_tokens, inbound.choices_per_prompt)
+        self._images = inbound.images
+        self._count = Count(
+            inbound.expected_prompt_tokens, inbound.choices_per_prompt, inbound.images
+        )
         # The last usage that the engine reported; `None` if it was impossible.
         self._reported: dict[str, Any] | None = None
         self._usage_shown = False
@@ -185,8 +188,9 @@ class ChunkStamper:
     def _shown_usage(self) -> dict[str, Any]:
         """Return the ``usage`` object for the tokens so far."""
         counted = self.counted()
-        if self._reported is not None and read_usage(self._reported) == counted.usage:
-            return self._reported
+        reported = self._reported
+        if reported is not None and read_usage(reported, self._images) == counted.usage:
+            return reported
         return usage_fields(counted, self._route)
 
     def _end(self) -> Iterator[bytes]:
@@ -205,7 +209,7 @@ class ChunkStamper:
         self._id = self._id or chunk.get("id")
         if self._id is not None:
             chunk["id"] = self._id
-        stamp(chunk, self._decision)
+        stamp(chunk, self._decision, images=self._images)
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def break_off(self) -> bytes:
@@ -257,9 +261,9 @@ class ResponsesStamper(EventStamper):
         if last or usage is not None:
             counted = self._count.result()
             self._unreported = self._unreported or (last and usage is None)
-            if read_usage(usage) != counted.usage:
+            if read_usage(usage, self._images) != counted.usage:
                 response["usage"] = usage_fields(counted, Route.RESPONSES)
-        stamp(response, self._decision)
+        stamp(response, self._decision, images=self._images)
 
     def break_off(self) -> bytes:
         return self._error(errors.ServerError(BROKEN_OFF))
@@ -287,11 +291,12 @@ def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple
             # Nothing was generated, and nothing is billed.
             return _without_tokens(body, inbound.route), NOT_BILLED
         answer = orjson.loads(body)
-        counted = count_answer(answer, inbound.route, inbound.expected_prompt_tokens)
+        images = inbound.images
+        counted = count_answer(answer, inbound.route, inbound.expected_prompt_tokens, images)
         if inbound.route is Route.MESSAGES:
             stamp_message(answer, counted, decision)
             return orjson.dumps(answer), counted
-        if counted.estimated and read_usage(answer.get("usage")) != counted.usage:
+        if counted.estimated and read_usage(answer.get("usage"), images) != counted.usage:
             answer["usage"] = usage_fields(counted, inbound.route)
         stamp(answer, decision, counted.usage)
         return orjson.dumps(answer), counted

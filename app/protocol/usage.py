@@ -27,6 +27,9 @@ _BYTES_PER_TOKEN: Final = 5
 _NOT_TEXT: Final = frozenset(
     {"role", "type", "id", "call_id", "status", "logprobs", "annotations", "signature"}
 )
+_CACHED: Final = ("cached_tokens",)
+_WRITTEN: Final = ("cache_write_tokens", "created_cache_tokens", "cache_creation_tokens")
+"""OpenAI's name, which vLLM has on responses; vLLM's own on other routes; and LiteLLM's."""
 _TEXTS: Final = ("message", "text", "delta")
 
 
@@ -53,24 +56,27 @@ class Reported(NamedTuple):
     cached: int
     completion: int | None
     odd: bool
+    written: int = 0
 
 
 class Count:
     """Counts the tokens of one answer as it arrives."""
 
-    def __init__(self, expected_prompt: int, choices_per_prompt: int = 1) -> None:
+    def __init__(self, expected_prompt: int, choices_per_prompt: int = 1, images: int = 0) -> None:
         """Start to count.
 
         Args:
             expected_prompt: the estimate of the prompt's tokens.
             choices_per_prompt: how many choices the request wants per prompt.
+            images: how many images it has that are billed.
         """
         self._odd = False
         self._expected_prompt = expected_prompt
         self._choices_per_prompt = max(choices_per_prompt, 1)
+        self._images = images
         # By choice and by prompt: engines count each choice of a stream separately.
         self._completions: dict[int, int] = {}
-        self._prompts: dict[int, tuple[int, int]] = {}
+        self._prompts: dict[int, tuple[int, int, int]] = {}
         self._final: Reported | None = None
         self._deltas = self._bytes = 0
 
@@ -95,6 +101,7 @@ class Count:
                 self._prompts[choice // self._choices_per_prompt] = (
                     reported.prompt,
                     reported.cached,
+                    reported.written,
                 )
         return not reported.odd and reported.prompt is not None and reported.completion is not None
 
@@ -113,15 +120,14 @@ class Count:
         final = self._final
         completion, completion_estimated = self._completion(final)
         if final is not None and final.prompt is not None:
-            prompt, cached = final.prompt, final.cached
+            prompt, cached, written = final.prompt, final.cached, final.written
             prompt_estimated = final.odd
         elif self._prompts:
-            prompt = sum(tokens for tokens, _ in self._prompts.values())
-            cached = sum(tokens for _, tokens in self._prompts.values())
+            prompt, cached, written = map(sum, zip(*self._prompts.values(), strict=True))
             prompt_estimated = final is not None
         else:
-            prompt, cached, prompt_estimated = self._expected_prompt, 0, True
-        usage = TokenUsage(prompt, cached, completion)
+            prompt, cached, written, prompt_estimated = self._expected_prompt, 0, 0, True
+        usage = TokenUsage(prompt, cached, completion, written, self._images)
         return Counted(usage, completion_estimated or prompt_estimated)
 
     def _completion(self, final: Reported | None) -> tuple[int, bool]:
@@ -136,18 +142,20 @@ class Count:
         return estimate, True
 
 
-def count_answer(answer: dict[str, Any], route: Route, expected_prompt: int) -> Counted:
-    """Return the tokens of an answer that is not streamed."""
+def count_answer(
+    answer: dict[str, Any], route: Route, expected_prompt: int, images: int = 0
+) -> Counted:
+    """Return the tokens of an answer that is not streamed, and the images of its prompt."""
     usage = answer.get("usage")
     if route.is_anthropic:
         usage = anthropic.plain_usage(usage)
     # A stream may be cut off before its usage arrives; a whole answer must have it.
     reported = _read({} if usage is None else usage)
-    prompt, cached, completion, odd = reported
+    prompt, cached, completion, odd, written = reported
     has_all = not route.generates or completion
     if not odd and has_all and prompt is not None and completion is not None:
-        return Counted(TokenUsage(prompt, cached, completion))
-    count = Count(expected_prompt)
+        return Counted(TokenUsage(prompt, cached, completion, written, images))
+    count = Count(expected_prompt, images=images)
     count.take(reported)
     if not has_all:
         size = sum(map(text_size, _parts(answer)))
@@ -178,22 +186,30 @@ def usage_fields(counted: Counted, route: Route) -> dict[str, Any]:
         return anthropic.usage_fields(usage) | ({"usage_estimated": True} if estimated else {})
     prompt, completion = usage.prompt_tokens, usage.completion_tokens
     names = ("prompt", "completion") if route is not Route.RESPONSES else ("input", "output")
+    details = {"cached_tokens": usage.cached_tokens}
+    if usage.cache_write_tokens:
+        details["cache_write_tokens"] = usage.cache_write_tokens
     return {
         f"{names[0]}_tokens": prompt,
         f"{names[1]}_tokens": completion,
         "total_tokens": prompt + completion,
-        f"{names[0]}_tokens_details": {"cached_tokens": usage.cached_tokens},
+        f"{names[0]}_tokens_details": details,
     } | ({"usage_estimated": True} if estimated else {})
 
 
-def read_usage(usage: object) -> TokenUsage | None:
-    """Return the tokens in a ``usage`` object, or ``None`` if it has no possible counts."""
+def read_usage(usage: object, images: int = 0) -> TokenUsage | None:
+    """Return the tokens in a ``usage`` object, or ``None`` if it has no possible counts.
+
+    ``images`` are those of the request, which engines do not count.
+    """
     if not isinstance(usage, dict):
         return None
     reported = _read(usage)
     if reported.prompt is None or reported.completion is None:
         return None
-    return TokenUsage(reported.prompt, reported.cached, reported.completion)
+    return TokenUsage(
+        reported.prompt, reported.cached, reported.completion, reported.written, images
+    )
 
 
 def _parts(answer: dict[str, Any]) -> Iterable[object]:
@@ -219,17 +235,22 @@ def _read(usage: object) -> Reported:
     details = usage.get("prompt_tokens_details")
     if details is None:
         details = usage.get("input_tokens_details")
-    cached = _cached(details)
+    cached, written = _detail(details, _CACHED), _detail(details, _WRITTEN)
     most = prompt or 0
-    odd = prompt is None or completion is None or cached is None or cached > most
-    return Reported(prompt, min(cached or 0, most), completion, odd)
+    odd = None in (prompt, completion, cached, written)
+    odd = odd or (cached or 0) + (written or 0) > most
+    read = min(cached or 0, most)
+    return Reported(prompt, read, completion, odd, min(written or 0, most - read))
 
 
-def _cached(details: object) -> int | None:
+def _detail(details: object, names: tuple[str, ...]) -> int | None:
+    """Return the count under the first of some names that is there; ``None`` if it cannot be."""
     if not isinstance(details, dict):
         return 0 if details is None else None
-    cached = details.get("cached_tokens")
-    return 0 if cached is None else _tokens(cached)
+    for name in names:
+        if (value := details.get(name)) is not None:
+            return _tokens(value)
+    return 0
 
 
 def _tokens(value: object) -> int | None:

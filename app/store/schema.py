@@ -141,6 +141,13 @@ usage_records = Table(
     Column("preemptions", Integer),
     # The ingress process that recorded it; empty in records from before there was the column.
     Column("ingress", Text, nullable=False, server_default=""),
+    # Journals and ingresses from before there were these columns write records without them.
+    Column("cache_write_tokens", BigInteger, nullable=False, server_default="0"),
+    Column("images", BigInteger, nullable=False, server_default="0"),
+    Column("audio_seconds", BigInteger, nullable=False, server_default="0"),
+    Column("cache_write_price", Amount),
+    Column("image_price", Amount),
+    Column("audio_second_price", Amount),
     # The day of `arrived` in UTC, which is the day on the bill.
     Column("day", Date, nullable=False),
     Index("usage_records_by_tenant", "tenant", "day"),
@@ -188,7 +195,7 @@ budgets = Table(
     Column("hard", Boolean, nullable=False),
 )
 
-# The tokens of all records, by what a cost is computed from: a trigger of the database adds each
+# The usage of all records, by what a cost is computed from: a trigger of the database adds each
 # record as it is written, in the same transaction. So what was spent is read from a few rows.
 spend = Table(
     "spend",
@@ -201,8 +208,15 @@ spend = Table(
     Column("cached_input_price", Amount, primary_key=True),
     Column("output_price", Amount, primary_key=True),
     Column("multiplier", Amount, primary_key=True),
+    # Those of records without a price are 0: NULL would be no part of a key.
+    Column("cache_write_price", Amount, primary_key=True),
+    Column("image_price", Amount, primary_key=True),
+    Column("audio_second_price", Amount, primary_key=True),
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("cached_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
+    Column("cache_write_tokens", BigInteger, nullable=False),
+    Column("images", BigInteger, nullable=False),
+    Column("audio_seconds", BigInteger, nullable=False),
     Index("spend_by_tenant", "tenant", "day"),
 )

@@ -19,8 +19,9 @@ from app.tenants.budget_gate import BudgetState
 CSV_FIELDS: Final = (
     "arrived", "request_id", "tenant", "key_id", "model", "route", "stream", "requested_tier",
     "served_tier", "state", "reason", "prompt_tokens", "cached_tokens", "completion_tokens",
-    "input_price", "cached_input_price", "output_price", "multiplier", "cost", "queue_s", "ttft_s",
-    "duration_s", "usage_estimated",
+    "cache_write_tokens", "images", "audio_seconds", "input_price", "cached_input_price",
+    "output_price", "cache_write_price", "image_price", "audio_second_price", "multiplier", "cost",
+    "queue_s", "ttft_s", "duration_s", "usage_estimated",
 )  # fmt: skip
 """The fields of a record in a tenant's CSV: what explains its cost, and not where it ran."""
 MOST_LINES: Final = 200

@@ -22,6 +22,9 @@ from deployments.simulator.requests import (
     problem,
 )
 
+_BLOCK = 16
+"""The tokens of a block of vLLM's prefix cache."""
+
 
 class AnthropicTool(BaseModel):
     """A tool that the client runs."""
@@ -163,7 +166,16 @@ class MessagesAnswer:
         fields = {"input_tokens": self.reply.prompt_tokens - cached}
         if cached or self.whole_usage:
             fields["cache_read_input_tokens"] = cached
+        if self.whole_usage:
+            written = cache_writes(self.reply.prompt_tokens, cached)
+            fields["cache_creation_input_tokens"] = written
+            fields["input_tokens"] -= written
         return fields
+
+
+def cache_writes(prompt: int, cached: int) -> int:
+    """Return how many tokens of a prompt vLLM writes to its prefix cache, in whole blocks."""
+    return max(prompt // _BLOCK * _BLOCK - cached, 0)
 
 
 def message_event(kind: str, **fields: object) -> bytes:

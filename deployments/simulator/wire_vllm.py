@@ -22,6 +22,7 @@ from deployments.simulator.chunks import (
     tool_call,
 )
 from deployments.simulator.generation import Choice, GeneratedReply
+from deployments.simulator.messages import cache_writes
 from deployments.simulator.observations import EngineState
 from deployments.simulator.ranking import RANKING_ROUTES
 from deployments.simulator.requests import (
@@ -149,7 +150,7 @@ class VllmWire(Wire):
             "choices": [self._chat_choice(choice, reply) for choice in reply.choices],
             "service_tier": None,
             "system_fingerprint": VERSION,
-            "usage": self.reply_usage(reply),
+            "usage": _with_cache_writes(self.reply_usage(reply)),
             "prompt_logprobs": None,
             "prompt_token_ids": None,
             "prompt_text": None,
@@ -252,6 +253,13 @@ class VllmWire(Wire):
         return {"/metrics": prometheus(samples, f'engine="0",model_name="{self.served_name}"')}
 
 
+def _with_cache_writes(usage: dict[str, Any]) -> dict[str, Any]:
+    """Return the usage of a chat with the tokens that were written to the prefix cache."""
+    details = usage["prompt_tokens_details"]
+    written = cache_writes(usage["prompt_tokens"], details["cached_tokens"])
+    return {**usage, "prompt_tokens_details": {**details, "created_cache_tokens": written}}
+
+
 def place_of(found: Mapping[str, Any]) -> str:
     """Return where in the body a problem is, as vLLM writes it."""
     return ".".join(map(str, found["loc"]))
@@ -305,6 +313,8 @@ class _VllmWriter(ChunkWriter):
             "completion_tokens": completion,
             "prompt_tokens_details": {"cached_tokens": self.reply.cached_tokens},
         }
+        if self.kind == _ChatWriter.kind:
+            usage = _with_cache_writes(usage)
         last = {**self.head(), "choices": [], "usage": usage, "system_fingerprint": VERSION}
         return event(last) + DONE
 

@@ -207,6 +207,8 @@ class Run:
                     "input": price, "cached_input": price / 4, "output": step.output,
                     "multipliers": factors,
                 }  # fmt: skip
+                if Run.cards % 3:
+                    self.card |= {"cache_write": price * 2, "image": price}
                 if Run.cards % 2:
                     self.card["long_context"] = {
                         "above": 1 + Run.cards % 20,

@@ -63,26 +63,40 @@ def shed(request_id: str | None = None) -> UsageRecord:
 
 
 tokens = st.integers(0, 10**9)
+counts = st.just(0) | tokens
 usages = st.builds(
-    lambda prompt, cached, completion: TokenUsage(prompt, min(cached, prompt), completion),
-    tokens,
-    tokens,
-    tokens,
-)
-prices = st.decimals(0, 1_000_000, places=12)
-tier_prices = st.fixed_dictionaries({"input": prices, "cached_input": prices, "output": prices})
-long_prices = st.builds(
-    lambda above, own: {"above": above, **own}, st.integers(1, 10**9), tier_prices
-)
-cards = st.builds(
-    lambda own, long, priority, flex: RateCard(
-        **own, long_context=long, priority=priority, multipliers=Multipliers(flex=flex)
+    lambda prompt, cached, completion, written, *more: TokenUsage(
+        prompt, min(cached, prompt), completion, min(written, max(prompt - cached, 0)), *more
     ),
-    tier_prices,
-    st.none() | long_prices,
-    st.none() | tier_prices,
-    st.decimals(0, 10, places=4),
+    tokens, tokens, tokens, counts, counts, counts,
+)  # fmt: skip
+prices = st.decimals(0, 1_000_000, places=12)
+token_prices = st.fixed_dictionaries(
+    {"input": prices, "cached_input": prices, "output": prices}, optional={"cache_write": prices}
 )
+long_prices = st.builds(
+    lambda above, own: {"above": above, **own}, st.integers(1, 10**9), token_prices
+)
+
+
+@st.composite
+def _cards(draw) -> RateCard:
+    # A tier's own prices have what the card has.
+    others = draw(st.sets(st.sampled_from(["image", "audio_second"])))
+    tier_prices = st.builds(
+        lambda own, more: own | more,
+        token_prices,
+        st.fixed_dictionaries(dict.fromkeys(sorted(others), prices)),
+    )
+    return RateCard(
+        **draw(tier_prices),
+        long_context=draw(st.none() | long_prices),
+        priority=draw(st.none() | tier_prices),
+        multipliers=Multipliers(flex=draw(st.decimals(0, 10, places=4))),
+    )
+
+
+cards = _cards()
 texts = st.text(
     st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30
 )

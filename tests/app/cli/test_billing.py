@@ -141,7 +141,8 @@ def test_usage_in_every_form(run, engine):
     (line,) = run("usage", "--tenant", "b", "--by", "model", "--format", "json").splitlines()
     assert json.loads(line) == {
         "model": "[red]n", "requests": 1, "prompt_tokens": 1000, "cached_tokens": 400,
-        "completion_tokens": 250, "cost": "0.000039",
+        "completion_tokens": 250, "cache_write_tokens": 0, "images": 0, "audio_seconds": 0,
+        "cost": "0.000039",
     }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(run("usage", "--by", "tier", "--format", "csv"))))
     assert [(row["tier"], Decimal(row["cost"])) for row in rows] == [

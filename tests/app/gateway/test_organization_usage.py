@@ -235,8 +235,9 @@ async def test_empty_buckets_are_there_and_what_was_turned_away_is_not(store, re
     empty, result = [], {
         "object": "organization.usage.completions.result",
         "input_tokens": 1000, "output_tokens": 250, "input_cached_tokens": 400,
-        "num_model_requests": 1, "project_id": None, "user_id": None, "api_key_id": None,
-        "model": None, "batch": None, "service_tier": None, "api_source": None,
+        "input_cache_write_tokens": 0, "num_model_requests": 1, "project_id": None,
+        "user_id": None, "api_key_id": None, "model": None, "batch": None,
+        "service_tier": None, "api_source": None,
     }  # fmt: skip
     assert [bucket["results"] for bucket in body["data"]] == [empty, empty, [result], empty]
 

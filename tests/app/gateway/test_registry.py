@@ -320,6 +320,18 @@ def test_an_entry_has_the_prices_of_long_prompts():
     entry = model_entry(replace(model, settings=ModelSettings.load(card, "user_config")))
     assert entry["metadata"]["pricing"]["priority"]["long_context"] == {
         "above": 4000, "input_tokens": 15, "output_tokens": 30, "cache_read_tokens": 15,
+        "cache_write_tokens": 15,
+    }  # fmt: skip
+
+
+def test_an_entry_has_the_prices_of_images_and_recordings_where_there_are_some():
+    model = snapshot("m")
+    assert not {"image", "audio_second"} & model_entry(model)["metadata"]["pricing"]["flex"].keys()
+    card = {"rate_card": {"input": 1, "output": 2, "cache_write": 4, "image": 3, "audio_second": 5}}
+    entry = model_entry(replace(model, settings=ModelSettings.load(card, "user_config")))
+    assert entry["metadata"]["pricing"]["priority"] == {
+        "input_tokens": 1.5, "output_tokens": 3, "cache_read_tokens": 1.5, "cache_write_tokens": 6,
+        "image": 4.5, "audio_second": 7.5,
     }  # fmt: skip
 
 

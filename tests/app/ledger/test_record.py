@@ -3,6 +3,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from app.core.pricing import TokenUsage
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier, TierReason
 from app.ledger.reading import read_record
-from app.ledger.record import NOTHING_USED, State, UsageRecord
+from app.ledger.record import NOTHING_USED, PRICES, USED, State, UsageRecord
 from tests.support.records import CARD, NOON, cards, completed, opened, origin, records, usages
 
 pytestmark = pytest.mark.unit
@@ -27,15 +28,34 @@ def test_the_cost_is_exact_however_long_the_prices(usage, card, tier):
     record = opened(card=card, served=tier).settle(State.COMPLETED, usage, ended=NOON)
     own = {Tier.PRIORITY: card.priority, Tier.FLEX: card.flex}.get(tier)
     prices, factor = own or card, 1 if own else Fraction(card.multipliers.of(tier))
+    besides = usage.images * Fraction(prices.image or 0)
+    besides += usage.audio_seconds * Fraction(prices.audio_second or 0)
     if prices.long_context is not None and usage.prompt_tokens > prices.long_context.above:
         prices = prices.long_context
-    fresh = usage.prompt_tokens - usage.cached_tokens
+    fresh = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
     expected = (
         fresh * Fraction(prices.input)
         + usage.cached_tokens * Fraction(prices.cached_input)
+        + usage.cache_write_tokens * Fraction(prices.cache_write)
         + usage.completion_tokens * Fraction(prices.output)
     )
-    assert Fraction(record.cost) == expected * factor / 10**6
+    assert Fraction(record.cost) == (expected / 10**6 + besides) * factor
+
+
+@given(records())
+def test_a_record_of_a_journal_from_before_there_were_more_prices_is_read(record):
+    fields = orjson.loads(record.to_json())
+    for name in (*USED[3:], *PRICES[4:]):
+        del fields[name]
+    usage = TokenUsage(*(fields[name] for name in USED[:3]))
+    prices = record.prices
+    if prices is not None:
+        prices = replace(
+            prices, cache_write=prices.input, image=Decimal(0), audio_second=Decimal(0)
+        )
+    former = replace(record, usage=usage, prices=prices)
+    fields["cost"] = format(former.cost, "f")
+    assert read_record(orjson.dumps(fields)) == former
 
 
 def test_a_worked_example():

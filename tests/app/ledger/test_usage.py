@@ -26,8 +26,8 @@ pytestmark = pytest.mark.unit
 
 def test_what_the_route_answers():
     totals = [
-        Total({"model": "m"}, 2, 10, 5, 7, Decimal("0.10")),
-        Total({"model": "n"}, 1, 1, 0, 1, Decimal("0.0000000000000000000000000000001")),
+        Total({"model": "m"}, 2, 10, 5, 7, 1, 2, 3, Decimal("0.10")),
+        Total({"model": "n"}, 1, 1, 0, 1, 0, 0, 4, Decimal("0.0000000000000000000000000000001")),
     ]
     answer = usage_object(totals)
     assert [entry["cost"] for entry in answer["data"]] == [
@@ -41,7 +41,7 @@ def test_what_the_route_answers():
 
 @given(st.lists(st.decimals(0, 10**9, places=30)))
 def test_totals_add_up(costs):
-    whole = add_up(Total({}, 1, 0, 0, 0, cost) for cost in costs)
+    whole = add_up(Total({}, 1, 0, 0, 0, 0, 0, 0, cost) for cost in costs)
     assert Fraction(whole.cost) == sum(map(Fraction, costs))
 
 

@@ -11,7 +11,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, MetaData, Table, insert, inspect, make_url, text
 
+from app.core.pricing import RateCard, TokenUsage
+from app.ledger.record import PRICES, USED
 from app.ledger.record_store import RecordStore, Wanted
+from app.ledger.usage import add_up
 from app.store import migrations
 from app.store.database import StoreAway, StoreTooSlow, connect, migrate, translated
 from app.store.schema import metadata, usage_records
@@ -50,7 +53,7 @@ def test_records_from_before_estimates_and_preemptions_were_counted(engine, monk
     monkeypatch.setattr(command, "upgrade", lambda config, _: upgrade(config, "0001"))
     migrate(engine)
     monkeypatch.undo()
-    new = {"usage_estimated", "preemptions", "ingress"}
+    new = {"usage_estimated", "preemptions", "ingress", *USED[3:], *PRICES[4:]}
     record, columns = completed(), [c for c in usage_records.c if c.name not in new]
     values = {**record.to_fields(), "day": record.origin.arrived.date()}
     with engine.begin() as connection:
@@ -68,6 +71,38 @@ def test_records_from_before_estimates_and_preemptions_were_counted(engine, monk
     assert store.spent(spend) == {"": 2 * record.cost}
     found = list(store.each(Wanted()))
     assert {(one.usage_estimated, one.preemptions) for one in found} == {(False, None)}
+
+
+def test_spend_from_before_there_were_more_prices_is_kept(engine, monkeypatch):
+    upgrade = command.upgrade
+    monkeypatch.setattr(command, "upgrade", lambda config, _: upgrade(config, "0007"))
+    migrate(engine)
+    monkeypatch.undo()
+    new = {*USED[3:], *PRICES[4:]}
+    former = [column for column in usage_records.c if column.name not in new]
+    table = Table("usage_records", MetaData(), *map(copy, former))
+    record = completed()
+    values = {**record.to_fields(), "day": record.origin.arrived.date()}
+    values = {name: value for name, value in values.items() if name not in new}
+
+    def write_as_formerly(request_id):
+        with engine.begin() as connection:
+            connection.execute(insert(table), values | {"request_id": request_id})
+
+    write_as_formerly("of then")
+    store = RecordStore(engine)
+    spend = Budget(Owner.KEY, record.origin.key_id, Period.TOTAL, Decimal(1)).at(NOON.date())
+    assert store.spent(spend) == {"": record.cost}
+    write_as_formerly("of an old ingress")
+    card = RateCard(input=1, output=2, cache_write=3, image="0.5", audio_second="0.25")
+    usage = TokenUsage(100, 20, 10, 30, 2, 7)
+    dear = [completed(card=card, usage=usage), completed(card=card, usage=usage)]
+    store.add([one.to_json() for one in dear])
+    assert store.spent(spend) == {"": 2 * record.cost + 2 * dear[0].cost}
+    assert {one.cost for one in store.each(Wanted())} == {record.cost, dear[0].cost}
+    assert add_up(store.totals(Wanted(), [])).cost == 2 * record.cost + 2 * dear[0].cost
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM spend")).scalar() == 2
 
 
 def copy(column):

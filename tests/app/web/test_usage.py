@@ -204,7 +204,15 @@ DAY = date(2026, 11, 1)
 TOTALS = st.lists(
     st.builds(
         lambda day, tier, cost: Total(
-            {"day": (DAY + timedelta(days=day)).isoformat(), "tier": tier}, 1, 1, 0, 1, cost
+            {"day": (DAY + timedelta(days=day)).isoformat(), "tier": tier},
+            1,
+            1,
+            0,
+            1,
+            0,
+            0,
+            0,
+            cost,
         ),
         st.integers(0, 9),
         st.sampled_from([*(tier.value for tier in Tier), None]),

@@ -403,7 +403,8 @@ def test_vllm_chunks_have_vllms_fields(vllm: Engine) -> None:
     assert final["choices"][0]["finish_reason"] == "length"
     assert final["usage"]["total_tokens"] == 7
     assert usage["choices"] == []
-    assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    details = {"cached_tokens": 0, "created_cache_tokens": 0}
+    assert usage["usage"]["prompt_tokens_details"] == details
     assert done == "[DONE]"
     assert not any("service_tier" in chunk for chunk in (role, first, final, usage))
 

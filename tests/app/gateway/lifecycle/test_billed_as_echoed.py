@@ -108,14 +108,15 @@ def check_cost(record):
     """Tokens x prices x multiplier, by an arithmetic that raises where it would round."""
     if record["served_tier"] is None:
         return
-    fresh = record["prompt_tokens"] - record["cached_tokens"]
+    fresh = record["prompt_tokens"] - record["cached_tokens"] - record["cache_write_tokens"]
     with localcontext(EXACT):
         at_default = (
             fresh * Decimal(record["input_price"])
             + record["cached_tokens"] * Decimal(record["cached_input_price"])
+            + record["cache_write_tokens"] * Decimal(record["cache_write_price"])
             + record["completion_tokens"] * Decimal(record["output_price"])
-        )
-        assert Decimal(record["cost"]) == at_default * Decimal(record["multiplier"]) / 10**6
+        ) / 10**6 + record["images"] * Decimal(record["image_price"])
+        assert Decimal(record["cost"]) == at_default * Decimal(record["multiplier"])
 
 
 def check_price(world, seen, record):
@@ -138,6 +139,8 @@ def check_price(world, seen, record):
     assert Decimal(record["input_price"]) == prices.input
     assert Decimal(record["cached_input_price"]) == prices.cached_input
     assert Decimal(record["output_price"]) == prices.output
+    assert Decimal(record["cache_write_price"]) == prices.cache_write
+    assert Decimal(record["image_price"]) == (card.image or 0)
     factors = card.multipliers
     factor = {"priority": factors.priority, "default": Decimal(1), "flex": factors.flex}
     assert Decimal(record["multiplier"]) == factor[record["served_tier"]]
