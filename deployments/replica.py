@@ -30,12 +30,13 @@ from app.contracts.launch import LaunchPlan
 from app.contracts.start import PoolStart, StartFailure
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Route
+from app.protocol.json_body.spliced import Spliced
 from app.ray_compat.notes import post
 from app.ray_compat.serve_logs import replica_log
 from app.ray_compat.serve_port import keep_on_loopback
 from app.upstream.http1 import ConnectionLost
 from app.upstream.pool import fetch
-from deployments.engines.base import NO_HEADERS, EngineFacts, Launch
+from deployments.engines.base import NO_HEADERS, EngineFacts, Launch, silent_recording
 from deployments.engines.registry import adapter_named
 from deployments.hosting.drain import count_connections
 from deployments.hosting.guard import LOOPBACK, EngineGuard, GuardFailed, needs_guard
@@ -107,6 +108,10 @@ class LocalEngine:
         """Return the status and the parsed body of a POST; see ``EngineHttp``."""
         return await self._request("POST", path, orjson.dumps(body), authorized, headers)
 
+    async def post_form(self, path: str, form: Spliced) -> tuple[int, Any]:
+        """Return the status and the parsed body of a POST of a form; see ``EngineHttp``."""
+        return await self._request("POST", path, form, True)
+
     async def get_text(self, path: str) -> tuple[int, str]:
         """Return the status and the text of a GET.
 
@@ -129,7 +134,7 @@ class LocalEngine:
         self,
         method: str,
         path: str,
-        body: bytes | None,
+        body: bytes | Spliced | None,
         authorized: bool,
         headers: Mapping[str, str] = NO_HEADERS,
     ) -> tuple[int, Any]:
@@ -279,9 +284,14 @@ class EngineReplica:
         if replica_id != self._status.replica_id:
             return
         probed = probe_route(Route(route))
-        request = probe_request(self._launch.served_name, probed, self._facts.dialect)
+        name = self._launch.served_name
         try:
-            hangs = await self._probe.run(partial(self._http.post_json, probed.path, request))
+            if probed.is_form:
+                ask = partial(self._http.post_form, probed.path, silent_recording(name))
+                hangs = await self._probe.run(ask)
+            else:
+                request = probe_request(name, probed, self._facts.dialect)
+                hangs = await self._probe.run(partial(self._http.post_json, probed.path, request))
         except ConnectionLost:
             return  # the engine has ended: `status` and `check_health` see that by themselves
         if hangs:

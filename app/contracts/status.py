@@ -13,7 +13,7 @@ from enum import StrEnum
 from app.config.model import ModelSettings, TierSettings
 from app.contracts.grown import set_grown_state
 from app.contracts.start import PoolStart, StartFailure
-from app.core.dialect import Dialect, Route
+from app.core.dialect import AUDIO_ROUTES, Dialect, Route
 from app.core.tiers import Tier
 
 
@@ -200,8 +200,18 @@ class ModelSnapshot:
         """Return the routes on which some ready engine has an adapter; empty: that it has."""
         dialects = [one.dialect for one in self.replicas]
         return tuple(
-            route for route in Route if any(one.serves(route, adapter) for one in dialects)
+            route
+            for route in Route
+            if any(one.serves(route, adapter) for one in dialects)
+            and self.has_prices_for(route, adapter)
         )
+
+    def has_prices_for(self, route: Route, adapter: str) -> bool:
+        """Return whether the rate card of an adapter, or of the model, says what a route costs.
+
+        Recordings are billed by the second. Without a price of a second they would be free.
+        """
+        return route not in AUDIO_ROUTES or self.settings.rate_card_of(adapter).prices_audio
 
     def adapter(self, name: str) -> str:
         """Return the adapter that a name stands for; empty if it stands for the model itself."""

@@ -37,6 +37,8 @@ class Route(StrEnum):
     """The classes of texts."""
     POOLING = "pooling"
     """The vectors of a pooling model, as it makes them."""
+    TRANSCRIPTIONS = "audio/transcriptions"
+    """The text of a recording. The request is a form with a file, and not JSON."""
 
     @property
     def path(self) -> str:
@@ -61,6 +63,16 @@ class Route(StrEnum):
         return self is _CHAT or self is _COMPLETIONS or self is _RESPONSES or self is _MESSAGES
 
     @property
+    def is_form(self) -> bool:
+        """Whether a request is a form with a file (``multipart/form-data``) instead of JSON."""
+        return self is _TRANSCRIPTIONS
+
+    @property
+    def streams(self) -> bool:
+        """Whether an answer can be a stream."""
+        return self.generates or self is _TRANSCRIPTIONS
+
+    @property
     def takes_slot(self) -> bool:
         """Whether the engine runs a sequence for a request; without one, it is not queued."""
         return not (self is _COUNT_TOKENS or self is _TOKENIZE or self is _DETOKENIZE)
@@ -79,10 +91,14 @@ _PROMPT_FIELDS = {
     Route.SCORE: "text_2",
     Route.CLASSIFY: "input",
     Route.POOLING: "input",
+    Route.TRANSCRIPTIONS: "file",
 }
 _CHAT, _COMPLETIONS, _RESPONSES = Route.CHAT, Route.COMPLETIONS, Route.RESPONSES
 _MESSAGES, _COUNT_TOKENS = Route.MESSAGES, Route.COUNT_TOKENS
 _TOKENIZE, _DETOKENIZE = Route.TOKENIZE, Route.DETOKENIZE
+_TRANSCRIPTIONS = Route.TRANSCRIPTIONS
+AUDIO_ROUTES = frozenset({Route.TRANSCRIPTIONS})
+"""The routes of recordings, which are billed by the second; not every engine has them."""
 TOKEN_ROUTES = frozenset({Route.TOKENIZE, Route.DETOKENIZE})
 """The routes to an engine's tokenizer, which not every engine has."""
 MESSAGES_ROUTES = frozenset(route for route in Route if route.is_anthropic)
@@ -95,6 +111,8 @@ GENERATING_ROUTES = frozenset(route for route in OPENAI_ROUTES if route.generate
 """Those of them that a model which generates has."""
 SLOT_ROUTES = frozenset(route for route in Route if route.takes_slot)
 """The routes on which a request takes a slot, and on which priority has a meaning."""
+PRIORITY_ROUTES = SLOT_ROUTES - AUDIO_ROUTES
+"""Those of them on which some engine reads a priority: none does so for recordings."""
 
 
 @dataclass(frozen=True, slots=True)

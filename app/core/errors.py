@@ -289,15 +289,19 @@ class BodyTooLarge(InvalidRequest):
 
 
 class UnsupportedMediaType(InvalidRequest):
-    """The content type of the body is missing, or not JSON."""
+    """The content type of the body is missing, or not the route's: JSON, or ``form`` data."""
 
     status = 415
 
-    def __init__(self, *, given: bool) -> None:
+    def __init__(self, *, given: bool, form: bool = False) -> None:
+        must_be = (
+            "JSON, sent with the header 'Content-Type: application/json' "
+            "(with curl: -H 'Content-Type: application/json')."
+        )
+        if form:
+            must_be = "a form, 'multipart/form-data' (with curl: -F file=@NAME -F model=MODEL)."
         super().__init__(
-            f"{'Unsupported' if given else 'Missing'} Content-Type: the body must be JSON, sent "
-            "with the header 'Content-Type: application/json' "
-            "(with curl: -H 'Content-Type: application/json').",
+            f"{'Unsupported' if given else 'Missing'} Content-Type: the body must be {must_be}",
             code="unsupported_media_type",
         )
 

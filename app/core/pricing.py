@@ -24,6 +24,10 @@ A product of a count of tokens, a price and a multiplier has at most 60 digits; 
 for sums. Python's default of 28 digits would silently round the costs of long prices.
 """
 
+TOKENS_PER_SECOND: Final = 25
+"""What a second of a recording counts against limits of tokens, as Qwen2-Audio encodes it. Engines
+do not tell the tokens of what they transcribe."""
+
 _NOTHING: Final = Decimal(0)
 _ONE: Final = Decimal(1)
 _MAX_PRICE: Final = 1_000_000
@@ -70,6 +74,12 @@ class TokenUsage:
         )
         if not possible:
             raise ValueError(f"impossible token counts: {self}")
+
+    @property
+    def limited_tokens(self) -> int:
+        """How many tokens it counts against limits."""
+        seconds = self.audio_seconds * TOKENS_PER_SECOND
+        return self.prompt_tokens + self.completion_tokens + seconds
 
     @property
     def has_extras(self) -> bool:

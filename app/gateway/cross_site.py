@@ -5,7 +5,8 @@ without a preflight:
 
 - A "simple" cross-origin `POST`, whose content type is one of a form's, or missing. JSON is not
   among them: before a JSON request a browser sends `OPTIONS`, which this API rejects. So JSON
-  routes require a JSON content type (``require_json``).
+  routes require a JSON content type (``require_json``). The routes of forms look at where the
+  request comes from instead (``refuse_senders``).
 - Any request after DNS rebinding, where the page's own name resolves to 127.0.0.1. The browser
   treats such a request as same-origin, and its `Host` header has the page's name. So where no key
   is required, `Host` must be a known name (``HostRule``).
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from app.core import errors
+from app.protocol.form import boundary_of
 
 _JSON: Final = b"application/json"
 _JSON_TYPE: Final = re.compile(rb"application/([a-z0-9!#$&^_.-]+\+)?json")
@@ -39,6 +41,29 @@ def require_json(headers: Mapping[bytes, bytes]) -> None:
     essence = (given or b"").partition(b";")[0].strip(b" \t").lower()
     if not _JSON_TYPE.fullmatch(essence):
         raise errors.UnsupportedMediaType(given=bool(given))
+
+
+def require_form(headers: Mapping[bytes, bytes]) -> None:
+    """Reject a request whose content type is not that of a form with files.
+
+    Raises:
+        UnsupportedMediaType: the content type is missing, or another one.
+    """
+    given = headers.get(b"content-type")
+    if given is None or boundary_of(given) is None:
+        raise errors.UnsupportedMediaType(given=bool(given), form=True)
+
+
+def refuse_senders(headers: Mapping[bytes, bytes]) -> None:
+    """Reject a form that a browser sends for a page of another site: it asks nobody before.
+
+    Clients that are no browsers send neither of the headers.
+
+    Raises:
+        CrossSite: another site has sent it.
+    """
+    if headers.keys() & {b"sec-fetch-site", b"origin"}:
+        require_same_origin(headers)
 
 
 def require_same_origin(headers: Mapping[bytes, bytes]) -> None:

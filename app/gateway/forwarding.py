@@ -8,10 +8,11 @@ from collections.abc import Callable
 from app import alarms
 from app.core import errors
 from app.gateway.metering import Meter
-from app.gateway.response import JSON, SSE, Placement, Reply
+from app.gateway.response import JSON, SSE, TEXT, Placement, Reply
 from app.ledger.record import State
 from app.protocol.requests import Inbound
 from app.protocol.stream import StreamStamper, stamp_answer, stream_stamper
+from app.protocol.transcripts import answers_text
 from app.upstream.client import EngineBroke, StreamedAnswer, UnaryAnswer
 
 
@@ -68,7 +69,8 @@ class Forwarding:
         # The engine is done, so the slot is freed now and not when a slow client has read.
         self._free_slot()
         length = (b"content-length", str(len(body)).encode())
-        await self._reply.start((JSON, length), place)
+        kind = TEXT if answers_text(self._inbound) else JSON
+        await self._reply.start((kind, length), place)
         await self._reply.write(body, more=False)
 
     async def _unless_slow(self, answer: StreamedAnswer, place: Placement) -> None:

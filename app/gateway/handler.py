@@ -74,7 +74,7 @@ class Handler:
             caller = await key_holder(services, headers)
             require_address(services, caller, scope["headers"])
             caller.require_route(self._route)
-            cross_site.require_json(headers)
+            self._require_type(headers)
             with services.bodies.room_for(caller.tenant, services.settings) as room:
                 inbound = await room.read(self._route, headers, receive)
                 inbound = with_start_within(inbound, headers.get(_START_WITHIN))
@@ -86,6 +86,18 @@ class Handler:
             if lifecycle is None:
                 self._refused(reply, caller, error, time.monotonic() - began, context)
             raise
+
+    def _require_type(self, headers: Headers) -> None:
+        """Reject a body of another type than the route's, and a form that another site sends."""
+        if not self._route.is_form:
+            cross_site.require_json(headers)
+            return
+        cross_site.require_form(headers)
+        services = self._services
+        origin = headers.get(b"origin", b"").decode("latin-1").lower()
+        # Where a key is required, another site's page has none.
+        if services.access is None and not services.settings.cors_rule.allows(origin):
+            cross_site.refuse_senders(headers)
 
     def _refused(
         self,

@@ -140,6 +140,8 @@ class Lifecycle:
             error = failed_to_start(name, model.failure_reason)
         elif not model.replicas and model.sleep is None:
             error = not_ready(name)
+        elif not model.has_prices_for(self._inbound.route, self._adapter):
+            error = errors.UnsupportedEndpoint()
         elif model.replicas and not self._is_served():
             # An engine of another pool may have the route.
             error = not_ready(name) if model.pools_to_come else errors.UnsupportedEndpoint()
@@ -516,7 +518,7 @@ class Lifecycle:
 
     def _count_tokens(self) -> int | None:
         usage = self._meter.usage
-        return None if usage is None else usage.prompt_tokens + usage.completion_tokens
+        return None if usage is None else usage.limited_tokens
 
     def _refusal(self, failure: Exception) -> errors.ApiError:
         """Return the error for the client, with the time that the request waited as a header."""

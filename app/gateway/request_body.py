@@ -29,7 +29,12 @@ from app.protocol.content_coding import (
 from app.protocol.json_body.members import Reparsed
 from app.protocol.json_body.parse import LONGEST_SPARSE, LONGEST_WHOLE
 from app.protocol.json_body.scan import Steps
-from app.protocol.requests import Inbound, parse_plain_request, read_long_request
+from app.protocol.requests import (
+    Inbound,
+    parse_plain_request,
+    read_form_request,
+    read_long_request,
+)
 
 Scope = MutableMapping[str, Any]
 Headers = Mapping[bytes, bytes]
@@ -149,8 +154,11 @@ class Room:
         if length is not None:
             self.take(length)
         body = await self._receive_all(receive, length, decoder)
-        if body[:3] == _BYTE_ORDER_MARK:
+        if body[:3] == _BYTE_ORDER_MARK and not route.is_form:
             body = body[3:]
+        if route.is_form:
+            content_type = headers.get(b"content-type", b"")
+            return await self._bodies.in_turns(read_form_request(route, content_type, body))
         inbound = None
         if isinstance(body, bytes) and len(body) <= LONGEST_WHOLE:
             inbound = parse_plain_request(route, body)

@@ -18,11 +18,13 @@ from app.core.pricing import TokenUsage, cost
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier, TierReason, UnknownTierError, parse_requested
 from app.protocol import anthropic, engine_errors
+from app.protocol.form import Form, read_form
 from app.protocol.json_body.members import LONGEST_KEPT_PARSED, Members, Reparsed
 from app.protocol.json_body.parse import LONGEST_WHOLE, is_sparse, parse_plain, scan_object
 from app.protocol.json_body.scan import Steps, run
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.prompt_prefix import named_prefix, prompt_prefix
+from app.protocol.recording import engine_form, estimate_recording, fields_of
 from app.protocol.sse import Event
 from app.protocol.start_within import (
     start_within_of_fields,
@@ -79,6 +81,8 @@ class Inbound:
         sequences: how many sequences an engine runs for it, at least 1: prompts times choices, or
             inputs. A value that is no such thing counts as 1, and engines reject it.
         images: how many images its prompt has, if they are billed (``app.protocol.images``).
+        form: the form that the request is, on a route of forms; ``fields`` are its texts.
+        recording_s: about how many seconds its recording has; 0 without one.
     """
 
     route: Route
@@ -100,6 +104,8 @@ class Inbound:
     start_within_s: float | None = None
     start_within_tier: Tier = Tier.DEFAULT
     images: int = 0
+    form: Form | None = None
+    recording_s: int = 0
 
     @property
     def wants_usage(self) -> bool:
@@ -139,6 +145,21 @@ def _plain_inbound(route: Route, body: bytes, fields: dict[str, Any]) -> Inbound
     tokens = estimate_tokens(route, fields, len(body))
     kept = fields if len(body) <= LONGEST_KEPT_PARSED else Reparsed(body, fields)
     return _inbound(route, fields, kept, len(body), prefix, tokens)
+
+
+def read_form_request(
+    route: Route, content_type: bytes, body: bytes | memoryview
+) -> Steps[Inbound]:
+    """Read a form with a file, yielding every few milliseconds.
+
+    Raises:
+        InvalidRequest: it is no such form, or a field that Frontline uses is invalid.
+    """
+    form = yield from read_form(content_type, body, route.prompt_field)
+    fields = fields_of(form)
+    seconds, tokens = estimate_recording(form.file)
+    inbound = _inbound(route, fields, fields, len(body), None, tokens)
+    return replace(inbound, form=form, recording_s=seconds)
 
 
 def read_long_request(route: Route, body: bytes | memoryview) -> Steps[Inbound]:
@@ -196,7 +217,7 @@ def _inbound(
         kept,
         model,
         word.tier,
-        _flag(fields, "stream") and route.generates,
+        _flag(fields, "stream") and route.streams,
         _stream_options(fields),
         _flag(fields, "fail_fast"),
         length,
@@ -287,6 +308,8 @@ def rewrite_request(
 
     Values that are kept as bytes pass through unchanged.
     """
+    if inbound.form is not None:
+        return engine_form(inbound.form, model_id, FRONTLINE_FIELDS, inbound.fields)
     accepted = dialect.accepted_fields.get(inbound.route)
     fields: dict[str, Any] = {}
     source = inbound.fields

@@ -22,6 +22,7 @@ from app.protocol.events import BROKEN_OFF, EventStamper, error_event, event_of,
 from app.protocol.messages import MessagesStamper, stamp_message
 from app.protocol.requests import Inbound, stamp
 from app.protocol.sse import DONE, Event
+from app.protocol.transcripts import stamp_transcript
 from app.protocol.usage import (
     NOT_BILLED,
     Count,
@@ -29,6 +30,7 @@ from app.protocol.usage import (
     choice_text_size,
     count_answer,
     read_usage,
+    recording_used,
     text_size,
     usage_fields,
 )
@@ -68,6 +70,8 @@ def stream_stamper(inbound: Inbound, decision: TierDecision) -> StreamStamper:
         return MessagesStamper(inbound, decision)
     if inbound.route is Route.RESPONSES:
         return ResponsesStamper(inbound, decision)
+    if inbound.route is Route.TRANSCRIPTIONS:
+        return TranscriptStamper(inbound, decision)
     return ChunkStamper(inbound, decision)
 
 
@@ -217,6 +221,26 @@ class ChunkStamper:
         return b"".join((*self._release(self._shown_usage()), error))
 
 
+class TranscriptStamper(ChunkStamper):
+    """Stamps the chunks of a transcript.
+
+    Engines tell tokens on a stream, if anything, and not the seconds that are billed. The length of
+    the recording is known from the beginning: see ``app.protocol.recording``.
+    """
+
+    def __init__(self, inbound: Inbound, decision: TierDecision) -> None:
+        super().__init__(inbound, decision)
+        self._splicer = None
+        self._counted = recording_used(inbound.recording_s, estimated=True)
+
+    @property
+    def odd_usage(self) -> bool:
+        return False
+
+    def counted(self) -> Counted:
+        return self._counted
+
+
 class ResponsesStamper(EventStamper):
     """Stamps the events of the Responses route that contain the response object."""
 
@@ -290,6 +314,8 @@ def stamp_answer(body: bytes, inbound: Inbound, decision: TierDecision) -> tuple
         if not inbound.route.takes_slot:
             # Nothing was generated, and nothing is billed.
             return _without_tokens(body, inbound.route), NOT_BILLED
+        if inbound.route is Route.TRANSCRIPTIONS:
+            return stamp_transcript(body, inbound, decision)
         answer = orjson.loads(body)
         images = inbound.images
         counted = count_answer(answer, inbound.route, inbound.expected_prompt_tokens, images)

@@ -13,10 +13,11 @@ An estimate never replaces a possible count, and it never lowers one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-from app.core.dialect import Route
+from app.core.dialect import AUDIO_ROUTES, Route
 from app.core.pricing import TokenUsage
 from app.protocol import anthropic
 
@@ -27,6 +28,8 @@ _BYTES_PER_TOKEN: Final = 5
 _NOT_TEXT: Final = frozenset(
     {"role", "type", "id", "call_id", "status", "logprobs", "annotations", "signature"}
 )
+_DURATION: Final = "duration"
+"""The type of a ``usage`` of seconds, as OpenAI names it."""
 _CACHED: Final = ("cached_tokens",)
 _WRITTEN: Final = ("cache_write_tokens", "created_cache_tokens", "cache_creation_tokens")
 """OpenAI's name, which vLLM has on responses; vLLM's own on other routes; and LiteLLM's."""
@@ -57,6 +60,22 @@ class Reported(NamedTuple):
     completion: int | None
     odd: bool
     written: int = 0
+
+
+def recording_used(seconds: int, *, estimated: bool) -> Counted:
+    """Return what the transcription of a recording is billed for: its seconds alone."""
+    return Counted(TokenUsage(0, 0, 0, audio_seconds=seconds), estimated)
+
+
+def told_seconds(answer: Mapping[str, Any]) -> int | None:
+    """Return how many seconds an engine says a recording has; ``None`` if none that can be."""
+    usage = answer.get("usage")
+    seconds = usage.get("seconds") if isinstance(usage, dict) else None
+    told: object
+    for told in (seconds, answer.get("duration")):
+        if isinstance(told, int | float) and told is not True and 0 < told <= MOST_TOKENS:
+            return math.ceil(told)
+    return None
 
 
 class Count:
@@ -182,6 +201,9 @@ def choice_text_size(choice: object) -> int:
 def usage_fields(counted: Counted, route: Route) -> dict[str, Any]:
     """Return a ``usage`` object in a route's format, for tokens that the engine did not report."""
     usage, estimated = counted
+    if route in AUDIO_ROUTES:
+        fields: dict[str, Any] = {"type": _DURATION, "seconds": usage.audio_seconds}
+        return fields | ({"usage_estimated": True} if estimated else {})
     if route.is_anthropic:
         return anthropic.usage_fields(usage) | ({"usage_estimated": True} if estimated else {})
     prompt, completion = usage.prompt_tokens, usage.completion_tokens
@@ -204,6 +226,8 @@ def read_usage(usage: object, images: int = 0) -> TokenUsage | None:
     """
     if not isinstance(usage, dict):
         return None
+    if usage.get("type") == _DURATION and (seconds := told_seconds({"usage": usage})) is not None:
+        return TokenUsage(0, 0, 0, audio_seconds=seconds)
     reported = _read(usage)
     if reported.prompt is None or reported.completion is None:
         return None

@@ -18,7 +18,7 @@ from app.contracts.status import ReplicaStatus
 from app.core import errors
 from app.core.dialect import Route
 from app.protocol import engine_errors
-from app.protocol.json_body.spliced import Spliced
+from app.protocol.json_body.spliced import JSON_TYPE, Spliced
 from app.protocol.requests import is_preamble, stream_error
 from app.protocol.sse import comments, parse_block
 from app.upstream.http1 import ConnectionLost, Response, request_head
@@ -225,7 +225,10 @@ class EngineClient:
             ApiError: the engine rejected the request.
         """
         url = replica.base_url
-        own = b"x-request-id: %b\r\ncontent-length: %d\r\n" % (request_id.encode(), len(body))
+        kind = body.content_type if isinstance(body, Spliced) else JSON_TYPE
+        own = b"content-type: %b\r\nx-request-id: %b\r\ncontent-length: %d\r\n" % (
+            kind, request_id.encode(), len(body),
+        )  # fmt: skip
         head = _head(route, url, replica.key) + headers + own + trace + b"\r\n"
         pulse = self._pulses.get(replica.replica_id)
         if pulse is None:
@@ -257,7 +260,7 @@ class EngineClient:
 @lru_cache(1024)
 def _head(route: Route, base_url: str, key: str) -> bytes:
     """Return the part of the request head that is the same for all requests to a route."""
-    return request_head("POST", route.path, base_url, key) + b"content-type: application/json\r\n"
+    return request_head("POST", route.path, base_url, key)
 
 
 async def _read_whole(response: Response, route: Route, pulse: _Pulse) -> UnaryAnswer:

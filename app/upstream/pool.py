@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
+from app.protocol.json_body.spliced import JSON_TYPE, Spliced
 from app.upstream.http1 import (
     Body,
     ConnectionLost,
@@ -113,7 +114,7 @@ async def fetch(
     path: str,
     *,
     key: str | None = None,
-    json: bytes | None = None,
+    json: bytes | Spliced | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, bytes]:
     """Send one request over a new connection; return the answer's status and body.
@@ -123,7 +124,7 @@ async def fetch(
         method: the HTTP method.
         path: the path, with its leading slash.
         key: a bearer token.
-        json: the body.
+        json: the body; ``Spliced`` says itself what it is.
         headers: further headers.
 
     Raises:
@@ -133,7 +134,8 @@ async def fetch(
     head = request_head(method, path, base_url, key) + b"connection: close\r\n"
     head += b"".join(f"{name}: {value}\r\n".encode() for name, value in (headers or {}).items())
     if json is not None:
-        head += b"content-type: application/json\r\ncontent-length: %d\r\n" % len(json)
+        kind = json.content_type if isinstance(json, Spliced) else JSON_TYPE
+        head += b"content-type: %b\r\ncontent-length: %d\r\n" % (kind, len(json))
     connection = await _connect(base_url)
     try:
         response = await connection.send(head + b"\r\n", json or b"", _LONGEST_PAUSE_S)

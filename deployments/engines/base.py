@@ -7,6 +7,7 @@ To add an engine, add one module with a subclass of ``EngineAdapter`` and one li
 from __future__ import annotations
 
 import json
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ from app.core.dialect import (
 )
 from app.core.settings import Problem, SettingsError
 from app.core.tiers import Tier
+from app.protocol.form import Form
+from app.protocol.json_body.spliced import Spliced
+from app.protocol.recording import FORMAT, engine_form
 from deployments.engines.lora import LoraAdapter, listed_loras
 from deployments.engines.metrics import EngineMetric
 from deployments.engines.needs import EngineNeeds
@@ -173,6 +177,10 @@ class EngineHttp(Protocol):
 
         ``headers`` are sent in addition to those that every request has.
         """
+        ...
+
+    async def post_form(self, path: str, form: Spliced) -> tuple[int, Any]:
+        """Return the same of a POST of a form."""
         ...
 
 
@@ -329,6 +337,26 @@ async def serves_tokens(http: EngineHttp, served_name: str) -> bool:
             asked = {"model": served_name, Route.DETOKENIZE.prompt_field: tokens}
             status, _ = await http.post_json(Route.DETOKENIZE.path, asked)
             return status == 200
+    return False
+
+
+def silent_recording(served_name: str) -> Spliced:
+    """Return the form of a request to transcribe half a second of silence."""
+    samples = bytes(16_000)
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 16_000,
+        32_000, 2, 16, b"data", len(samples),
+    )  # fmt: skip
+    form = Form({}, memoryview(head + samples), "silence.wav", "audio/wav")
+    return engine_form(form, served_name, frozenset(), {FORMAT: "json"})
+
+
+async def serves_transcriptions(http: EngineHttp, served_name: str) -> bool:
+    """Return whether an engine transcribes a recording, and tells its length."""
+    path = Route.TRANSCRIPTIONS.path
+    match await http.post_form(path, silent_recording(served_name)):
+        case (200, {"text": str(), "usage": {"seconds": int(seconds)}}):
+            return seconds > 0
     return False
 
 

@@ -10,7 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from app.core.dialect import POOLED_ROUTES, SLOT_ROUTES, Dialect, Route
+from app.core.dialect import POOLED_ROUTES, Dialect, Route
+from app.core.dialect import PRIORITY_ROUTES as ALL_PRIORITY_ROUTES
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -37,7 +38,7 @@ TRIED: Final = TriedVersions("0.5.23", "0.6")
 _MEMORY_SHARE: Final = 0.85
 """SGLang computes its own from the GPU, the batch and the graphs; this is on the safe side."""
 
-PRIORITY_ROUTES: Final = SLOT_ROUTES - POOLED_ROUTES - {Route.RESPONSES}
+PRIORITY_ROUTES: Final = ALL_PRIORITY_ROUTES - POOLED_ROUTES - {Route.RESPONSES}
 """SGLang's Responses route accepts a priority and ignores it."""
 
 ADAPTER_FIELD: Final = "lora_path"

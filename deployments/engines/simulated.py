@@ -11,13 +11,16 @@ import orjson
 
 from app.contracts.status import Preempted
 from app.core.dialect import (
+    AUDIO_ROUTES,
     MESSAGES_ROUTES,
     OPENAI_ROUTES,
     POOLED_ROUTES,
-    SLOT_ROUTES,
     TOKEN_ROUTES,
     Dialect,
     Route,
+)
+from app.core.dialect import (
+    PRIORITY_ROUTES as ALL_PRIORITY_ROUTES,
 )
 from app.core.tiers import Tier
 from deployments.engines.base import (
@@ -52,8 +55,8 @@ _INSIDE: Final = Path(__file__).resolve().parent / "inside"
 _HIGH_FIRST: Final = {tier: -value for tier, value in LOW_FIRST.items()}
 
 _PRIORITY_ROUTES: Final = {
-    DialectName.VLLM: SLOT_ROUTES,
-    DialectName.SGLANG: SLOT_ROUTES - POOLED_ROUTES - {Route.RESPONSES},
+    DialectName.VLLM: ALL_PRIORITY_ROUTES,
+    DialectName.SGLANG: ALL_PRIORITY_ROUTES - POOLED_ROUTES - {Route.RESPONSES},
     DialectName.TENSORRT_LLM: PRIORITY_ROUTES,
 }
 
@@ -161,6 +164,8 @@ def _dialect(report: dict[str, Any]) -> Dialect:
     in_force = report["policy"] == Policy.PRIORITY and "priority" not in lacking
     fields = {route: names - lacking for route, names in CLIENT_FIELDS.items()}
     routes = _routes(name, embeds=bool(report["settings"]["embedding_dimensions"]))
+    if report["settings"]["transcribes"]:
+        routes |= AUDIO_ROUTES
     return Dialect(
         engine=f"simulated-{name.replace('_', '-')}",
         simulated=True,

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.contracts.status import Preempted
-from app.core.dialect import OPENAI_ROUTES, SLOT_ROUTES, Dialect, Route
+from app.core.dialect import (
+    AUDIO_ROUTES,
+    GENERATING_ROUTES,
+    OPENAI_ROUTES,
+    PRIORITY_ROUTES,
+    Dialect,
+    Route,
+)
 from deployments.engines.base import (
     LOW_FIRST,
     METERED_STREAM,
@@ -26,6 +33,7 @@ from deployments.engines.base import (
     proved_routes,
     refuse_reserved,
     render_flags,
+    serves_transcriptions,
     stay_on_loopback,
 )
 from deployments.engines.lora import highest_rank
@@ -166,7 +174,7 @@ class Vllm(EngineAdapter):
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
         prioritized = launch.engine_args.get("scheduling_policy", _POLICY) == _POLICY
-        return SLOT_ROUTES if prioritized else frozenset()
+        return PRIORITY_ROUTES if prioritized else frozenset()
 
     def _is_to_preempt(self, launch: Launch) -> bool:
         return launch.preemption and bool(self.priority_routes(launch))
@@ -180,6 +188,10 @@ class Vllm(EngineAdapter):
         prioritized = facts.get("scheduling_policy") == _POLICY
         generates = facts.get("runner") != _EMBEDS
         routes, pooled = await proved_routes(http, launch.served_name, generates=generates)
+        if generates and await serves_transcriptions(http, launch.served_name):
+            routes |= AUDIO_ROUTES
+            if not await _completes(http, launch.served_name):
+                routes, generates = routes - GENERATING_ROUTES, False
         header = facts.get("messages_priority_header") if Route.MESSAGES in routes else None
         by_priority = OPENAI_ROUTES | pooled
         if isinstance(header, str):
@@ -208,6 +220,13 @@ class Vllm(EngineAdapter):
         schedulers = facts.get("preemption") if status == 200 and isinstance(facts, dict) else None
         # Null: a scheduler did not answer, which says nothing about whether it preempts.
         return _report(schedulers) if isinstance(schedulers, list) and schedulers else None
+
+
+async def _completes(http: EngineHttp, served_name: str) -> bool:
+    """Return whether a model that transcribes generates text, too: one like Whisper does not."""
+    asked = {"model": served_name, Route.COMPLETIONS.prompt_field: "Hi", "max_tokens": 1}
+    status, _ = await http.post_json(Route.COMPLETIONS.path, asked)
+    return status == 200
 
 
 def _preempts(schedulers: object) -> bool:

@@ -38,9 +38,15 @@ from deployments.simulator.requests import (
 )
 from deployments.simulator.responses import ResponsesAnswer, ResponsesWriter
 from deployments.simulator.settings import InjectedFailures, RequestFailure
+from deployments.simulator.transcripts import (
+    TranscriptionBody,
+    TranscriptWriter,
+    form_values,
+    transcript,
+)
 from deployments.simulator.wire import Wire
 
-_Whole = ResponsesAnswer | MessagesAnswer
+_Whole = ResponsesAnswer | MessagesAnswer | TranscriptionBody
 _STREAM_FAILURES: Final = {RequestFailure.TRUNCATE, RequestFailure.TRUNCATE_CLEANLY}
 """Failures that affect only streams; other requests are answered."""
 
@@ -74,7 +80,7 @@ class Inference:
             failure = self.engine.failure_of(number)
             if failure is not None and not failure.after_tokens:
                 await _fail_at_once(exchange, failure)
-            values = self._read(route, body)
+            values = self._read(route, body, exchange)
             priority = self.wire.priority(route, values, exchange.headers)
             call = Call(exchange, route, number, values, priority, failure)
             if not route.takes_slot:
@@ -96,10 +102,14 @@ class Inference:
         """Answer with an error."""
         await exchange.answer(error.status, orjson.dumps(self.wire.refused(error, route)))
 
-    def _read(self, route: Route, body: bytes) -> dict[str, Any]:
+    def _read(self, route: Route, body: bytes, exchange: HttpExchange) -> dict[str, Any]:
+        settings = self.engine.settings
+        if route.is_form:
+            if not settings.transcribes:
+                raise RefusedError(404, "Not Found", "Not Found")
+            return form_values(exchange.headers.get(b"content-type", b""), body)
         values = parse_json(body)
         self.wire.check_fields(route, values)
-        settings = self.engine.settings
         embeds = route is Route.EMBEDDINGS or route in RANKING_ROUTES
         if not (settings.embedding_dimensions if embeds else settings.generates):
             raise RefusedError(404, "Not Found", "Not Found")
@@ -201,6 +211,9 @@ class Inference:
             id_ = self.wire.message_id(self._id(call, None))
             reply = GeneratedReply(id_, created, model, tokens, cached, choices, wish)
             return reply, MessagesAnswer(reply, whole_usage=self.wire.whole_messages_usage)
+        if isinstance(body, TranscriptionBody):
+            id_ = self._id(call, None)
+            return GeneratedReply(id_, created, model, tokens, cached, choices, wish), body
         if not isinstance(body, ResponsesBody):
             id_ = self._id(call, body.request_id)
             return GeneratedReply(id_, created, model, tokens, cached, choices, wish), None
@@ -212,6 +225,8 @@ class Inference:
     def _writer(self, route: Route, reply: GeneratedReply, whole: _Whole | None) -> StreamWriter:
         if isinstance(whole, MessagesAnswer):
             return MessagesWriter(whole)
+        if isinstance(whole, TranscriptionBody):
+            return TranscriptWriter(reply)
         if whole is not None:
             return ResponsesWriter(whole)
         if route is Route.CHAT:
@@ -227,7 +242,9 @@ class Inference:
             await self._fail(call, run, failure, streams=False)
         await run.advance(reply.steps)
         run.finish()
-        if whole is not None:
+        if isinstance(whole, TranscriptionBody):
+            answer = transcript(whole, reply)
+        elif whole is not None:
             answer = whole.finished()
         elif call.route is Route.CHAT:
             answer = self.wire.chat(reply)

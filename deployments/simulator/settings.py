@@ -109,6 +109,8 @@ class SimulatedSettings(Settings):
     """Whether it answers chat completions, completions and responses. Most models do."""
     embedding_dimensions: int = Field(default=0, ge=0, le=65536)
     """The length of its embeddings. 0: it makes none, as most models."""
+    transcribes: bool = False
+    """Whether it transcribes recordings, as vLLM does with some models; of other dialects none."""
     cached_blocks: int = Field(default=4096, ge=0)
     """How many blocks of 16 prompt tokens its prefix cache holds; the least recently used go first.
     0: none. 4096 blocks outlast the conversations of a test and cost little memory."""
@@ -139,6 +141,8 @@ class SimulatedSettings(Settings):
     def _does_something(self) -> Self:
         if not self.generates and not self.embedding_dimensions:
             raise ValueError("an engine that does not generate needs 'embedding_dimensions'")
+        if self.transcribes and self.dialect is not DialectName.VLLM:
+            raise ValueError("only 'dialect: vllm' transcribes")
         if self.preemption and self.dialect is DialectName.TENSORRT_LLM:
             raise ValueError("'preemption': TensorRT-LLM does not preempt by priority")
         if self.lacking_fields and self.dialect is not DialectName.TENSORRT_LLM:

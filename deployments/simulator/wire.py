@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import orjson
 
 from app.contracts.traffic import Histogram
-from app.core.dialect import POOLED_ROUTES, Route
+from app.core.dialect import AUDIO_ROUTES, POOLED_ROUTES, Route
 from deployments.simulator import OWNER
 from deployments.simulator.chunks import DONE, StreamWriter, event
 from deployments.simulator.generation import GeneratedReply
@@ -39,6 +39,7 @@ from deployments.simulator.requests import (
     read,
 )
 from deployments.simulator.settings import SimulatedSettings
+from deployments.simulator.transcripts import TranscriptionBody
 
 Headers = Mapping[bytes, bytes]
 """A request's headers by lower-case name; the last one if a name is repeated."""
@@ -65,7 +66,7 @@ class Wire(ABC):
     default_limit: ClassVar[int | None] = COMPLETION_LIMIT
     """The length of a completion without a limit; ``None``: the engine's default."""
 
-    routes: ClassVar[frozenset[Route]] = frozenset(Route) - POOLED_ROUTES
+    routes: ClassVar[frozenset[Route]] = frozenset(Route) - POOLED_ROUTES - AUDIO_ROUTES
     """The routes that it has."""
     detokenized: ClassVar[str] = "prompt"
     """The field of the text that tokens stand for."""
@@ -125,8 +126,11 @@ class Wire(ABC):
 
     def read_generation(
         self, route: Route, values: Mapping[str, Any]
-    ) -> tuple[GenerationBody | ResponsesBody | MessagesBody, Wish]:
+    ) -> tuple[GenerationBody | ResponsesBody | MessagesBody | TranscriptionBody, Wish]:
         """Return a generation request, parsed, and what to generate."""
+        if route is Route.TRANSCRIPTIONS:
+            spoken = read(TranscriptionBody, values)
+            return spoken, spoken.wish()
         if route is Route.MESSAGES:
             return self._read_messages(values)
         if route is Route.CHAT:

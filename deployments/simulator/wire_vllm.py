@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from app.core.dialect import Route
+from app.core.dialect import AUDIO_ROUTES, Route
 from deployments.simulator import VERSION
 from deployments.simulator.chunks import (
     DONE,
@@ -42,7 +42,7 @@ class VllmWire(Wire):
     headers_before_first_token: ClassVar[bool] = True
     keeps_request_id: ClassVar[bool] = True
     echoes_service_tier: ClassVar[bool] = True
-    routes: ClassVar[frozenset[Route]] = Wire.routes | RANKING_ROUTES
+    routes: ClassVar[frozenset[Route]] = Wire.routes | RANKING_ROUTES | AUDIO_ROUTES
 
     def priority(self, route: Route, values: Mapping[str, Any], headers: Headers) -> float:
         if route is Route.MESSAGES:

@@ -24,6 +24,7 @@ class Can(StrEnum):
     RESPOND = "answer /v1/responses"
     MESSAGE = "answer /v1/messages, and turn text into tokens"
     RANK = "rank texts by their embeddings"
+    TRANSCRIBE = "transcribe recordings"
     CALL_TOOLS = "call the function that a request demands"
     FOLLOW_SCHEMAS = "answer in the JSON that a schema demands"
     REFUSE_LONG_ANSWERS = "refuse a max_tokens beyond its context instead of cutting it"
@@ -88,9 +89,9 @@ def _sglang_is_free(engine: httpx.Client) -> bool:
     )
 
 
-# Whether it makes embeddings is the model's matter.
-_REAL = frozenset(Can) - {Can.TELL, Can.EMBED}
-_SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED}
+# Whether it makes embeddings or transcribes is the model's matter.
+_REAL = frozenset(Can) - {Can.TELL, Can.EMBED, Can.TRANSCRIBE}
+_SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED, Can.TRANSCRIBE}
 
 _SIMULATION_OF: dict[str, Any] = {
     "running": _simulated("running"),
@@ -167,7 +168,9 @@ class Subject:
 
     @property
     def can(self) -> frozenset[Can]:
-        return self.engine.can | ({Can.EMBED} if self.embedding_model else set())
+        transcribes = self.pool.get("engine_args", {}).get("transcribes", False)
+        more = {Can.EMBED: bool(self.embedding_model), Can.TRANSCRIBE: transcribes}
+        return self.engine.can | {ability for ability, has in more.items() if has}
 
     def app(self) -> dict[str, Any]:
         """The model's application in a Serve config file."""
@@ -184,7 +187,12 @@ class Subject:
                 {
                     "name": "Model",
                     "user_config": {
-                        "rate_card": {"input": 1, "cached_input": 0.5, "output": 2},
+                        "rate_card": {
+                            "input": 1,
+                            "cached_input": 0.5,
+                            "output": 2,
+                            "audio_second": 0.001,
+                        },
                     },
                 },
                 {
@@ -222,7 +230,7 @@ def _stand_in(name: str, engine: str, **settings: Any) -> Subject:
 
 
 SIMULATED = (
-    _simulation("simulated-vllm", "simulated"),
+    _simulation("simulated-vllm", "simulated", transcribes=True),
     _simulation("simulated-sglang", "simulated-sglang", dialect="sglang"),
     _simulation("simulated-tensorrt-llm", "simulated-tensorrt-llm", dialect="tensorrt_llm"),
     _stand_in("tensorrt-llm-stand-in", "stand-in"),

@@ -7,9 +7,11 @@ HTTP. What not every engine can do is a flag of the subject (``tests/engines/sub
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
+import wave
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -682,6 +684,59 @@ def test_texts_are_ranked_at_their_tier(served, needs, path):
         assert told["data"][1]["score"] > told["data"][0]["score"]
     assert told["service_tier"] == "priority" and told["usage"]["estimated_cost"] > 0
     assert told["usage"]["prompt_tokens"] >= 15 and "usage_estimated" not in told["usage"]
+
+
+# Recordings
+
+
+def recording(seconds):
+    held = io.BytesIO()
+    with wave.open(held, "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(bytes(int(seconds * 32_000)))
+    return ("a.wav", held.getvalue())
+
+
+@pytest.mark.parametrize("form", ["json", "verbose_json", "srt"])
+@pytest.mark.parametrize("tier", ["priority", "flex"])
+def test_recordings_are_transcribed_and_billed_by_the_second(served, needs, tier, form):
+    needs(Can.TRANSCRIBE)
+    # Longer than what is copied or searched at a time.
+    raw = served.deployment.client().audio.transcriptions.with_raw_response.create(
+        model=served.subject.model,
+        file=recording(29.5),
+        response_format=form,
+        extra_body={"service_tier": tier},
+    )
+    echoed = "default" if tier == "priority" else tier
+    assert raw.headers["x-service-tier"] == echoed
+    if form == "srt":
+        assert "00:00:00,000 --> " in raw.text
+        return
+    answer = raw.parse()
+    assert answer.service_tier == echoed and isinstance(answer.text, str)
+    assert answer.usage.seconds == 30
+    assert answer.usage.estimated_cost == pytest.approx(0.03 * (0.8 if tier == "flex" else 1))
+
+
+def test_a_transcript_is_streamed(served, needs):
+    needs(Can.TRANSCRIBE)
+    stream = served.deployment.client().audio.transcriptions.create(
+        model=served.subject.model, file=recording(2), stream=True
+    )
+    chunks = [chunk.to_dict() for chunk in stream]
+    assert {chunk["service_tier"] for chunk in chunks} == {"default"}
+    assert chunks[-1]["usage"]["seconds"] == 2
+
+
+def test_an_engine_that_does_not_transcribe_says_so(served, subject):
+    if Can.TRANSCRIBE in subject.can:
+        pytest.skip("it does")
+    with pytest.raises(openai.BadRequestError) as refused:
+        served.deployment.client().audio.transcriptions.create(
+            model=subject.model, file=recording(1)
+        )
+    assert refused.value.code == "unsupported_endpoint"
 
 
 # Anthropic's messages

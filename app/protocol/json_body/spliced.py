@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+JSON_TYPE: Final = b"application/json"
 _PIECE: Final = 256 * 1024
 """Bytes passed to the socket at a time: 0.1 ms of copying into the kernel."""
 
 
 class Spliced:
-    """A JSON object in pieces. Its length is in bytes; each iteration yields all pieces."""
+    """A body in pieces. Its length is in bytes; each iteration yields all pieces.
 
-    __slots__ = ("_length", "_parts")
+    Attributes:
+        content_type: what it is.
+    """
 
-    def __init__(self, parts: Sequence[bytes | memoryview]) -> None:
+    __slots__ = ("_length", "_parts", "content_type")
+
+    def __init__(
+        self, parts: Sequence[bytes | memoryview], content_type: bytes = JSON_TYPE
+    ) -> None:
+        self.content_type = content_type
         self._parts = parts
         self._length = sum(map(len, parts))
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.dialect import Route
+from app.core.dialect import AUDIO_ROUTES, Route
 from app.core.pricing import TokenUsage
 from app.protocol.anthropic import plain_usage
 from app.protocol.usage import (
@@ -11,7 +11,9 @@ from app.protocol.usage import (
     Counted,
     count_answer,
     read_usage,
+    recording_used,
     text_size,
+    told_seconds,
     usage_fields,
 )
 
@@ -88,6 +90,54 @@ def test_whatever_an_engine_tells_there_is_a_count_that_can_be(told, deltas, siz
     assert counted.usage.completion_tokens >= 0
     if deltas:
         assert counted.usage.completion_tokens > 0, "text that was sent is never free"
+
+
+@pytest.mark.parametrize("name", ["cache_write_tokens", "created_cache_tokens"])
+@given(prompt=tokens, cached=tokens | impossible, written=tokens | impossible)
+def test_cache_writes_are_read_under_each_name_and_never_overlap_with_reads(
+    name, prompt, cached, written
+):
+    usage = sane(prompt, 1)
+    usage["prompt_tokens_details"] = {"cached_tokens": cached, name: written}
+    count = Count(PROMPT, images=2)
+    possible = type(cached) is type(written) is int and min(cached, written) >= 0
+    possible = possible and cached + written <= prompt
+    assert count.told(usage) is possible
+    counted = count.result()
+    assert counted.estimated is not possible and counted.usage.images == 2
+    if possible:
+        assert counted.usage == TokenUsage(prompt, cached, 1, written, 2)
+        assert read_usage(usage, 2) == counted.usage
+    used = counted.usage
+    assert used.cached_tokens + used.cache_write_tokens <= used.prompt_tokens == prompt
+
+
+def test_anthropics_cache_writes_are_a_part_of_the_prompt():
+    usage = {"input_tokens": 5, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 4,
+             "output_tokens": 2}  # fmt: skip
+    assert read_usage(plain_usage(usage)) == TokenUsage(12, 3, 2, 4)
+    told = usage_fields(Counted(TokenUsage(12, 3, 2, 4)), Route.MESSAGES)
+    assert told == usage
+
+
+@pytest.mark.parametrize(
+    ("answer", "seconds"),
+    [
+        ({"usage": {"type": "duration", "seconds": 3}}, 3),
+        ({"usage": {"type": "duration", "seconds": 2.1}, "duration": 9.0}, 3),
+        ({"duration": 2.0}, 2),
+        ({"usage": {"seconds": 0}, "duration": 1.5}, 2),
+        ({"usage": {"seconds": True}}, None),
+        ({"usage": {"seconds": "3"}, "duration": "3"}, None),
+        ({"usage": {"seconds": -1}, "duration": float("nan")}, None),
+        ({"duration": float("inf")}, None),
+        ({"duration": MOST_TOKENS + 1}, None),
+        ({"usage": [], "duration": None}, None),
+        ({}, None),
+    ],
+)
+def test_seconds_of_a_recording_are_told_in_usage_or_as_its_duration(answer, seconds):
+    assert told_seconds(answer) == seconds
 
 
 @given(tokens, st.integers(1, 1000), st.integers(0, 1000))
@@ -178,6 +228,11 @@ def test_text_of_any_shape_has_a_size(value):
 def test_estimated_usage_is_told_in_the_routes_own_words(route):
     fields = usage_fields(Counted(TokenUsage(5, 2, 3), estimated=True), route)
     plain = plain_usage(fields) if route.is_anthropic else fields
+    if route in AUDIO_ROUTES:
+        fields = usage_fields(recording_used(7, estimated=True), route)
+        assert fields == {"type": "duration", "seconds": 7, "usage_estimated": True}
+        assert read_usage(fields) == TokenUsage(0, 0, 0, audio_seconds=7)
+        return
     assert read_usage(plain) == TokenUsage(5, 2, 3)
     assert ("input_tokens" in fields) is (route is Route.RESPONSES or route.is_anthropic)
     assert fields["usage_estimated"] is True

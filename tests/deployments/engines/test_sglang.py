@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from app.core.dialect import MESSAGES_ROUTES, POOLED_ROUTES, Route
+from app.core.dialect import AUDIO_ROUTES, MESSAGES_ROUTES, POOLED_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from deployments.engines.base import LOW_FIRST, EngineContractError, Launch, NodeSpan
@@ -157,7 +157,7 @@ async def test_priority_is_offered_when_the_scheduler_says_that_it_is_in_force()
     by_body = {Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS}
     assert facts.dialect.priority_routes == by_body | {Route.MESSAGES}
     assert facts.dialect.priority_headers == {Route.MESSAGES: "x-override-priority"}
-    assert facts.dialect.routes == set(Route) - POOLED_ROUTES - {Route.EMBEDDINGS}
+    assert facts.dialect.routes == set(Route) - POOLED_ROUTES - AUDIO_ROUTES - {Route.EMBEDDINGS}
     assert facts.dialect.priority_values == {Tier.PRIORITY: -100, Tier.DEFAULT: 0, Tier.FLEX: 100}
 
 
@@ -178,7 +178,7 @@ async def test_messages_have_priority_only_where_the_engine_reads_the_header(mes
     engine = Engine(scheduler())
     engine.messages, engine.reads_header = messages, False
     dialect = (await Sglang().inspect(launch(), engine)).dialect
-    assert dialect.routes == set(Route) - POOLED_ROUTES - {Route.EMBEDDINGS} - (
+    assert dialect.routes == set(Route) - POOLED_ROUTES - AUDIO_ROUTES - {Route.EMBEDDINGS} - (
         set() if messages else MESSAGES_ROUTES
     )
     assert Route.MESSAGES not in dialect.priority_routes and not dialect.priority_headers

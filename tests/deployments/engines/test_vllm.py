@@ -3,7 +3,14 @@ from dataclasses import replace
 import pytest
 
 from app.contracts.status import Preempted
-from app.core.dialect import GENERATING_ROUTES, MESSAGES_ROUTES, OPENAI_ROUTES, TOKEN_ROUTES, Route
+from app.core.dialect import (
+    AUDIO_ROUTES,
+    GENERATING_ROUTES,
+    MESSAGES_ROUTES,
+    OPENAI_ROUTES,
+    TOKEN_ROUTES,
+    Route,
+)
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from deployments.engines.base import EngineContractError, Launch, NodeSpan, PreemptionReport
@@ -127,7 +134,11 @@ def test_the_key_is_not_on_the_command_line_and_the_guard_is_outermost():
 class Engine:
     """Answers as a running vLLM with the guard in it."""
 
-    def __init__(self, facts, *, guarded=True, messages=False, tokenizes=False, pooled=None):
+    def __init__(
+        self, facts, *, guarded=True, messages=False, tokenizes=False, pooled=None,
+        transcript=None, completes=True,
+    ):  # fmt: skip
+        self._transcript, self._completes = transcript, completes
         # By path: whether it reads a priority there.
         self._pooled = pooled or {}
         self.tokenizes = tokenizes
@@ -152,7 +163,15 @@ class Engine:
             if self._pooled[path] and body.get("priority", 0) == "none":
                 return 400, {"error": {"message": "Input should be a valid integer: priority"}}
             return 200, {"data": [], "usage": {"prompt_tokens": 3, "total_tokens": 3}}
+        if path == "/v1/completions":
+            return (200 if self._completes else 404), {}
         return 404, {"detail": "Not Found"}
+
+    async def post_form(self, path, form):
+        body = b"".join(form)
+        assert path == "/v1/audio/transcriptions" and b"\r\norg/m\r\n" in body
+        assert b"RIFF" in body and form.content_type.startswith(b"multipart/form-data")
+        return (404, {"detail": "Not Found"}) if self._transcript is None else self._transcript
 
 
 async def inspect(facts, **options):
@@ -192,6 +211,31 @@ async def test_the_tokenizer_is_offered_where_it_answers():
     facts = await inspect({"version": "9", "scheduling_policy": "priority"}, tokenizes=True)
     assert facts.dialect.routes == GENERATING_ROUTES | TOKEN_ROUTES
     assert facts.dialect.priority_routes == OPENAI_ROUTES
+
+
+TRANSCRIPT = (200, {"text": "", "usage": {"type": "duration", "seconds": 1}})
+
+
+@pytest.mark.parametrize(
+    ("transcript", "completes", "routes"),
+    [
+        (TRANSCRIPT, True, GENERATING_ROUTES | AUDIO_ROUTES),
+        # Such as Whisper.
+        (TRANSCRIPT, False, AUDIO_ROUTES),
+        ((200, {"text": "", "usage": {"seconds": 0}}), True, GENERATING_ROUTES),
+        ((200, {"text": ""}), True, GENERATING_ROUTES),
+        ((500, {"error": {"message": "Please install vllm[audio]"}}), True, GENERATING_ROUTES),
+        ((200, None), True, GENERATING_ROUTES),
+    ],
+)
+async def test_recordings_are_offered_where_one_is_transcribed_and_its_length_told(
+    transcript, completes, routes
+):
+    facts = {"version": "9", "scheduling_policy": "priority"}
+    dialect = (await inspect(facts, transcript=transcript, completes=completes)).dialect
+    assert dialect.routes == routes
+    assert dialect.generates is bool(routes & GENERATING_ROUTES)
+    assert not AUDIO_ROUTES & dialect.priority_routes
 
 
 @pytest.mark.parametrize("policy", ["priority", "fcfs"])

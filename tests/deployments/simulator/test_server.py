@@ -25,9 +25,10 @@ import openai
 import orjson
 import pytest
 
-from app.core.dialect import OPENAI_ROUTES, POOLED_ROUTES, SLOT_ROUTES, Route
+from app.core.dialect import AUDIO_ROUTES, OPENAI_ROUTES, POOLED_ROUTES, PRIORITY_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
+from app.protocol.json_body.spliced import Spliced
 from deployments.engines.base import EngineContractError, EngineFacts, Launch
 from deployments.engines.simulated import Simulated
 from tests.support.waiting import PATIENCE_S
@@ -57,8 +58,8 @@ PROMPTS = {
 BY_BODY = [Route.CHAT, Route.COMPLETIONS, Route.EMBEDDINGS, Route.RESPONSES]
 RANKING = [Route.RERANK, Route.SCORE]
 ROUTES = {
-    "vllm": [*(frozenset(Route) - POOLED_ROUTES), *RANKING],
-    "sglang": list(frozenset(Route) - POOLED_ROUTES),
+    "vllm": [*(frozenset(Route) - POOLED_ROUTES - AUDIO_ROUTES), *RANKING],
+    "sglang": list(frozenset(Route) - POOLED_ROUTES - AUDIO_ROUTES),
     "tensorrt_llm": BY_BODY,
 }
 """The routes of each dialect."""
@@ -565,7 +566,7 @@ def test_every_route_demands_the_key(engine: Engine) -> None:
     assert engine.seen()["received"] == 0
 
 
-@pytest.mark.parametrize("route", list(Route))
+@pytest.mark.parametrize("route", [route for route in Route if not route.is_form])
 def test_unknown_fields(engine: Engine, route: Route) -> None:
     dialect = engine.launch.engine_args["dialect"]
     strict = dialect == "tensorrt_llm" and route is not Route.RESPONSES
@@ -974,6 +975,9 @@ class Http:
     async def post_json(self, path: str, body: Any, *, authorized: bool = True) -> tuple[int, Any]:
         raise NotImplementedError
 
+    async def post_form(self, path: str, form: Spliced) -> tuple[int, Any]:
+        raise NotImplementedError
+
 
 async def facts_of(engine: Engine) -> EngineFacts:
     return await Simulated().inspect(engine.launch, Http(engine))
@@ -985,7 +989,7 @@ async def test_the_dialect_is_that_of_the_running_engine(
     facts = await facts_of(vllm)
     assert (facts.version, facts.context_length) == ("simulated-1", 4096)
     assert (facts.dialect.engine, facts.dialect.simulated) == ("simulated-vllm", True)
-    assert facts.dialect.priority_routes == SLOT_ROUTES
+    assert facts.dialect.priority_routes == PRIORITY_ROUTES
     assert facts.dialect.routes == frozenset(ROUTES["vllm"])
     dialect = (await facts_of(sglang)).dialect
     assert dialect.priority_values[Tier.PRIORITY] == -100
