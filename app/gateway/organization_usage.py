@@ -1,6 +1,7 @@
 """OpenAI's usage API for administrators: usage and costs of all tenants, in buckets of time.
 
-``GET /v1/organization/usage/completions``, ``…/usage/embeddings`` and ``…/costs``. A tenant is
+``GET /v1/organization/usage/completions``, ``…/embeddings``, ``…/audio_transcriptions`` and
+``…/costs``. A tenant is
 OpenAI's project.
 """
 
@@ -16,7 +17,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 
 from app.core import errors
-from app.core.dialect import Route
+from app.core.dialect import AUDIO_ROUTES, Route
 from app.gateway.handler import identify, require_admin
 from app.gateway.services import Services
 from app.gateway.usage_query import UsageQuery
@@ -86,6 +87,10 @@ def _input(total: Total) -> dict[str, Any]:
     return {"input_tokens": total.prompt_tokens, "num_model_requests": total.requests}
 
 
+def _seconds(total: Total) -> dict[str, Any]:
+    return {"seconds": total.audio_seconds, "num_model_requests": total.requests}
+
+
 def _cost(total: Total) -> dict[str, Any]:
     return {"amount": _amount(total.cost), "quantity": None, "quantity_unit": None}
 
@@ -104,17 +109,23 @@ def _amount(cost: Decimal) -> dict[str, Any]:
     return {"value": orjson.Fragment(plain(cost).encode()), "currency": "usd"}
 
 
+_GENERATING: Final = frozenset(route for route in Route if route.generates)
 _LIMITS: Final = {Width.MINUTE: (60, 1440), Width.HOUR: (24, 168), Width.DAY: (7, 31)}
 _FILTERS: Final = ("project_ids", "api_key_ids", "models")
 _REPORTS: Final = {
     "usage/completions": _Report(
         "organization.usage.completions.result",
         ("project_id", "user_id", "api_key_id", "model", "batch", "service_tier", "api_source"),
-        _LIMITS, _FILTERS, tuple(route.value for route in Route if route.generates), _tokens,
+        _LIMITS, _FILTERS, tuple(sorted(_GENERATING)), _tokens,
     ),
     "usage/embeddings": _Report(
         "organization.usage.embeddings.result", ("project_id", "user_id", "api_key_id", "model"),
-        _LIMITS, _FILTERS, tuple(route.value for route in Route if not route.generates), _input,
+        _LIMITS, _FILTERS, tuple(sorted(frozenset(Route) - _GENERATING - AUDIO_ROUTES)), _input,
+    ),
+    "usage/audio_transcriptions": _Report(
+        "organization.usage.audio_transcriptions.result",
+        ("project_id", "user_id", "api_key_id", "model"),
+        _LIMITS, _FILTERS, tuple(AUDIO_ROUTES), _seconds,
     ),
     "costs": _Report(
         "organization.costs.result",

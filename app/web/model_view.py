@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -37,6 +37,7 @@ class TierView:
         note: how it is delivered, or why it is not.
         input, cached_input, output: prices for a million tokens, in words; ``output`` is empty if
             the model generates no text.
+        besides: its prices of images and recordings, as a sentence; empty if there are none.
         long: its prices of requests with long prompts, as a sentence; empty if they are the same.
     """
 
@@ -46,6 +47,7 @@ class TierView:
     input: str
     cached_input: str
     output: str
+    besides: str
     long: str
 
 
@@ -159,8 +161,19 @@ def _tier(snapshot: ModelSnapshot, tier: Tier) -> TierView:
         input=price(prices["input"]),
         cached_input=price(prices["cached_input"]),
         output=price(prices["output"]) if _generates(snapshot) else "",
+        besides=_besides(prices),
         long=_long(snapshot.settings.rate_card, tier),
     )
+
+
+def _besides(prices: Mapping[str, Decimal]) -> str:
+    kinds = (("cache_write", "written to the cache"), ("image", "an image"))
+    shown = [
+        f"{words} {price(prices[kind])}"
+        for kind, words in (*kinds, ("audio_second", "a second of a recording"))
+        if prices[kind] != (prices["input"] if kind == "cache_write" else 0)
+    ]
+    return f"{', '.join(shown).capitalize()}." if shown else ""
 
 
 def _long(card: RateCard, tier: Tier) -> str:

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.unit
 
 COMPLETIONS = "/v1/organization/usage/completions"
 EMBEDDINGS = "/v1/organization/usage/embeddings"
+TRANSCRIPTIONS = "/v1/organization/usage/audio_transcriptions"
 COSTS = "/v1/organization/costs"
 SECONDS = {"1m": 60, "1h": 3600, "1d": 86_400}
 MOST = {"1m": 1440, "1h": 168, "1d": 31}
@@ -240,6 +241,35 @@ async def test_empty_buckets_are_there_and_what_was_turned_away_is_not(store, re
         "service_tier": None, "api_source": None,
     }  # fmt: skip
     assert [bucket["results"] for bucket in body["data"]] == [empty, empty, [result], empty]
+
+
+async def test_recordings_have_usage_of_their_own_in_seconds(store, reader):
+    card = RateCard.load({"input": 2, "output": 4, "image": "0.5", "audio_second": "0.25"}, "x")
+    spoken = {"card": card, "served": Tier.DEFAULT, "route": "audio/transcriptions"}
+    written = [
+        completed(usage=TokenUsage(0, 0, 0, audio_seconds=7), **spoken),
+        completed(usage=TokenUsage(0, 0, 0, audio_seconds=3), **spoken),
+        completed(usage=TokenUsage(9, 0, 0, 4, 2), **spoken | {"route": "chat/completions"}),
+    ]
+    store.add([record.to_json() for record in written])
+    query = {"start_time": unix(NOON), "end_time": unix(NOON) + 60}
+    async with client(reader) as http:
+        [spoken_bucket] = await pages(http, TRANSCRIPTIONS, **query)
+        [embedded] = await pages(http, EMBEDDINGS, **query)
+        [items] = await pages(http, COSTS, **query, group_by=["line_item"])
+    [result] = spoken_bucket["results"]
+    assert (result["seconds"], result["num_model_requests"]) == (10, 2)
+    assert result["object"] == "organization.usage.audio_transcriptions.result"
+    assert embedded["results"] == []
+    assert [
+        (one["line_item"], one["quantity"], one["quantity_unit"], one["amount"]["value"])
+        for one in items["results"]
+    ] == [
+        ("m, audio_seconds", 10, "duration_seconds", Decimal("2.5")),
+        ("m, cache_write_input_tokens", 4, "tokens", Decimal("0.000008")),
+        ("m, images", 2, "images", 1),
+        ("m, input_tokens", 5, "tokens", Decimal("0.00001")),
+    ]
 
 
 async def test_costs_are_split_into_line_items(store, reader):
@@ -460,6 +490,10 @@ async def test_openais_own_client_reads_it(store, reader):
             ]
             embeddings = await usage.embeddings(start_time=unix(NOON), end_time=unix(NOON) + 60)
             assert [bucket.results for bucket in embeddings.data] == [[]]
+            spoken: Any = await usage.audio_transcriptions(
+                start_time=unix(NOON), end_time=unix(NOON) + 60
+            )
+            assert [bucket.results for bucket in spoken.data] == [[]]
         key = KEYS.headers["a"]["authorization"].removeprefix("Bearer ")
         async with openai.AsyncOpenAI(api_key="", admin_api_key=key, base_url=url) as sdk:
             with pytest.raises(openai.PermissionDeniedError):

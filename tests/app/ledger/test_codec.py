@@ -118,6 +118,14 @@ def test_a_stream_settled_from_estimated_progress_says_so():
         assert (found.usage, found.usage_estimated) == (steps[-1].usage, flag)
 
 
+@given(st.booleans())
+def test_a_stream_with_images_is_settled_with_them(estimated):
+    step = Progress("a", TokenUsage(10, 2, 5, 3, 2, 7), NOON, estimated)
+    assert step.kind is Kind.DETAILED
+    (found,) = left_behind((Kind.OPEN, opened("a").to_json()), (step.kind, step.to_json()))
+    assert (found.usage, found.usage_estimated) == (step.usage, estimated)
+
+
 def test_frames_from_before_estimates_are_read():
     """As a2e879e wrote them."""
     old = {name: value for name, value in orjson.loads(opened("a").to_json()).items()}

@@ -114,6 +114,17 @@ def test_prices_have_as_many_digits_as_they_need(value, shown):
     assert price(Decimal(value)) == shown
 
 
+def test_prices_of_images_recordings_and_cache_writes_are_shown_where_there_are_some():
+    card = {"input": 1, "output": 2, "cache_write": 2, "image": "0.01", "audio_second": "0.0001"}
+    _, default, flex = ModelView.of(snapshot("m", settings={"rate_card": card})).tiers
+    assert default.besides == (
+        "Written to the cache $2.00, an image $0.01, a second of a recording $0.0001."
+    )
+    assert "an image $0.008," in flex.besides
+    plain = {"rate_card": {"input": 1, "output": 2}}
+    assert {tier.besides for tier in ModelView.of(snapshot("m", settings=plain)).tiers} == {""}
+
+
 def test_prices_of_long_prompts_are_shown_where_they_differ():
     card = {
         "input": "1",
