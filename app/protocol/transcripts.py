@@ -46,11 +46,14 @@ def stamp_transcript(
 
 def _subtitles(segments: list[dict[str, Any]], *, web: bool) -> str:
     """Return segments as WebVTT, or as SubRip."""
-    lines = ["WEBVTT", ""] if web else []
-    for number, segment in enumerate(segments, 1):
+    lines, number = ["WEBVTT", ""] if web else [], 0
+    for segment in segments:
         start, end = (_moment(float(segment[name]), web=web) for name in ("start", "end"))
         # An empty line would end it.
         words = " ".join(str(segment["text"]).split())
+        if not words:
+            continue
+        number += 1
         # In WebVTT this arrow may not be in a text.
         words = words.replace("-->", "->") if web else words
         lines += [] if web else [str(number)]

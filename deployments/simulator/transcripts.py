@@ -1,4 +1,4 @@
-"""Transcripts of recordings: requests, answers and events, in the shapes of vLLM 0.33.0
+"""Transcripts of recordings: requests, answers and events, in the shapes of vLLM 0.32.0
 (``vllm/entrypoints/speech_to_text``). What is said depends on the recording's length alone."""
 
 from __future__ import annotations
