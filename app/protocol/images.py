@@ -3,12 +3,16 @@
 Engines report the tokens of images, if anything, and not their number. So the parts of the prompt
 are counted that stand for an image, wherever an engine looks for one: in messages and input items,
 in their contents, in the results of tools, and in documents and other inputs of pooled routes.
+
+A long value is not parsed, which could take seconds and much memory. It is searched for the names
+or types of such parts, in any spelling of JSON. So it may have an image more where a part that is
+no image has such a name inside, as in the arguments of a tool's call.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -28,81 +32,75 @@ _FIELDS: Final[Mapping[Route, tuple[str, ...]]] = {
     Route.COMPLETIONS: (),
     Route.RESPONSES: ("input",),
     Route.MESSAGES: ("messages",),
+    Route.TRANSCRIPTIONS: (),
 }
 """Where a route's prompt may have images."""
-_NAMES: Final = ("image_url", "image_embeds", "image_pil")
-"""Names that only an image's part has; the first is OpenAI's, and the others are vLLM's."""
-_TYPES: Final = frozenset({"image", "input_image", "image_url", "image_embeds", "image_pil"})
-"""Types of an image's part: Anthropic's, that of Responses, and those of chat completions."""
+_NAMES: Final = frozenset({"image_url", "image_embeds", "image_pil"})
+"""Names that an image's part has, and no other: OpenAI's, and vLLM's own."""
+_TYPES: Final[Mapping[Route, str]] = {Route.MESSAGES: "image", Route.RESPONSES: "input_image"}
+"""On these routes the part's type says that it is one: its payload has several names."""
 _HELD: Final = ("content", "output")
 """Names of what parts are in: a message's, a tool's result, and that of Responses."""
 
-_CHUNK: Final = 256 * 1024
-"""How much is searched at a time: less than a millisecond."""
-_SHORTEST: Final = 1024
-"""Base64 that is shorter than this is kept."""
-_PAYLOAD: Final = re.compile(rb'(?<=[",])[A-Za-z0-9+/=_-]{1024,}+')
-_REST: Final = re.compile(rb"[A-Za-z0-9+/=_-]*+")
-_OPEN_END: Final = re.compile(rb'[",][A-Za-z0-9+/=_-]*+\Z')
+_CHUNK: Final = 64 * 1024
+"""How much is searched at a time: 0.1 ms, or five at worst."""
+_LONGEST_HIT: Final = 1024
+# A letter may be written as an escape, of six bytes.
+_WORD: Final = rb'"((?:[a-z_]|\\u00[5-7][0-9A-Fa-f]){4,12}+)"\s{0,64}:'
+_NAME: Final = re.compile(_WORD)
+_TYPE: Final = re.compile(_WORD + rb'\s{0,64}"((?:[a-z_]|\\u00[5-7][0-9A-Fa-f]){4,12}+)"')
 
 
 def with_images(inbound: Inbound) -> Steps[Inbound]:
     """Return a request with the number of its images, yielding every few milliseconds."""
-    found = 0
-    for name in _FIELDS.get(inbound.route, _POOLED) if inbound.route.takes_slot else ():
+    route, found = inbound.route, 0
+    for name in _FIELDS.get(route, _POOLED) if route.takes_slot else ():
         value = inbound.fields.get(name)
         if isinstance(value, RawJson):
-            value = yield from _parsed(value)
-        found += _images(value)
+            found += yield from _raw_images(route, value)
+        else:
+            found += _images(route, value)
         yield
     return replace(inbound, images=found)
 
 
-def _images(value: object) -> int:
-    """Return how many images a value holds, which may be nested to any depth."""
-    found, left = 0, [value]
+def _images(route: Route, value: object) -> int:
+    """Return how many images a parsed value holds, which may be nested to any depth."""
+    found, left, wanted = 0, [value], _TYPES.get(route)
     while left:
         one = left.pop()
         if type(one) is list:
-            left += one
+            left += [item for item in one if type(item) in (list, dict)]
         elif type(one) is dict:
-            if _is_image(one):
+            is_image = bool(one.keys() & _NAMES) if wanted is None else one.get("type") == wanted
+            if is_image:
                 found += 1
             else:
                 left += [held for name in _HELD if (held := one.get(name)) is not None]
     return found
 
 
-def _is_image(part: Mapping[str, Any]) -> bool:
-    kind = part.get("type")
-    # Engines also take a part without a type.
-    named = kind is None and any(part.get(name) is not None for name in _NAMES)
-    return named or (isinstance(kind, str) and kind in _TYPES)
-
-
-def _parsed(raw: RawJson) -> Steps[object]:
-    """Parse a raw value without its base64, which is nearly all of a long one.
-
-    A payload follows a quote or the comma of a data URL. Where one stands, a zero is left, which is
-    as valid in a string as it is for a number of a thousand digits.
-    """
-    kept: list[bytes] = []
-    carried, inside = b"", False
+def _raw_images(route: Route, raw: RawJson) -> Steps[int]:
+    """Return how many images a raw value holds."""
+    wanted, found = _TYPES.get(route), 0
+    pattern = _NAME if wanted is None else _TYPE
+    is_image = _names_one if wanted is None else _of_type(wanted)
     for start in range(0, len(raw), _CHUNK):
-        chunk = carried + bytes(raw.data[start : start + _CHUNK])
-        carried = b""
-        if inside:
-            chunk = _REST.sub(b"", chunk, count=1)
-        if chunk:
-            end = _OPEN_END.search(chunk)
-            inside = end is not None and len(end.group()) > _SHORTEST
-            if end is not None and not inside:
-                # The beginning of a payload, or a short string.
-                chunk, carried = chunk[: end.start()], end.group()
-        kept.append(_PAYLOAD.sub(b"0", chunk))
+        # Those that begin in the next chunk are found there.
+        chunk = bytes(raw.data[start : start + _CHUNK + _LONGEST_HIT])
+        for hit in pattern.finditer(chunk):
+            found += hit.start() < _CHUNK and is_image(hit)
         yield
-    try:
-        return orjson.loads(b"".join((*kept, carried)))
-    except orjson.JSONDecodeError:
-        # The engine refuses it.
-        return None
+    return found
+
+
+def _names_one(hit: re.Match[bytes]) -> bool:
+    return _spelled(hit[1]) in _NAMES
+
+
+def _of_type(wanted: str) -> Callable[[re.Match[bytes]], bool]:
+    return lambda hit: _spelled(hit[2]) == wanted and _spelled(hit[1]) == "type"
+
+
+def _spelled(word: bytes) -> Any:
+    return orjson.loads(b'"%b"' % word) if b"\\" in word else word.decode()
