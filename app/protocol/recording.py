@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 from app.core import errors
 from app.core.pricing import TOKENS_PER_SECOND
-from app.protocol.form import Form, last, write_form
+from app.protocol.form import File, Form, last, write_form
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.token_estimate import Estimate
 
@@ -108,30 +108,30 @@ def _texts(
                 yield name, value
 
 
-def estimate_recording(file: memoryview) -> tuple[int, Estimate]:
+def estimate_recording(file: File) -> tuple[int, Estimate]:
     """Return roughly how many seconds a recording has, at least 1, and what that takes."""
-    seconds = _seconds_of_wav(file) or -(-len(file) // _BYTES_PER_SECOND)
+    seconds = _seconds_of_wav(file.head, len(file)) or -(-len(file) // _BYTES_PER_SECOND)
     tokens = seconds * TOKENS_PER_SECOND
     return seconds, Estimate(tokens, tokens + 1, -(-seconds // CHUNK_S))
 
 
-def _seconds_of_wav(file: memoryview) -> int | None:
+def _seconds_of_wav(head: bytes, length: int) -> int | None:
     """Return the begun seconds of a WAV file, by its head; ``None`` if it is none."""
-    if bytes(file[:4]) != b"RIFF" or bytes(file[8:12]) != b"WAVE":
+    if head[:4] != b"RIFF" or head[8:12] != b"WAVE":
         return None
     at, rate = 12, 0
     for _ in range(_WAV_CHUNKS):
-        if at + 8 > len(file):
+        if at + 8 > len(head):
             return None
-        kind, size = cast("tuple[bytes, int]", struct.unpack("<4sI", file[at : at + 8]))
+        kind, size = cast("tuple[bytes, int]", struct.unpack("<4sI", head[at : at + 8]))
         at += 8
-        if kind == b"fmt " and size >= 16 and at + 16 <= len(file):
-            encoding, _, samples, told, block, _ = struct.unpack("<HHIIHH", file[at : at + 16])
+        if kind == b"fmt " and size >= 16 and at + 16 <= len(head):
+            encoding, _, samples, told, block, _ = struct.unpack("<HHIIHH", head[at : at + 16])
             # Players go by the samples, where they are not compressed.
             rate = samples * block if encoding in _UNCOMPRESSED else told
         elif kind == b"data":
             if not _SLOWEST <= rate <= _FASTEST:
                 return None
-            return max(math.ceil(min(size, len(file) - at) / rate), 1)
+            return max(math.ceil(min(size, length - at) / rate), 1)
         at += size + size % 2
     return None

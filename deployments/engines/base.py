@@ -25,7 +25,7 @@ from app.core.dialect import (
 )
 from app.core.settings import Problem, SettingsError
 from app.core.tiers import Tier
-from app.protocol.form import Form
+from app.protocol.form import File, Form
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.recording import FORMAT, engine_form
 from deployments.engines.lora import LoraAdapter, listed_loras
@@ -347,7 +347,7 @@ def silent_recording(served_name: str) -> Spliced:
         "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + len(samples), b"WAVE", b"fmt ", 16, 1, 1, 16_000,
         32_000, 2, 16, b"data", len(samples),
     )  # fmt: skip
-    form = Form({}, memoryview(head + samples), "silence.wav", "audio/wav")
+    form = Form({}, File((head + samples,), "silence.wav", "audio/wav"))
     return engine_form(form, served_name, frozenset(), {FORMAT: "json"})
 
 
