@@ -214,7 +214,8 @@ class EngineConnection(asyncio.Protocol):
         at = now + read_timeout_s
         self._look_by(at if silence is None else min(at, silence.look(now, now)))
         if isinstance(body, bytes):
-            transport.writelines((head, body))
+            # asyncio's own loop never gets rid of an empty piece, from Python 3.12 on.
+            transport.writelines((head, body) if body else (head,))
         else:
             transport.write(head)
             await self._write(transport, body)
