@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from app import alarms, supervision
 from app.config.access_log import AccessLogSettings
+from app.core.pricing import TokenUsage
 from app.core.tiers import Tier
 from app.ledger.record import State, UsageRecord
 from app.observe import access_log, backlog
@@ -42,7 +43,8 @@ def lines(path):
 
 
 def test_a_line_has_the_ids_tiers_times_tokens_and_cost_of_its_request():
-    record = replace(completed(served=Tier.DEFAULT), preemptions=2)
+    usage = TokenUsage(1000, 400, 250, cache_write_tokens=100, images=2, audio_seconds=3)
+    record = replace(completed(usage=usage, served=Tier.DEFAULT), preemptions=2)
     written = line(Ended(record, 200, Context(b"from-client")), NOON)
     # As a float, the cost would not be exact.
     told = json.loads(written, parse_float=Decimal)
@@ -70,6 +72,9 @@ def test_a_line_has_the_ids_tiers_times_tokens_and_cost_of_its_request():
         "prompt_tokens": 1000,
         "cached_tokens": 400,
         "completion_tokens": 250,
+        "cache_write_tokens": 100,
+        "images": 2,
+        "audio_seconds": 3,
         "usage_estimated": False,
         "preemptions": 2,
         "cost": record.cost,
