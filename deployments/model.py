@@ -33,7 +33,6 @@ from app.contracts.stats import ModelBoard, QueueReport
 from app.contracts.status import ModelSnapshot, ReplicaStatus, Sleep, served_tiers
 from app.core.names import MODEL_DEPLOYMENT
 from app.core.settings import Key, Problem, SettingsError
-from app.core.tiers import PriorityMode
 from app.flow.allocation.allocator import LOOK_AFTER_S, Capacity, CreditAllocator
 from app.flow.allocation.stats import ReportStore
 from app.history.recorder import POINT_S, Recorder
@@ -42,9 +41,9 @@ from app.ray_compat.notes import post, read_note, read_notes
 from app.ray_compat.serve_port import keep_on_loopback
 from app.scaling.decisions import DECISIONS_S, note_name, read_decisions
 from app.scaling.demand import DemandBook
-from app.scaling.report import PoolReport
 from deployments import replica
 from deployments.control.placement import PlacementWatch
+from deployments.control.pool_report import report_pool
 from deployments.control.pool_starts import PoolStarts
 from deployments.control.pool_state import PoolPhase, Standing, Wakings, standing
 from deployments.control.telemetry import ReplicaCounts, model_samples
@@ -223,8 +222,16 @@ class Model:
         ingresses = self._reports.ingresses(time.monotonic())
         if not ingresses:
             return {}
-        pools = {pool.name: self._pool_report(pool) for pool in self._args.pools}
         settings = self._settings
+        pools = {
+            pool.name: report_pool(
+                pool,
+                settings.tiers.priority,
+                self._replicas.get(pool.name) or (),
+                self._seen.get(pool.name),
+            )
+            for pool in self._args.pools
+        }
         report = self._demand.report(
             ingresses,
             pools,
@@ -233,19 +240,6 @@ class Model:
             self._allocator.suspended(time.monotonic()),
         )
         return report.to_metrics()
-
-    def _pool_report(self, pool: PoolSettings) -> PoolReport:
-        seen = self._seen.get(pool.name)
-        mode = self._settings.tiers.priority
-        auto = mode is PriorityMode.AUTO and seen is not None
-        return PoolReport(
-            slots=pool.slots,
-            ready=len(self._replicas.get(pool.name, ())),
-            honours=float(seen.dialect.native_priority) if auto and seen else 1.0,
-            cost=pool.cost_per_hour,
-            start_s=seen.start_s if seen is not None else 0.0,
-            preempts=float(seen.dialect.preempts) if auto and seen else 0.0,
-        )
 
     def _publish(self) -> None:
         snapshot = self._make_snapshot()
@@ -426,7 +420,7 @@ def _check_pool(where: Key, pool: PoolSettings) -> None:
         served_name="",
         host="",
         port=0,
-        slots=pool.slots,
+        slots=pool.most_slots,
         key="",
         python="",
         engine_args=pool.engine_args,

@@ -56,8 +56,8 @@ from deployments.hosting.probe import HangProbe, probe_request, probe_route
 from deployments.hosting.start_failure import EngineEnded, EngineNotReady, explain
 from deployments.hosting.start_report import StartReporter
 from deployments.hosting.telemetry import ReplicaTelemetry
-from deployments.preflight.checks import check_capacity
 from deployments.preflight.gather import examine_pool
+from deployments.preflight.slots import size
 from deployments.process.supervisor import EngineProcess, sweep_orphans
 
 logger = logging.getLogger("ray.serve")
@@ -162,6 +162,7 @@ class EngineReplica:
         self._started = AsyncExitStack()
         self._pool = pool
         self._findings: tuple[Finding, ...] = ()
+        self._estimate: int | None = None
         name = log_name(model_id, pool)
         self._reporter = StartReporter(
             replica_log("start").with_suffix(".json"),
@@ -210,6 +211,7 @@ class EngineReplica:
                     model_id, pool, self._launch.key, span, on_end=self._process.kill
                 )
             self._facts = await self._until_ready()
+            self._slots = await self._size()
             self._guard = await _start_guard(self._launch, pool)
         except BaseException:
             await self._process.stop(0.0)
@@ -232,10 +234,6 @@ class EngineReplica:
         self._telemetry.start()
         self._started.push_async_callback(self._stop_serving)
         logger.info("%s is ready: %s", status, self._facts)
-        facts = self._facts
-        capacity = check_capacity(facts.kv_tokens, facts.context_length, pool.slots)
-        if capacity is not None:
-            self._log("after the start", capacity)
 
     async def _examine(self) -> None:
         """Look at this node first. The engine is started all the same: it has the last word."""
@@ -247,7 +245,7 @@ class EngineReplica:
             alarms.PROCESS.raised("node not examined", "its engine is started all the same", error)
             found = Examination(())
         self._launch = fitted(self._launch, found)
-        self._findings = found.findings
+        self._findings, self._estimate = found.findings, found.fits
         for finding in found.findings:
             self._log("before the start", finding)
 
@@ -328,6 +326,17 @@ class EngineReplica:
             await asyncio.sleep(_READY_POLL_S)
         return await self._adapter.inspect(self._launch, self._http)
 
+    async def _size(self) -> int:
+        """Return the replica's slots, and hold its engine to them where it was started for more."""
+        sized = size(self._pool, self._facts, self._estimate)
+        if sized.finding is not None:
+            self._log("after the start", sized.finding)
+        if sized.slots < self._launch.slots and await self._adapter.limit(
+            self._launch, self._http, sized.slots
+        ):
+            logger.info("the engine of pool %r runs %d at once", self._pool.name, sized.slots)
+        return sized.slots
+
     async def _report_phase(self) -> None:
         now = time.monotonic()
         if now < self._phase_due:
@@ -359,7 +368,7 @@ class EngineReplica:
             pool=self._pool.name,
             base_url=self._guard.base_url if self._guard else self._launch.base_url,
             key=self._launch.key,
-            slots=self._pool.slots,
+            slots=self._slots,
             engine_version=self._facts.version,
             context_length=self._facts.context_length,
             dialect=self._facts.dialect,

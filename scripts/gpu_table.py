@@ -13,6 +13,7 @@ from typing import Final
 REPO = Path(__file__).parents[1]
 sys.path.insert(0, str(REPO))
 
+from app.config.model import MOST_AUTO_SLOTS  # noqa: E402
 from deployments.engines.base import Launch  # noqa: E402
 from deployments.engines.registry import adapter_named  # noqa: E402
 from deployments.preflight.memory import (  # noqa: E402
@@ -32,8 +33,6 @@ GPUS: Final = {
 }  # fmt: skip
 """The memory that ``nvidia-smi`` reports for each size, in MiB."""
 CONTEXTS: Final = (32768, 16384, 8192, 4096)
-MOST_SLOTS: Final = 256
-"""More are of no use to one engine: a step computes so many tokens at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def best(model: Model, mebibytes: int) -> Fit | None:
 def slots(fits: Fit) -> int:
     """Return the number of slots for what fits: a multiple of four, or of 16 from 32 on."""
     step = 16 if fits.usual >= 32 else 4
-    return min(MOST_SLOTS, fits.usual // step * step)
+    return min(MOST_AUTO_SLOTS, fits.usual // step * step)
 
 
 def table() -> str:

@@ -14,7 +14,7 @@ import yaml
 from ray.serve.config import AutoscalingConfig
 
 from app.cli.applications import build_application
-from app.config.model import ModelArgs, ModelSettings
+from app.config.model import ModelArgs, ModelSettings, PoolSettings
 from app.config.queue import QueueSettings
 from app.config.redaction import redact, redact_words
 from app.config.scaling import ScalingSettings
@@ -43,11 +43,12 @@ class PoolPlan:
 
     Attributes:
         name: the name of the pool and of its deployment.
-        slots: how many requests each replica runs at once.
+        slots: how many requests each replica runs at most at once.
         replicas: how many replicas Serve keeps.
         ray: the Ray resources of each replica: its actor options and its placement group.
         launch: what each replica starts, without secrets.
         priority: how priority requests are handled here, as text.
+        slots_auto: whether each replica has as many as fit into its engine, up to ``slots``.
     """
 
     name: str
@@ -56,6 +57,7 @@ class PoolPlan:
     ray: Mapping[str, Any]
     launch: LaunchPlan
     priority: str
+    slots_auto: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,7 @@ def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
     settings = ModelSettings.load(own, "user_config")
     tiers = settings.tiers
     pools = tuple(
-        _pool(deployments[pool.name], options.get(pool.name, {}), pool.slots, tiers.priority)
+        _pool(deployments[pool.name], options.get(pool.name, {}), pool, tiers.priority)
         for pool in args.pools
     )
     yield ModelPlan(
@@ -136,15 +138,18 @@ def _models(application: Mapping[str, Any]) -> Iterator[ModelPlan]:
     )  # fmt: skip
 
 
-def _pool(deployment: Any, options: Mapping[str, Any], slots: int, mode: PriorityMode) -> PoolPlan:
+def _pool(
+    deployment: Any, options: Mapping[str, Any], pool: PoolSettings, mode: PriorityMode
+) -> PoolPlan:
     launch: LaunchPlan = deployment.func_or_class.plan(*deployment.init_args)
     return PoolPlan(
         name=deployment.name,
-        slots=slots,
+        slots=pool.most_slots,
         replicas=_replicas(options),
         ray=_ray(deployment, options),
         launch=_without_secrets(launch),
         priority=_priority(mode, launch),
+        slots_auto=pool.slots == "auto",
     )
 
 

@@ -62,7 +62,8 @@ def _model(model: ModelPlan) -> Iterator[str]:
 
 def _pool(pool: PoolPlan) -> Iterator[str]:
     launch = pool.launch
-    yield f"  {pool.name}: {launch.engine}, {pool.slots} slots, {_count(pool.replicas)}"
+    slots = f"slots that fit (at most {pool.slots})" if pool.slots_auto else f"{pool.slots} slots"
+    yield f"  {pool.name}: {launch.engine}, {slots}, {_count(pool.replicas)}"
     yield from _entry("ray", [f"{name}: {_value(value)}" for name, value in pool.ray.items()])
     yield from _entry("priority", [pool.priority])
     yield from _entry("command", _command(launch.command))

@@ -50,6 +50,7 @@ class Replay:
         most: the most replicas at once, by pool.
         short_s: how long more requests ran than the replicas that were ready have slots.
         changes: every change, in order.
+        assumed: slots that were counted for each replica of a pool with ``slots: auto``, by pool.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Replay:
     most: Mapping[str, int]
     short_s: float
     changes: Sequence[Change]
+    assumed: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +161,9 @@ class _Player:
                 most[name] = max(most[name], replicas)
             slots = sum(pool.slots * self._ready[pool.name] for pool in self._model.pools)
             short_s += self._step_s * (sum(self._running.values()) > slots)
+        assumed = {pool.name: pool.slots for pool in self._model.pools if pool.slots_auto}
         return Replay(self._model.id, len(self._requests), self._end - self._begin, hours, most,
-                      short_s, changes)  # fmt: skip
+                      short_s, changes, assumed)  # fmt: skip
 
     def _pass(self, now: float) -> None:
         while self._events and self._events[0][0] <= now:
@@ -217,6 +220,8 @@ def to_text(replays: Sequence[Replay], most_changes: int = 40) -> str:
                 f"  {pool}: {hours:.1f} replica-hours, {mean:.2f} replicas on average, "
                 f"{one.most[pool]} at most"
             )
+        for pool, slots in one.assumed.items():
+            lines.append(f"  {pool} has slots: auto: {slots} counted for each replica, the most")
         lines.append(f"  more ran than there were slots for {one.short_s:.0f} s")
         for change in one.changes[:most_changes]:
             lines.append(f"  {change.at:%Y-%m-%d %H:%M:%S}  {change.why}")
@@ -235,6 +240,7 @@ def to_json(replays: Sequence[Replay]) -> list[dict[str, Any]]:
             "replica_hours": dict(one.replica_hours),
             "most": dict(one.most),
             "short_s": one.short_s,
+            "assumed_slots": dict(one.assumed),
             "changes": [{"at": c.at.isoformat(), "why": c.why} for c in one.changes],
         }
         for one in replays

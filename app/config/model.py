@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from app.config.queue import QueueSettings
@@ -20,6 +28,28 @@ from app.core.trace_variables import traces_are_on
 ModelId = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$", max_length=200)
 ]
+
+
+MOST_AUTO_SLOTS: Final = 256
+"""How many requests at once an engine is started for with ``slots: auto``, and the most slots that
+its replica then has. More are of no use to one engine: a step computes so many tokens at once."""
+FALLBACK_SLOTS: Final = 8
+"""The slots of a pool that sets none, and of a replica with ``slots: auto`` if nothing is known of
+its engine's memory. Few enough for the smallest engine, and enough to see a queue form."""
+
+
+def _whole_or_auto(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """Give one error instead of one for each type that the value is not."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("expected a whole number from 1 to 65536, or auto") from None
+
+
+SlotCount = Annotated[
+    Annotated[int, Field(gt=0, le=65536)] | Literal["auto"], WrapValidator(_whole_or_auto)
+]
+"""The slots of a pool's replicas: a number, or ``auto`` for what fits into each engine."""
 
 
 PoolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
@@ -51,8 +81,11 @@ class PoolSettings(Settings):
         description="Folder or name of the model to load. `~`, `${FRONTLINE_HOME}` and other "
         "environment variables are expanded on the replica's node."
     )
-    slots: int = Field(
-        default=8, gt=0, le=65536, description="Requests that one engine replica runs at once."
+    slots: SlotCount = Field(
+        default=FALLBACK_SLOTS,
+        description="Requests that one engine replica runs at once. `auto`: as many of a usual "
+        "length as fit into the KV cache that its engine reports, at most "
+        f"{MOST_AUTO_SLOTS}; see [gpu.md](gpu.md#slots-auto).",
     )
     nodes: int = Field(
         default=1,
@@ -137,6 +170,11 @@ class PoolSettings(Settings):
             # The values are not shown: some may be secrets.
             raise PydanticCustomError("secret", "{problem}", {"problem": str(error)}) from None
         return value
+
+    @property
+    def most_slots(self) -> int:
+        """The most slots that a replica has: what its engine is started for."""
+        return self.slots if isinstance(self.slots, int) else MOST_AUTO_SLOTS
 
 
 class ModelArgs(Settings):

@@ -52,11 +52,14 @@ class Examination:
         findings: the findings.
         gpus_here: how many GPUs the machine shows.
         exports_spans: whether the engine's environment has what it needs to send spans.
+        fits: how many requests of a usual length fit into the engine's memory, by arithmetic;
+            ``None`` if that cannot be computed.
     """
 
     findings: tuple[Finding, ...]
     gpus_here: int = 0
     exports_spans: bool = False
+    fits: int | None = None
 
 
 def error(what: str, why: str, fix: str, problem: StartProblem) -> Finding:

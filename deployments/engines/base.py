@@ -84,7 +84,7 @@ class Launch:
         served_name: the model's id, which requests use as the model name.
         host: the address to bind to; always loopback.
         port: a port reserved for this engine.
-        slots: how many requests the engine runs at once.
+        slots: how many requests the engine runs at most at once.
         key: the secret that every request to the engine carries as a bearer token.
         python: the interpreter of the engine's environment.
         engine_args: the operator's own engine arguments, by name, with underscores. They override
@@ -124,12 +124,14 @@ class EngineFacts:
         context_length: longest prompt and answer together, in tokens; ``None`` if unknown.
         dialect: the engine's request format, with native priority only if it is really in force.
         kv_tokens: how many tokens its KV cache holds; ``None`` if it does not report it.
+        most_running: how many requests it runs at most at once; ``None`` if it does not report it.
     """
 
     version: str
     context_length: int | None
     dialect: Dialect
     kv_tokens: int | None = None
+    most_running: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,14 @@ class EngineAdapter(ABC):
         Raises:
             EngineContractError: the engine runs, but does not meet what Frontline relies on.
         """
+
+    async def limit(self, launch: Launch, http: EngineHttp, slots: int) -> bool:
+        """Have a running engine run fewer requests at once than it was started for.
+
+        Called where ``slots: auto`` has found that fewer fit. Returns whether the engine does so.
+        Not needed where an engine preempts also when its KV cache is full, as vLLM does.
+        """
+        return False
 
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         """Ask a running engine about its preemption; ``None`` if it does not report it.

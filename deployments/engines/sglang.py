@@ -210,7 +210,19 @@ class Sglang(EngineAdapter):
             context_length=await _context_length(http),
             dialect=dialect,
             kv_tokens=whole(info.get("max_total_num_tokens"), 0) or None,
+            most_running=_most_running(schedulers),
         )
+
+    async def limit(self, launch: Launch, http: EngineHttp, slots: int) -> bool:
+        """Lower the size of SGLang's running batch, which is what its preemption looks at.
+
+        Without this, a priority request that finds slots and no memory would wait for a running
+        request to end: SGLang preempts for a slot, and not for memory.
+        """
+        parts = self.needs(launch, {}).pipeline_parallel
+        change = {"server_args": {"pp_max_micro_batch_size": max(1, slots // parts)}}
+        status, done = await http.post_json("/set_internal_state", change)
+        return status == 200 and isinstance(done, list) and bool(done) and all(done)
 
 
 def _prioritized(launch: Launch) -> bool:
@@ -277,6 +289,16 @@ def _preempt(schedulers: object) -> bool:
         return False
 
     return isinstance(schedulers, list) and all(map(preempts, schedulers))
+
+
+def _most_running(schedulers: object) -> int | None:
+    """Return how many requests all schedulers run at once; ``None`` if one does not say it."""
+    known = [
+        whole(state.get("effective_max_running_requests_per_dp"), 0)
+        for state in (schedulers if isinstance(schedulers, list) else ())
+        if isinstance(state, dict)
+    ]
+    return min(known) if known and all(known) else None
 
 
 def _order(scheduler: object) -> bool | None:

@@ -125,8 +125,18 @@ class Simulated(EngineAdapter):
         if status != 401:
             raise EngineContractError(f"the key does not guard: /v1/models answered {status}")
         adapters = await prove_lora(http, "the simulated engine", launch)
-        dialect = replace(_dialect(report), adapters=adapters)
-        return EngineFacts(report["version"], report["context_length"], dialect)
+        return EngineFacts(
+            report["version"],
+            report["context_length"],
+            replace(_dialect(report), adapters=adapters),
+            kv_tokens=report["settings"]["kv_tokens"],
+            most_running=report["slots"],
+        )
+
+    async def limit(self, launch: Launch, http: EngineHttp, slots: int) -> bool:
+        """Lower the number of slots of the running engine."""
+        status, report = await http.post_json("/simulate", {"slots": slots})
+        return status == 200 and isinstance(report, dict) and report.get("slots") == slots
 
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         """Query the running engine for what it has suspended."""

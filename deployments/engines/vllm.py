@@ -213,6 +213,7 @@ class Vllm(EngineAdapter):
             context_length=facts.get("max_model_len"),
             dialect=dialect,
             kv_tokens=whole(facts.get("kv_tokens"), 0) or None,
+            most_running=whole(facts.get("max_num_seqs"), 0) or None,
         )
 
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:

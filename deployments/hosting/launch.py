@@ -58,7 +58,7 @@ def make_launch(
         served_name=model_id,
         host=host,
         port=port,
-        slots=pool.slots,
+        slots=pool.most_slots,
         key=key or secrets.token_urlsafe(32),
         python=expand_path(pool.python) if pool.python else sys.executable,
         engine_args=pool.engine_args,
@@ -186,7 +186,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         served_name=model_id,
         host=LOOPBACK,
         port=0,
-        slots=pool.slots,
+        slots=pool.most_slots,
         key="made anew for every replica",
         # The interpreter of Ray's worker, which is only known on its node.
         python=_expanded(pool.python) if pool.python else "python",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from app.config.model import PoolSettings
+from app.config.model import MOST_AUTO_SLOTS, PoolSettings
 from app.contracts.findings import Finding, error, ok, warning
 from app.contracts.start import StartProblem
 from deployments.engines.lora import CONFIG_NAME
@@ -238,31 +238,50 @@ def _missing(what: str, why: str, fix: str = "") -> Finding:
 
 def check_memory(subject: Subject, host: HostFacts, model: ModelFacts) -> Iterator[Finding]:
     """Check that weights and KV cache fit."""
-    if not model.weights or model.missing or model.pointers:
+    if not _weights_are_known(model):
         return
-    shape = read_shape(model.config or {})
-    weights = weight_bytes(model.weights, shape, subject.needs)
+    weights = _weights(subject, model)
     if not subject.gpus:
         yield from _check_main_memory(subject, host, weights)
-    if subject.gpus and not host.gpus:
-        return
     yield from _check_free(subject, host) if subject.gpus else ()
-    room: float | None = subject.needs.cpu_cache_bytes
-    if subject.gpus:
-        room = kv_room(min(gpu.total for gpu in host.gpus), weights, subject.needs)
-        if room <= 0:
-            yield error(
-                f"weights of {_gib(weights)} and {_gib(RUNTIME)} besides do not fit into "
-                f"{_gpus(host.gpus)}", "nothing is left for the KV cache",
-                "a smaller or quantized model, more GPUs, or a larger "
-                f"{subject.needs.memory.option} ({subject.needs.memory.share:g})",
-                StartProblem.OUT_OF_MEMORY,
-            )  # fmt: skip
-            return
-    if shape is None or not shape.generates or room is None:
-        return
-    if fits := fit(room, shape, subject.needs):
+    room = _room(subject, host, weights)
+    if subject.gpus and room is not None and room <= 0:
+        yield error(
+            f"weights of {_gib(weights)} and {_gib(RUNTIME)} besides do not fit into "
+            f"{_gpus(host.gpus)}", "nothing is left for the KV cache",
+            "a smaller or quantized model, more GPUs, or a larger "
+            f"{subject.needs.memory.option} ({subject.needs.memory.share:g})",
+            StartProblem.OUT_OF_MEMORY,
+        )  # fmt: skip
+    elif fits := estimate(subject, host, model):
         yield _of_fit(subject, fits)
+
+
+def estimate(subject: Subject, host: HostFacts, model: ModelFacts) -> Fit | None:
+    """Return what fits into the engine's memory, by arithmetic; ``None`` if too little is known."""
+    shape = read_shape(model.config or {})
+    if shape is None or not shape.generates or not _weights_are_known(model):
+        return None
+    room = _room(subject, host, _weights(subject, model))
+    return None if room is None or room <= 0 else fit(room, shape, subject.needs)
+
+
+def _weights_are_known(model: ModelFacts) -> bool:
+    return bool(model.weights) and not (model.missing or model.pointers)
+
+
+def _weights(subject: Subject, model: ModelFacts) -> float:
+    """Return the bytes of weights on each GPU, or in main memory."""
+    return weight_bytes(model.weights, read_shape(model.config or {}), subject.needs)
+
+
+def _room(subject: Subject, host: HostFacts, weights: float) -> float | None:
+    """Return the bytes that are left for the KV cache; ``None`` if unknown."""
+    if not subject.gpus:
+        return subject.needs.cpu_cache_bytes
+    if not host.gpus:
+        return None
+    return kv_room(min(gpu.total for gpu in host.gpus), weights, subject.needs)
 
 
 def _of_fit(subject: Subject, fits: Fit) -> Finding:
@@ -277,30 +296,14 @@ def _of_fit(subject: Subject, fits: Fit) -> Finding:
             f"{needs.context_option} of at most {max(0, int(fits.tokens)):,}, or more memory",
             StartProblem.OUT_OF_MEMORY,
         )  # fmt: skip
+    if not isinstance(slots, int):
+        return ok(f"{holds}; slots: auto takes about {min(fits.usual, MOST_AUTO_SLOTS)}")
     if fits.usual < slots:
         return warning(
             f"{holds}; slots is {slots}", "requests in slots would wait for memory inside the "
             "engine, where they are suspended and computed again", f"slots: {fits.usual}",
         )  # fmt: skip
     return ok(f"{holds}; slots is {slots}")
-
-
-def check_capacity(kv_tokens: int | None, context: int | None, slots: int) -> Finding | None:
-    """Compare the KV cache of a running engine with its slots.
-
-    Returns ``None`` if the engine does not report both sizes.
-    """
-    if not kv_tokens or not context:
-        return None
-    fits = Fit(kv_tokens, context)
-    holds = (
-        f"the KV cache holds {kv_tokens:,} tokens, {fits.usual} requests of a usual "
-        f"{fits.usual_tokens:,}; slots is {slots}"
-    )
-    if fits.usual >= slots:
-        return ok(holds)
-    why = "with more requests than fit, the engine suspends some and computes them again"
-    return warning(holds, why, f"slots: {max(1, fits.usual)}, or a larger KV cache")
 
 
 def _check_free(subject: Subject, host: HostFacts) -> Iterator[Finding]:

@@ -28,7 +28,7 @@ from deployments.engines.lora import CONFIG_NAME
 from deployments.engines.needs import EngineNeeds, numbers
 from deployments.engines.registry import adapter_named
 from deployments.engines.traces import sends_spans
-from deployments.preflight.checks import Subject, examine
+from deployments.preflight.checks import Subject, estimate, examine
 from deployments.preflight.facts import (
     AdapterFacts,
     EnvironmentFacts,
@@ -94,8 +94,12 @@ def examine_pool(launch: Launch, pool: PoolSettings, gpus: float) -> Examination
         adapters = tuple(gather_adapter(one.path) for one in launch.loras)
         facts = Facts(host, asked.result(), model, adapters)
     subject = Subject(pool, needs, gpus, traced=sends_spans(launch))
+    fits = estimate(subject, host, model)
     return Examination(
-        tuple(examine(subject, facts)), len(host.gpus), facts.environment.exports_spans
+        tuple(examine(subject, facts)),
+        len(host.gpus),
+        exports_spans=facts.environment.exports_spans,
+        fits=None if fits is None else fits.usual,
     )
 
 

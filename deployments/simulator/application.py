@@ -134,7 +134,7 @@ class Application:
             "policy": settings.policy,
             "lower_goes_first": settings.lower_goes_first,
             "preempts": scheduler.preempts,
-            "slots": settings.slots,
+            "slots": scheduler.slots,
             "context_length": settings.context_length,
             "settings": settings.model_dump(mode="json"),
             "pid": os.getpid(),

@@ -77,6 +77,8 @@ class Engine:
         }
         self.settings = self.settings.model_copy(update=given)
         self.scheduler.preempts = self.settings.preempts
+        if self.settings.slots != self.scheduler.slots:
+            self._apply(self.scheduler.resize(self.settings.slots, time.monotonic()))
 
     def answers(self, wish: Wish) -> tuple[list[Choice], int]:
         """Return the choices of a request's answer, and how many prompt tokens were cached."""

@@ -147,7 +147,7 @@ class BatchScheduler:
         chosen = choose_victims(
             [self._seen(job) for job in running],
             [Waiting(int(urgency)) for urgency, _, _ in waiting],
-            free_slots=self.slots - len(running),
+            free_slots=max(0, self.slots - len(running)),
             free_blocks=0,
             blocks_of=lambda index: (),
             rules=self.rules,
@@ -156,6 +156,11 @@ class BatchScheduler:
         for job in victims:
             self._preempt(job, now)
         return Changes(self._fill(now), victims)
+
+    def resize(self, slots: int, now: float) -> Changes:
+        """Run at most so many jobs from now on. Those that run stay, even if there are more."""
+        self.slots = slots
+        return Changes(self._fill(now))
 
     def finish(self, job: Job, now: float = 0.0) -> Changes:
         """End a job, whether it was served or given up, running or waiting; once is enough."""

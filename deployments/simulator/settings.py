@@ -103,6 +103,9 @@ class SimulatedSettings(Settings):
     the engines by default; the ingress sheds, not the engine."""
     context_length: int = Field(default=4096, ge=2)
     """The longest prompt and answer together, in tokens. 4096 is what a small model has."""
+    kv_tokens: int | None = Field(default=None, ge=1)
+    """How many tokens it says that its KV cache holds. It holds none, so nothing else depends on
+    this. None: it does not say it, as TensorRT-LLM's server."""
     default_completion_tokens: int = Field(default=64, ge=1)
     """The length of an answer whose request sets no limit. 64 makes a short paragraph."""
     generates: bool = True
@@ -192,6 +195,8 @@ class Change(Settings):
     tokens_per_second: float | None = Field(default=None, ge=0)
     first_token_seconds: float | None = Field(default=None, ge=0)
     prefill_seconds_per_token: float | None = Field(default=None, ge=0)
+    slots: int | None = Field(default=None, ge=1)
+    """How many requests run at once. Running ones stay."""
     preemption: bool | None = None
     """Turn preemption off, or on again, as if the engine's own decision had failed."""
     forget: bool = False

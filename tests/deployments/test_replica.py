@@ -4,12 +4,14 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+from ray import serve
 
-from app.config.model import PoolSettings
+from app.config.model import MOST_AUTO_SLOTS, PoolSettings
 from deployments import replica
 from deployments.engines.base import NodeSpan
+from deployments.hosting.launch import start_engine
 from deployments.hosting.ports import reserve_port
-from deployments.replica import EngineFailedToStart, EngineReplica
+from deployments.replica import EngineFailedToStart, EngineReplica, LocalEngine
 
 pytestmark = pytest.mark.unit
 
@@ -18,6 +20,11 @@ STEPS = (
     "keep_on_loopback", "adapter_named", "reserve_port", "lead", "make_launch", "sweep_orphans",
     "start_engine", "until_ready", "start_guard", "make_status",
 )  # fmt: skip
+
+
+# private: the fixture below replaces it
+UNTIL_READY = EngineReplica._until_ready  # noqa: SLF001
+START_ENGINE = start_engine
 
 
 class Replica(EngineReplica):
@@ -63,7 +70,9 @@ def parts(monkeypatch, tmp_path):
         pass
 
     async def until_ready(self):
-        return SimpleNamespace(version="1", context_length=None, dialect=None)
+        return SimpleNamespace(
+            version="1", context_length=None, dialect=None, kv_tokens=None, most_running=None
+        )
 
     monkeypatch.setattr(replica, "replica_log", lambda kind: tmp_path / f"{kind}.log")
     monkeypatch.setattr(replica, "start_note", lambda: "")
@@ -107,3 +116,58 @@ async def test_a_start_that_fails_at_any_step_leaves_nothing(parts, monkeypatch,
         # Nobody else could bind to it while it is reserved.
         with socket.socket() as listener:
             listener.bind((port.host, port.port))
+
+
+@pytest.mark.parametrize(
+    ("kv_tokens", "estimate", "slots"),
+    [(5 * 2048 + 7, None, 5), (10**9, None, MOST_AUTO_SLOTS), (None, 3, 3), (None, None, 8)],
+)
+async def test_slots_auto_is_what_fits_and_the_engine_runs_no_more(
+    parts, monkeypatch, kv_tokens, estimate, slots
+):
+    """A real simulated engine, started for the most."""
+    pool = PoolSettings.load(
+        {
+            "name": "pool", "engine": "simulated", "model": "m", "slots": "auto",
+            "engine_args": {"kv_tokens": kv_tokens, "first_token_seconds": 60},
+        },
+        "pool",
+    )  # fmt: skip
+
+    async def examine(self):
+        self._estimate = estimate
+
+    async def no_guard(launch, pool):
+        return None
+
+    class NoMetrics:
+        def __init__(self, *given):
+            pass
+
+        def start(self):
+            pass
+
+        async def stop(self):
+            pass
+
+    # private: as in the fixture; the engine is a real one here
+    monkeypatch.setattr(EngineReplica, "_examine", examine)
+    # private: as above
+    monkeypatch.setattr(EngineReplica, "_until_ready", UNTIL_READY)
+    # private: as above
+    monkeypatch.setattr(replica, "_start_guard", no_guard)
+    monkeypatch.setattr(replica, "lead", lambda pool: (NodeSpan(), None))
+    monkeypatch.setattr(replica, "start_engine", START_ENGINE)
+    monkeypatch.setattr(replica, "ReplicaTelemetry", NoMetrics)
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"), app_name="a")
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    it = Replica.__new__(Replica)
+    await EngineReplica.__init__(it, "m", pool)
+    try:
+        status = await it.status()
+        assert status is not None and status.slots == slots
+        engine = LocalEngine(status.base_url, status.key)
+        _, report = await engine.get_json("/simulate")
+        assert report["slots"] == slots and report["settings"]["slots"] == slots
+    finally:
+        await EngineReplica.__del__(it)

@@ -71,7 +71,8 @@ def test_every_config_says_which_gpu_it_is_for_and_its_slots_fit_there(path):
                 weights = weight_bytes(model.weights, model.shape, needs)
                 fits = fit(kv_room(memory << 20, weights, needs), model.shape, needs)
                 assert fits is not None and fits.longest >= 1
-                assert fits.usual >= pool["slots"], (pool["name"], fits.usual)
+                if pool["slots"] != "auto":
+                    assert fits.usual >= pool["slots"], (pool["name"], fits.usual)
 
 
 def launch_of(pool):

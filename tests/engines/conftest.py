@@ -73,7 +73,8 @@ def _traced(collector):
 def local(cluster, tmp_path_factory, collector):
     """configs/local.yaml with the tests' ledger, and its chat model also without native priority.
 
-    Its chat model has a LoRA adapter, and sends its spans to the collector.
+    Its chat model has a LoRA adapter, and sends its spans to the collector. Without native
+    priority, it has ``slots: auto``.
 
     Ready even if the test before has killed an engine. Whoever needs them last removes them: an
     engine takes memory, and a little of a core, also while nobody asks.
@@ -109,6 +110,7 @@ def _first_come_first_served(apps):
     [model] = (one for one in chat["deployments"] if one["name"] == "Model")
     del model["user_config"]["adapter_rate_cards"]
     chat["args"]["pools"][0]["engine_args"]["scheduling_policy"] = "fcfs"
+    chat["args"]["pools"][0]["slots"] = "auto"
     return chat
 
 

@@ -12,8 +12,10 @@ import openai
 import pytest
 from playwright.sync_api import expect
 
+from app.config.model import MOST_AUTO_SLOTS
 from deployments.engines.metrics import read_metrics
 from deployments.engines.registry import adapter_named
+from deployments.preflight.memory import USUAL_TOKENS
 from tests.engines.lora import ADAPTER, ADAPTER_PRICES
 from tests.engines.traces import Traces, check_joined
 from tests.faults.clients import CUT, ask, check_bill
@@ -77,6 +79,14 @@ def test_the_same_engine_without_its_priority_policy_serves_default(local):
     assert headers["x-service-tier-reason"] == "no_replica_honours_priority"
     assert answer.usage.completion_tokens == plain.usage.completion_tokens
     assert answer.usage.estimated_cost == plain.usage.estimated_cost
+
+
+def test_slots_auto_is_what_fits_into_the_running_engines_cache(local):
+    [replica] = local.replicas("smollm2-fcfs")
+    with local.engine("smollm2-fcfs") as engine:
+        facts = engine.get("/frontline/facts").json()
+    assert facts["max_num_seqs"] == MOST_AUTO_SLOTS and facts["max_model_len"] == 4096
+    assert 1 < replica.slots == facts["kv_tokens"] // USUAL_TOKENS < MOST_AUTO_SLOTS
 
 
 def test_a_stream_carries_its_tier_on_every_chunk_and_its_cost_on_the_last(local):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from app.cli.main import main
 from app.cli.plan import Replicas, make_plan, plan_front
 from app.cli.plan_view import to_text
+from app.config.model import MOST_AUTO_SLOTS
 from app.config.redaction import redact
 from app.core.dialect import Route
 from app.haproxy.config import served_of
@@ -216,6 +217,15 @@ def test_haproxy_must_hold_what_runs_and_what_waits():
     assert 33 * slots <= found.requests < 40 * slots + 400
     assert served_of(found.maxconn) >= found.requests
     assert found.descriptors > 2 * found.maxconn
+
+
+def test_slots_that_fit_are_counted_at_their_most():
+    text = CLUSTER.read_text().replace("slots: 8", "slots: auto", 1)
+    assert "slots: auto" in text
+    [auto] = [pool for pool in pools(text).values() if pool.slots_auto]
+    assert auto.slots == MOST_AUTO_SLOTS
+    assert f"slots that fit (at most {MOST_AUTO_SLOTS})" in to_text(make_plan(text))
+    assert front(text).requests > front(CLUSTER.read_text()).requests
 
 
 def test_a_line_that_its_operator_bounds_asks_for_less():

@@ -1,6 +1,7 @@
 """`frontline plan --replay`: what the policy would have done with recorded requests."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from app.cli.main import main
 from app.cli.plan import make_plan
-from app.cli.replay import BadRecords, read_records, replay
+from app.cli.replay import BadRecords, read_records, replay, to_text
 from app.core.pricing import RateCard, TokenUsage
 from app.core.tiers import Tier
 from app.ledger.record import Origin, State, UsageRecord
@@ -61,6 +62,13 @@ def test_more_recorded_load_asks_for_more_replicas_and_says_why():
 
 def test_other_models_are_left_out():
     assert replay(MODEL, read_records(lines([record(1, 0, model="other")])), 30.0) is None
+
+
+def test_it_says_what_was_counted_for_slots_that_fit():
+    pool = replace(MODEL.pools[0], slots=256, slots_auto=True)
+    made = replay(replace(MODEL, pools=(pool,)), read_records(lines(steady(1.0, 60))), 30.0)
+    assert made is not None and dict(made.assumed) == {pool.name: 256}
+    assert f"{pool.name} has slots: auto: 256 counted for each replica" in to_text([made])
 
 
 def test_a_shed_request_waits_and_never_runs():

@@ -185,6 +185,32 @@ async def test_messages_have_priority_only_where_the_engine_reads_the_header(mes
     assert Sglang().environment(launch())["SGLANG_ENABLE_REQUEST_HEADER_OVERRIDES"] == "1"
 
 
+async def test_it_says_how_many_requests_run_at_once():
+    ranks = [scheduler() | {"effective_max_running_requests_per_dp": most} for most in (64, 48)]
+    assert (await inspect(*ranks)).most_running == 48
+    assert (await inspect(ranks[0], scheduler())).most_running is None
+    assert (await inspect()).most_running is None
+
+
+@pytest.mark.parametrize(
+    ("status", "done", "obeys"),
+    [(200, [True], True), (200, [True, False], False), (200, [], False), (404, {}, False)],
+)
+async def test_a_running_engine_is_held_to_fewer_requests(status, done, obeys):
+    """SGLang preempts for a slot, and not for memory: with more slots than fit, it would not."""
+    asked = []
+
+    class Running:
+        async def post_json(self, path, body, **options):
+            asked.append((path, body))
+            return status, done
+
+    own = launch(pp_size=2) if obeys else launch()
+    assert await Sglang().limit(own, Running(), 12) is obeys
+    change = {"server_args": {"pp_max_micro_batch_size": 6 if obeys else 12}}
+    assert asked == [("/set_internal_state", change)]
+
+
 async def test_the_sign_is_the_running_engines():
     facts = await inspect(scheduler(low_first=False))
     assert facts.dialect.priority_values[Tier.PRIORITY] == 100

@@ -179,8 +179,10 @@ async def inspect(facts, **options):
 
 
 async def test_priority_is_offered_when_the_engine_says_that_it_is_in_force():
-    facts = await inspect({"version": "9", "scheduling_policy": "priority", "max_model_len": 77})
+    told = {"max_model_len": 77, "max_num_seqs": 16, "kv_tokens": 23_296}
+    facts = await inspect({"version": "9", "scheduling_policy": "priority", **told})
     assert (facts.version, facts.context_length) == ("9", 77)
+    assert (facts.most_running, facts.kv_tokens) == (16, 23_296)
     assert facts.dialect.priority_routes == OPENAI_ROUTES
     assert facts.dialect.routes == GENERATING_ROUTES
     values = facts.dialect.priority_values

@@ -10,7 +10,7 @@ from app.contracts.start import StartProblem
 from deployments.engines.base import Launch
 from deployments.engines.needs import TriedVersions
 from deployments.engines.registry import adapter_named
-from deployments.preflight.checks import CUDA_DRIVERS, Subject, check_capacity, examine
+from deployments.preflight.checks import CUDA_DRIVERS, Subject, estimate, examine
 from deployments.preflight.facts import (
     GIB,
     AdapterFacts,
@@ -48,7 +48,14 @@ def subject(engine="vllm", gpus=1.0, args=None, environment=None, **settings):
         environment=environment or {}, **settings,
     )  # fmt: skip
     launch = Launch(
-        pool.model, "org/m", "127.0.0.1", 0, pool.slots, "key", "/env/bin/python", pool.engine_args
+        pool.model,
+        "org/m",
+        "127.0.0.1",
+        0,
+        pool.most_slots,
+        "key",
+        "/env/bin/python",
+        pool.engine_args,
     )
     return Subject(pool, adapter_named(engine).needs(launch, pool.environment), gpus)
 
@@ -65,6 +72,10 @@ READY = environment()
 
 def found(subject, host=HOST, environment=READY, model=MODEL, adapters=()):
     return examine(subject, Facts(host, environment, model, adapters))
+
+
+def words(findings):
+    return "\n".join(map(str, findings))
 
 
 def only(findings):
@@ -253,17 +264,19 @@ def test_versions_are_compared_by_their_numbers():
         assert version not in tried
 
 
-@pytest.mark.parametrize(
-    ("context", "slots", "said"),
-    [
-        (4096, 8, "ok: the KV cache holds 23,296 tokens, 11 requests of a usual 2,048"),
-        (4096, 16, "Fix: slots: 11, or a larger KV cache"),
-        # Requests are no longer than the engine takes.
-        (1000, 8, "23 requests of a usual 1,000; slots is 8"),
-        (50_000, 12, "warning: the KV cache holds 23,296 tokens, 11 requests of a usual 2,048"),
-    ],
-)
-def test_a_running_engines_kv_cache_is_compared_with_its_slots(context, slots, said):
-    assert said in str(check_capacity(23_296, context, slots))
-    assert check_capacity(None, context, slots) is None
-    assert check_capacity(23_296, None, slots) is None
+def test_slots_auto_is_said_with_about_what_it_takes():
+    assert "slots: auto takes about 199" in words(found(subject(slots="auto")))
+    tiny = replace(MODEL, weights=1 << 30, config={**QWEN_8B, "num_hidden_layers": 4})
+    assert "slots: auto takes about 256" in words(found(subject(slots="auto"), model=tiny))
+
+
+def test_what_fits_is_computed_only_where_enough_is_known():
+    fits = estimate(subject(), HOST, MODEL)
+    assert fits is not None and fits.usual == 199
+    for host, model in (
+        (replace(HOST, gpus=()), MODEL),
+        (HOST, replace(MODEL, config=None)),
+        (HOST, replace(MODEL, missing=("model-2.safetensors",))),
+        (HOST, replace(MODEL, weights=90 * GIB)),
+    ):
+        assert estimate(subject(), host, model) is None

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -1021,6 +1022,21 @@ async def test_it_reports_whether_it_preempts(
 ) -> None:
     engine = await asyncio.to_thread(spawn, **engine_args)
     assert (await facts_of(engine)).dialect.preempts is preempts
+
+
+def test_its_slots_change_while_it_runs(spawn: Callable[..., Engine]) -> None:
+    """Requests that run stay; those that wait start as soon as there is room."""
+    engine = spawn(first_token_seconds=60, slots=3)
+    with ThreadPoolExecutor(6) as threads:
+        for _ in range(6):
+            threads.submit(engine.post, Route.CHAT, {})
+        engine.wait_until(lambda seen: seen["running"] == 3 and seen["waiting"] == 3)
+        engine.change(slots=1)
+        seen = engine.seen()
+        assert (seen["slots"], seen["running"], seen["waiting"]) == (1, 3, 3)
+        engine.change(slots=5)
+        engine.wait_until(lambda seen: seen["running"] == 5 and seen["waiting"] == 1)
+        engine.stop()
 
 
 def test_a_pool_turns_preemption_off() -> None:
