@@ -47,6 +47,7 @@ _MEMORY_SHARE: Final = 0.92
 """vLLM's own default."""
 
 _GUARD: Final = "frontline_vllm_guard"
+STARTER: Final = "frontline_vllm_start"
 _HEADLESS: Final = "frontline_vllm_headless"
 _SCHEDULER: Final = "frontline_vllm_scheduler.make_scheduler"
 _INSIDE: Final = Path(__file__).parent / "inside"
@@ -94,7 +95,7 @@ _METRICS: Final = engine_metrics(
 
 
 class Vllm(EngineAdapter):
-    """vLLM's ``vllm.entrypoints.openai.api_server``."""
+    """vLLM's OpenAI server, as ``frontline_vllm_start`` starts it."""
 
     start_phases = VLLM
     name = "vllm"
@@ -132,8 +133,8 @@ class Vllm(EngineAdapter):
             return [launch.python, "-m", _HEADLESS, "serve", *flags]
         middlewares = [f"{_GUARD}.Guard", *([own] if isinstance(own, str) else own)]
         # Not the `vllm` script: it looks for a distribution named vllm, and the CPU build has
-        # another name.
-        command = [launch.python, "-m", "vllm.entrypoints.openai.api_server", *render_flags(args)]
+        # another name. And not one of vLLM's modules: which it has, its own interpreter sees.
+        command = [launch.python, "-m", STARTER, *render_flags(args)]
         # In vLLM the middleware that is named last is the outermost.
         for middleware in reversed(middlewares):
             command += ["--middleware", middleware]

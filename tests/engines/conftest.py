@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from frontline_vllm_start import CHOICE
 
 from app.core.paths import expand_path
 from tests.engines.lora import ADAPTER, ADAPTER_PRICES, make_lora
@@ -74,7 +75,7 @@ def local(cluster, tmp_path_factory, collector):
     """configs/local.yaml with the tests' ledger, and its chat model also without native priority.
 
     Its chat model has a LoRA adapter, and sends its spans to the collector. Without native
-    priority, it has ``slots: auto``.
+    priority, it has ``slots: auto``, and is started by `vllm serve`.
 
     Ready even if the test before has killed an engine. Whoever needs them last removes them: an
     engine takes memory, and a little of a core, also while nobody asks.
@@ -111,6 +112,7 @@ def _first_come_first_served(apps):
     del model["user_config"]["adapter_rate_cards"]
     chat["args"]["pools"][0]["engine_args"]["scheduling_policy"] = "fcfs"
     chat["args"]["pools"][0]["slots"] = "auto"
+    chat["args"]["pools"][0]["environment"][CHOICE] = "serve"
     return chat
 
 

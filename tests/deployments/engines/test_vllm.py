@@ -39,7 +39,7 @@ def flag(command, name):
 
 def test_the_command_line():
     command = Vllm().command(launch(max_model_len=4096, enforce_eager=True, seed=None))
-    assert command[:3] == ["/env/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert command[:3] == ["/env/bin/python", "-m", "frontline_vllm_start"]
     assert flag(command, "--host") == "127.0.0.1"
     assert flag(command, "--port") == "1234"
     assert flag(command, "--served-model-name") == "org/m"
