@@ -56,6 +56,13 @@ _POLICY: Final = "priority"
 # Options that Frontline sets itself, and `grpc`, which would start a server without HTTP routes.
 _RESERVED: Final = frozenset({"model", "host", "port", "served_model_name", "grpc", "middleware"})
 # Two more ways to set what `config` sets. The policy in force must be readable from one place.
+_IN_CONFIG: Final[Mapping[str, tuple[str, ...]]] = {
+    "tp_size": ("tensor_parallel_size",),
+    "pp_size": ("pipeline_parallel_size",),
+    "ep_size": ("moe_expert_parallel_size",),
+    "kv_cache_free_gpu_memory_fraction": ("kv_cache_config", "free_gpu_memory_fraction"),
+}
+"""Where the configuration file has a setting that is an option under another name."""
 _SET_BY_CONFIG: Final = frozenset({"extra_llm_api_options", "set"})
 
 _PROMPTS: Final[Mapping[Route, Mapping[str, Any]]] = {
@@ -117,7 +124,8 @@ class TensorrtLlm(EngineAdapter):
         }
 
     def needs(self, launch: Launch, environment: Mapping[str, str]) -> EngineNeeds:
-        args, cache = launch.engine_args, _config(launch).get("kv_cache_config")
+        config = _config(launch)
+        args, cache = config | dict(launch.engine_args), config.get("kv_cache_config")
         given = cache if isinstance(cache, dict) else {}
         fraction = given.get(
             "free_gpu_memory_fraction", args.get("kv_cache_free_gpu_memory_fraction")
@@ -205,12 +213,26 @@ def _check(args: Mapping[str, EngineArg]) -> None:
     ]
     given = args.get("config")
     config = given if isinstance(given, dict) else {}
+    # Builds of 2025 read the file over the options. Since 2026, an option that is given counts.
+    twice: set[tuple[str, ...]] = {
+        (name,) for name in (args.keys() | {"max_batch_size"}) & set(config)
+    }
+    twice |= {path for name, path in _IN_CONFIG.items() if name in args and _has(config, path)}
     problems += [
-        Problem(("engine_args", "config", name), "builds differ in which counts: give the option")
-        for name in sorted((args.keys() | {"max_batch_size"}) & set(config))
+        Problem(("engine_args", "config", *path), "builds differ in which counts: give the option")
+        for path in sorted(twice)
     ]
     if problems:
         raise SettingsError(*problems)
+
+
+def _has(config: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    value: Any = config
+    for name in path:
+        if not isinstance(value, dict) or name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def _config(launch: Launch) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,7 @@ from deployments.engines.base import EngineContractError, Launch
 from deployments.engines.tensorrt_llm import TensorrtLlm
 from deployments.engines.tensorrt_llm_requests import CLIENT_FIELDS, refused_fields
 from deployments.replica import LocalEngine
+from tests.stand_ins.tensorrt_llm.commands import serve as stand_in
 
 pytestmark = pytest.mark.unit
 
@@ -99,6 +101,15 @@ def test_nothing_of_the_configuration_file_is_on_the_command_line():
         # Builds differ in which of the two counts.
         ({"config": {"max_batch_size": 4}}, "engine_args.config.max_batch_size"),
         ({"max_seq_len": 1, "config": {"max_seq_len": 2}}, "engine_args.config.max_seq_len"),
+        # The same under another name.
+        ({"tp_size": 2, "config": {"tensor_parallel_size": 4}}, "config.tensor_parallel_size"),
+        (
+            {
+                "kv_cache_free_gpu_memory_fraction": 0.5,
+                "config": {"kv_cache_config": {"free_gpu_memory_fraction": 0.8}},
+            },
+            "config.kv_cache_config.free_gpu_memory_fraction",
+        ),
     ],
 )
 def test_what_would_open_the_engine_or_hide_its_policy_is_refused(args, words):
@@ -156,6 +167,36 @@ async def test_a_build_with_middleware_has_a_key_and_reports_its_policy():
         facts = await TensorrtLlm().inspect(own, http)
     assert not facts.dialect.native_priority, "it was started with the policy, and has another"
     assert facts.context_length == 512
+
+
+@pytest.mark.parametrize("year", [2025, 2026])
+@pytest.mark.parametrize("where", [{"max_seq_len": 512}, {"config": {"max_seq_len": 512}}])
+async def test_a_setting_counts_from_either_place_in_builds_of_both_years(year, where):
+    async with running(simulation={"older_errors": year == 2025}, **where) as (own, http):
+        facts = await TensorrtLlm().inspect(own, http)
+        _, report = await http.get_json("/simulate")
+    assert facts.context_length == report["context_length"] == 512
+    assert report["slots"] == 16
+
+
+@pytest.mark.parametrize(("year", "length", "slots"), [(2025, 700, 9), (2026, 512, 5)])
+def test_the_stand_ins_of_both_years_differ_in_what_counts(monkeypatch, year, length, slots):
+    """That is why the adapter refuses a setting in two places."""
+    monkeypatch.setenv("STAND_IN_SETTINGS", json.dumps({"older_errors": year == 2025}))
+    given = SimpleNamespace(max_seq_len=512, max_batch_size=5)
+    filed = {"max_seq_len": 700, "max_batch_size": 9}
+    both = stand_in.settings_for(given, filed)
+    assert (both.context_length, both.slots) == (length, slots)
+    unset = SimpleNamespace(max_seq_len=None, max_batch_size=None)
+    alone = stand_in.settings_for(unset, filed)
+    assert (alone.context_length, alone.slots) == (700, 9)
+    assert stand_in.settings_for(unset, {}).slots == stand_in.MOST_AT_ONCE
+
+
+def test_parallel_sizes_of_the_file_count_for_its_gpus():
+    for args in ({"tp_size": 2, "pp_size": 2},
+                 {"config": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}}):  # fmt: skip
+        assert TensorrtLlm().needs(launch(**args), {}).gpus == 4
 
 
 def older(tmp_path):

@@ -17,10 +17,12 @@ from deployments.simulator.settings import SimulatedSettings
 
 SETTINGS_VARIABLE = "STAND_IN_SETTINGS"
 """Further settings of the simulated engine, as JSON."""
-CONFIG_KEYS = {
-    "scheduler_config", "max_seq_len", "enable_chunked_prefill", "kv_cache_config",
-    "guided_decoding_backend",
+IN_BOTH = {"max_seq_len", "max_batch_size"}
+"""Settings that are options and keys of the configuration file."""
+CONFIG_KEYS = IN_BOTH | {
+    "scheduler_config", "enable_chunked_prefill", "kv_cache_config", "guided_decoding_backend",
 }  # fmt: skip
+MOST_AT_ONCE = 2048
 SCHEDULER_KEYS = {"waiting_queue_policy", "capacity_scheduler_policy"}
 
 
@@ -30,7 +32,7 @@ def parse():
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--served_model_name")
-    parser.add_argument("--max_batch_size", type=int, default=2048)
+    parser.add_argument("--max_batch_size", type=int)
     parser.add_argument("--max_seq_len", type=int)
     parser.add_argument("--tensor_parallel_size", "--tp_size", type=int, default=1)
     parser.add_argument("--trust_remote_code", action="store_true")
@@ -55,15 +57,21 @@ def read_policy(config):
 
 
 def settings_for(options, config):
-    length = config.get("max_seq_len") or options.max_seq_len
+    own = json.loads(os.environ.get(SETTINGS_VARIABLE, "{}"))
+    # Builds of 2025 read the file over the options; since 2026 an option that is given counts.
+    file_counts = own.get("older_errors", False)
+    given = {name: value for name in IN_BOTH if (value := getattr(options, name)) is not None}
+    filed = {name: config[name] for name in IN_BOTH & config.keys()}
+    chosen = given | filed if file_counts else filed | given
+    length = chosen.get("max_seq_len")
     return SimulatedSettings.load(
         {
             "dialect": "tensorrt_llm",
             "guarded": False,
-            "slots": options.max_batch_size,
+            "slots": chosen.get("max_batch_size", MOST_AT_ONCE),
             "policy": read_policy(config),
             **({"context_length": length} if length else {}),
-            **json.loads(os.environ.get(SETTINGS_VARIABLE, "{}")),
+            **own,
         },
         "settings",
     )
