@@ -331,10 +331,15 @@ class EngineReplica:
         sized = size(self._pool, self._facts, self._estimate)
         if sized.finding is not None:
             self._log("after the start", sized.finding)
-        if sized.slots < self._launch.slots and await self._adapter.limit(
-            self._launch, self._http, sized.slots
-        ):
-            logger.info("the engine of pool %r runs %d at once", self._pool.name, sized.slots)
+        if sized.slots < self._launch.slots:
+            limited = await self._adapter.limit(self._launch, self._http, sized.slots)
+            if self._facts.dialect.preempts and not limited:
+                # It still serves: a burst of priority may wait for memory, and not for a slot.
+                logger.warning(
+                    "the engine of pool %r was not held to %d requests at once",
+                    self._pool.name,
+                    sized.slots,
+                )
         return sized.slots
 
     async def _report_phase(self) -> None:

@@ -271,7 +271,8 @@ class EngineAdapter(ABC):
         """Have a running engine run fewer requests at once than it was started for.
 
         Called where ``slots: auto`` has found that fewer fit. Returns whether the engine does so.
-        Not needed where an engine preempts also when its KV cache is full, as vLLM does.
+        An engine that preempts must, or priority would wait for memory instead of taking a slot.
+        Others get no more requests than there are slots anyway.
         """
         return False
 

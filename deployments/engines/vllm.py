@@ -54,6 +54,7 @@ _INSIDE: Final = Path(__file__).parent / "inside"
 _POLICY: Final = "priority"
 _EMBEDS: Final = "pooling"
 _FACTS_PATH: Final = "/frontline/facts"
+_LIMIT_PATH: Final = "/frontline/limit"
 # Each of these would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
     {
@@ -216,6 +217,11 @@ class Vllm(EngineAdapter):
             kv_tokens=whole(facts.get("kv_tokens"), 0) or None,
             most_running=whole(facts.get("max_num_seqs"), 0) or None,
         )
+
+    async def limit(self, launch: Launch, http: EngineHttp, slots: int) -> bool:
+        """Lower the number of requests that Frontline's schedulers run at once."""
+        status, answer = await http.post_json(_LIMIT_PATH, {"slots": slots})
+        return status == 200 and isinstance(answer, dict) and answer.get("limited") is True
 
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         status, facts = await http.get_json(_FACTS_PATH)

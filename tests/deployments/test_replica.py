@@ -9,6 +9,7 @@ from ray import serve
 from app.config.model import MOST_AUTO_SLOTS, PoolSettings
 from deployments import replica
 from deployments.engines.base import NodeSpan
+from deployments.engines.simulated import Simulated
 from deployments.hosting.launch import start_engine
 from deployments.hosting.ports import reserve_port
 from deployments.replica import EngineFailedToStart, EngineReplica, LocalEngine
@@ -119,13 +120,25 @@ async def test_a_start_that_fails_at_any_step_leaves_nothing(parts, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("kv_tokens", "estimate", "slots"),
-    [(5 * 2048 + 7, None, 5), (10**9, None, MOST_AUTO_SLOTS), (None, 3, 3), (None, None, 8)],
+    ("kv_tokens", "estimate", "slots", "obeys"),
+    [
+        (5 * 2048 + 7, None, 5, True),
+        (5 * 2048 + 7, None, 5, False),
+        (10**9, None, MOST_AUTO_SLOTS, True),
+        (None, 3, 3, True),
+        (None, None, 8, True),
+    ],
 )
 async def test_slots_auto_is_what_fits_and_the_engine_runs_no_more(
-    parts, monkeypatch, kv_tokens, estimate, slots
+    parts, monkeypatch, caplog, kv_tokens, estimate, slots, obeys
 ):
     """A real simulated engine, started for the most."""
+
+    async def refuse(self, launch, http, slots):
+        return False
+
+    if not obeys:
+        monkeypatch.setattr(Simulated, "limit", refuse)
     pool = PoolSettings.load(
         {
             "name": "pool", "engine": "simulated", "model": "m", "slots": "auto",
@@ -168,6 +181,8 @@ async def test_slots_auto_is_what_fits_and_the_engine_runs_no_more(
         assert status is not None and status.slots == slots
         engine = LocalEngine(status.base_url, status.key)
         _, report = await engine.get_json("/simulate")
-        assert report["slots"] == slots and report["settings"]["slots"] == slots
+        runs = slots if obeys else MOST_AUTO_SLOTS
+        assert report["slots"] == report["settings"]["slots"] == runs
+        assert ("was not held to 5 requests at once" in caplog.text) is not obeys
     finally:
         await EngineReplica.__del__(it)

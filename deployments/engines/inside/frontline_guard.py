@@ -47,6 +47,20 @@ class Guard:
         return False
 
 
+async def read_json(receive: Receive) -> Any:
+    """Return the JSON of a request's body; ``None`` if it is none."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
 async def answer(send: Send, status: int, body: dict[str, Any]) -> None:
     """Answer with JSON."""
     payload = json.dumps(body).encode()

@@ -26,17 +26,19 @@ from typing import Any
 
 import frontline_guard
 import frontline_tally
-from frontline_guard import Application, Receive, Scope, Send, answer
+from frontline_guard import Application, Receive, Scope, Send, answer, read_json
 
 logger = logging.getLogger("vllm.frontline_guard")
 
 FACTS_PATH = "/frontline/facts"
+LIMIT_PATH = "/frontline/limit"
 AT_THE_ROOT = {
     f"/v1/{name}": f"/{name}" for name in ("tokenize", "detokenize", "classify", "pooling")
 }
 """Routes that vLLM has at its root, where Frontline asks every engine below ``/v1``."""
 SCHEDULER = "frontline_vllm_scheduler.make_scheduler"
 _REPORT = "frontline_preemption_report"
+_LIMIT = "frontline_limit"
 _REPORT_S = 30.0
 """The longest wait for the report. An engine core answers between two steps."""
 
@@ -51,6 +53,9 @@ class Guard(frontline_guard.Guard):
     async def admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == FACTS_PATH:
             await answer(send, 200, await _facts(scope["app"]))
+            return
+        if scope["path"] == LIMIT_PATH:
+            await answer(send, 200, await _limit(scope["app"], await read_json(receive)))
             return
         path = AT_THE_ROOT.get(scope["path"])
         if path is not None:
@@ -139,12 +144,34 @@ def _kv_tokens(cache: Any) -> int | None:
 
 async def _preemption(app: Any, scheduler: Any) -> list[Any] | None:
     """Return the report of each scheduler; ``None`` if they are others or do not answer."""
-    if getattr(scheduler, "scheduler_cls", None) != SCHEDULER:
-        return None
     try:
-        cores = app.state.engine_client.engine_core
-        reports = await asyncio.wait_for(cores.call_utility_all_async(_REPORT), _REPORT_S)
+        return await _ask_all(app, scheduler, _REPORT)
     except Exception:
         logger.exception("The scheduler did not report whether it preempts")
         return None
-    return list(reports)
+
+
+async def _limit(app: Any, wanted: Any) -> dict[str, bool]:
+    """Have every scheduler run fewer requests at once; say whether all do.
+
+    ``wanted`` is the request's body: ``{"slots": 12}``.
+    """
+    slots = wanted.get("slots") if isinstance(wanted, dict) else None
+    if type(slots) is not int or slots < 1:
+        return {"limited": False}
+    config = getattr(app.state, "vllm_config", None)
+    try:
+        done = await _ask_all(app, getattr(config, "scheduler_config", None), _LIMIT, slots)
+    except Exception:
+        logger.exception("The scheduler did not say whether it runs fewer requests at once")
+        done = None
+    return {"limited": bool(done) and all(one is True for one in done or ())}
+
+
+async def _ask_all(app: Any, scheduler: Any, method: str, *given: Any) -> list[Any] | None:
+    """Return the answer of each of Frontline's schedulers; ``None`` if they are others."""
+    if getattr(scheduler, "scheduler_cls", None) != SCHEDULER:
+        return None
+    cores = app.state.engine_client.engine_core
+    answers = await asyncio.wait_for(cores.call_utility_all_async(method, *given), _REPORT_S)
+    return list(answers)

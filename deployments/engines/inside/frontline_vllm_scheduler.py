@@ -68,6 +68,9 @@ logger = logging.getLogger("vllm.frontline_scheduler")
 REPORT = "frontline_preemption_report"
 """The method of vLLM's ``EngineCore`` that returns the scheduler's report."""
 
+LIMIT = "frontline_limit"
+"""The method that lowers the number of requests that the scheduler runs at once."""
+
 _KNOWN_VERSIONS = re.compile(r"0\.(32|33)\.")
 _USED = (
     "running",
@@ -129,6 +132,7 @@ def _why_not(scheduler: Any) -> str | None:
 
     # The API server asks for the report over vLLM's own channel to its engine core.
     setattr(EngineCore, REPORT, lambda core: core.scheduler.frontline.report())
+    setattr(EngineCore, LIMIT, lambda core, slots: core.scheduler.frontline.limit(slots))
     if not _KNOWN_VERSIONS.match(vllm.__version__):
         return f"vLLM {vllm.__version__} is not known"
     policy = scheduler.scheduler_config.policy
@@ -208,6 +212,17 @@ class Preemption:
             "suspended": len(waits),
             "suspended_s": self._suspended_s + waits_s,
         }
+
+    def limit(self, slots: int) -> bool:
+        """Run at most so many requests at once from now on, and return whether that is so.
+
+        Those that run stay. vLLM admits by this number, and sizes its buffers by another.
+        """
+        if self._off is not None:
+            return False
+        self._vllm.max_num_active_reqs = min(self._vllm.max_num_active_reqs, slots)
+        logger.info("At most %d requests run at once", self._vllm.max_num_active_reqs)
+        return True
 
     def before_step(self) -> None:
         """Make room for better waiting requests, as far as the rules allow it."""

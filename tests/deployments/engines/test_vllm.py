@@ -191,6 +191,22 @@ async def test_priority_is_offered_when_the_engine_says_that_it_is_in_force():
     assert min(gaps) > 10
 
 
+@pytest.mark.parametrize(
+    ("status", "answer", "obeys"),
+    [(200, {"limited": True}, True), (200, {"limited": False}, False), (404, None, False)],
+)
+async def test_a_running_engine_is_held_to_fewer_requests(status, answer, obeys):
+    asked = []
+
+    class Running:
+        async def post_json(self, path, body, **options):
+            asked.append((path, body))
+            return status, answer
+
+    assert await Vllm().limit(launch(), Running(), 12) is obeys
+    assert asked == [("/frontline/limit", {"slots": 12})]
+
+
 @pytest.mark.parametrize("policy", ["priority", "fcfs"])
 @pytest.mark.parametrize("messages", [True, False])
 @pytest.mark.parametrize("header", ["X-Vllm-Priority", None, 7])

@@ -153,8 +153,8 @@ class Cores:
     def __init__(self, answer):
         self.answer, self.asked = answer, []
 
-    async def call_utility_all_async(self, method):
-        self.asked.append(method)
+    async def call_utility_all_async(self, method, *given):
+        self.asked.append(" ".join(map(str, [method, *given])))
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -181,3 +181,45 @@ async def test_another_scheduler_is_not_asked(guard):
 async def test_a_scheduler_that_does_not_answer_counts_as_one_that_does_not_preempt(guard):
     assert await preemption(guard, engine_with(Cores(RuntimeError("Call failed")))) is None
     assert await preemption(guard, engine_with(None)) is None
+
+
+async def limit(guard, app, body, key="secret"):
+    pieces = [{"body": body[:3], "more_body": True}, {"body": body[3:], "more_body": False}]
+
+    async def receive():
+        return {"type": "http.request", **pieces.pop(0)}
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {key}".encode())]
+    path = "/frontline/limit"
+    await guard({"type": "http", "path": path, "headers": headers, "app": app}, receive, send)
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "limited"),
+    [([True, True], True), ([True, False], False), ([], False), (RuntimeError("no"), False)],
+)
+async def test_every_scheduler_is_held_to_fewer_requests(guard, answer, limited):
+    cores = Cores(answer)
+    assert await limit(guard, engine_with(cores), b'{"slots": 12}') == (200, {"limited": limited})
+    scheduler = importlib.import_module("frontline_vllm_scheduler")
+    assert cores.asked == [f"{scheduler.LIMIT} 12"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"nonsense", b'{"slots": 0}', b'{"slots": true}'])
+async def test_what_is_no_number_of_slots_changes_nothing(guard, body):
+    cores = Cores([True])
+    assert await limit(guard, engine_with(cores), body) == (200, {"limited": False})
+    assert not cores.asked
+    assert (await limit(guard, engine_with(cores), b'{"slots": 2}', key="x"))[0] == 401
+
+
+async def test_another_scheduler_is_not_limited(guard):
+    cores = Cores([True])
+    found = await limit(guard, engine_with(cores, "their.Scheduler"), b'{"slots": 2}')
+    assert found == (200, {"limited": False}) and not cores.asked

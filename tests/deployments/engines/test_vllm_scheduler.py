@@ -526,3 +526,28 @@ def test_the_engine_core_answers_with_the_report_of_its_scheduler(vllm):
     core.scheduler = scheduler
     method = sys.modules["frontline_vllm_scheduler"].REPORT
     assert getattr(core, method)() == scheduler.frontline.report()
+
+
+def test_it_is_held_to_fewer_requests_while_it_runs(vllm):
+    """With `slots: auto` priority takes a slot of those that fit, and no memory of the others."""
+    scheduler = make(slots=8)
+    others = [Request(FLEX) for _ in range(4)]
+    scheduler.add_request(*others)
+    steps(scheduler, 20)
+    core = sys.modules["vllm.v1.engine.core"].EngineCore()
+    core.scheduler = scheduler
+    limit = getattr(core, sys.modules["frontline_vllm_scheduler"].LIMIT)
+    assert limit(3) is True
+    scheduler.add_request(Request(FLEX))
+    steps(scheduler, 1)
+    assert scheduler.running == others, "those that run stay, and nobody joins them"
+    urgent = Request(PRIORITY, tokens=5)
+    scheduler.add_request(urgent)
+    steps(scheduler, 1)
+    assert urgent in scheduler.running and len(scheduler.running) == 3
+    assert limit(5) is True and scheduler.max_num_active_reqs == 3, "never more than before"
+
+
+def test_where_it_does_not_preempt_it_is_not_held(vllm):
+    scheduler = make(options={"policy": "fcfs"})
+    assert scheduler.frontline.limit(1) is False and scheduler.max_num_active_reqs == 2
