@@ -1,4 +1,5 @@
 import copy
+import json
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -147,15 +148,29 @@ def simulations(cluster):
         cluster.remove(subject.model)
 
 
+def _reported(cluster, model):
+    """What the engine says of itself, for the report of scripts/gpu_check."""
+    [replica] = cluster.replicas(model)
+    return {
+        "version": replica.engine_version,
+        "context length": replica.context_length,
+        "preempts": replica.preempts,
+        "native priority on": ", ".join(sorted(replica.dialect.priority_routes)) or "no route",
+        "ready after, s": round(replica.start_s, 1),
+    }
+
+
 @pytest.fixture(scope="session")
 def checked(cluster, request):
     """The one pool that scripts/gpu_check is about."""
-    subject = checked_subject(Path(request.config.getoption("--contract-pool")))
+    file = Path(request.config.getoption("--contract-pool"))
+    subject = checked_subject(file)
     cluster.deploy(ingress_app(), subject.app())
     terminal = request.config.pluginmanager.getplugin("terminalreporter")
     for waited_s in range(0, START_S, TOLD_EVERY_S):
         terminal.write_line(f"the engine is starting: {waited_s} s")
         with suppress(AssertionError):
             cluster.wait_ready(subject.model, timeout_s=TOLD_EVERY_S)
+            file.with_name("engine.json").write_text(json.dumps(_reported(cluster, subject.model)))
             return cluster
     raise AssertionError(f"the engine is not ready after {START_S} s")

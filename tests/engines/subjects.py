@@ -250,7 +250,8 @@ def checked_subject(file: Path) -> Subject:
     pool, gpus = given["pool"], given["gpus"]
     dialect = pool["engine_args"].get("dialect", "vllm") if pool["engine"] == "simulated" else ""
     name = f"simulated-{dialect}".replace("_", "-") if dialect else pool["engine"]
-    engine = ENGINES["simulated" if name == "simulated-vllm" else name]
+    known = given.get("subject") or ("simulated" if name == "simulated-vllm" else name)
+    engine = ENGINES[known]
     resources = {"num_gpus": gpus} if gpus else {"num_cpus": 0.1}
     makes_embeddings = "checked" if pool["engine_args"].get("embedding_dimensions") else None
     return Subject("checked", engine, "checked", "checked", makes_embeddings, pool, resources)

@@ -1,6 +1,7 @@
 """scripts/gpu_check says plainly and early what is missing; the rest is the contract suite."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,10 @@ import pytest
 pytestmark = pytest.mark.unit
 
 CHECK = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
+
+
+TIERS = "test_a_clients_own_priority_never_reaches_the_engine"
+JUNIT = f'<testsuite><testcase name="{TIERS}[checked]"/></testsuite>'
 
 
 def check(*arguments, path="/nonexistent"):
@@ -53,16 +58,27 @@ def test_an_engine_that_is_not_installed_is_named(one_gpu):
 
 def test_the_suite_is_followed_by_bursts_unless_tests_are_chosen(monkeypatch, tmp_path):
     module = importlib.import_module("scripts.gpu_check")
-    runs = []
+    runs, real = [], subprocess.run
 
-    def run(command, env, **options):
+    def run(command, env=None, **options):
+        if sys.executable != command[0] or command[1] == "-c":
+            return real(command, env=env, **options)  # the report asks for versions
         runs.append((command, env))
+        if "pytest" in command:
+            Path(command[command.index("--junitxml") + 1]).write_text(JUNIT)
         return subprocess.CompletedProcess(command, 3 if "pytest" in command else 0)
 
     monkeypatch.setattr(module.subprocess, "run", run)
-    arguments = ["simulated", "--model", "m", "--cpu", "--slots", "4", "--preemptions", "7"]
+    path = tmp_path / "reports" / "first.md"
+    arguments = ["simulated", "--model", "/models/m", "--cpu", "--slots", "4", "--preemptions", "7"]
+    arguments += ["--report", str(path)]
     assert module.main(arguments) == 3, "the suite's own status"
     (suite, environment), (bursts, _) = runs
+    page, plain = path.read_text(), json.loads(path.with_suffix(".json").read_text())
+    assert "# simulated: NOT ALL HELD" in page and "| model | m |" in page
+    assert "| contract suite, preemption | did not hold |" in page and "| bursts | held |" in page
+    assert plain["groups"] == {"Tiers": {"held": 1}} and not plain["held"]
+    assert "/models" not in page, "no folders of the machine"
     assert "pytest" in suite and environment["FRONTLINE_PREEMPTIONS"] == "7"
     assert (
         "--pool" in bursts and "--check" in bursts and bursts[bursts.index("--clients") + 1] == "12"
@@ -70,6 +86,32 @@ def test_the_suite_is_followed_by_bursts_unless_tests_are_chosen(monkeypatch, tm
     runs.clear()
     module.main([*arguments, "-k", "shape"])
     assert len(runs) == 1
+
+
+def test_a_model_is_wanted_unless_the_engine_brings_one(monkeypatch, tmp_path):
+    status, words = check("vllm")
+    assert status == 2 and "required: --model" in words
+    module = importlib.import_module("scripts.gpu_check")
+    runs = []
+
+    def run(command, env=None, **options):
+        runs.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    arguments = ["stand-in", "--slots", "2", "--report", str(tmp_path / "r.md")]
+    assert module.main(arguments) == 0
+    [bursts] = [command for command in runs if "--pool" in command]
+    assert bursts[bursts.index("--clients") + 1] == "6" and "--bursts" in bursts
+    page = (tmp_path / "r.md").read_text()
+    assert "# stand-in: NOT ALL HELD" in page, "no test has run"
+    assert "| started | False |" in page
+
+
+def test_an_engine_of_the_cpu_that_is_not_set_up_is_named(monkeypatch):
+    monkeypatch.setenv("FRONTLINE_HOME", "/nowhere")
+    status, words = check("sglang-cpu")
+    assert status == 2 and "scripts/setup sglang-cpu" in words
 
 
 def test_a_bad_engine_argument_is_named():
