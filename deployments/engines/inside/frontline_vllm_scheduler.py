@@ -192,6 +192,7 @@ class Preemption:
         self._preemptions = 0
         self._suspended_s = 0.0
         if why_not is None:
+            self._most = scheduler.max_num_active_reqs
             logger.info("Running requests give way to better tiers: %s", self.rules)
         else:
             logger.warning("No running request gives way to a better tier: %s", why_not)
@@ -216,11 +217,12 @@ class Preemption:
     def limit(self, slots: int) -> bool:
         """Run at most so many requests at once from now on, and return whether that is so.
 
-        Those that run stay. vLLM admits by this number, and sizes its buffers by another.
+        It is never more than at the start. Those that run stay. vLLM admits by this number, and
+        sizes its buffers by another.
         """
         if self._off is not None:
             return False
-        self._vllm.max_num_active_reqs = min(self._vllm.max_num_active_reqs, slots)
+        self._vllm.max_num_active_reqs = min(self._most, slots)
         logger.info("At most %d requests run at once", self._vllm.max_num_active_reqs)
         return True
 

