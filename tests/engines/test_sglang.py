@@ -16,6 +16,8 @@ import pytest
 from app.core.paths import frontline_home
 from deployments.engines.metrics import read_metrics
 from deployments.engines.registry import adapter_named
+from deployments.engines.sglang import Sglang
+from tests.engines.limits import most_at_once
 from tests.engines.traces import Traces, check_joined
 from tests.support.cluster import command_line, engine_processes, eventually, eventually_async
 from tests.support.waiting import PATIENCE_S
@@ -66,6 +68,13 @@ def test_the_scheduler_itself_says_that_priority_is_in_force(sglang):
     assert scheduler["retraction_policy"] == "priority"
     assert scheduler["max_running_requests"] == 4
     assert "priority" in sglang.entry("sglang")["metadata"]["tags"]
+
+
+async def test_the_running_engine_is_held_to_fewer_requests(sglang):
+    """As with `slots: auto` where fewer fit than the engine was started for."""
+    [replica] = sglang.replicas("sglang")
+    model = sglang.snapshot("sglang").id
+    assert await most_at_once(Sglang(), model, replica, 2, lambda: running(sglang)) == (True, 2)
 
 
 async def test_the_engine_takes_our_lowest_number_first_and_makes_room_for_it(sglang):

@@ -15,7 +15,9 @@ from playwright.sync_api import expect
 from app.config.model import MOST_AUTO_SLOTS
 from deployments.engines.metrics import read_metrics
 from deployments.engines.registry import adapter_named
+from deployments.engines.vllm import Vllm
 from deployments.preflight.memory import USUAL_TOKENS
+from tests.engines.limits import most_at_once
 from tests.engines.lora import ADAPTER, ADAPTER_PRICES
 from tests.engines.traces import Traces, check_joined
 from tests.faults.clients import CUT, ask, check_bill
@@ -87,6 +89,13 @@ def test_slots_auto_is_what_fits_into_the_running_engines_cache(local):
         facts = engine.get("/frontline/facts").json()
     assert facts["max_num_seqs"] == MOST_AUTO_SLOTS and facts["max_model_len"] == 4096
     assert 1 < replica.slots == facts["kv_tokens"] // USUAL_TOKENS < MOST_AUTO_SLOTS
+
+
+async def test_the_running_engine_is_held_to_fewer_requests(local):
+    """As with `slots: auto` where fewer fit than the engine was started for."""
+    [replica] = local.replicas("smollm2")
+    model = local.snapshot("smollm2").id
+    assert await most_at_once(Vllm(), model, replica, 2, lambda: running(local)) == (True, 2)
 
 
 def test_a_stream_carries_its_tier_on_every_chunk_and_its_cost_on_the_last(local):

@@ -545,7 +545,7 @@ def test_it_is_held_to_fewer_requests_while_it_runs(vllm):
     scheduler.add_request(urgent)
     steps(scheduler, 1)
     assert urgent in scheduler.running and len(scheduler.running) == 3
-    assert limit(5) is True and scheduler.max_num_active_reqs == 3, "never more than before"
+    assert limit(50) is True and scheduler.max_num_active_reqs == 8, "never more than at its start"
 
 
 def test_where_it_does_not_preempt_it_is_not_held(vllm):
