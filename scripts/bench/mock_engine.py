@@ -195,7 +195,13 @@ def side_routes(model: str) -> dict[bytes, Callable[[bool], bytes]]:
         "lower_goes_first": True,
         "preempts": False,
         "context_length": 4_000_000,
-        "settings": {"lacking_fields": [], "embedding_dimensions": 0, "transcribes": False},
+        "slots": None,
+        "settings": {
+            "lacking_fields": [],
+            "embedding_dimensions": 0,
+            "transcribes": False,
+            "kv_tokens": None,
+        },
     }
     card = {"id": model, "object": "model", "created": 1790000000, "owned_by": "mock"}
     models = _answer(b"200 OK", orjson.dumps({"object": "list", "data": [card]}))
