@@ -49,7 +49,10 @@ def read(content_type, body):
     return run(read_form(content_type, body, "file"))
 
 
-@given(st.dictionaries(names, st.lists(texts, min_size=1, max_size=3)), files.filter(bool))
+@given(
+    st.dictionaries(names, st.lists(texts, min_size=1, max_size=3), max_size=20),
+    files.filter(bool),
+)
 def test_what_a_client_writes_is_read(data, file):
     form = read(*encoded(data, file))
     assert b"".join(form.file.pieces) == file
@@ -57,7 +60,7 @@ def test_what_a_client_writes_is_read(data, file):
     assert (form.file.name, form.file.media_type) == ("a.wav", "audio/wav")
 
 
-@given(st.dictionaries(names, texts), files.filter(bool))
+@given(st.dictionaries(names, texts, max_size=60), files.filter(bool))
 def test_what_is_written_for_an_engine_is_read(data, file):
     form = read(*encoded(data, file))
     written = write_form(form, data.items(), "file", b"0123456789abcdef" * 2)
