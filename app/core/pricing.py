@@ -69,8 +69,10 @@ class TokenUsage:
     def __post_init__(self) -> None:
         possible = (
             0 <= self.cached_tokens <= self.prompt_tokens - self.cache_write_tokens
-            and min(self.completion_tokens, self.cache_write_tokens) >= 0
-            and min(self.images, self.audio_seconds) >= 0
+            and self.completion_tokens >= 0
+            and self.cache_write_tokens >= 0
+            and self.images >= 0
+            and self.audio_seconds >= 0
         )
         if not possible:
             raise ValueError(f"impossible token counts: {self}")
@@ -133,7 +135,8 @@ class Prices:
 
     def cost(self, usage: TokenUsage) -> Decimal:
         """Return what ``usage`` costs, in USD, exactly."""
-        if not (usage.prompt_tokens or usage.completion_tokens or usage.has_extras):
+        extras = usage.has_extras
+        if not (usage.prompt_tokens or usage.completion_tokens or extras):
             return _NOTHING
         if (long := self._long_of(usage)) is not None:
             return long.cost(usage)
@@ -142,7 +145,7 @@ class Prices:
         computed = usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens
         prompt = add(times(computed, fresh), times(usage.cached_tokens, cached))
         whole = add(prompt, times(usage.completion_tokens, generated))
-        if usage.has_extras:
+        if extras:
             whole = add(whole, times(usage.cache_write_tokens, written))
             whole = add(whole, times(usage.images, image))
             whole = add(whole, times(usage.audio_seconds, second))
@@ -303,7 +306,7 @@ class RateCard(TierPrices):
 
         return {tier: of(tier) for tier in Tier}
 
-    @property
+    @cached_property
     def prices_images(self) -> bool:
         """Whether an image costs something besides its tokens, at any tier."""
         return any(one.image for one in self._prices.values())

@@ -79,7 +79,8 @@ class Handler:
                 inbound = await room.read(self._route, headers, receive)
                 inbound = with_start_within(inbound, headers.get(_START_WITHIN))
                 admission = require_model(services, caller, inbound.model)
-                inbound = await _with_images(services, admission, inbound)
+                if _prices_images(admission, inbound):
+                    inbound = await services.bodies.in_turns(with_images(inbound))
                 lifecycle = Lifecycle(services, admission, caller, inbound, reply, context)
                 await lifecycle.run()
         except BaseException as error:
@@ -193,12 +194,10 @@ def require_model(services: Services, caller: Caller, name: str) -> Admission:
     return admission
 
 
-async def _with_images(services: Services, admission: Admission, inbound: Inbound) -> Inbound:
-    """Return the request with the number of its images, if its model has a price for them."""
+def _prices_images(admission: Admission, inbound: Inbound) -> bool:
+    """Return whether the model of a request has a price for images."""
     model = admission.snapshot
-    if not model.settings.rate_card_of(model.adapter(inbound.model)).prices_images:
-        return inbound
-    return await services.bodies.in_turns(with_images(inbound))
+    return model.settings.rate_card_of(model.adapter(inbound.model)).prices_images
 
 
 def authorization_of(headers: Headers) -> str | None:

@@ -259,9 +259,12 @@ def _read(usage: object) -> Reported:
     details = usage.get("prompt_tokens_details")
     if details is None:
         details = usage.get("input_tokens_details")
+    if details is None:
+        # As in most events of a stream.
+        return Reported(prompt, 0, completion, prompt is None or completion is None)
     cached, written = _detail(details, _CACHED), _detail(details, _WRITTEN)
     most = prompt or 0
-    odd = None in (prompt, completion, cached, written)
+    odd = prompt is None or completion is None or cached is None or written is None
     odd = odd or (cached or 0) + (written or 0) > most
     read = min(cached or 0, most)
     return Reported(prompt, read, completion, odd, min(written or 0, most - read))
@@ -270,7 +273,7 @@ def _read(usage: object) -> Reported:
 def _detail(details: object, names: tuple[str, ...]) -> int | None:
     """Return the count under the first of some names that is there; ``None`` if it cannot be."""
     if not isinstance(details, dict):
-        return 0 if details is None else None
+        return None
     for name in names:
         if (value := details.get(name)) is not None:
             return _tokens(value)
