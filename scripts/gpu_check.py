@@ -22,6 +22,7 @@ sys.path.insert(0, str(REPO))
 
 from app.core.paths import expand_path  # noqa: E402
 from app.core.settings import SettingsError  # noqa: E402
+from app.ledger.record import now_utc  # noqa: E402
 from deployments.engines.registry import ADAPTERS  # noqa: E402
 from scripts import gpu_check_report  # noqa: E402
 from scripts.gpu_check_presets import PRESETS, preset  # noqa: E402
@@ -159,7 +160,7 @@ def _bad_pool(pool: Mapping[str, Any]) -> str | None:
 
 def _run(file: Path, pool: Mapping[str, Any], options: argparse.Namespace) -> int:
     print(f"gpu_check: {options.engine} with {pool['model']}", flush=True)
-    at, stages = gpu_check_report.now(), []
+    at, stages = now_utc(), []
     began = time.monotonic()
     status = _run_suite(file, options)
     stages.append(Stage("contract suite, preemption", status == 0, time.monotonic() - began))

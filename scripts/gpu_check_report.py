@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -297,8 +297,3 @@ def _python(python: str, environment: Mapping[str, str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return told.stdout.strip() or "unknown"
-
-
-def now() -> datetime:
-    """Return the time in UTC."""
-    return datetime.now(UTC)

@@ -7,7 +7,7 @@ read in another way do not get there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -79,6 +79,11 @@ class Form:
 
     texts: Mapping[str, tuple[str, ...]]
     file: File
+
+    @property
+    def last_texts(self) -> dict[str, str]:
+        """The last value of each of them, which counts in most parsers."""
+        return {name: values[-1] for name, values in self.texts.items()}
 
 
 def boundary_of(content_type: bytes) -> str | None:
@@ -220,8 +225,3 @@ def _malformed(why: str) -> errors.InvalidRequest:
     return errors.InvalidRequest(
         f"The request body is not a valid form: {why}.", code="invalid_value"
     )
-
-
-def last(values: Sequence[str]) -> str:
-    """Return the value of a field that is sent several times: the last, as in most parsers."""
-    return values[-1]

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 from app.core import errors
 from app.core.pricing import TOKENS_PER_SECOND
-from app.protocol.form import File, Form, last, write_form
+from app.protocol.form import File, Form, write_form
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.token_estimate import Estimate
 
@@ -57,7 +57,7 @@ def fields_of(form: Form) -> dict[str, Any]:
     Raises:
         InvalidRequest: the format of the answer is unknown, or cannot be streamed.
     """
-    fields: dict[str, Any] = {name: last(values) for name, values in form.texts.items()}
+    fields: dict[str, Any] = {**form.last_texts}
     for name in _FLAGS:
         if name in fields:
             # Anything else is refused as no boolean.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from app.core.dialect import Route
 from app.core.errors import InvalidRequest
-from app.protocol.form import last, read_form
+from app.protocol.form import read_form
 from app.protocol.json_body.scan import run
 from app.protocol.recording import estimate_recording
 from deployments.simulator.chunks import ChunkWriter
@@ -56,7 +56,7 @@ def form_values(content_type: bytes, body: bytes) -> dict[str, Any]:
     except InvalidRequest as error:
         raise RefusedError(400, error.message, param=error.param) from None
     seconds, _ = estimate_recording(form.file)
-    return {**{name: last(values) for name, values in form.texts.items()}, "seconds": seconds}
+    return {**form.last_texts, "seconds": seconds}
 
 
 def transcript(body: TranscriptionBody, reply: GeneratedReply) -> dict[str, Any]:
