@@ -132,6 +132,8 @@ def _seconds_of_wav(head: bytes, length: int) -> int | None:
         elif kind == b"data":
             if not _SLOWEST <= rate <= _FASTEST:
                 return None
-            return max(math.ceil(min(size, length - at) / rate), 1)
+            # Written before its length was known, a file says 0. Decoders then read to its end.
+            sampled = min(size or length, length - at)
+            return max(math.ceil(sampled / rate), 1)
         at += size + size % 2
     return None

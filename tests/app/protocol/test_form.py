@@ -157,6 +157,13 @@ def test_the_length_of_a_wav_file_is_exact_in_begun_seconds(tenths, rate, channe
     assert estimate.prompt == 25 * seconds and estimate.sequences == -(-seconds // 30)
 
 
+@pytest.mark.parametrize("told", [0, 0xFFFFFFFF])
+def test_a_wav_file_that_does_not_know_its_length_is_read_to_its_end(told):
+    whole = wav(9.5)
+    file = whole[:40] + told.to_bytes(4, "little") + whole[44:]
+    assert estimate_recording(as_file(file))[0] == 10
+
+
 @given(st.binary(min_size=1, max_size=200), st.integers(0, 60))
 def test_any_file_has_a_length_that_is_bounded_and_not_zero(noise, at):
     whole = wav(1)
