@@ -36,6 +36,7 @@ class BurstPlan:
         clients: default-tier clients in a closed loop.
         flex_clients: flex clients in a closed loop.
         size: priority requests at once.
+        slots: how many requests the engine runs at once.
         tokens: length of their answers.
         idle_bursts: bursts in a turn while nothing else runs.
         bursts: bursts in a turn while the other clients saturate the engine.
@@ -48,6 +49,7 @@ class BurstPlan:
     clients: int
     flex_clients: int
     size: int
+    slots: int
     tokens: int
     idle_bursts: int
     bursts: int
@@ -84,6 +86,7 @@ class BurstTrial:
         alone: the windows in which no priority came.
         bursts: the windows of the bursts while the engine was saturated.
         starts: when each of those bursts was sent.
+        share: how much of the engine a burst takes, by its slots.
         preemptions: how often the engine suspended a request meanwhile; ``None``: unknown.
         lag_s: how late the generator's event loop was meanwhile, p99, in the worst turn.
     """
@@ -95,6 +98,7 @@ class BurstTrial:
     alone: list[Window] = field(default_factory=list)
     bursts: list[Window] = field(default_factory=list)
     starts: list[float] = field(default_factory=list)
+    share: float = 1.0
     preemptions: float | None = None
     lag_s: float = 0.0
 
@@ -139,7 +143,8 @@ class _Turns:
         processes: Processes,
     ) -> None:
         self.load = Load(contender.endpoint, workload, most=plan.most)
-        self.trial = BurstTrial(contender.endpoint.name, self.load.answers)
+        share = min(1.0, plan.size / plan.slots)
+        self.trial = BurstTrial(contender.endpoint.name, self.load.answers, share=share)
         self._contender = contender
         self._plan = plan
         self._say = say

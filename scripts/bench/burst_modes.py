@@ -43,6 +43,7 @@ def plan_of(options: argparse.Namespace, slots: int) -> BurstPlan:
         clients=options.clients,
         flex_clients=options.flex_clients,
         size=options.burst_size or slots,
+        slots=slots,
         tokens=options.burst_tokens,
         idle_bursts=options.idle_bursts,
         bursts=options.bursts,

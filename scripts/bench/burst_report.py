@@ -18,7 +18,8 @@ from scripts.bench.summary import Goal
 
 _COLUMNS = (
     "endpoint", "idle p50", "idle p99", "n", "burst p50", "burst p99", "p99 / idle",
-    "default alone", "default with bursts", "all tiers with bursts", "met by a burst", "whole",
+    "default alone", "default with bursts", "all tiers with bursts", "time of bursts",
+    "default lost beyond it", "met by a burst", "whole",
     "longest pause", "preemptions", "failed", "429", "served below",
 )  # fmt: skip
 
@@ -36,6 +37,8 @@ def cells(row: BurstRow) -> list[str]:
         f"{row.default_alone:.1f}",
         f"{row.default_with:.1f} ({row.default_with / row.default_alone - 1:+.1%})",
         f"{row.all_with:.1f} ({row.all_with / row.all_alone - 1:+.1%})",
+        f"{row.taken:.1%}",
+        f"{row.lost:.1%}",
         str(row.met),
         str(row.whole),
         milliseconds(row.longest_pause),

@@ -49,8 +49,8 @@ ROW = finite(
         BurstRow(
             endpoint="Frontline, preemption", idle_p50=0.1, idle_p99=0.12, count=24, ttft_p50=0.15,
             ttft_p99=math.nan, default_alone=90.0, default_with=80.0, all_alone=100.0,
-            all_with=math.nan, met=9, whole=9, longest_pause=1.0, preemptions=17.0, errors=0,
-            sheds=0, lowered=0,
+            all_with=math.nan, taken=0.1, met=9, whole=9, longest_pause=1.0, preemptions=17.0,
+            errors=0, sheds=0, lowered=0,
         )
     )
 )  # fmt: skip
