@@ -1,6 +1,7 @@
 """The CPU time that an ingress spends on a request and on a streamed event, versions by turns.
 
     python scripts/bench/request_cost.py OTHER_CHECKOUT [ANOTHER …] [--rounds 8] [--loads paced]
+    python scripts/bench/request_cost.py OTHER_CHECKOUT --loads paced --flames FOLDER
 
 Each version is a checkout with its own process: the whole ingress with keys, queue, metrics and
 ledger behind uvicorn, as under Ray Serve, but without Serve's layers and HAProxy. All of them send
@@ -9,7 +10,8 @@ is that of all threads of the ingress's process, from the kernel's scheduler (``
 
 Other work on the machine makes all figures larger, so the lower quartile of the rounds is shown,
 and the median of the ratios of each round to the first version. The version of this file comes
-last. ``--serve`` runs one version; the command starts it in each checkout.
+last. ``--serve`` runs one version; the command starts it in each checkout. ``--flames`` measures
+nothing, and draws where the time goes instead, by py-spy.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ _HERE = Path(__file__).resolve()
 _ROOT = _HERE.parents[2]
 _WORDS = "Tell me about the sea in twenty words please"
 _READY = "ready"
+_DRAWN_S = 10
 _WARM_S = 1.0
 """Before the measured time of each load, so that beginning streams is not part of an event."""
 
@@ -153,18 +156,24 @@ class Version:
         times = Path(f"/proc/{self.pid}/task").glob("*/schedstat")
         return sum(int(one.read_text().split()[0]) for one in times) / 1e9
 
-    def measure(self, load: Load, reader: Path, seconds: int) -> float:
-        """Put a load on it; return the µs of CPU per answer, or per event of a stream."""
+    @contextlib.contextmanager
+    def loaded(self, load: Load, reader: Path, seconds: int) -> Iterator[subprocess.Popen[str]]:
+        """Put a load on it, and yield the generator."""
         with NamedTemporaryFile() as body:
             body.write(load.body())
             body.flush()
             given = {"BENCH_BODY": body.name, "BENCH_KEY": self.key, "BENCH_TIER": "priority"}
-            generator = subprocess.Popen(
+            with subprocess.Popen(
                 load.command(self.port, reader, seconds),
                 env={**os.environ, **given},
                 stdout=subprocess.PIPE,
                 text=True,
-            )
+            ) as generator:
+                yield generator
+
+    def measure(self, load: Load, reader: Path, seconds: int) -> float:
+        """Put a load on it; return the µs of CPU per answer, or per event of a stream."""
+        with self.loaded(load, reader, seconds) as generator:
             begun = self.cpu_s()
             time.sleep(_WARM_S)
             warm = self.cpu_s()
@@ -176,6 +185,24 @@ class Version:
             # The reader counts events only after its warm time.
             return (ended - warm) / (told["events"] * (seconds - 0.05) / seconds) * 1e6
         return (self.cpu_s() - begun) / told["requests"] * 1e6
+
+    def draw(self, load: Load, reader: Path, seconds: int, file: Path) -> None:
+        """Put a load on it, and draw a flame graph of Python's part of it."""
+        with self.loaded(load, reader, seconds) as generator:
+            time.sleep(_WARM_S)
+            command = ["py-spy", "record", "--pid", str(self.pid), "--output", file.name]
+            command += [
+                "--duration",
+                str(seconds),
+                "--rate",
+                "250",
+                "--format",
+                "flamegraph",
+                "--gil",
+            ]
+            # The command is the title of the picture: no path of this machine.
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=file.parent)
+            generator.communicate()
 
 
 @contextlib.contextmanager
@@ -216,6 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--loads", default=",".join(LOADS))
+    parser.add_argument("--flames", type=Path, metavar="FOLDER", help="draw flame graphs into it")
     parser.add_argument("--serve", type=int, metavar="ENGINE_PORT")
     options = parser.parse_args()
     if options.serve is not None:
@@ -228,6 +256,9 @@ def main() -> None:
     # What it has started is to end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     names = options.loads.split(",")
+    if options.flames:
+        # py-spy stops the process for every sample, and that keeps io_uring's thread busy.
+        os.environ["UV_USE_IO_URING"] = "0"
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         reader = build_streams(Path(os.environ["FRONTLINE_HOME"]) / "bench")
@@ -240,7 +271,19 @@ def main() -> None:
         os.sched_setaffinity(0, {1})
         for process in engine.processes()["engine"]:
             process.cpu_affinity([1])
-        _compare(versions, names, reader, options.rounds, options.seconds)
+        if options.flames:
+            _draw(versions, names, reader, options.flames)
+        else:
+            _compare(versions, names, reader, options.rounds, options.seconds)
+
+
+def _draw(versions: list[Version], names: list[str], reader: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for version in versions:
+            file = folder / f"flame-{name.replace(' ', '-')}-{version.name}.svg"
+            version.draw(LOADS[name], reader, _DRAWN_S, file)
+            print(file)
 
 
 def _compare(
