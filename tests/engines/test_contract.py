@@ -522,7 +522,9 @@ async def direct(replica, model_id):
     async with httpx.AsyncClient(
         base_url=replica.base_url,
         headers=headers,
-        timeout=300,
+        # The ingress does not know of these requests, so on SGLang priority may suspend them for as
+        # long as it comes. The test's own limit bounds them.
+        timeout=None,
         verify=PLAIN,
         # An engine closes a connection that is idle, perhaps just as a request is sent on it.
         limits=httpx.Limits(max_keepalive_connections=0),
