@@ -17,6 +17,8 @@ EVERY_S: Final = 60.0
 NAMES: Final = (
     "access log full",
     "access log lost",
+    "adapter not loaded",
+    "adapter not unloaded",
     "billed otherwise than echoed",
     "budget alert lost",
     "budget webhook failing",

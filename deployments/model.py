@@ -24,8 +24,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from app import supervision
+from app import alarms, supervision
 from app.config.model import ModelArgs, ModelSettings, PoolSettings
+from app.contracts.adapters import AdapterPlan, adapters_note, plan_adapters, to_note
 from app.contracts.credits import Demand, Renewal
 from app.contracts.news import ModelNews
 from app.contracts.start import PoolStart, StartFailure
@@ -49,7 +50,7 @@ from deployments.control.pool_state import PoolPhase, Standing, Wakings, standin
 from deployments.control.telemetry import ReplicaCounts, model_samples
 from deployments.control.wakeups import Wakeups
 from deployments.engines.base import Launch
-from deployments.engines.lora import LoraAdapter
+from deployments.engines.lora import LoraAdapter, LoraRoom
 from deployments.engines.registry import adapter_named
 
 logger = logging.getLogger("ray.serve")
@@ -82,6 +83,8 @@ class Model:
         self._args = args
         self._pools = pools
         self._settings = ModelSettings()
+        self._adapters = AdapterPlan()
+        self._loads: dict[str, asyncio.Task[None]] = {}
         self._created = int(time.time())
         self._application = serve.get_replica_context().app_name
         self._replicas: dict[str, tuple[ReplicaStatus, ...]] = {}
@@ -126,7 +129,7 @@ class Model:
 
     # Async, because Serve would call a plain method on a thread, concurrently with the event loop.
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply changed prices and tiers. Requests that were already decided keep theirs.
+        """Apply changed prices, tiers and adapters. Requests already decided keep theirs.
 
         Raises:
             SettingsError: ``user_config`` has an unknown key or a bad value.
@@ -135,7 +138,17 @@ class Model:
         if "rate_card" not in self._settings.model_fields_set:
             logger.warning("%s has no rate card, so requests to it cost nothing", self._args.id)
         self._allocator.configure(self._settings.queue)
+        self._share_out_adapters()
         self._publish()
+
+    def _share_out_adapters(self) -> None:
+        """Work out which pool gets which adapters; ``_look`` has its replicas load them."""
+        self._adapters = plan_adapters(self._args, self._settings.adapters)
+        for problem in self._adapters.problems.values():
+            alarms.PROCESS.raised("adapter not loaded", f"{self._args.id}: {problem}")
+        for pool, wanted in self._adapters.by_pool.items():
+            # For engines that start later: they load them before they count as ready.
+            post(adapters_note(self._application, pool), to_note(wanted))
 
     async def renew(self, demand: Demand, report: QueueReport | None, known: str) -> Renewal:
         """Renew the credits of an ingress.
@@ -266,7 +279,7 @@ class Model:
             missing=self._placement.missing,
             failed=dict(self._failures),
             starts=self._starts.current(time.monotonic()),
-            adapters=self._args.adapters,
+            adapters=self._args.adapters + self._adapters.names,
         )
 
     def _sleep_state(self) -> Sleep | None:
@@ -312,6 +325,18 @@ class Model:
         ready = frozenset(one.replica_id for one in replicas or ())
         self._counts.look(pool, ready, self._failing.get(pool, 0))
         self._publish()
+        self._have_adapters_loaded(pool)
+
+    def _have_adapters_loaded(self, pool: str) -> None:
+        """Have a pool's replicas load what they are to load, if one of them is to load others."""
+        wanted = self._adapters.by_pool.get(pool)
+        if wanted is None or pool in self._loads:
+            return
+        if all(tuple(s.wanted for s in r.adapters) == wanted for r in self._replicas[pool]):
+            return
+        ask = partial(_broadcast, self._pools[pool], "load_adapters", wanted)
+        task = self._loads[pool] = supervision.run_once("adapters", ask, about=pool)
+        task.add_done_callback(lambda _: self._loads.pop(pool))
 
     def _note_failure(self, pool: str, found: Standing) -> None:
         """Keep the failure of a pool's last start until it has a replica, sleeps or is changed.
@@ -330,7 +355,7 @@ class Model:
         for status in self._snapshot.replicas:
             if status.replica_id == replica_id:
                 pool = self._pools[status.pool]
-                ask = partial(_have_probed, pool, replica_id, route)
+                ask = partial(_broadcast, pool, "probe", replica_id, route)
                 task = supervision.run_once("engine probe", ask, about=replica_id)
                 task.add_done_callback(lambda _: self._probes.pop(replica_id))
                 self._probes[replica_id] = task
@@ -357,15 +382,15 @@ class Model:
 
     async def __del__(self) -> None:
         await self._placement.stop()
-        await supervision.stop(*self._watchers, *self._probes.values())
+        await supervision.stop(*self._watchers, *self._probes.values(), *self._loads.values())
 
 
-async def _have_probed(pool: DeploymentHandle[Any], replica_id: str, route: str) -> None:
-    # The result shows in the replica's status.
+async def _broadcast(pool: DeploymentHandle[Any], method: str, *given: Any) -> None:
+    """Call all replicas of a pool. What it has done shows in their status."""
     try:
-        await pool.broadcast("probe", replica_id, route).results_async(return_exceptions=True)
+        await pool.broadcast(method, *given).results_async(return_exceptions=True)
     except (RayError, RayServeException) as error:
-        logger.info("replica %s cannot be probed: %s", replica_id, type(error).__name__)
+        logger.info("%s did not reach the replicas: %s", method, type(error).__name__)
 
 
 _deployment = serve.deployment(
@@ -425,6 +450,7 @@ def _check_pool(where: Key, pool: PoolSettings) -> None:
         python="",
         engine_args=pool.engine_args,
         loras=tuple(LoraAdapter(one.name, one.path) for one in pool.adapters),
+        lora_room=LoraRoom(pool.adapter_room, pool.adapter_rank),
     )
     try:
         adapter = adapter_named(pool.engine)
@@ -432,6 +458,9 @@ def _check_pool(where: Key, pool: PoolSettings) -> None:
             raise SettingsError(Problem(("nodes",), f"{pool.engine} runs on one node only"))
         if pool.adapters and not adapter.loads_lora:
             raise SettingsError(Problem(("adapters",), f"{pool.engine} loads no LoRA adapters"))
+        if pool.adapter_room and not adapter.swaps_lora:
+            told = f"{pool.engine} loads no LoRA adapters while it runs"
+            raise SettingsError(Problem(("adapter_room",), told))
         adapter.command(launch)
         if taken := sorted(adapter.reserved_environment & pool.environment.keys()):
             told = "Frontline sets this itself"

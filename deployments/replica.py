@@ -15,29 +15,34 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import orjson
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from app import alarms, supervision
 from app.config.ingress import LONGEST_STOP_S
 from app.config.model import PoolSettings
+from app.contracts.adapters import WantedAdapter, adapters_note, read_wanted
 from app.contracts.findings import Examination, Finding, Level
 from app.contracts.launch import LaunchPlan
 from app.contracts.start import PoolStart, StartFailure
 from app.contracts.status import ReplicaStatus
 from app.core.dialect import Route
 from app.protocol.json_body.spliced import Spliced
-from app.ray_compat.notes import post
+from app.ray_compat.notes import post, read_note
 from app.ray_compat.serve_logs import replica_log
 from app.ray_compat.serve_port import keep_on_loopback
 from app.upstream.http1 import ConnectionLost
 from app.upstream.pool import fetch
 from deployments.engines.base import NO_HEADERS, EngineFacts, Launch, silent_recording
+from deployments.engines.lora import model_names
 from deployments.engines.registry import adapter_named
+from deployments.hosting.adapters import AdapterKeeper
 from deployments.hosting.drain import count_connections
 from deployments.hosting.guard import LOOPBACK, EngineGuard, GuardFailed, needs_guard
 from deployments.hosting.launch import (
@@ -212,6 +217,7 @@ class EngineReplica:
                 )
             self._facts = await self._until_ready()
             self._slots = await self._size()
+            await self._load_adapters()
             self._guard = await _start_guard(self._launch, pool)
         except BaseException:
             await self._process.stop(0.0)
@@ -223,6 +229,11 @@ class EngineReplica:
         status = self._make_status(took_s)
         ask = partial(self._adapter.preemption, self._http)
         self._preemption = PreemptionWatch(status, ask)
+        self._keeping = (
+            supervision.keep_running("adapters", self._adapters.run, about=str(status))
+            if pool.adapter_room
+            else None
+        )
         self._watching = (
             supervision.keep_running("preemption watch", self._preemption.run, about=str(status))
             if status.preempts
@@ -255,7 +266,12 @@ class EngineReplica:
 
     @property
     def _status(self) -> ReplicaStatus:
-        return self._preemption.status
+        status, states = self._preemption.status, self._adapters.states
+        if not states:
+            return status
+        adapters = status.dialect.adapters | self._adapters.serving
+        dialect = replace(status.dialect, adapters=adapters)
+        return replace(status, dialect=dialect, adapters=states)
 
     @staticmethod
     def plan(model_id: str, pool: PoolSettings) -> LaunchPlan:
@@ -271,6 +287,13 @@ class EngineReplica:
         """Return the engine's status; ``None`` once it has ended, and while it may hang."""
         alive = self._process.alive and (self._guard is None or self._guard.alive)
         return self._status if alive and not self._probe.doubtful else None
+
+    async def load_adapters(self, wanted: tuple[WantedAdapter, ...]) -> None:
+        """Have the engine load these LoRA adapters, and unload those that it loaded before.
+
+        Those that it was started with stay. Returns at once; ``status`` shows what has been done.
+        """
+        self._adapters.want(wanted)
 
     async def probe(self, replica_id: str, route: str) -> None:
         """Find out whether the engine hangs. Does nothing if ``replica_id`` is another replica's.
@@ -342,6 +365,29 @@ class EngineReplica:
                 )
         return sized.slots
 
+    async def _load_adapters(self) -> None:
+        """Load the adapters that are in force before requests come. One that fails stops nothing.
+
+        The Model corrects what a note of an earlier deployment says.
+        """
+        adapter, http = self._adapter, self._http
+        self._adapters = AdapterKeeper(
+            partial(adapter.load_lora, self._launch, http),
+            partial(adapter.unload_lora, self._launch, http),
+            partial(_listed, http),
+            f"the engine of pool {self._pool.name!r}",
+        )
+        if not self._pool.adapter_room:
+            return
+        name = adapters_note(serve.get_replica_context().app_name, self._pool.name)
+        try:
+            wanted = read_wanted(await asyncio.to_thread(read_note, name))
+        except (RayError, ValueError) as error:
+            supervision.PROCESS.failed("adapters", error, about=self._pool.name)
+            return
+        self._adapters.want(wanted)
+        await self._adapters.settle()
+
     async def _report_phase(self) -> None:
         now = time.monotonic()
         if now < self._phase_due:
@@ -404,7 +450,7 @@ class EngineReplica:
     async def _stop_serving(self) -> None:
         await self._telemetry.stop()
         await self._drain()
-        await supervision.stop(self._watching)
+        await supervision.stop(self._watching, self._keeping)
 
     async def _stop_engine(self) -> None:
         await self._process.stop()
@@ -431,6 +477,11 @@ deployment = serve.deployment(
     max_surge_percent=25,
 )(EngineReplica)
 """The Serve deployment of a pool; ``options(name=...)`` sets it to the pool's name."""
+
+
+async def _listed(http: LocalEngine) -> frozenset[str]:
+    _, models = await http.get_json("/v1/models")
+    return model_names(models)
 
 
 def start_note() -> str:

@@ -18,7 +18,14 @@ from app.config.access_log import AccessLogSettings  # noqa: E402
 from app.config.budget_webhook import BudgetWebhookSettings  # noqa: E402
 from app.config.ingress import IngressSettings  # noqa: E402
 from app.config.journal import JournalSettings  # noqa: E402
-from app.config.model import AdapterSettings, ModelArgs, ModelSettings, PoolSettings, TierSettings  # noqa: E402
+from app.config.model import (  # noqa: E402
+    AdapterSettings,
+    LaterAdapterSettings,
+    ModelArgs,
+    ModelSettings,
+    PoolSettings,
+    TierSettings,
+)
 from app.config.queue import QueueSettings, TierQueue  # noqa: E402
 from app.config.scaling import ScalingSettings  # noqa: E402
 from app.config.slo import SloSettings, TierSlo  # noqa: E402
@@ -59,6 +66,11 @@ SECTIONS: list[tuple[str, type[Settings], str]] = [
         "[engines.md](engines.md#lora-adapters) says what engines do with it.",
     ),
     ("A model: `user_config` of the deployment `Model`", ModelSettings, ""),
+    (
+        "A later LoRA adapter: an entry of `adapters` in the `user_config` of `Model`",
+        LaterAdapterSettings,
+        "[engines.md](engines.md#adapters-without-a-restart) says what engines do with it.",
+    ),
     (
         "`queue`",
         QueueSettings,

@@ -130,6 +130,7 @@ class ModelFrame:
         slo: how many streams met the objective of their tier; tiers without one are left out.
         downgrades: requests that were not served as requested since the ingresses started, by
             reason.
+        unloaded: for each LoRA adapter that a running engine failed to load, why.
     """
 
     application: str
@@ -145,6 +146,7 @@ class ModelFrame:
     failed: Mapping[str, StartFailure] = field(default_factory=dict)
     slo: Mapping[Tier, TierAttainment] = field(default_factory=dict)
     downgrades: Mapping[str, int] = field(default_factory=dict)
+    unloaded: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_frame(now: Look, before: Look) -> list[ModelFrame]:
@@ -176,6 +178,12 @@ def _model(application: str, sight: Sight, before: ModelBoard | None) -> ModelFr
         failed=board.snapshot.failed,
         slo=board.slo,
         downgrades=board.downgrades,
+        unloaded={
+            one.wanted.name: one.why_not
+            for replica in board.snapshot.replicas
+            for one in replica.adapters
+            if one.why_not
+        },
     )
 
 

@@ -13,7 +13,8 @@ from ray.serve.schema import ServeDeploySchema
 from app.autoscaling import POLICY_PATH
 from app.cli.applications import builder
 from app.config.ingress import IngressSettings
-from app.config.model import ModelSettings
+from app.config.model import ModelArgs, ModelSettings
+from app.contracts.adapters import plan_adapters
 from app.core.names import MODEL_DEPLOYMENT
 from app.core.settings import Key, Problem, Settings, SettingsError
 from app.ray_compat.application import deployments_of
@@ -101,16 +102,26 @@ def _price_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Prob
 
 
 def _adapter_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:
-    """Check that prices of adapters are those of adapters that the model has."""
-    pools = (application.get("args") or {}).get("pools") or ()
-    known = {one["name"] for pool in pools for one in pool.get("adapters") or ()}
+    """Check that adapters can be loaded, and that prices are those of adapters of the model."""
+    try:
+        args = ModelArgs.load(application.get("args") or {}, "args")
+    except SettingsError:
+        return
     for place, deployment in enumerate(application.get("deployments") or ()):
         if deployment["name"] != MODEL_DEPLOYMENT:
             continue
-        cards = (deployment.get("user_config") or {}).get("adapter_rate_cards") or {}
-        for name in sorted(cards.keys() - known):
-            key = (*where, "deployments", place, "user_config", "adapter_rate_cards", name)
-            yield Problem(key, "no pool has an adapter of this name")
+        key = (*where, "deployments", place, "user_config")
+        try:
+            settings = ModelSettings.load(deployment.get("user_config") or {}, *key)
+        except SettingsError:
+            continue
+        for number, problem in plan_adapters(args, settings.adapters).problems.items():
+            yield Problem((*key, "adapters", number), problem)
+        known = {*args.adapters, *(one.name for one in settings.adapters)}
+        for name in sorted(settings.adapter_rate_cards.keys() - known):
+            yield Problem(
+                (*key, "adapter_rate_cards", name), "the model has no adapter of this name"
+            )
 
 
 def _span_problems(where: Key, application: Mapping[str, Any]) -> Iterator[Problem]:

@@ -73,6 +73,9 @@ def _troubles(application: ApplicationRow) -> Iterator[RenderableType]:
     for pool, missing in application.model.missing.items() if application.model else ():
         words = f" {application.name}: no node offers what pool {pool} asks for: {missing}"
         yield Text(words, style="red")
+    for adapter, why in application.model.unloaded.items() if application.model else ():
+        words = f" {application.name}: the adapter {adapter} is not loaded, and is tried again: "
+        yield Text(words + why, style="red")
     failures = _failures(application)
     for failure in failures.values():
         yield Text(f" {application.name}: {failure.report()}", style="red")

@@ -70,6 +70,16 @@ class AdapterSettings(Settings):
     )
 
 
+class LaterAdapterSettings(AdapterSettings):
+    """A LoRA adapter that running engines load, and unload when it is no longer named."""
+
+    pools: tuple[PoolName, ...] = Field(
+        default=(),
+        description="Pools whose engines load it; each needs `adapter_room`. Not set: all that "
+        "have it.",
+    )
+
+
 class PoolSettings(Settings):
     """One pool of a model: the replicas of one engine deployment."""
 
@@ -123,7 +133,23 @@ class PoolSettings(Settings):
     adapters: tuple[AdapterSettings, ...] = Field(
         default=(),
         description="LoRA adapters that the pool's engines load (vLLM, SGLang). Requests that name "
-        "one go to pools that have it. `adapter_rate_cards` has their prices.",
+        "one go to pools that have it. `adapter_rate_cards` has their prices. A change restarts "
+        "the model's engines; `adapters` in the `user_config` of `Model` does not.",
+    )
+    adapter_room: int = Field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="How many more LoRA adapters the pool's engines can load while they run: those "
+        "of `adapters` in the `user_config` of `Model` (vLLM, SGLang). 0: none, because room takes "
+        "memory of the GPU, and an engine without LoRA is faster.",
+    )
+    adapter_rank: int = Field(
+        default=16,
+        gt=0,
+        le=512,
+        description="The highest rank of an adapter that is loaded later, for which memory is "
+        "reserved. 16 is vLLM's own default. It is used only with `adapter_room`.",
     )
     engine_args: dict[str, Any] = Field(
         default={}, description="The engine's own arguments by name, with underscores."
@@ -248,6 +274,11 @@ class ModelSettings(Settings):
         description="Prices of the model's adapters, by name. An adapter that is not named here "
         "has the prices of `rate_card`.",
     )
+    adapters: tuple[LaterAdapterSettings, ...] = Field(
+        default=(),
+        description="LoRA adapters that running engines load, beside those of the pools. One that "
+        "is added here is loaded without a restart, and one that is removed is unloaded.",
+    )
     tiers: TierSettings = Field(default=TierSettings(), description="Tiers that the model offers.")
     queue: QueueSettings = Field(
         default=QueueSettings(),
@@ -263,6 +294,16 @@ class ModelSettings(Settings):
         description="Service level objectives by tier, such as `{priority: {ttft_ms: 500, p: "
         "0.99}}`. They are measured and alerted on; no request depends on them. Not set: none.",
     )
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_are_distinct(
+        cls, value: tuple[LaterAdapterSettings, ...]
+    ) -> tuple[LaterAdapterSettings, ...]:
+        for name, count in Counter(one.name for one in value).items():
+            if count > 1:
+                raise ValueError(f"the adapter name {name!r} is taken already")
+        return value
 
     @model_validator(mode="after")
     def _adapters_price_what_the_model_does(self) -> ModelSettings:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from app.config.model import ModelSettings, TierSettings
+from app.contracts.adapters import AdapterState
 from app.contracts.grown import set_grown_state
 from app.contracts.start import PoolStart, StartFailure
 from app.core.dialect import AUDIO_ROUTES, Dialect, Route
@@ -49,6 +50,7 @@ class ReplicaStatus:
         start_s: how long it took from its start until its engine was ready, in seconds.
         preempted: what its engine reported last of suspended requests; ``None`` if it reports
             nothing. A status that differs in this alone is equal: it is sent to no ingress.
+        adapters: the LoRA adapters that its engine is to load while it runs, and whether it has.
     """
 
     replica_id: str
@@ -62,6 +64,9 @@ class ReplicaStatus:
     weight: float = 1.0
     start_s: float = 0.0
     preempted: Preempted | None = field(default=None, compare=False)
+    adapters: tuple[AdapterState, ...] = ()
+
+    __setstate__ = set_grown_state
 
     def honours_priority(self, route: Route) -> bool:
         """Whether the engine has native priority in force on this route."""
@@ -216,6 +221,11 @@ class ModelSnapshot:
     def adapter(self, name: str) -> str:
         """Return the adapter that a name stands for; empty if it stands for the model itself."""
         return name if name in self.adapters else ""
+
+    def awaits_adapter(self, name: str) -> bool:
+        """Return whether engines that run are to load an adapter, and none has so far."""
+        is_later = any(one.name == name for one in self.settings.adapters)
+        return is_later and not any(name in one.dialect.adapters for one in self.replicas)
 
     def named(self, name: str) -> str:
         """Return the id that a name stands for: an adapter's own, or else the model's."""

@@ -143,8 +143,9 @@ class Lifecycle:
         elif not model.has_prices_for(self._inbound.route, self._adapter):
             error = errors.UnsupportedEndpoint()
         elif model.replicas and not self._is_served():
-            # An engine of another pool may have the route.
-            error = not_ready(name) if model.pools_to_come else errors.UnsupportedEndpoint()
+            # An engine of another pool may have the route, or is about to load the adapter.
+            later = bool(model.pools_to_come) or model.awaits_adapter(self._adapter)
+            error = not_ready(name) if later else errors.UnsupportedEndpoint()
         else:
             return
         self._turned_away(State.REFUSED, error)
@@ -301,11 +302,20 @@ class Lifecycle:
                 # A replica that has come meanwhile, whose engine lacks the route or the adapter.
                 slot = await self._admission.admit_again(request, suspend=False)
         except (ModelGone, Shed) as turned_away:
+            self._require_adapter()
             error = self._refusal(turned_away)
             self._turned_away(State.SHED, error)
             raise error from None
         self._waited_s = slot.waited_s
+        self._require_adapter()
         return slot
+
+    def _require_adapter(self) -> None:
+        """Refuse a request whose adapter was removed while it waited: it has no prices any more."""
+        if self._adapter and not self._admission.snapshot.adapter(self._adapter):
+            error = self._refusal(errors.ModelNotFound(self._inbound.model))
+            self._turned_away(State.REFUSED, error)
+            raise error
 
     async def _record(self, answer: Callable[[], Awaitable[None]]) -> None:
         """Answer a placed request, and record the outcome."""

@@ -28,7 +28,7 @@ from app.core.tiers import Tier
 from app.protocol.form import File, Form
 from app.protocol.json_body.spliced import Spliced
 from app.protocol.recording import FORMAT, engine_form
-from deployments.engines.lora import LoraAdapter, listed_loras
+from deployments.engines.lora import NO_ROOM, LoraAdapter, LoraRoom, listed_loras
 from deployments.engines.metrics import EngineMetric
 from deployments.engines.needs import EngineNeeds
 from deployments.engines.start_phases import COMMON, Phases, phase_of
@@ -94,6 +94,7 @@ class Launch:
             tier, if it can.
         loras: the LoRA adapters that the engine loads.
         traces: the URL that the engine sends its spans to, by OTLP over HTTP; empty for none.
+        lora_room: what it reserves for LoRA adapters that it loads while it runs.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Launch:
     preemption: bool = True
     loras: tuple[LoraAdapter, ...] = ()
     traces: str = ""
+    lora_room: LoraRoom = NO_ROOM
 
     @property
     def base_url(self) -> str:
@@ -212,6 +214,10 @@ class EngineAdapter(ABC):
     """Whether the engine can serve LoRA adapters. This requires a ``command`` that uses
     ``launch.loras``, and a dialect that names those that are loaded."""
 
+    swaps_lora: ClassVar[bool] = False
+    """Whether the engine can load and unload LoRA adapters while it runs. This requires a
+    ``command`` that uses ``launch.lora_room``, and ``load_lora`` and ``unload_lora``."""
+
     reserved_environment: ClassVar[frozenset[str]] = frozenset({"FRONTLINE_ENGINE_KEY"})
     """Variables that a pool may not set: without Frontline's values the engine would run without
     key or proof."""
@@ -275,6 +281,20 @@ class EngineAdapter(ABC):
         Others get no more requests than there are slots anyway.
         """
         return False
+
+    async def load_lora(self, launch: Launch, http: EngineHttp, lora: LoraAdapter) -> str:
+        """Have a running engine load an adapter whose name it has not loaded.
+
+        Returns why it has not, in the engine's words, which may name paths; empty if it has.
+        """
+        return f"{self.name} loads no LoRA adapters while it runs"
+
+    async def unload_lora(self, launch: Launch, http: EngineHttp, name: str) -> str:
+        """Have a running engine unload an adapter; requests that use it already end normally.
+
+        Returns why it has not, as ``load_lora``. SGLang answers when the last of these has ended.
+        """
+        return f"{self.name} unloads no LoRA adapters while it runs"
 
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         """Ask a running engine about its preemption; ``None`` if it does not report it.

@@ -1,4 +1,7 @@
-"""LoRA adapters of an engine: what it is started with, and which of them it has loaded."""
+"""LoRA adapters of an engine: those that it is started with, those that it loads later, its room.
+
+vLLM and SGLang load and unload adapters while they run, by requests of nearly the same shape.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,12 @@ CONFIG_NAME: Final = "adapter_config.json"
 """The file of an adapter's folder that says for which model it is, and its rank."""
 
 
+_LONGEST_REASON: Final = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """One LoRA adapter that an engine loads at its start.
+    """One LoRA adapter of an engine.
 
     Attributes:
         name: its name in requests.
@@ -25,6 +31,27 @@ class LoraAdapter:
     name: str
     path: str
     rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRoom:
+    """What an engine reserves for LoRA adapters that it loads while it runs.
+
+    Attributes:
+        count: how many, in addition to those that it is started with; 0 for none.
+        rank: the highest rank of such an adapter.
+    """
+
+    count: int = 0
+    rank: int = 0
+
+    def highest_rank(self, adapters: Iterable[LoraAdapter]) -> int | None:
+        """Return the highest rank to reserve memory for; ``None`` if none is known."""
+        known = highest_rank(adapters)
+        return max(known or 0, self.rank) if self.count else known
+
+
+NO_ROOM: Final = LoraRoom()
 
 
 def read_lora(name: str, path: str) -> LoraAdapter:
@@ -53,6 +80,27 @@ def listed_loras(models: Any, adapters: Iterable[LoraAdapter]) -> frozenset[str]
         models: the answer of its ``/v1/models``.
         adapters: those that it was started with.
     """
+    return frozenset(one.name for one in adapters) & model_names(models)
+
+
+def model_names(models: Any) -> frozenset[str]:
+    """Return the names in an engine's models list: its model's, and those of its adapters."""
     entries = models.get("data") if isinstance(models, dict) else None
-    listed = {one.get("id") for one in entries or () if isinstance(one, dict)}
-    return frozenset(one.name for one in adapters if one.name in listed)
+    names = (one.get("id") for one in entries or () if isinstance(one, dict))
+    return frozenset(name for name in names if isinstance(name, str))
+
+
+def why_refused(status: int, answer: Any) -> str:
+    """Return why an engine has not loaded or unloaded an adapter; empty if it has.
+
+    Args:
+        status: the status of its answer. vLLM answers 200 with a sentence, SGLang with
+            ``{"success": true}``.
+        answer: the parsed body; ``None`` if it is not JSON.
+    """
+    if status == 200:
+        return ""
+    match answer:
+        case {"error": {"message": str(reason)}} | {"error_message": str(reason)} if reason:
+            return reason[:_LONGEST_REASON]
+    return f"status {status}"

@@ -29,6 +29,7 @@ from deployments.engines.base import (
     render_flags,
     stay_on_loopback,
 )
+from deployments.engines.lora import LoraAdapter, why_refused
 from deployments.engines.metrics import Role, engine_metrics
 from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
 from deployments.engines.start_phases import SGLANG
@@ -87,6 +88,8 @@ _RESERVED: Final = frozenset(
     }
 )
 
+LOAD_LORA: Final = "/load_lora_adapter"
+UNLOAD_LORA: Final = "/unload_lora_adapter"
 _LORAS_AT_ONCE: Final = 8
 """Most adapters whose requests run in one batch, unless ``max_loras_per_batch`` says otherwise:
 each takes memory of the GPU."""
@@ -116,6 +119,7 @@ class Sglang(EngineAdapter):
     metrics = _METRICS
     spans_nodes = True
     loads_lora = True
+    swaps_lora = True
     reserved_environment = EngineAdapter.reserved_environment | {"SGLANG_HTTP_SERVER_APP_PATH"}
 
     def command(self, launch: Launch) -> list[str]:
@@ -224,6 +228,15 @@ class Sglang(EngineAdapter):
         status, done = await http.post_json("/set_internal_state", change)
         return status == 200 and isinstance(done, list) and bool(done) and all(done)
 
+    async def load_lora(self, launch: Launch, http: EngineHttp, lora: LoraAdapter) -> str:
+        """Use SGLang's own route, which reads the adapter's weights before it answers."""
+        asked = {"lora_name": lora.name, "lora_path": lora.path}
+        return why_refused(*await http.post_json(LOAD_LORA, asked))
+
+    async def unload_lora(self, launch: Launch, http: EngineHttp, name: str) -> str:
+        """Use SGLang's own route, which answers once no request uses the adapter."""
+        return why_refused(*await http.post_json(UNLOAD_LORA, {"lora_name": name}))
+
 
 def _prioritized(launch: Launch) -> bool:
     return bool(launch.engine_args.get("enable_priority_scheduling", True))
@@ -234,14 +247,21 @@ def _priority_flags(launch: Launch) -> dict[str, Any]:
 
 
 def _lora_args(launch: Launch) -> dict[str, Any]:
-    """Return the arguments with which SGLang loads the adapters at its start."""
-    if not launch.loras:
+    """Return the arguments with which SGLang loads the adapters at its start, and later ones."""
+    room = launch.lora_room
+    count = len(launch.loras) + room.count
+    if not count:
         return {}
+    paths = [f"{one.name}={one.path}" for one in launch.loras]
+    # Otherwise SGLang takes both from the adapters that it starts with, and refuses later ones of a
+    # higher rank or with other modules.
+    later = {"max_lora_rank": room.highest_rank(launch.loras), "lora_target_modules": ["all"]}
     return {
         "enable_lora": True,
         # Requests without an adapter count as one more.
-        "max_loras_per_batch": min(len(launch.loras), _LORAS_AT_ONCE) + 1,
-        "lora_paths": [f"{one.name}={one.path}" for one in launch.loras],
+        "max_loras_per_batch": min(count, _LORAS_AT_ONCE) + 1,
+        **({"lora_paths": paths} if paths else {}),
+        **(later if room.count else {}),
     }
 
 

@@ -35,6 +35,7 @@ from deployments.engines.base import (
     PreemptionReport,
     prove_lora,
 )
+from deployments.engines.lora import LoraAdapter
 from deployments.engines.metrics import EngineMetric
 from deployments.engines.sglang import ADAPTER_FIELD, ADAPTER_ROUTES, Sglang
 from deployments.engines.tensorrt_llm import TensorrtLlm
@@ -81,6 +82,7 @@ class Simulated(EngineAdapter):
     health_path: ClassVar[str] = "/health"
     spans_nodes: ClassVar[bool] = True
     loads_lora: ClassVar[bool] = True
+    swaps_lora: ClassVar[bool] = True
     reserved_environment: ClassVar[frozenset[str]] = frozenset({KEY_VARIABLE})
 
     def command(self, launch: Launch) -> list[str]:
@@ -107,7 +109,7 @@ class Simulated(EngineAdapter):
 
     def relayed(self, launch: Launch) -> tuple[str, tuple[EngineMetric, ...]]:
         """Return the metrics of the engine whose dialect is simulated."""
-        adapter = _IMITATED[_settings(launch).dialect]
+        adapter = _imitated(launch)
         return adapter.metrics_path, adapter.metrics
 
     def priority_routes(self, launch: Launch) -> frozenset[Route]:
@@ -138,6 +140,14 @@ class Simulated(EngineAdapter):
         status, report = await http.post_json("/simulate", {"slots": slots})
         return status == 200 and isinstance(report, dict) and report.get("slots") == slots
 
+    async def load_lora(self, launch: Launch, http: EngineHttp, lora: LoraAdapter) -> str:
+        """Do as the adapter of the engine that is simulated."""
+        return await _imitated(launch).load_lora(launch, http, lora)
+
+    async def unload_lora(self, launch: Launch, http: EngineHttp, name: str) -> str:
+        """Do as the adapter of the engine that is simulated."""
+        return await _imitated(launch).unload_lora(launch, http, name)
+
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         """Query the running engine for what it has suspended."""
         status, report = await http.get_json("/simulate")
@@ -146,6 +156,10 @@ class Simulated(EngineAdapter):
         counts = Preempted(report["preempted"], report["suspended"], report["suspended_s"])
         preempts = report["preempts"] is True
         return PreemptionReport(preempts, "" if preempts else "it was turned off", counts)
+
+
+def _imitated(launch: Launch) -> EngineAdapter:
+    return _IMITATED[_settings(launch).dialect]()
 
 
 def _span_args(span: NodeSpan) -> list[str]:
@@ -160,6 +174,8 @@ def _settings(launch: Launch) -> SimulatedSettings:
         given["preemption"] = False
     if launch.loras:
         given["adapters"] = [one.name for one in launch.loras]
+    if launch.lora_room.count:
+        given["adapter_room"] = launch.lora_room.count
     given |= launch.engine_args
     return SimulatedSettings.load(given, "engine_args")
 

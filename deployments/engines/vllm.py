@@ -36,7 +36,7 @@ from deployments.engines.base import (
     serves_transcriptions,
     stay_on_loopback,
 )
-from deployments.engines.lora import highest_rank
+from deployments.engines.lora import LoraAdapter, why_refused
 from deployments.engines.metrics import Role, engine_metrics
 from deployments.engines.needs import EngineNeeds, MemoryRule, TriedVersions, share, whole, word
 from deployments.engines.start_phases import VLLM
@@ -54,6 +54,9 @@ _INSIDE: Final = Path(__file__).parent / "inside"
 _POLICY: Final = "priority"
 _EMBEDS: Final = "pooling"
 _FACTS_PATH: Final = "/frontline/facts"
+LOAD_LORA: Final = "/v1/load_lora_adapter"
+UNLOAD_LORA: Final = "/v1/unload_lora_adapter"
+RUNTIME_LORA: Final = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _LIMIT_PATH: Final = "/frontline/limit"
 # Each of these would open a way around the ingress, or break what the ingress relies on.
 _RESERVED: Final = frozenset(
@@ -105,7 +108,9 @@ class Vllm(EngineAdapter):
     metrics = _METRICS
     spans_nodes = True
     loads_lora = True
+    swaps_lora = True
     reserved_environment = EngineAdapter.reserved_environment | {
+        RUNTIME_LORA,
         "VLLM_API_KEY",
         "VLLM_USE_RUST_FRONTEND",
     }
@@ -149,6 +154,8 @@ class Vllm(EngineAdapter):
             "VLLM_NO_USAGE_STATS": "1",
             # vLLM's frontend in Rust loads no middleware, so it would ask for no key.
             "VLLM_USE_RUST_FRONTEND": "0",
+            # It adds the routes that load and unload adapters. Like all, they require the key.
+            **({RUNTIME_LORA: "True"} if launch.lora_room.count else {}),
             **stay_on_loopback(launch.span),
             **trace_variables(launch, self.name),
             # Otherwise the parts look for each other at the address of this machine's host name.
@@ -223,6 +230,15 @@ class Vllm(EngineAdapter):
         status, answer = await http.post_json(_LIMIT_PATH, {"slots": slots})
         return status == 200 and isinstance(answer, dict) and answer.get("limited") is True
 
+    async def load_lora(self, launch: Launch, http: EngineHttp, lora: LoraAdapter) -> str:
+        """Use vLLM's own route, which reads the adapter's weights before it answers."""
+        asked = {"lora_name": lora.name, "lora_path": lora.path}
+        return why_refused(*await http.post_json(LOAD_LORA, asked))
+
+    async def unload_lora(self, launch: Launch, http: EngineHttp, name: str) -> str:
+        """Use vLLM's own route. Requests that run keep the adapter's weights until they end."""
+        return why_refused(*await http.post_json(UNLOAD_LORA, {"lora_name": name}))
+
     async def preemption(self, http: EngineHttp) -> PreemptionReport | None:
         status, facts = await http.get_json(_FACTS_PATH)
         schedulers = facts.get("preemption") if status == 200 and isinstance(facts, dict) else None
@@ -257,10 +273,12 @@ def _report(schedulers: list[Any]) -> PreemptionReport:
 
 
 def _lora_args(launch: Launch) -> dict[str, Any]:
-    """Return the arguments with which vLLM loads the adapters at its start."""
-    if not launch.loras:
+    """Return the arguments with which vLLM loads the adapters at its start, and later ones."""
+    room = launch.lora_room
+    count, rank = len(launch.loras) + room.count, room.highest_rank(launch.loras)
+    if not count:
         return {}
-    count, rank = len(launch.loras), highest_rank(launch.loras)
+    modules = [f"{one.name}={one.path}" for one in launch.loras]
     ranks = [one for one in _LORA_RANKS if rank is not None and one >= rank]
     return {
         "enable_lora": True,
@@ -268,7 +286,7 @@ def _lora_args(launch: Launch) -> dict[str, Any]:
         # Otherwise those beyond `max_loras` are read from disk whenever they are used.
         "max_cpu_loras": count,
         **({"max_lora_rank": ranks[0]} if ranks else {}),
-        "lora_modules": [f"{one.name}={one.path}" for one in launch.loras],
+        **({"lora_modules": modules} if modules else {}),
     }
 
 

@@ -19,7 +19,7 @@ from app.core.paths import expand_path, frontline_home
 from app.core.settings import SettingsError
 from app.core.trace_variables import traces_are_on, traces_endpoint
 from deployments.engines.base import EngineAdapter, Launch, NodeSpan
-from deployments.engines.lora import LoraAdapter, read_lora
+from deployments.engines.lora import LoraAdapter, LoraRoom, read_lora
 from deployments.engines.registry import adapter_named
 from deployments.hosting.guard import LOOPBACK, plan_guard
 from deployments.preflight.gather import examination_failed, examine_pool
@@ -65,6 +65,7 @@ def make_launch(
         span=span,
         preemption=pool.preemption,
         loras=tuple(read_lora(one.name, expand_path(one.path)) for one in pool.adapters),
+        lora_room=LoraRoom(pool.adapter_room, pool.adapter_rank),
         traces=_traces(os.environ | pool.environment, span.rank),
     )
 
@@ -194,6 +195,7 @@ def _planned(model_id: str, pool: PoolSettings, rank: int) -> Launch:
         span=NodeSpan(pool.nodes, rank, f"NODE_{rank}", "NODE_0") if pool.nodes > 1 else NodeSpan(),
         preemption=pool.preemption,
         loras=tuple(LoraAdapter(one.name, _expanded(one.path)) for one in pool.adapters),
+        lora_room=LoraRoom(pool.adapter_room, pool.adapter_rank),
         traces=_traces(pool.environment, rank),
     )
 

@@ -20,6 +20,7 @@ from deployments.simulator import VERSION
 from deployments.simulator.engine import Engine
 from deployments.simulator.exchange import JSON, HttpExchange, Receive, Scope, Send
 from deployments.simulator.inference import Inference
+from deployments.simulator.lora import LoraRoutes
 from deployments.simulator.observations import EngineState
 from deployments.simulator.requests import (
     InvalidBodyError,
@@ -53,6 +54,7 @@ class Application:
         self.engine = engine
         self.wire = WIRES[engine.settings.dialect](engine.settings, served_name, model)
         self._inference = Inference(engine, self.wire)
+        self._loras = LoraRoutes(engine.settings, self.wire.adapters)
         self.ready = False
         self.child: int | None = None
         self._credentials = b"Bearer " + key.encode()
@@ -84,6 +86,8 @@ class Application:
         path = exchange.path
         if path == "/simulate":
             await self._simulate(exchange, method)
+        elif method == "POST" and path in self._loras:
+            await self._change_adapters(exchange)
         elif method != "GET":
             await self._inference.refuse(exchange, RefusedError(404, "Not Found", "Not Found"))
         elif path in ("/health", "/ready"):  # /ready is SGLang's; here all dialects have it
@@ -111,6 +115,14 @@ class Application:
             self.engine.timings,
         )
         return self.wire.metrics(state)
+
+    async def _change_adapters(self, exchange: HttpExchange) -> None:
+        try:
+            body = parse_json(await exchange.body())
+        except InvalidBodyError as error:
+            await self._inference.refuse(exchange, RefusedError(400, str(error)))
+            return
+        await exchange.answer(*self._loras.answer(exchange.path, body))
 
     # Reports and changes for tests
 

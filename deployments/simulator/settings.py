@@ -138,6 +138,9 @@ class SimulatedSettings(Settings):
     Not set, it has that of 2026."""
     adapters: tuple[str, ...] = ()
     """The LoRA adapters that it answers for, by name. Set by the pool's ``adapters``."""
+    adapter_room: int = Field(default=0, ge=0)
+    """How many more it can be made to load by requests, on the routes of the engine that is
+    simulated. Set by the pool's ``adapter_room``."""
     failures: InjectedFailures = InjectedFailures()
 
     @model_validator(mode="after")
@@ -152,7 +155,7 @@ class SimulatedSettings(Settings):
             raise ValueError("only 'dialect: tensorrt_llm' refuses fields: 'lacking_fields'")
         if self.older_errors and self.dialect is not DialectName.TENSORRT_LLM:
             raise ValueError("only 'dialect: tensorrt_llm' has 'older_errors'")
-        if self.adapters and self.dialect is DialectName.TENSORRT_LLM:
+        if (self.adapters or self.adapter_room) and self.dialect is DialectName.TENSORRT_LLM:
             raise ValueError("'dialect: tensorrt_llm' has no adapters")
         return self
 

@@ -75,6 +75,7 @@ class Wire(ABC):
 
     def __init__(self, settings: SimulatedSettings, served_name: str, model: str) -> None:
         self.settings, self.served_name, self.model = settings, served_name, model
+        self.adapters = list(settings.adapters)
 
     # Reading
 
@@ -253,7 +254,7 @@ class Wire(ABC):
         """Return the entries of the model and of its adapters."""
         card = self.model_card(created)
         of_adapters = {"root": "/simulated", "parent": self.served_name, "max_model_len": None}
-        return [card, *({**card, "id": one, **of_adapters} for one in self.settings.adapters)]
+        return [card, *({**card, "id": one, **of_adapters} for one in self.adapters)]
 
     @abstractmethod
     def metrics(self, state: EngineState) -> Mapping[str, bytes]:

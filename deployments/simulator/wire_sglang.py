@@ -82,10 +82,10 @@ class SglangWire(Wire):
 
     def check_adapter(self, values: Mapping[str, Any]) -> None:
         name = values.get("lora_path")
-        if name is not None and name not in self.settings.adapters:
+        if name is not None and name not in self.adapters:
             message = (
                 f"Got LoRA adapter that has never been loaded: {name}\nAll loaded adapters: "
-                f"dict_keys({list(self.settings.adapters)})."
+                f"dict_keys({list(self.adapters)})."
             )
             raise RefusedError(400, message, "BadRequestError")
 

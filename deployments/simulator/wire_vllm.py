@@ -62,7 +62,7 @@ class VllmWire(Wire):
         return priority
 
     def check_model(self, route: Route, model: str | None) -> None:
-        if model and model not in (self.served_name, *self.settings.adapters):
+        if model and model not in (self.served_name, *self.adapters):
             message = f"The model `{model}` does not exist. Valid aliases: {self.served_name}."
             raise RefusedError(404, message, "NotFoundError", "model")
 
@@ -95,7 +95,7 @@ class VllmWire(Wire):
             )
 
     def answered_model(self, requested: str | None) -> str:
-        if requested in self.settings.adapters:
+        if requested in self.adapters:
             return requested
         return self.served_name
 

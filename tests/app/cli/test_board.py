@@ -4,6 +4,7 @@ import pytest
 
 from app.cli.board import Sheds, Sight, make_frame
 from app.config.model import ModelSettings
+from app.contracts.adapters import AdapterState, WantedAdapter
 from app.contracts.credits import Demand
 from app.contracts.stats import IngressBoard, ModelBoard, QueueReport
 from app.contracts.status import ModelSnapshot, Preempted, ReplicaStatus, Sleep
@@ -67,6 +68,17 @@ def only_model(now, before=None):
         {"app": Sight("RUNNING", now)}, {"app": Sight("RUNNING", before)} if before else {}
     )
     return frame
+
+
+def test_adapters_that_an_engine_failed_to_load_are_shown():
+    states = (
+        AdapterState(WantedAdapter("a", "/a"), loaded=True),
+        AdapterState(WantedAdapter("b", "/b"), loaded=False, why_not="no such folder"),
+        AdapterState(WantedAdapter("c", "/c"), loaded=False),
+    )
+    loading = replace(replica("x"), adapters=states)
+    frame = only_model(ModelBoard(model(replica("y"), loading), ()))
+    assert frame.unloaded == {"b": "no such folder"}
 
 
 def test_a_model_is_summed_up_over_its_ingresses():

@@ -53,7 +53,13 @@ def findings(old, new):
             "      rate_card: {",
             "      adapter_rate_cards: {tuned: {free: true}}\n      rate_card: {",
             None,
-            "adapter_rate_cards.tuned: no pool has an adapter of this name",
+            "adapter_rate_cards.tuned: the model has no adapter of this name",
+        ),
+        (
+            "      rate_card: {",
+            "      adapters: [{name: tuned, path: /x}]\n      rate_card: {",
+            None,
+            "user_config.adapters.0: no pool of the model has `adapter_room`",
         ),
         (
             "slots: 8",

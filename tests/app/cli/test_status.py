@@ -46,6 +46,15 @@ def test_what_no_node_offers_is_said():
     assert "lost: no node offers what pool sglang asks for: label engine=sglang" in drawn()
 
 
+def test_an_adapter_that_an_engine_failed_to_load_is_named_with_its_reason():
+    model = ModelFrame("m", "RUNNING", id="org/m", unloaded={"org/law": "No adapter at /x [1]"})
+    rows = (ApplicationRow("m", "RUNNING", "", (), model),)
+    shown = io.StringIO()
+    Console(file=shown, width=160).print(render(ClusterStatus("10.0.0.1:6379", (HEAD,), rows)))
+    words = "m: the adapter org/law is not loaded, and is tried again: No adapter at /x [1]"
+    assert words in shown.getvalue()
+
+
 def test_differences_are_told_only_where_a_file_was_named():
     assert "deployed" not in drawn()
     assert "The file is what is deployed." in drawn(())

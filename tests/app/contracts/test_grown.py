@@ -6,16 +6,18 @@ from hypothesis import strategies as st
 
 from app.config.model import ModelSettings
 from app.contracts.stats import ModelBoard
-from app.contracts.status import ModelSnapshot
+from app.contracts.status import ModelSnapshot, ReplicaStatus
+from app.core.dialect import Dialect
 
 pytestmark = pytest.mark.unit
 
 SNAPSHOT = ModelSnapshot("m", (), "me", 0, ModelSettings(), ())
 BOARD = ModelBoard(SNAPSHOT, ())
-NEEDED = {ModelSnapshot: 6, ModelBoard: 2}
+REPLICA = ReplicaStatus("r", "pool", "http://x", "key", 8, "1", None, Dialect("vllm"))
+NEEDED = {ModelSnapshot: 6, ModelBoard: 2, ReplicaStatus: 8}
 
 
-@given(st.sampled_from([SNAPSHOT, BOARD]), st.data())
+@given(st.sampled_from([SNAPSHOT, BOARD, REPLICA]), st.data())
 def test_a_message_of_another_version_is_read_with_defaults(message, data):
     """81c90fb: whoever read a field that the sender did not know raised an AttributeError."""
     state = message.__getstate__()

@@ -1,5 +1,9 @@
 """LoRA adapters: what is read of them, and what engines say of them."""
 
+import asyncio
+from functools import partial
+
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,12 +14,18 @@ from deployments.engines.base import EngineContractError, Launch, prove_lora
 from deployments.engines.lora import (
     CONFIG_NAME,
     LoraAdapter,
+    LoraRoom,
     highest_rank,
     listed_loras,
+    model_names,
     read_lora,
+    why_refused,
 )
 from deployments.engines.registry import adapter_named
 from deployments.hosting.launch import make_launch
+from deployments.simulator.application import Application
+from deployments.simulator.engine import Engine
+from deployments.simulator.settings import SimulatedSettings
 
 pytestmark = pytest.mark.unit
 
@@ -112,3 +122,82 @@ def test_the_routes_of_a_dialect_are_those_of_its_adapters_too():
     assert [route for route in Route if dialect.serves(route, "a")] == [Route.CHAT]
     assert not any(dialect.serves(route, "b") for route in Route)
     assert {route for route in Route if dialect.serves(route)} == dialect.routes
+
+
+def test_engines_that_cannot_load_adapters_later_are_refused_before_they_start():
+    from deployments.model import build
+
+    pool = {"name": "p", "engine": "tensorrt_llm", "model": "m", "adapter_room": 1}
+    assert not adapter_named("tensorrt_llm").swaps_lora
+    with pytest.raises(ValueError, match="loads no LoRA adapters while it runs"):
+        build({"id": "m", "pools": [pool]})
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "why"),
+    [
+        (200, None, ""),  # vLLM's sentence is no JSON
+        (200, {"success": True, "error_message": ""}, ""),
+        (404, {"error": {"message": "No adapter found for /x", "code": 404}}, "No adapter found "),
+        (400, {"success": False, "error_message": "already loaded"}, "already loaded"),
+        (400, {"success": False, "error_message": None}, "status 400"),
+        (404, {"detail": "Not Found"}, "status 404"),
+        (500, None, "status 500"),
+    ],
+)
+def test_why_an_engine_refused_is_in_its_own_words(status, answer, why):
+    assert why_refused(status, answer).startswith(why) and bool(why) == (status != 200)
+
+
+@given(rank=st.integers(1, 512), ranks=st.lists(st.none() | st.integers(1, 512)))
+def test_room_is_for_the_highest_rank_of_all(rank, ranks):
+    first = [LoraAdapter(str(n), "", one) for n, one in enumerate(ranks)]
+    known = [one for one in ranks if one is not None]
+    assert LoraRoom(1, rank).highest_rank(first) == max([rank, *known])
+    assert LoraRoom(0, rank).highest_rank(first) == highest_rank(first)
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_the_simulated_engine_loads_and_unloads_by_its_dialects_own_requests(
+    tmp_path, dialect
+):
+    """Through the adapter that the real engine has."""
+    pool = {"name": "p", "engine": "simulated", "model": "m", "adapter_room": 1,
+            "engine_args": {"dialect": dialect}}  # fmt: skip
+    launch = make_launch("m", PoolSettings.load(pool, "pool"), host="127.0.0.1", port=1, key="k")
+    settings = SimulatedSettings.load({"dialect": dialect, "adapter_room": 1}, "engine_args")
+    application = Application(Engine(settings, asyncio.get_running_loop()), "m", "m", "k")
+    (tmp_path / CONFIG_NAME).write_text("{}")
+    asked = partial(httpx.AsyncClient, transport=httpx.ASGITransport(application))
+    async with asked(base_url="http://e", headers={"authorization": "Bearer k"}) as client:
+
+        class Http:
+            async def post_json(self, path, body):
+                answer = await client.post(path, json=body)
+                told = answer.headers["content-type"] == "application/json"
+                return answer.status_code, answer.json() if told else None
+
+        adapter = adapter_named("simulated")
+        here, lost = LoraAdapter("a", str(tmp_path)), LoraAdapter("b", str(tmp_path / "no"))
+        assert await adapter.load_lora(launch, Http(), here) == ""
+        assert "already" in await adapter.load_lora(launch, Http(), here)
+        assert str(tmp_path / "no") in await adapter.load_lora(launch, Http(), lost)
+        assert model_names((await client.get("/v1/models")).json()) == {"m", "a"}
+        assert await adapter.unload_lora(launch, Http(), "a") == ""
+        assert "cannot be found" in await adapter.unload_lora(launch, Http(), "a")
+        assert model_names((await client.get("/v1/models")).json()) == {"m"}
+    async with asked(base_url="http://e") as client:
+        for path in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+            assert (await client.post(path, json={})).status_code == 401
+
+
+@pytest.mark.parametrize("dialect", ["vllm", "sglang"])
+async def test_without_room_it_has_no_such_routes(dialect):
+    settings = SimulatedSettings.load({"dialect": dialect}, "engine_args")
+    application = Application(Engine(settings, asyncio.get_running_loop()), "m", "m", "k")
+    transport, headers = httpx.ASGITransport(application), {"authorization": "Bearer k"}
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://e", headers=headers
+    ) as client:
+        for path in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+            assert (await client.post(path, json={})).status_code == 404

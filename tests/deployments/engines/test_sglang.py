@@ -7,7 +7,7 @@ from app.core.dialect import AUDIO_ROUTES, MESSAGES_ROUTES, POOLED_ROUTES, Route
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from deployments.engines.base import LOW_FIRST, EngineContractError, Launch, NodeSpan
-from deployments.engines.lora import LoraAdapter
+from deployments.engines.lora import LoraAdapter, LoraRoom
 from deployments.engines.sglang import Sglang
 
 pytestmark = pytest.mark.unit
@@ -53,6 +53,19 @@ def test_adapters_are_loaded_by_name_beside_requests_without_one():
     assert command[at : at + 3] == ["0=/loras/0", "1=/loras/1", "2=/loras/2"]
     assert flag(command, "--max-loras-per-batch") == "4" and "--enable-lora" in command
     assert not [word for word in Sglang().command(launch()) if "lora" in word]
+
+
+def test_room_for_later_adapters_is_reserved_at_the_start():
+    room = LoraRoom(count=3, rank=20)
+    command = Sglang().command(replace(launch(), lora_room=room))
+    assert "--enable-lora" in command and "--lora-paths" not in command
+    assert flag(command, "--max-loras-per-batch") == "4"
+    assert flag(command, "--max-lora-rank") == "20"
+    assert flag(command, "--lora-target-modules") == "all"
+    first = (LoraAdapter("a", "/a", 64),)
+    command = Sglang().command(replace(launch(), loras=first, lora_room=room))
+    assert flag(command, "--max-loras-per-batch") == "5"
+    assert flag(command, "--max-lora-rank") == "64"
 
 
 def test_an_engine_on_several_nodes():

@@ -14,7 +14,7 @@ from app.core.dialect import (
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
 from deployments.engines.base import EngineContractError, Launch, NodeSpan, PreemptionReport
-from deployments.engines.lora import LoraAdapter
+from deployments.engines.lora import LoraAdapter, LoraRoom
 from deployments.engines.vllm import Vllm
 
 pytestmark = pytest.mark.unit
@@ -74,6 +74,24 @@ def test_not_all_of_many_adapters_are_on_the_gpu():
     assert (flag(command, "--max-loras"), flag(command, "--max-cpu-loras")) == ("8", "30")
     fewer = Vllm().command(replace(launch(max_loras=2), loras=adapters))
     assert flag(fewer, "--max-loras") == "2"
+
+
+def test_room_for_later_adapters_is_reserved_at_the_start():
+    room = LoraRoom(count=3, rank=20)
+    command = Vllm().command(replace(launch(), lora_room=room))
+    assert "--enable-lora" in command and "--lora-modules" not in command
+    assert flag(command, "--max-loras") == flag(command, "--max-cpu-loras") == "3"
+    assert flag(command, "--max-lora-rank") == "32"
+    first = (LoraAdapter("a", "/a", 64), LoraAdapter("b", "/b"))
+    command = Vllm().command(replace(launch(), loras=first, lora_room=room))
+    assert (flag(command, "--max-loras"), flag(command, "--max-lora-rank")) == ("5", "64")
+
+
+def test_the_routes_that_change_adapters_are_there_only_with_room_for_some():
+    name = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+    assert name not in Vllm().environment(replace(launch(), loras=(LoraAdapter("a", "/a"),)))
+    assert Vllm().environment(replace(launch(), lora_room=LoraRoom(1, 8)))[name] == "True"
+    assert name in Vllm.reserved_environment, "a pool cannot open them by itself"
 
 
 SPAN = NodeSpan(nodes=2, rank=0, here="10.0.0.1", address="10.0.0.1", port=2345)

@@ -1,5 +1,6 @@
 """Requests that name a LoRA adapter, through a whole ingress."""
 
+import asyncio
 import json
 from decimal import Decimal
 
@@ -8,7 +9,7 @@ import pytest
 from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.tenants.scope import KeyScope
-from tests.support.world import ALIAS, ENGINES, KEYS, MODEL, Seen, World
+from tests.support.world import ALIAS, ENGINES, KEYS, MODEL, SLOTS, Seen, World
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +105,85 @@ async def test_an_adapter_that_no_engine_has_is_refused(world):
     await serve(world, "vllm")
     seen, record = await ask(world, Route.CHAT, model=NOWHERE)
     assert (seen.status, seen.attempts, record["cost"]) == (400, [], "0")
+
+
+async def later(world, engine, *names):
+    """Adapters that running engines are to load, of which only ``engine`` has some."""
+    adapters = [{"name": name, "path": f"/{name}"} for name in names]
+    settings = ModelSettings.load({**SETTINGS, "adapters": adapters}, "user_config")
+    await world.set(settings, [engine], adapters=names)
+
+
+@pytest.mark.parametrize("route", ASK)
+async def test_an_adapter_that_is_being_loaded_is_asked_for_again_in_a_moment(world, route):
+    await later(world, "vllm", TUNED, NOWHERE)
+    seen, record = await ask(world, route, model=NOWHERE)
+    assert (seen.status, seen.attempts, record["cost"]) == (503, [], "0")
+    assert float(seen.headers["retry-after"]) > 0 and b"engine_not_ready" in seen.body
+    # The others are served meanwhile.
+    for model in (TUNED, ALIAS):
+        assert (await ask(world, route, model=model))[0].status == 200
+    # On a route that adapters do not have at all, waiting would not help.
+    if route in (Route.RESPONSES, Route.MESSAGES):
+        await later(world, "sglang", TUNED)
+        assert (await ask(world, route, model=TUNED))[0].status == 400
+
+
+@pytest.mark.parametrize("route", ASK)
+async def test_a_removed_adapter_is_as_unknown_as_any_other_name(world, route):
+    await later(world, "vllm", TUNED)
+    assert (await ask(world, route, model=TUNED))[0].status == 200
+    await later(world, "vllm")
+    answers = [await ask(world, route, model=name) for name in (TUNED, "never-there")]
+    assert [seen.status for seen, _ in answers] == [404, 404]
+    removed, unknown = (json.loads(seen.body)["error"] for seen, _ in answers)
+    assert removed["message"].replace(TUNED, "never-there") == unknown["message"]
+    assert {**removed, "message": ""} == {**unknown, "message": ""}
+
+
+async def test_a_request_whose_adapter_is_removed_while_it_waits_is_not_served(world):
+    """It would be billed by the model's prices: those of the adapter are gone."""
+    await later(world, "vllm", TUNED)
+    held = [Seen(None, []) for _ in range(SLOTS)]
+    long = {"model": ALIAS, **ASK[Route.CHAT], "max_tokens": 4000, "stream": True}
+    running = [asyncio.create_task(world.ask(one, Route.CHAT, long, "plain")) for one in held]
+    while world.taken() < SLOTS:
+        await asyncio.sleep(0.001)
+    waiting = asyncio.create_task(ask(world, Route.CHAT, model=TUNED, service_tier="flex"))
+    admission = world.registry.find(MODEL)
+    while not sum(admission.state().waiting.values()):
+        await asyncio.sleep(0.001)
+    await later(world, "vllm")
+    for one in running:
+        one.cancel()
+    seen, record = await waiting
+    assert (seen.status, seen.attempts) == (404, []) and b"model_not_found" in seen.body
+    assert (record["state"], record["cost"]) == ("refused", "0")
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+async def test_running_requests_of_a_removed_adapter_end_normally_at_its_prices(world):
+    await later(world, "vllm", TUNED)
+    seen = Seen(None, [])
+    fields = {"model": TUNED, **ASK[Route.CHAT], "max_tokens": 40, "stream": True}
+    running = asyncio.create_task(world.ask(seen, Route.CHAT, fields, "plain"))
+    while not seen.body:
+        await asyncio.sleep(0.001)
+    await later(world, "vllm")
+    await running
+    assert (seen.status, seen.whole) == (200, True)
+    record = (await world.new_records())[seen.request_id]
+    tokens = record["prompt_tokens"] * 6 + record["completion_tokens"] * 20
+    assert Decimal(record["cost"]) == Decimal(tokens) / 10**6
+
+
+@pytest.mark.parametrize("path", ["load_lora_adapter", "unload_lora_adapter"])
+async def test_no_client_reaches_the_engines_routes_that_change_adapters(world, path):
+    await serve(world, "vllm")
+    async with world.client("plain") as http:
+        for prefix in ("/v1/", "/", "/v1/openai/", "/anthropic/v1/"):
+            body = {"lora_name": "mine", "lora_path": "/x"}
+            assert (await http.post(f"{prefix}{path}", json=body)).status_code == 404
 
 
 async def test_a_request_waits_for_the_replica_that_has_its_adapter(world):
