@@ -23,6 +23,7 @@ from app.observe.exporter import Exporter, Sample
 from app.observe.measurements import Measurements
 from app.observe.process import process_samples
 from app.observe.slo import LIMITS, SloWatch
+from app.observe.tallies import NO_EXTRAS, Extras
 from app.ray_compat.metrics import MetricsBackend
 from app.tenants.budget_webhook import Outcome as WebhookOutcome
 from app.tenants.spending import ALERTS
@@ -57,7 +58,7 @@ class Telemetry:
         models = services.registry.models()
         for model in models:
             traffic = services.tallies.of(model.id)
-            yield from traffic_samples(model.id, traffic)
+            yield from traffic_samples(model.id, traffic, services.tallies.extras)
             yield from slo_samples(model.id, model.settings.slo, traffic)
         yield from self._measurements.samples([model.id for model in models])
         yield from refusal_samples(services.tallies.refused_requests)
@@ -91,11 +92,14 @@ def queue_samples(model: str, state: QueueState) -> Iterator[Sample]:
         yield Sample(c.SLOTS, (model, pool, "free"), slots.free)
 
 
-def traffic_samples(model: str, traffic: Traffic) -> Iterator[Sample]:
-    """Yield what has happened to the requests of one model."""
+def traffic_samples(
+    model: str, traffic: Traffic, extras: Mapping[tuple[str, Tier], Extras]
+) -> Iterator[Sample]:
+    """Yield what has happened to the requests of one model; ``extras`` are those of all models."""
     yield from _outcome_samples(model, traffic.outcomes)
     for tier in Tier:
-        yield from _tier_samples(model, tier, traffic.tiers.get(tier) or TierTraffic())
+        done = traffic.tiers.get(tier) or TierTraffic()
+        yield from _tier_samples(model, tier, done, extras.get((model, tier), NO_EXTRAS))
 
 
 def _outcome_samples(model: str, outcomes: dict[Outcome, int]) -> Iterator[Sample]:
@@ -117,13 +121,17 @@ def _outcome_samples(model: str, outcomes: dict[Outcome, int]) -> Iterator[Sampl
         yield Sample(c.LIMITS_REFUSED, (model, why), count)
 
 
-def _tier_samples(model: str, tier: Tier, done: TierTraffic) -> Iterator[Sample]:
+def _tier_samples(model: str, tier: Tier, done: TierTraffic, more: Extras) -> Iterator[Sample]:
     labels = (model, tier.value)
     yield Sample(c.QUEUE_WAIT, labels, done.queue)
     yield Sample(c.COST, labels, float(done.cost))
-    yield Sample(c.TOKENS, (*labels, "input"), done.prompt_tokens - done.cached_tokens)
-    yield Sample(c.TOKENS, (*labels, "cached_input"), done.cached_tokens)
+    read, written = done.cached_tokens, more.cache_write_tokens
+    yield Sample(c.TOKENS, (*labels, "input"), done.prompt_tokens - read - written)
+    yield Sample(c.TOKENS, (*labels, "cached_input"), read)
+    yield Sample(c.TOKENS, (*labels, "cache_write"), written)
     yield Sample(c.TOKENS, (*labels, "output"), done.completion_tokens)
+    yield Sample(c.IMAGES, labels, more.images)
+    yield Sample(c.AUDIO_SECONDS, labels, more.audio_seconds)
     yield Sample(c.WITHOUT_USAGE, labels, done.estimated)
 
 

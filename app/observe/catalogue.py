@@ -326,8 +326,20 @@ TOKENS: Final = _counter(
     "frontline_tokens_total",
     ("model", "tier", "kind"),
     Source.INGRESS,
-    "Tokens of ended requests by served tier. `kind`: `input` (without cached ones), "
-    "`cached_input` or `output`.",
+    "Tokens of ended requests by served tier. `kind`: `input` (without those of the next two), "
+    "`cached_input` (read from a prefix cache), `cache_write` (written to one) or `output`.",
+)
+IMAGES: Final = _counter(
+    "frontline_images_total",
+    _TIER,
+    Source.INGRESS,
+    "Images in the prompts of ended requests by served tier, where they have a price.",
+)
+AUDIO_SECONDS: Final = _counter(
+    "frontline_audio_seconds_total",
+    _TIER,
+    Source.INGRESS,
+    "Begun seconds of the recordings of ended requests by served tier.",
 )
 WITHOUT_USAGE: Final = _counter(
     "frontline_answers_without_usage_total",

@@ -69,7 +69,7 @@ class World:
         for model in self.models:
             traffic = self.tallies.of(model)
             yield from queue_samples(model, self._queue)
-            yield from traffic_samples(model, traffic)
+            yield from traffic_samples(model, traffic, {})
             yield from slo_samples(model, _SLO, traffic)
         yield from self.measurements.samples(self.models)
 

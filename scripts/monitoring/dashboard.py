@@ -295,6 +295,15 @@ MONEY: Final = Row(
             {"{{tier}} {{kind}}": _rate("frontline_tokens_total", "tier, kind")},
         ),
         Panel(
+            "Images and seconds of recordings per second",
+            "short",
+            {
+                "{{tier}} images": _rate("frontline_images_total", "tier"),
+                "{{tier}} seconds": _rate("frontline_audio_seconds_total", "tier"),
+            },
+            "What prompts have besides tokens. Images are counted where they have a price.",
+        ),
+        Panel(
             "Answers with estimated tokens per second",
             "reqps",
             {"{{tier}}": _rate("frontline_answers_without_usage_total", "tier")},

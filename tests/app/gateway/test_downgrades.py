@@ -44,7 +44,7 @@ def seen(record):
     traffic = Traffic.of([tallies.of("m")])
     counted = {
         sample.labels[2]: sample.value
-        for sample in traffic_samples("m", traffic)
+        for sample in traffic_samples("m", traffic, {})
         if sample.metric is DOWNGRADES and sample.value
     }
     return counted, dict(downgrades_of(traffic)), record_line(record)["differs"]

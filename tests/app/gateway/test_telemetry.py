@@ -10,6 +10,7 @@ from app.config.journal import JournalSettings
 from app.config.model import ModelSettings
 from app.contracts.traffic import Attainment
 from app.core.errors import InvalidKey
+from app.core.pricing import TokenUsage
 from app.core.shed_reason import ShedReason
 from app.core.tier_decision import DOWNGRADE_REASONS
 from app.core.tiers import Tier, TierReason
@@ -101,11 +102,35 @@ async def test_requests_are_counted_by_tier_and_reason(world):
     assert of("frontline_refused_requests_total", **labels) == 1
     tokens = [
         of("frontline_tokens_total", model="m", tier="default", kind=kind)
-        for kind in ("input", "cached_input", "output")
+        for kind in ("input", "cached_input", "cache_write", "output")
     ]
-    assert tokens == [600, 400, 250]
+    assert tokens == [600, 400, 0, 250]
     assert of("frontline_cost_usd_total", model="m", tier="default") == float(lowered.cost)
     assert of("frontline_queue_wait_seconds_sum", model="m", tier="default") == 0.25
+
+
+async def test_what_is_billed_besides_tokens_is_counted_by_tier(world):
+    _, services, exporter, backend = world
+    await exporter.push()
+    at = {"model": "m", "tier": "priority"}
+    names = ("frontline_images_total", "frontline_audio_seconds_total")
+    assert [backend.of(name, **at) for name in names] == [0, 0], "there from the start"
+    for usage in (
+        TokenUsage(1000, 400, 250, 300, images=2),
+        TokenUsage(10, 0, 5, audio_seconds=7),
+        TokenUsage(10, 5, 5),
+    ):
+        services.observers.ended(Ended(records.completed(usage=usage), 200))
+    services.observers.ended(Ended(records.shed(), 429))
+    flex = records.completed(served=Tier.FLEX, usage=TokenUsage(1, 0, 1, images=1))
+    services.observers.ended(Ended(flex, 200))
+    await exporter.push()
+    assert [backend.of(name, **at) for name in names] == [2, 7]
+    assert backend.of(names[0], model="m", tier="flex") == 1
+    kinds = ("input", "cached_input", "cache_write", "output")
+    tokens = [backend.of("frontline_tokens_total", kind=kind, **at) for kind in kinds]
+    assert tokens == [315, 405, 300, 260], "each token of a prompt is of one kind"
+    assert sum(tokens[:3]) == services.tallies.of("m").tier(Tier.PRIORITY).prompt_tokens
 
 
 async def test_alerts_of_budgets_are_counted(world):
