@@ -43,6 +43,12 @@ CODEX = {
         },
         {"type": "web_search", "external_web_access": False},
         {"type": "local_shell"},
+        {
+            "type": "namespace",
+            "name": "multi_agent_v1",
+            "description": "Tools for sub-agents.",
+            "tools": [{"type": "function", "name": "stop", "strict": False, "parameters": PATH}],
+        },
     ],
     "tool_choice": "auto",
     "parallel_tool_calls": True,
@@ -52,13 +58,18 @@ CODEX = {
     "include": ["reasoning.encrypted_content"],
     "prompt_cache_key": "0199-conversation",
     "text": {"verbosity": "low"},
-    "client_metadata": {"installation": "one"},
+    "client_metadata": {"session_id": "0199", "x-codex-turn-metadata": '{"turn_trigger":"exec"}'},
 }
 CODEX_HEADERS = {
     "accept": "text/event-stream",
     "originator": "codex_cli_rs",
     "user-agent": "codex_cli_rs/0.162.1 (Debian; x86_64)",
     "session_id": "0199-conversation",
+    "session-id": "0199-conversation",
+    "thread-id": "0199-conversation",
+    "x-client-request-id": "0199-conversation",
+    "x-codex-window-id": "0199-conversation:0",
+    "x-codex-beta-features": "remote_compaction_v2",
     "openai-beta": "responses=experimental",
     "x-codex-turn-metadata": "{}",
 }
@@ -75,6 +86,7 @@ CLAUDE_CODE = {
     ],
     "messages": [
         {"role": "user", "content": [{"type": "text", "text": "Read a.py"}]},
+        {"role": "system", "content": "Available agent types for the Agent tool:"},
         {
             "role": "assistant",
             "content": [
@@ -163,7 +175,7 @@ async def test_codex(world, tier, coding):
     assert got.items() >= {**CODEX, "model": got["model"]}.items()
     assert "service_tier" not in got
     assert got["priority"] == {"priority": -100, "default": 0, "flex": 100}[served]
-    assert {"originator", "session_id", "openai-beta"}.isdisjoint(request["headers"])
+    assert ({*CODEX_HEADERS} - {"accept"}).isdisjoint(request["headers"])
 
 
 @pytest.mark.parametrize("path", ["/anthropic/v1/messages", "/v1/messages"])
@@ -180,6 +192,12 @@ async def test_claude_code(world, path):
     got = request["body"]
     assert got.items() >= {**CLAUDE_CODE, "model": got["model"]}.items()
     assert request["path"] == "/v1/messages"
+
+
+async def test_claude_codes_look_at_its_base_url_needs_no_answer(world):
+    """It sends this first, and goes on whatever the status is."""
+    answer = await world.client.head("/anthropic", headers=CLAUDE_CODE_HEADERS)
+    assert (answer.status_code, answer.content) == (404, b"")
 
 
 async def test_claude_code_counts_tokens_and_lists_models(world):
