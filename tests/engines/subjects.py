@@ -46,6 +46,8 @@ class Engine:
     can: frozenset[Can]
     running: Callable[[httpx.Client], float] | None = None
     """Ask the engine itself how many requests it is running."""
+    waiting: Callable[[httpx.Client], float] | None = None
+    """Ask the engine itself how many requests wait in it."""
     long: int = 64
     """How many tokens take much longer to generate than a request to be scheduled."""
     preempted: Callable[[httpx.Client], float] | None = None
@@ -95,6 +97,7 @@ _SIMULATED = frozenset(Can) - {Can.REFUSE_LONG_ANSWERS, Can.EMBED, Can.TRANSCRIB
 
 _SIMULATION_OF: dict[str, Any] = {
     "running": _simulated("running"),
+    "waiting": _simulated("waiting"),
     "preempted": _simulated("preempted"),
     "is_free": _simulated_is_free,
     "long": 500,
@@ -105,6 +108,7 @@ ENGINES: Mapping[str, Engine] = {
         "vllm",
         _REAL,
         _metric("vllm:num_requests_running"),
+        waiting=_metric("vllm:num_requests_waiting"),
         long=150,
         preempted=_metric("vllm:num_preemptions_total"),
         is_free=_metrics_are_zero(
@@ -116,6 +120,7 @@ ENGINES: Mapping[str, Engine] = {
         "sglang",
         _REAL - {Can.NAME_LIMITS, Can.REFUSE_EMPTY_ANSWERS, Can.REPRODUCE, Can.RANK},
         _loads("num_running_reqs"),
+        waiting=_loads("num_waiting_reqs"),
         # It counts preemptions for each request alone.
         tells_preemptions={"return_meta_info": True},
         native=True,
@@ -135,17 +140,20 @@ ENGINES: Mapping[str, Engine] = {
         "simulated-tensorrt-llm",
         _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK},
         _simulated("running"),
+        waiting=_simulated("waiting"),
     ),
     "stand-in": Engine(
         "tensorrt-llm",
         _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK},
         _simulated("running"),
+        waiting=_simulated("waiting"),
     ),
     # A build of 2025: no priority over HTTP, and validation errors of another shape.
     "stand-in-2025": Engine(
         "tensorrt-llm",
         _SIMULATED - {Can.NAME_LIMITS, Can.PREEMPT, Can.MESSAGE, Can.RANK, Can.PRIORITIZE},
         _simulated("running"),
+        waiting=_simulated("waiting"),
     ),
 }
 
