@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -87,6 +89,7 @@ class Sample:
         answers: whole answers, unary ones or streams.
         events: server-sent events.
         memory_mb: resident memory of the roles that serve requests, together.
+        busy: the share of a core that these roles used.
     """
 
     load: str
@@ -96,6 +99,7 @@ class Sample:
     answers: int
     events: int
     memory_mb: float
+    busy: float = math.nan
 
 
 def require_wrk() -> None:
@@ -150,20 +154,24 @@ class Unary:
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Streams over so many connections at once; ``paced`` ones bring a token every 10 ms."""
+    """Streams over so many connections at once, each with a token every ``pace_ms``; 0: at once."""
 
     connections: int
     seconds: int
-    paced: bool = False
+    pace_ms: int = 0
 
     @property
     def name(self) -> str:
-        return f"{'paced' if self.paced else 'streams'} {self.connections}"
+        if not self.pace_ms:
+            return f"streams {self.connections}"
+        rate = "" if self.pace_ms == 10 else f" at {1000 // self.pace_ms}/s"
+        return f"paced {self.connections}{rate}"
 
     def drive(self, gateway: Gateway, streams: Path) -> dict[str, float]:
         """Load a gateway, and return what was counted."""
         # Paced streams outlast the measurement, which is of streams, not of beginning them.
-        prompt, tokens, warm_s = ("paced", 900, 3.0) if self.paced else (_PROMPT, 128, 0.0)
+        paced = f"paced at {self.pace_ms} ms"
+        prompt, tokens, warm_s = (paced, 900, 3.0) if self.pace_ms else (_PROMPT, 128, 0.0)
         command = [
             *(str(streams), "127.0.0.1", str(gateway.port), gateway.path),
             *(str(self.connections), str(warm_s), str(self.seconds)),
@@ -171,18 +179,38 @@ class Streams:
         return _told(command, gateway, gateway.body(stream=True, tokens=tokens, prompt=prompt))
 
 
-def measure(load: Unary | Streams, gateway: Gateway, streams: Path) -> Sample:
-    """Put a load on a gateway."""
+def pin(processes: Iterable[psutil.Process], core: int) -> None:
+    """Have every thread of some processes run on one core, and what they start, too."""
+    for process in processes:
+        try:
+            threads = [thread.id for thread in process.threads()]
+        except psutil.Error:
+            continue
+        for thread in threads:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(thread, {core})
+
+
+def measure(
+    load: Unary | Streams, gateway: Gateway, streams: Path, *, pinned: bool = False
+) -> Sample:
+    """Put a load on a gateway; ``pinned``: on the first core, which nothing else is given."""
     roles = gateway.processes()
+    if pinned:
+        pin((process for role in gateway.spent for process in roles.get(role, ())), 0)
+    began = time.monotonic()
     before = {role: _cpu_s(processes) for role, processes in roles.items()}
     told = load.drive(gateway, streams)
+    loaded_s = time.monotonic() - began
     # What an answer leaves to be done, such as moving its record, is part of its cost.
     time.sleep(0.5)
+    cpu_s = {role: _cpu_s(processes) - before[role] for role, processes in roles.items()}
     return Sample(
         load=load.name,
         gateway=gateway.name,
         told=told,
-        cpu_s={role: _cpu_s(processes) - before[role] for role, processes in roles.items()},
+        cpu_s=cpu_s,
+        busy=sum(cpu_s.get(role, 0.0) for role in gateway.spent) / loaded_s,
         answers=int(told.get("requests", told.get("streams", 0))),
         events=int(told.get("every_event", 0)),
         memory_mb=sum(_resident_mb(roles.get(role, [])) for role in gateway.spent),

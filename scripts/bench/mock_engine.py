@@ -26,8 +26,8 @@ import uvloop
 
 from deployments.simulator import KEY_VARIABLE
 
-PACED: Final = b"paced"
-"""In a prompt: one token every 10 ms."""
+PACED: Final = re.compile(rb"paced at (\d+) ms|paced")
+"""In a prompt: one token in so many milliseconds, or every 10 ms."""
 PACE_S: Final = 0.01
 PROMPT_TOKENS: Final = 42
 VERSION: Final = "mock-1"
@@ -170,17 +170,18 @@ class Connection(asyncio.Protocol):
         tokens = _TOKENS.search(body)
         usage, continuous = _USAGE.search(body), _CONTINUOUS.search(body)
         events = _events(int(tokens[1]) if tokens else 128, usage is not None, bool(continuous))
-        if PACED in body:
+        if paced := PACED.search(body):
             self._transport.write(_EVENTS)
-            self._step(events, 0, self._loop.time())
+            pace_s = int(paced[1]) / 1000 if paced[1] else PACE_S
+            self._step(events, 0, self._loop.time(), pace_s)
         else:
             self._transport.write(b"".join((_EVENTS, *events, _END)))
 
-    def _step(self, events: tuple[bytes, ...], number: int, due: float) -> None:
+    def _step(self, events: tuple[bytes, ...], number: int, due: float, pace_s: float) -> None:
         self._transport.write(events[number])
         if number + 1 < len(events):
-            due += PACE_S
-            self._timer = self._loop.call_at(due, self._step, events, number + 1, due)
+            due += pace_s
+            self._timer = self._loop.call_at(due, self._step, events, number + 1, due, pace_s)
         else:
             self._transport.write(_END)
 

@@ -37,6 +37,7 @@ from scripts.bench.drive import (
     Unary,
     build_streams,
     measure,
+    pin,
     require_wrk,
 )
 from scripts.bench.overhead_report import Checked
@@ -62,6 +63,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--unmeasured", action="store_true", help="by turns also Frontline without metrics"
     )
+    parser.add_argument(
+        "--pinned",
+        action="store_true",
+        help="each gateway on the first core, engine and generators on the second",
+    )
     parser.add_argument("--hold", action="store_true", help="wait for Enter before measuring")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     parser.add_argument("--name", default="overhead", help="of the files with the results")
@@ -73,7 +79,9 @@ def loads(options: argparse.Namespace) -> list[Unary | Streams]:
     seconds = options.seconds
     every: list[Unary | Streams] = [Unary(n, seconds) for n in (1, 16, 64)]
     every += [Streams(1, seconds), Streams(16, seconds)]
-    every += [Streams(n, seconds, paced=True) for n in (64, 256, 512)]
+    # What chat models do, 50 and 20 tokens a second, and faster.
+    paced = ((64, 10), (256, 10), (512, 10), (64, 20), (256, 20), (512, 20), (256, 50), (512, 50))
+    every += [Streams(n, seconds, pace_ms) for n, pace_ms in paced]
     # A prompt of a megabyte, as long as its words.
     every.append(Unary(1, seconds, "word " * 200_000))
     if options.quick:
@@ -108,7 +116,12 @@ def measure_all(
         if (gateway.name, load.name.split()[0]) in failed:
             continue
         try:
-            sample = measure(load, gateway, streams)
+            sample = measure(
+                load,
+                gateway,
+                streams,
+                pinned=options.pinned and gateway.name != overhead_report.FLOOR,
+            )
         except (RuntimeError, OSError) as error:
             console.log(f"{gateway.name}, {load.name}: {error}")
             failed.add((gateway.name, load.name.split()[0]))
@@ -188,6 +201,10 @@ def run(options: argparse.Namespace) -> int:
             console.print({role: [p.pid for p in those] for role, those in roles.items()})
             console.print(f"port {cluster.frontline.port}, key {cluster.frontline.key}")
             input("Enter: ")
+        if options.pinned:
+            # The generators inherit this.
+            os.sched_setaffinity(0, {1})
+            pin(engine.processes()["engine"], 1)
         samples = measure_all(options, measured, streams, console)
         checked = check_records(cluster.database, samples)
         memory = soak(options, cluster.frontline, streams, console) if options.soak else []

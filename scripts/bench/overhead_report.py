@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 from scripts.bench.drive import Sample
 
@@ -58,6 +58,7 @@ class Row:
         cpu_s: of all that serves requests, by answer, or by event for streams.
         own_cpu_s: of the ingress alone.
         memory_mb: resident.
+        busy: the share of a core that all that serves requests used.
         failed: answers that broke off or were errors, in all rounds together.
     """
 
@@ -72,7 +73,17 @@ class Row:
     cpu_s: float
     own_cpu_s: float
     memory_mb: float
+    busy: float
     failed: int
+
+    @property
+    def merged(self) -> bool:
+        """Whether the core was so busy that events came together, so that each cost less."""
+        return self.busy >= SATURATED and not math.isnan(self.gap_p99_s)
+
+
+SATURATED: Final = 0.7
+"""From this share of a core on, a gateway's cost of a paced event is marked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +131,7 @@ def _row(samples: Sequence[Sample], floor: Sequence[Sample]) -> Row:
         cpu_s=middle(lambda s: _spent(s, _serving(s))),
         own_cpu_s=middle(lambda s: _spent(s, ("ingress",))) if "ingress" in first.cpu_s else _NONE,
         memory_mb=middle(lambda s: s.memory_mb),
+        busy=middle(lambda s: s.busy),
         failed=sum(int(s.told.get("errors", s.told.get("broken", 0))) for s in samples),
     )
 
@@ -150,8 +162,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("p99 ms", lambda r: _number(r.p99_s * 1e3, 2)),
     ("gap p99 ms", lambda r: _number(r.gap_p99_s * 1e3, 1)),
     ("added ms", lambda r: _number(r.added_s * 1e3, 1)),
-    ("CPU us", lambda r: _number(r.cpu_s * 1e6, 1)),
+    ("CPU us", lambda r: _number(r.cpu_s * 1e6, 1) + "*" * r.merged),
     ("ingress us", lambda r: _number(r.own_cpu_s * 1e6, 1)),
+    ("core %", lambda r: _number(r.busy * 100)),
     ("MB", lambda r: _number(r.memory_mb)),
     ("failed", lambda r: str(r.failed)),
 )
@@ -175,14 +188,17 @@ def goals_of(rows: Sequence[Row], memory: Sequence[tuple[int, float]]) -> list[G
     """Check what is promised against the rows."""
     by = {(row.gateway, row.load): row for row in rows}
     goals = [
-        _ratio(by, "unary 16", BARE, 0.9),
+        _ratio(by, "unary 16", BARE, 0.85),
         _ratio(by, "unary 16", "litellm", 10),
         _ratio(by, "unary 16", "portkey", 1.5),
         _ratio(by, "unary 16", "smg", 1),
-        _ratio(by, "streams 16", "smg", 1),
-        _most(by, "paced 512", lambda r: r.added_s, 1e3, 10, "added inter-token p99, ms"),
-        _most(by, "unary 16", lambda r: r.own_cpu_s, 1e3, 0.6, "ingress CPU of a request, ms"),
-        _most(by, "streams 16", lambda r: r.own_cpu_s, 1e6, 6, "ingress CPU of an event, us"),
+        _ratio(by, "streams 16", "smg", 1.2),
+        _most(by, "paced 256 at 50/s", lambda r: r.added_s, 1e3, 5, "added inter-token p99, ms"),
+        _most(by, "unary 16", lambda r: r.own_cpu_s, 1e3, 0.42, "ingress CPU of a request, ms"),
+        _most(by, "streams 16", lambda r: r.own_cpu_s, 1e6, 5, "ingress CPU of an event, us"),
+        _most(by, "paced 256", lambda r: r.own_cpu_s, 1e6, 20, "ingress CPU of an event, us"),
+        _cost(by, "paced 256", "smg", 1.6),
+        _cost(by, "paced 256", BARE, 0.8),
         _first_byte(by),
         _long_prompt(by),
     ]
@@ -215,14 +231,24 @@ def _most(
     return Goal(what, f"{measured:.2f}", measured <= most)
 
 
+def _cost(by: _Rows, load: str, other: str, most: float) -> Goal:
+    what = f"{load}: CPU of an event: at most {most:g} x {other}"
+    mine, theirs = by.get((FRONTLINE, load)), by.get((other, load))
+    if mine is None or theirs is None or not theirs.cpu_s:
+        return Goal(what, "", None)
+    ratio = mine.cpu_s / theirs.cpu_s
+    measured = f"{ratio:.2f} x ({mine.cpu_s * 1e6:.1f} and {theirs.cpu_s * 1e6:.1f} us)"
+    return Goal(what, measured, ratio <= most)
+
+
 def _first_byte(by: _Rows) -> Goal:
-    what = "streams 1: first byte, p50: at most 1 ms over bare Serve"
+    what = "streams 1: first byte, p50: at most 0.8 ms over bare Serve"
     mine, bare = by.get((FRONTLINE, "streams 1")), by.get((BARE, "streams 1"))
     if mine is None or bare is None:
         return Goal(what, "", None)
     added = (mine.p50_s - bare.p50_s) * 1e3
     return Goal(
-        what, f"{added:+.2f} ms ({mine.p50_s * 1e3:.2f}, {bare.p50_s * 1e3:.2f})", added <= 1
+        what, f"{added:+.2f} ms ({mine.p50_s * 1e3:.2f}, {bare.p50_s * 1e3:.2f})", added <= 0.8
     )
 
 
@@ -243,7 +269,7 @@ def _flat(memory: Sequence[tuple[int, float]]) -> Goal:
     slope = sum((x - mean_x) * (y - mean_y) for x, y in half) / spread if spread else _NONE
     total = memory[-1][0]
     measured = f"{slope * 1e6:+.1f} bytes a request ({memory[0][1]:.0f} to {memory[-1][1]:.0f} MB)"
-    return Goal(f"memory flat over {total:,} requests", measured, abs(slope) * 1e6 < 50)
+    return Goal(f"memory flat over {total:,} requests", measured, abs(slope) * 1e6 <= 10)
 
 
 def write(
