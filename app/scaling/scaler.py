@@ -3,7 +3,9 @@
 ``plan`` knows one moment; ``Scaler`` adds time. Rates are measured, and forecast by the time that
 an engine takes to start. A pool grows at once. A replica is stopped only if no plan within the
 scale-down window needed it, and never while priority waits. Nothing is stopped until the scaler
-itself has observed a whole window, so that a restart of Serve's controller does no harm.
+itself has observed a whole window and five minutes, so that a restart of Serve's controller does no
+harm. Service times are those of a full fleet (``batch``), and bursts that come every few minutes
+keep what they need (``bursts``).
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from app.config.scaling import ScalingSettings
 from app.core.tiers import Tier
+from app.scaling.batch import FullBatch
+from app.scaling.bursts import slots_for
 from app.scaling.forecast import CountedDemand, forecast, sudden, window_for
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
@@ -31,6 +36,11 @@ _STARTS_REMEMBERED = 30.0
 # Service times are averaged over this window, once this many requests have finished in it.
 _SERVICE_WINDOW_S = 600.0
 _FINISHED = 5
+# A scaler that has just started does not know whether bursts recur, and stops nothing for so long.
+_FIRST_S = 300.0
+# Bursts of the last minutes count, in steps of so long.
+_BURSTS_S = 600.0
+_BURST_STEP_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,7 @@ class Scaler:
         self._starts: dict[str, Starts] = {}
         self._plans: dict[str, _Highest] = {}
         self._for_priority = _Highest()
+        self._full = FullBatch(_SERVICE_WINDOW_S)
 
     def decide(
         self, report: ScalingReport, bounds: Mapping[str, ReplicaBounds], now: float
@@ -130,14 +141,51 @@ class Scaler:
             for tier, one in report.tiers.items()
         }
         states = tuple(_pool(name, pool, bounds.get(name)) for name, pool in report.pools.items())
-        tiers = _with_service(tiers)
+        tiers = _with_service(tiers, self._slower(report, now))
         awake = now - self._asked <= self._settings.sleep_after_s
         if not awake:
             # Rates decay slowly, but there have been no requests for long.
             tiers = dict.fromkeys(Tier, TierDemand())
         memory_s = min(self._settings.priority_memory_s, _STARTS_REMEMBERED * start_s)
         remembered = self._for_priority.since(now - memory_s)
-        return ModelState(tiers, states, report.headroom, awake, start_s, remembered)
+        bursts = self._bursts(tiers, start_s, now)
+        return ModelState(tiers, states, report.headroom, awake, start_s, remembered, bursts)
+
+    def _bursts(self, tiers: Mapping[Tier, TierDemand], start_s: float, now: float) -> int:
+        """Return how many slots would have served priority and default of the last minutes."""
+        # More replicas come once the rate has been measured, and they have started.
+        late_s = start_s + max(self._settings.smoothing_s, _DEFAULT_STARTS * start_s)
+        late_s = min(late_s, _KEEP_S - _BURSTS_S)
+        before = math.ceil(late_s / _BURST_STEP_S)
+        steps = before + round(_BURSTS_S / _BURST_STEP_S)
+        loads = [0.0] * steps
+        for tier in (Tier.PRIORITY, Tier.DEFAULT):
+            service_s = tiers[tier].service_s
+            if service_s is not None:
+                arrived = self._tiers[tier].arrived_by(now, steps, _BURST_STEP_S)
+                loads = [
+                    load + number * service_s / _BURST_STEP_S
+                    for load, number in zip(loads, arrived, strict=True)
+                ]
+        return slots_for(
+            loads,
+            bin_s=_BURST_STEP_S,
+            late_s=late_s,
+            wait_s=self._settings.default_wait_s,
+            before=before,
+        )
+
+    def _slower(self, report: ScalingReport, now: float) -> float:
+        """Return how much longer requests take in a full fleet than they did lately."""
+        tiers = report.tiers.values()
+        self._full.note(
+            now,
+            running=sum(tier.running for tier in tiers),
+            slots=sum(pool.slots * pool.ready for pool in report.pools.values()),
+            finished=sum(tier.finished for tier in tiers),
+            served_s=sum(tier.served_s for tier in tiers),
+        )
+        return self._full.slower(now, _SERVICE_WINDOW_S)
 
     def _keep(self, pool: PoolState, planned: int, start_s: float, now: float) -> int:
         """Return how many replicas a pool keeps, by the plans of the scale-down window."""
@@ -145,7 +193,7 @@ class Scaler:
         plans = self._plans.setdefault(pool.name, _Highest())
         plans.add(now, planned)
         assert self._started is not None, "it has begun to decide"
-        if now - self._started < window_s:
+        if now - self._started < max(window_s, _FIRST_S):
             return max(planned, min(pool.replicas, pool.most))
         return plans.since(now - window_s)
 
@@ -211,6 +259,11 @@ class _Counts:
             service_s=self._service(now),
         )
 
+    def arrived_by(self, now: float, steps: int, step_s: float) -> list[float]:
+        """Return how many have arrived in each of the last steps, the oldest first."""
+        ends = [now - back * step_s for back in range(steps, -1, -1)]
+        return [self._arrived.grown(start, end) for start, end in pairwise(ends)]
+
     def _service(self, now: float) -> float | None:
         finished = self._finished.grown(now - _SERVICE_WINDOW_S, now)
         if finished >= _FINISHED:
@@ -218,15 +271,18 @@ class _Counts:
         return self._service_s
 
 
-def _with_service(tiers: Mapping[Tier, TierDemand]) -> dict[Tier, TierDemand]:
-    """Return the demand; a tier without a known service time gets the mean of the others'."""
+def _with_service(tiers: Mapping[Tier, TierDemand], slower: float) -> dict[Tier, TierDemand]:
+    """Return the demand with the service times of a full fleet, so many times as long.
+
+    A tier without a known service time gets the mean of the others'.
+    """
     known = [one.service_s for one in tiers.values() if one.service_s is not None]
     if not known:
         return dict(tiers)
     like = sum(known) / len(known)
     return {
-        t: one if one.service_s is not None else replace(one, service_s=like)
-        for t, one in tiers.items()
+        tier: replace(one, service_s=slower * (like if one.service_s is None else one.service_s))
+        for tier, one in tiers.items()
     }
 
 

@@ -56,9 +56,12 @@ FLUID_TICK_S = 15.0
 FLUID_CONTROL_S = 60.0
 MOONCAKE_SLOTS = 48
 """Its contexts of 12,000 tokens do not fit 64 times into four GPUs' cache of 660,000 tokens."""
-SERVE, HPA, FORECAST, OURS, OURS_FLEX, IDEAL = (
-    "Serve", "KEDA", "Holt-Winters", "Frontline", "Frontline, flex bought", "ideal",
+SERVE, HPA, FORECAST, OURS, OURS_FLEX, OURS_ROOM, IDEAL = (
+    "Serve", "KEDA", "Holt-Winters", "Frontline", "Frontline, flex bought",
+    "Frontline, headroom", "ideal",
 )  # fmt: skip
+HEADROOM = 0.25
+"""The share of slots that only priority may use, in ``OURS_ROOM``."""
 NAMES = ("azure", "mooncake", "servegen")
 
 
@@ -154,7 +157,7 @@ def _found(data: Path, name: str) -> Path:
 
 def policies() -> list[str]:
     """Return the policies that can run here."""
-    known = [SERVE, HPA, FORECAST, OURS, OURS_FLEX, IDEAL]
+    known = [SERVE, HPA, FORECAST, OURS, OURS_FLEX, OURS_ROOM, IDEAL]
     if find_spec("statsmodels") is None:
         print("no statsmodels (the `bench` dependency group): the forecaster is left out",
               file=sys.stderr)  # fmt: skip
@@ -175,7 +178,8 @@ def play(case: Case, names: Sequence[str], split: bool = False) -> list[Row]:
         initial = min(most, max(1, math.ceil(first / SERVE_TARGET)))
         cluster = Cluster(engine, case.start_s, initial, most, control_s)
         began = time.process_time()
-        served = _run(cluster, policy, traffic, fluid=case.trace == "servegen")
+        queue = QueueSettings(headroom=HEADROOM) if name == OURS_ROOM else QueueSettings()
+        served = _run(cluster, policy, traffic, queue, fluid=case.trace == "servegen")
         cpu_s = time.process_time() - began
         end = traffic.seconds
         parts = {"all": (0.0, end)}
@@ -186,10 +190,11 @@ def play(case: Case, names: Sequence[str], split: bool = False) -> list[Row]:
     return rows
 
 
-def _run(cluster: Cluster, policy: Policy, traffic: Traffic, *, fluid: bool) -> Served:
+def _run(cluster: Cluster, policy: Policy, traffic: Traffic, queue: QueueSettings, *,
+         fluid: bool) -> Served:  # fmt: skip
     if fluid:
-        return FluidSimulation(cluster, policy, QueueSettings()).run(traffic, FLUID_TICK_S)
-    simulation = Simulation(cluster, policy, QueueSettings())
+        return FluidSimulation(cluster, policy, queue).run(traffic, FLUID_TICK_S)
+    simulation = Simulation(cluster, policy, queue)
     return simulation.run(traffic.arrivals(), traffic.seconds)
 
 
@@ -202,6 +207,7 @@ def _policy(name: str, case: Case, traffic: Traffic, engine: EngineModel, most: 
             engine, case.start_s, float(traffic.work.sum() / traffic.columns[:, 5].sum())
         ),
         OURS: lambda: PriorityAware(ScalingSettings(), most),
+        OURS_ROOM: lambda: PriorityAware(ScalingSettings(), most),
         OURS_FLEX: lambda: PriorityAware(ScalingSettings(flex_extra_replicas=most), most),
         IDEAL: lambda: Ideal(traffic, engine, case.start_s, most, control_s),
     }
@@ -348,7 +354,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     )
     for panel, group in zip(panels.flat, groups, strict=False):
         for row in group:
-            if row.policy != OURS_FLEX:
+            if row.policy not in (OURS_FLEX, OURS_ROOM):
                 times, paid = np.array(row.history).T
                 panel.step(times / 3600, paid, where="post", label=row.policy, linewidth=0.8)
         panel.set_title(f"{group[0].trace}, {group[0].replicas}, start {group[0].start_s:.0f} s",

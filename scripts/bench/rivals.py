@@ -181,9 +181,10 @@ class Ideal:
         self._needs = []
         pool = PoolState("pool", engine.slots, 1, 1, most, preempts=True)
         for priority, default in zip(*loads, strict=True):
-            # By quarters of a replica, so that few plans are computed.
-            step = engine.slots / 4
-            key = (step * math.ceil(4 * priority), step * math.ceil(4 * default))
+            # In steps of a quarter of a replica, so that few plans are computed, or finer.
+            parts = 4 if priority + default > 4 else 32
+            step = engine.slots / parts
+            key = (step * math.ceil(parts * priority), step * math.ceil(parts * default))
             if key not in needs:
                 tiers = dict.fromkeys(Tier, TierDemand())
                 tiers[Tier.PRIORITY] = TierDemand(rate=key[0], service_s=1.0)

@@ -28,7 +28,7 @@ from scripts.bench.trace_files import (
     tiers_by_burstiness,
 )
 
-COPIES = 2
+COPIES = 4
 JITTER_S = 30.0
 _CLASSES = 2
 

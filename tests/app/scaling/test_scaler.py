@@ -91,8 +91,48 @@ def test_where_engines_start_slowly_it_waits_as_long():
 
 def test_nothing_is_stopped_by_somebody_who_has_just_come():
     life = Life(replicas=20)
-    assert min(life.go(SETTINGS.scale_down_after_s - 1, default=0.3)) == 20
+    assert min(life.go(299, default=0.3)) == 20
     assert min(life.go(20, default=0.3)) < 20
+    life = Life(replicas=20, scale_down_after_s=400.0)
+    assert min(life.go(399, default=0.3)) == 20
+
+
+def test_bursts_that_come_every_few_minutes_keep_what_they_need():
+    kept = {}
+    for pause_s in (240, 1800):
+        life = Life(start_s=120.0, least=1, replicas=10)
+        life.go(600, default=0.1)
+        for _ in range(3):
+            life.go(60, default=12.0)
+            between = life.go(pause_s, default=0.1)
+        kept[pause_s] = between[-1]
+    assert kept[1800] == 1
+    assert kept[240] >= 5
+    life.go(60, default=12.0)
+    life.go(300, default=0.1)
+    assert "bursts of the last minutes need" in life.why
+
+
+def test_a_half_empty_fleet_is_not_taken_to_carry_twice_its_load():
+    """Where a full replica is three times as slow as an idle one."""
+    sizes = {}
+    for growth in (0.0, 2.0):
+        scaler, target, finished, served_s, arrived = Scaler(), 20, 0.0, 0.0, 0.0
+        tiers = {tier: TierReport() for tier in Tier}
+        for second in range(2400):
+            slots = 8.0 * target
+            # What runs follows from how many come and how slow a step is.
+            running, rate = 0.0, 8.0 + 4.0 * math.sin(second / 200)
+            for _ in range(30):
+                running = min(slots, rate * 5.0 * (1 + growth * running / slots))
+            done = running / (5.0 * (1 + growth * running / slots))
+            arrived, finished, served_s = arrived + rate, finished + done, served_s + running
+            tiers[Tier.DEFAULT] = TierReport(0, running, 0.0, arrived, finished, served_s)
+            report = ScalingReport(tiers, {"pool": PoolReport(8, target)}, 0.0)
+            bounds = {"pool": ReplicaBounds(target, 1, 50)}
+            target = scaler.decide(report, bounds, float(second)).replicas["pool"]
+        sizes[growth] = target
+    assert sizes[2.0] > 1.5 * sizes[0.0]
 
 
 def test_nothing_is_stopped_while_priority_waits():
@@ -203,8 +243,8 @@ def test_a_tier_of_which_few_have_finished_is_taken_to_be_like_the_others():
     tiers = {tier: TierReport() for tier in Tier}
     scaler, replicas = Scaler(), []
     for second in range(400):
-        done = 0.5 * second
-        tiers[Tier.DEFAULT] = TierReport(0, 5, 0.0, done, done, 10 * done)
+        done = 0.2 * second
+        tiers[Tier.DEFAULT] = TierReport(0, 2, 0.0, done, done, 10 * done)
         # One of priority has come and goes on.
         tiers[Tier.PRIORITY] = TierReport(running=1, arrived=1)
         report = ScalingReport(tiers, {"pool": PoolReport(8, 2)})
