@@ -3,7 +3,7 @@
 ``plan`` knows one moment; ``Scaler`` adds time. Rates are measured, and forecast by the time that
 an engine takes to start. A pool grows at once. A replica is stopped only if no plan within the
 scale-down window needed it, and never while priority waits. Nothing is stopped until the scaler
-itself has observed a whole window and five minutes, so that a restart of Serve's controller does no
+itself has observed two and a half such windows, so that a restart of Serve's controller does no
 harm. Service times are those of a full fleet (``batch``), and bursts that come every few minutes
 keep what they need (``bursts``).
 """
@@ -36,11 +36,12 @@ _STARTS_REMEMBERED = 30.0
 # Service times are averaged over this window, once this many requests have finished in it.
 _SERVICE_WINDOW_S = 600.0
 _FINISHED = 5
-# A scaler that has just started does not know whether bursts recur, and stops nothing for so long.
-_FIRST_S = 300.0
-# Bursts of the last minutes count, in steps of so long.
-_BURSTS_S = 600.0
-_BURST_STEP_S = 15.0
+# A scaler that has just started does not know whether bursts recur. It stops nothing for so many
+# times ``scale_down_after_s``: five minutes by default.
+_FIRST_WINDOWS = 2.5
+# Bursts of so many times ``scale_down_after_s`` count, ten minutes by default, in so many steps.
+_BURST_WINDOWS = 5.0
+_BURST_STEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,23 +154,27 @@ class Scaler:
 
     def _bursts(self, tiers: Mapping[Tier, TierDemand], start_s: float, now: float) -> int:
         """Return how many slots would have served priority and default of the last minutes."""
+        window_s = min(_BURST_WINDOWS * self._settings.scale_down_after_s, _KEEP_S / 2)
+        if not window_s:
+            return 0
+        step_s = window_s / _BURST_STEPS
         # More replicas come once the rate has been measured, and they have started.
         late_s = start_s + max(self._settings.smoothing_s, _DEFAULT_STARTS * start_s)
-        late_s = min(late_s, _KEEP_S - _BURSTS_S)
-        before = math.ceil(late_s / _BURST_STEP_S)
-        steps = before + round(_BURSTS_S / _BURST_STEP_S)
+        late_s = min(late_s, _KEEP_S - window_s)
+        before = math.ceil(late_s / step_s)
+        steps = before + _BURST_STEPS
         loads = [0.0] * steps
         for tier in (Tier.PRIORITY, Tier.DEFAULT):
             service_s = tiers[tier].service_s
             if service_s is not None:
-                arrived = self._tiers[tier].arrived_by(now, steps, _BURST_STEP_S)
+                arrived = self._tiers[tier].arrived_by(now, steps, step_s)
                 loads = [
-                    load + number * service_s / _BURST_STEP_S
+                    load + number * service_s / step_s
                     for load, number in zip(loads, arrived, strict=True)
                 ]
         return slots_for(
             loads,
-            bin_s=_BURST_STEP_S,
+            bin_s=step_s,
             late_s=late_s,
             wait_s=self._settings.default_wait_s,
             before=before,
@@ -193,7 +198,8 @@ class Scaler:
         plans = self._plans.setdefault(pool.name, _Highest())
         plans.add(now, planned)
         assert self._started is not None, "it has begun to decide"
-        if now - self._started < max(window_s, _FIRST_S):
+        first_s = _FIRST_WINDOWS * self._settings.scale_down_after_s
+        if now - self._started < max(window_s, first_s):
             return max(planned, min(pool.replicas, pool.most))
         return plans.since(now - window_s)
 

@@ -28,7 +28,7 @@ from scripts.bench.trace_files import (
     tiers_by_burstiness,
 )
 
-COPIES = 4
+COPIES = 2
 JITTER_S = 30.0
 _CLASSES = 2
 

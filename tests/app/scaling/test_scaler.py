@@ -93,7 +93,7 @@ def test_nothing_is_stopped_by_somebody_who_has_just_come():
     life = Life(replicas=20)
     assert min(life.go(299, default=0.3)) == 20
     assert min(life.go(20, default=0.3)) < 20
-    life = Life(replicas=20, scale_down_after_s=400.0)
+    life = Life(replicas=20, start_s=400.0)
     assert min(life.go(399, default=0.3)) == 20
 
 
