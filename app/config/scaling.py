@@ -47,9 +47,8 @@ class ScalingSettings(Settings):
         ge=0,
         description="How long a replica must have been unneeded before it is stopped, in seconds, "
         "and at least as long as an engine takes to start: stopping one that is needed again "
-        "costs a start. Two minutes outlast the pauses of ordinary traffic. Bursts of the last five "
-        "times as long keep what they need, and a policy that has just started stops nothing for "
-        "two and a half times as long.",
+        "costs a start. Two minutes outlast the pauses of ordinary traffic. A "
+        "policy that has just started stops nothing for two and a half times as long.",
     )
     sleep_after_s: float = Field(
         default=600.0,

@@ -2,7 +2,6 @@
 
 - ``queueing``: the queueing formulas.
 - ``batch``: how much longer a request takes once the replicas are full.
-- ``bursts``: what bursts of the last minutes need.
 - ``forecast``: arrival rates and their trend.
 - ``starts``: how long replicas take from the decision until they serve.
 - ``plan``: the decision from one state of the model.

@@ -41,8 +41,7 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
     fleet = _Fleet(state.pools)
     lately = state.remembered if state.awake else 0
     fleet.grow(honouring, max(for_priority, lately), ScalingReason.PRIORITY)
-    bursts = state.bursts if state.awake else 0
-    fleet.grow(state.pools, max(for_default, bursts), ScalingReason.DEFAULT)
+    fleet.grow(state.pools, for_default, ScalingReason.DEFAULT)
     beside = _beside_others(state, priority, default, flex) if settings.flex_extra_replicas else 0
     fleet.grow(state.pools, beside, ScalingReason.FLEX, at_most=settings.flex_extra_replicas)
     fleet.keep(for_flex, ScalingReason.FLEX)
@@ -51,7 +50,6 @@ def plan(state: ModelState, settings: ScalingSettings) -> Plan:
         f"priority needs {for_priority} slots ({_describe(priority)})": for_priority,
         f"priority recently needed {lately} slots": int(lately > for_priority),
         f"default needs {for_default} slots ({_describe(default)})": for_default,
-        f"bursts of the last minutes need {bursts} slots": int(bursts > for_default),
         f"flex may keep {for_flex} replicas ({_describe(flex)})": for_flex,
         f"with flex all need {beside} slots": beside,
     }

@@ -4,8 +4,7 @@
 an engine takes to start. A pool grows at once. A replica is stopped only if no plan within the
 scale-down window needed it, and never while priority waits. Nothing is stopped until the scaler
 itself has observed two and a half such windows, so that a restart of Serve's controller does no
-harm. Service times are those of a full fleet (``batch``), and bursts that come every few minutes
-keep what they need (``bursts``).
+harm. Service times are those of a full fleet (``batch``).
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from app.config.scaling import ScalingSettings
 from app.core.tiers import Tier
 from app.scaling.batch import FullBatch
-from app.scaling.bursts import slots_for
 from app.scaling.forecast import CountedDemand, forecast, sudden, window_for
 from app.scaling.plan import plan
 from app.scaling.report import PoolReport, ScalingReport, TierReport
@@ -39,9 +36,6 @@ _FINISHED = 5
 # A scaler that has just started does not know whether bursts recur. It stops nothing for so many
 # times ``scale_down_after_s``: five minutes by default.
 _FIRST_WINDOWS = 2.5
-# Bursts of so many times ``scale_down_after_s`` count, ten minutes by default, in so many steps.
-_BURST_WINDOWS = 5.0
-_BURST_STEPS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,36 +143,7 @@ class Scaler:
             tiers = dict.fromkeys(Tier, TierDemand())
         memory_s = min(self._settings.priority_memory_s, _STARTS_REMEMBERED * start_s)
         remembered = self._for_priority.since(now - memory_s)
-        bursts = self._bursts(tiers, start_s, now)
-        return ModelState(tiers, states, report.headroom, awake, start_s, remembered, bursts)
-
-    def _bursts(self, tiers: Mapping[Tier, TierDemand], start_s: float, now: float) -> int:
-        """Return how many slots would have served priority and default of the last minutes."""
-        window_s = min(_BURST_WINDOWS * self._settings.scale_down_after_s, _KEEP_S / 2)
-        if not window_s:
-            return 0
-        step_s = window_s / _BURST_STEPS
-        # More replicas come once the rate has been measured, and they have started.
-        late_s = start_s + max(self._settings.smoothing_s, _DEFAULT_STARTS * start_s)
-        late_s = min(late_s, _KEEP_S - window_s)
-        before = math.ceil(late_s / step_s)
-        steps = before + _BURST_STEPS
-        loads = [0.0] * steps
-        for tier in (Tier.PRIORITY, Tier.DEFAULT):
-            service_s = tiers[tier].service_s
-            if service_s is not None:
-                arrived = self._tiers[tier].arrived_by(now, steps, step_s)
-                loads = [
-                    load + number * service_s / step_s
-                    for load, number in zip(loads, arrived, strict=True)
-                ]
-        return slots_for(
-            loads,
-            bin_s=step_s,
-            late_s=late_s,
-            wait_s=self._settings.default_wait_s,
-            before=before,
-        )
+        return ModelState(tiers, states, report.headroom, awake, start_s, remembered)
 
     def _slower(self, report: ScalingReport, now: float) -> float:
         """Return how much longer requests take in a full fleet than they did lately."""
@@ -264,11 +229,6 @@ class _Counts:
             rate=rate,
             service_s=self._service(now),
         )
-
-    def arrived_by(self, now: float, steps: int, step_s: float) -> list[float]:
-        """Return how many have arrived in each of the last steps, the oldest first."""
-        ends = [now - back * step_s for back in range(steps, -1, -1)]
-        return [self._arrived.grown(start, end) for start, end in pairwise(ends)]
 
     def _service(self, now: float) -> float | None:
         finished = self._finished.grown(now - _SERVICE_WINDOW_S, now)

@@ -78,7 +78,6 @@ class ModelState:
         awake: whether it has had requests recently, so that it may not sleep.
         start_s: how long a replica takes from the decision until it serves, in seconds.
         remembered: how many slots priority has needed recently, and so may need again at once.
-        bursts: how many slots would have served the bursts of the last minutes in time.
     """
 
     tiers: Mapping[Tier, TierDemand]
@@ -87,7 +86,6 @@ class ModelState:
     awake: bool = True
     start_s: float = 0.0
     remembered: int = 0
-    bursts: int = 0
 
     @property
     def preempts(self) -> bool:

@@ -97,22 +97,6 @@ def test_nothing_is_stopped_by_somebody_who_has_just_come():
     assert min(life.go(399, default=0.3)) == 20
 
 
-def test_bursts_that_come_every_few_minutes_keep_what_they_need():
-    kept = {}
-    for pause_s in (240, 1800):
-        life = Life(start_s=120.0, least=1, replicas=10)
-        life.go(600, default=0.1)
-        for _ in range(3):
-            life.go(60, default=12.0)
-            between = life.go(pause_s, default=0.1)
-        kept[pause_s] = between[-1]
-    assert kept[1800] == 1
-    assert kept[240] >= 5
-    life.go(60, default=12.0)
-    life.go(300, default=0.1)
-    assert "bursts of the last minutes need" in life.why
-
-
 def test_a_half_empty_fleet_is_not_taken_to_carry_twice_its_load():
     """Where a full replica is three times as slow as an idle one."""
     sizes = {}
