@@ -347,7 +347,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib import pyplot
 
     groups = list(_groups(rows))
-    columns = min(3, len(groups))
+    columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = math.ceil(len(groups) / columns)
     figure, panels = pyplot.subplots(
         lines, columns, figsize=(5 * columns, 2.6 * lines), squeeze=False
@@ -361,6 +361,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                         fontsize=9)  # fmt: skip
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
+    for panel in panels.flat[len(groups) :]:
+        panel.set_axis_off()
     panels[0][0].legend(fontsize=7)
     figure.supxlabel("hours")
     figure.supylabel("replicas paid for")
