@@ -39,8 +39,6 @@ def prepare() -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # Serve's ten times a second take each cluster a tenth of a core, of two that tests have.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-        # Ray's ten seconds are what tests of metrics would wait for, again and again.
-        "RAY_metrics_report_interval_ms": "2500",
         # For this process alone (local_serve takes it out again): tests call handles from threads
         # without an event loop.
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
