@@ -74,6 +74,8 @@ def test_costs_are_in_ratio_cached_tokens_included(local):
 def test_the_same_engine_without_its_priority_policy_serves_default(local):
     assert local.entry("smollm2-fcfs")["service_tiers"] == ["default", "flex"]
     assert "priority" in local.entry("smollm2")["metadata"]["tags"]
+    for model in ("smollm2", "smollm2-fcfs"):
+        chat(local, model)  # fills the prefix cache
     headers, answer = chat(local, "smollm2-fcfs", service_tier="priority")
     _, plain = chat(local, "smollm2", service_tier="default")
     assert "Paris" in answer.choices[0].message.content
