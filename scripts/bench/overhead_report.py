@@ -212,13 +212,30 @@ _Rows = Mapping[tuple[str, str], Row]
 
 def _ratio(by: _Rows, load: str, other: str, least: float) -> Goal:
     what = f"{load}: at least {least:g} x {other}"
-    mine, theirs = by.get((FRONTLINE, load)), by.get((other, load))
-    if mine is None or theirs is None or not theirs.per_s:
+    if (rates := _both(by, load, other, lambda row: row.per_s)) is None:
         return Goal(what, "", None)
-    ratio = mine.per_s / theirs.per_s
-    return Goal(
-        what, f"{ratio:.2f} x ({mine.per_s:,.0f} and {theirs.per_s:,.0f}/s)", ratio >= least
-    )
+    mine, theirs = rates
+    ratio = mine / theirs
+    return Goal(what, f"{ratio:.2f} x ({mine:,.0f} and {theirs:,.0f}/s)", ratio >= least)
+
+
+def _cost(by: _Rows, load: str, other: str, most: float) -> Goal:
+    what = f"{load}: CPU of an event: at most {most:g} x {other}"
+    if (costs := _both(by, load, other, lambda row: row.cpu_s * 1e6)) is None:
+        return Goal(what, "", None)
+    mine, theirs = costs
+    ratio = mine / theirs
+    return Goal(what, f"{ratio:.2f} x ({mine:.1f} and {theirs:.1f} us)", ratio <= most)
+
+
+def _both(
+    by: _Rows, load: str, other: str, value: Callable[[Row], float]
+) -> tuple[float, float] | None:
+    """Return a figure of ours and of another gateway, if both were measured."""
+    mine, theirs = by.get((FRONTLINE, load)), by.get((other, load))
+    if mine is None or theirs is None or not value(theirs):
+        return None
+    return value(mine), value(theirs)
 
 
 def _most(
@@ -229,16 +246,6 @@ def _most(
         return Goal(what, "", None)
     measured = value(mine) * unit
     return Goal(what, f"{measured:.2f}", measured <= most)
-
-
-def _cost(by: _Rows, load: str, other: str, most: float) -> Goal:
-    what = f"{load}: CPU of an event: at most {most:g} x {other}"
-    mine, theirs = by.get((FRONTLINE, load)), by.get((other, load))
-    if mine is None or theirs is None or not theirs.cpu_s:
-        return Goal(what, "", None)
-    ratio = mine.cpu_s / theirs.cpu_s
-    measured = f"{ratio:.2f} x ({mine.cpu_s * 1e6:.1f} and {theirs.cpu_s * 1e6:.1f} us)"
-    return Goal(what, measured, ratio <= most)
 
 
 def _first_byte(by: _Rows) -> Goal:

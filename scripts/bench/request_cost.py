@@ -190,18 +190,10 @@ class Version:
         """Put a load on it, and draw a flame graph of Python's part of it."""
         with self.loaded(load, reader, seconds) as generator:
             time.sleep(_WARM_S)
-            command = ["py-spy", "record", "--pid", str(self.pid), "--output", file.name]
-            command += [
-                "--duration",
-                str(seconds),
-                "--rate",
-                "250",
-                "--format",
-                "flamegraph",
-                "--gil",
-            ]
+            command = f"py-spy record --gil --pid {self.pid} --duration {seconds} --rate 250"
             # The command is the title of the picture: no path of this machine.
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=file.parent)
+            words = [*command.split(), "--format", "flamegraph", "--output", file.name]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL, cwd=file.parent)
             generator.communicate()
 
 
