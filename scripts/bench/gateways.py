@@ -148,12 +148,10 @@ def cluster(
     environment = _environment(folder)
     serve = ["serve", "run", "--address", "local", str(config)]
     with running("serve", serve, log, **environment) as process:
-        known: list[Roles] = []
 
         def processes() -> Roles:
-            if not known:
-                return _cluster_processes(environment[_MARK])
-            return known[0]
+            # Looked up each time: Serve starts another HAProxy whenever its routes change.
+            return _cluster_processes(environment[_MARK])
 
         frontline = Gateway(
             "Frontline", port, processes, ("ingress", "HAProxy"),
@@ -164,7 +162,6 @@ def cluster(
         bare = Gateway("bare Serve", port, processes, ("passthrough", "HAProxy"), path=path)
         until_answers(frontline, process, log)
         until_answers(bare, process, log)
-        known.append(_cluster_processes(environment[_MARK]))
         yield Cluster(frontline, unobserved, bare, database, processes)
 
 
