@@ -18,7 +18,7 @@ from app.gateway.asgi import Front, build_api
 from app.gateway.gc_tuning import settle_in
 from app.gateway.key_admin import KeyAdmin
 from app.gateway.registry import ModelRegistry
-from app.gateway.serve_source import ServeSource, serve_host
+from app.gateway.serve_source import ServeSource, serve_http
 from app.gateway.services import Services
 from app.gateway.spend_counter import SpendCounter
 from app.gateway.telemetry import Telemetry
@@ -28,7 +28,7 @@ from app.ledger.ledger import open_ledger
 from app.ledger.record_store import RecordStore
 from app.observe.access_log import AccessLog
 from app.observe.tracing import tracing_of
-from app.ray_compat.serve_logs import replica_log
+from app.ray_compat.serve_logs import leave_out_logged, note_logged, replica_log
 from app.ray_compat.serve_port import keep_on_loopback
 from app.store.database import connect
 from app.store.database_url import resolve_url
@@ -51,6 +51,7 @@ class Ingress:
 
     def __init__(self, limits: Any) -> None:
         keep_on_loopback()
+        leave_out_logged()
         settings = IngressSettings()
         registry = ModelRegistry(ServeSource(), discover_s=settings.discovery_interval_s)
         self.services = Services(registry, EngineClient(), settings)
@@ -61,7 +62,7 @@ class Ingress:
         self._budgets: BudgetGate | None = None
         self._key_admin: KeyAdmin | None = None
         self._retiring: set[asyncio.Task[None]] = set()
-        self._access_log = AccessLog(partial(replica_log, "access"))
+        self._access_log = AccessLog(partial(replica_log, "access"), note_logged)
         self.services.observers.add(self._access_log)
         self._tracing = tracing_of(os.environ, registry.ingress)
         if self._tracing is not None:
@@ -81,7 +82,9 @@ class Ingress:
             OSError: the folder of the journal or of the access log cannot be written.
         """
         settings = IngressSettings.load(user_config, "user_config")
-        settings.check_open(await serve_host(), "user_config")
+        http = await serve_http()
+        settings.check_open(http.host, "user_config")
+        self.services.longest_request_s = http.request_timeout_s
         receiver = None
         if (webhook := settings.budget_alert_webhook) is not None:
             where = ("user_config", "budget_alert_webhook")

@@ -444,6 +444,15 @@ class ServerError(ApiError):
         super().__init__(message, code=code)
 
 
+class RequestTookTooLong(ServerError):
+    """The request took longer than Serve's ``request_timeout_s`` allows."""
+
+    status = 408
+
+    def __init__(self, longest_s: float) -> None:
+        super().__init__(f"The request took longer than {longest_s:g} s.", code="request_timeout")
+
+
 class Unavailable(ServerError):
     """Nothing can serve this model now; a later retry may succeed."""
 

@@ -13,6 +13,7 @@ from app.gateway import cross_site
 from app.gateway.client_address import HeaderLines, require_address
 from app.gateway.lifecycle import Lifecycle
 from app.gateway.request_body import ClientGone, Headers, Receive, Scope
+from app.gateway.request_watch import RequestWatch, is_not_watched
 from app.gateway.response import Reply, Send
 from app.gateway.services import Services
 from app.observe.observers import (
@@ -82,7 +83,11 @@ class Handler:
                 if _prices_images(admission, inbound):
                     inbound = await services.bodies.in_turns(with_images(inbound))
                 lifecycle = Lifecycle(services, admission, caller, inbound, reply, context)
-                await lifecycle.run()
+                if is_not_watched(headers):
+                    watch = RequestWatch(receive, reply, services.longest_request_s)
+                    await _watched(lifecycle, watch)
+                else:
+                    await lifecycle.run()
         except BaseException as error:
             if lifecycle is None:
                 self._refused(reply, caller, error, time.monotonic() - began, context)
@@ -128,6 +133,15 @@ class Handler:
                 context,
             )
         )
+
+
+async def _watched(lifecycle: Lifecycle, watch: RequestWatch) -> None:
+    try:
+        with watch:
+            await lifecycle.run()
+    except asyncio.CancelledError:
+        await watch.answer_cancelled()
+        raise
 
 
 def _forget_frames(error: BaseException) -> None:

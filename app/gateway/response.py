@@ -13,6 +13,7 @@ from app.contracts.status import ReplicaStatus
 from app.core import errors
 from app.core.tier_decision import TierDecision
 from app.core.tiers import Tier
+from app.observe.observers import CLIENT_GONE_STATUS
 
 _TIERS: Final = {tier: tier.value.encode() for tier in Tier}
 
@@ -104,6 +105,13 @@ class Reply:
         self.started = True
         await self._send({"type": "http.response.start", "status": error.status, "headers": fields})
         await self.write(body, more=False)
+
+    async def gone(self) -> None:
+        """Tell Serve's metrics and its log the status of a request whose client has gone."""
+        self.started = True
+        await self._send(
+            {"type": "http.response.start", "status": CLIENT_GONE_STATUS, "headers": []}
+        )
 
 
 def new_request_id() -> str:

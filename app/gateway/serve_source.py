@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import serve
 from ray.exceptions import RayError
@@ -71,9 +71,20 @@ def _away_translated() -> Iterator[None]:
         raise SourceAway(type(error).__name__) from error
 
 
-async def serve_host() -> str | None:
-    """Return the address that Serve's HTTP proxies listen on; ``None`` for all addresses."""
+class ServeHttp(NamedTuple):
+    """Serve's options for HTTP.
+
+    Attributes:
+        host: the address that its proxies listen on; ``None`` for all addresses.
+        request_timeout_s: the longest time for a request, in seconds; ``None`` for no limit.
+    """
+
+    host: str | None
+    request_timeout_s: float | None
+
+
+async def serve_http() -> ServeHttp:
+    """Return Serve's options for HTTP."""
     controller = await asyncio.to_thread(serve_controller)
     options = await controller.get_http_config.remote()
-    host: str | None = options.host
-    return host
+    return ServeHttp(options.host, options.request_timeout_s)

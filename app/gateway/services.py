@@ -45,6 +45,7 @@ class Services:
         key_admin: reads and changes keys for admin keys; set together with ``access``.
         proxy_proof: what HAProxy's word on a client's address begins with; ``None`` if there is no
             such word to believe (``app.gateway.client_address``).
+        longest_request_s: Serve's ``request_timeout_s``; ``None`` for no limit.
     """
 
     registry: ModelRegistry
@@ -63,6 +64,7 @@ class Services:
     budget_webhook: BudgetWebhook = field(default_factory=BudgetWebhook)
     key_admin: KeyAdmin | None = None
     proxy_proof: str | None = None
+    longest_request_s: float | None = None
 
     def __post_init__(self) -> None:
         self.observers.add(self.tallies)

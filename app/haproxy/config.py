@@ -37,6 +37,9 @@ MAX_HEADERS = 200
 CLIENT_HEADER = "x-frontline-client"
 """The header with which an ingress gets the address that has connected to HAProxy: a proof that
 HAProxy has written it (``client_proof``), a space, the address."""
+NOT_WATCHED = ("x-request-disconnect-disabled", "?1")
+"""The header, and its value, with which Serve leaves it to an ingress to notice that a client has
+gone. It is set on POST requests, together with one for the longest time of a request."""
 BAD_SETTING = 78
 """Exit status if an environment variable has a bad value: HAProxy must not start then."""
 _PARSED_HEADERS = 4096
@@ -51,7 +54,7 @@ _UNLIMITED = 1 << 30
 _DECODED = {"x-request-id": 200, "traceparent": 200, "tracestate": 512}
 # Serve obeys these headers: a client could get a timeout error in plain text, or keep its request
 # running after it disconnects.
-_OBEYED = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+_OBEYED = ("x-request-timeout-seconds", NOT_WATCHED[0])
 # Serve decodes these too and accepts either separator. Frontline does not use them.
 _UNUSED = "^(x[-_]session[-_]id|serve[-_]multiplexed[-_]model[-_]id)$"
 
@@ -382,8 +385,14 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
         ),
         _client_header(bounds.proof),
         *(f"http-request del-header {name}" for name in _OBEYED),
+        # The ingress does both at less cost (app/gateway/request_watch.py).
+        f"http-request set-header {' '.join(NOT_WATCHED)} if METH_POST",
+        f"http-request set-header {_OBEYED[0]} 0 if METH_POST",
         *_decoded_rules(),
         f"http-request del-header {_UNUSED} -m reg",
+        # The OpenAI SDKs' eight headers about themselves: nobody reads them, but Serve looks into
+        # each.
+        "http-request del-header x-stainless- -m beg",
         # An upgrade, for example to WebSocket, would be answered without our application.
         "http-request del-header upgrade if { var(txn.frontline) -m found }",
     ]  # fmt: skip

@@ -35,15 +35,21 @@ _CHOICES: Final = 0x10000
 _Waiting = tuple[Ended | Refused, datetime]
 
 
+def _nothing() -> None:
+    pass
+
+
 class AccessLog:
     """Observes requests and logs those that its settings choose. Belongs to the event loop.
 
     Args:
         path: returns the path of the log file. The settings may replace its folder.
+        logged: called, in a request's task, when its line is to be written.
     """
 
-    def __init__(self, path: Callable[[], Path]) -> None:
+    def __init__(self, path: Callable[[], Path], logged: Callable[[], None] = _nothing) -> None:
         self._path = path
+        self._logged = logged
         self._settings = AccessLogSettings(enabled=False)
         self._file: _FileOf | None = None
         self._writer: LineWriter | None = None
@@ -87,11 +93,13 @@ class AccessLog:
         record = request.record
         if self._chooses(record.origin.request_id, problem=_is_problem(request)):
             self._writer.put(request, record.ended or now_utc())
+            self._logged()
 
     def refused(self, request: Refused) -> None:
         """Log a request that ended before its model was known, if it is chosen."""
         if self._writer is not None and self._chooses(request.request_id, problem=True):
             self._writer.put(request, now_utc())
+            self._logged()
 
     def close(self) -> None:
         """Write what waits, and end the thread. Blocks for the disk."""

@@ -1,13 +1,18 @@
-"""Where Serve writes the log of this replica."""
+"""Where Serve writes the log of this replica, and what it leaves out of it."""
 
 from __future__ import annotations
 
 import logging
+from contextvars import ContextVar
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import Final
 
 from ray import serve
 from ray.serve._private.logging_utils import get_serve_logs_dir
+
+_SERVE: Final = "ray.serve"
+_logged: ContextVar[bool] = ContextVar("logged", default=False)
 
 
 def replica_log(kind: str) -> Path:
@@ -24,9 +29,23 @@ def session_logs() -> Path:
     return Path(get_serve_logs_dir())
 
 
+def leave_out_logged() -> None:
+    """Have Serve write no line of its own for requests that ``note_logged`` was called for."""
+    logging.getLogger(_SERVE).addFilter(_is_wanted)
+
+
+def note_logged() -> None:
+    """Note that the current task's request is logged already."""
+    _logged.set(True)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not (getattr(record, "serve_access_log", False) and _logged.get())
+
+
 def _folder() -> Path:
     """Return the folder of this replica's log, as its ``logging_config`` has it."""
-    for handler in logging.getLogger("ray.serve").handlers:
+    for handler in logging.getLogger(_SERVE).handlers:
         target = handler.target if isinstance(handler, MemoryHandler) else handler
         if isinstance(target, logging.FileHandler):
             return Path(target.baseFilename).parent

@@ -11,6 +11,7 @@ from app.core import errors
 from app.core.pricing import RateCard, TokenUsage
 from app.core.settings import SettingsError
 from app.core.tiers import Tier
+from app.gateway.serve_source import ServeHttp
 from app.ingress import Ingress
 from app.ledger.record import now_utc
 from app.ledger.record_store import RecordStore, Wanted
@@ -48,12 +49,12 @@ def stores(monkeypatch, tmp_path):
         return engine
 
     async def loopback():
-        return "127.0.0.1"
+        return ServeHttp("127.0.0.1", None)
 
     # It would be of the whole test run.
     monkeypatch.setattr("app.ingress.settle_in", lambda: None)
     monkeypatch.setattr("app.ingress.connect", noted)
-    monkeypatch.setattr("app.ingress.serve_host", loopback)
+    monkeypatch.setattr("app.ingress.serve_http", loopback)
     monkeypatch.setattr("app.ingress.ServeSource", NoModels)
     monkeypatch.setattr("app.ingress.replica_log", lambda kind: tmp_path / f"{kind}.log")
     return made, closed

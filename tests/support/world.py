@@ -40,6 +40,7 @@ from app.gateway.registry import ModelRegistry
 from app.gateway.response import Reply
 from app.gateway.services import Services
 from app.gateway.spend_counter import SpendCounter
+from app.haproxy.config import NOT_WATCHED
 from app.ledger.ledger import Ledger
 from app.ledger.record_store import RecordStore, Wanted
 from app.ledger.usage import Grouping, add_up
@@ -87,6 +88,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "sharing": {"limits": KeyLimits(priority_share=Decimal("0.5"))},
     "limited": {"limits": KeyLimits(rpm=60)},
 }
+
+_WATCHED = (NOT_WATCHED[0].encode(), NOT_WATCHED[1].encode())
 
 HANG_UP = InjectedFailures(request="truncate", health_hangs=True)
 """The engine closes the connection as the request arrives, and goes on serving others."""
@@ -497,7 +500,7 @@ class World:
             "scheme": "http", "path": f"/v1/{route.value}", "root_path": "", "query_string": b"",
             "headers": [
                 (b"host", b"127.0.0.1"), (b"content-type", b"application/json"),
-                (b"authorization", f"Bearer {key}".encode()), *headers,
+                (b"authorization", f"Bearer {key}".encode()), _WATCHED, *headers,
             ],
             "client": None,
             "server": ("127.0.0.1", 80),

@@ -4,14 +4,16 @@ from types import SimpleNamespace
 import orjson
 import pytest
 
+from app import supervision
 from app.config.ingress import IngressSettings
 from app.config.model import ModelSettings
 from app.contracts.status import ModelSnapshot
 from app.core import errors
 from app.core.dialect import Route
-from app.gateway import handler
+from app.gateway import handler, request_watch
 from app.gateway.handler import Handler
 from app.gateway.request_body import Bodies
+from app.haproxy.config import NOT_WATCHED
 from app.observe.observers import Observers
 from app.tenants.access import Caller
 
@@ -44,7 +46,7 @@ CALLER = Caller("tenant")
 class World:
     """One route without a model behind it: a request ends as the test says."""
 
-    def __init__(self, monkeypatch, end=None):
+    def __init__(self, monkeypatch, end=None, with_reply=None, longest_s=None):
         ready = asyncio.Event()
         ready.set()
         self.bodies, self.sent, self.while_running = Bodies(), [], None
@@ -55,17 +57,20 @@ class World:
             access=Access(),
             ready=ready,
             begin_trace=lambda _: None,
+            longest_request_s=longest_s,
             observers=Observers(SimpleNamespace(refused=self.refused.append)),
             settings=IngressSettings.load({"auth": "keys"}, "user_config"),
         )
         world = self
 
         class Lifecycle:
-            def __init__(self, *_):
-                pass
+            def __init__(self, *given):
+                self.reply = given[4]
 
             async def run(self):
                 world.while_running = world.bodies.memory.used_by("tenant")
+                if with_reply is not None:
+                    await with_reply(self.reply)
                 if end is not None:
                     await end()
 
@@ -77,7 +82,7 @@ class World:
         messages = [{"type": "http.request", "body": body, "more_body": last is not None}, last]
 
         async def receive():
-            return messages.pop(0)
+            return messages.pop(0) if messages[0] else {"type": "http.disconnect"}
 
         async def send(message):
             self.sent.append(message)
@@ -165,3 +170,97 @@ async def test_a_cancelled_request_holds_nothing(monkeypatch):
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
     assert world.bodies.memory.used == 0
+
+
+STAYS = LEAVES = ((b"authorization", b"Bearer x"), tuple(part.encode() for part in NOT_WATCHED))
+
+
+async def test_a_client_that_leaves_while_its_request_runs_ends_it(monkeypatch):
+    # Serve leaves it to the ingress, as HAProxy's header says.
+    ended = []
+
+    async def never():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    world = World(monkeypatch, never)
+    with pytest.raises(asyncio.CancelledError):
+        await world.ask(headers=LEAVES)
+    assert ended and world.bodies.memory.used == 0
+    # What Serve writes into its metrics and its log; nobody reads it.
+    assert [message["status"] for message in world.sent] == [499]
+
+
+async def test_a_cancelled_request_is_not_taken_for_one_whose_client_has_gone(monkeypatch):
+    running = asyncio.Event()
+
+    async def never():
+        running.set()
+        await asyncio.Event().wait()
+
+    world = World(monkeypatch, never)
+    asking = asyncio.create_task(world.ask(headers=LEAVES))
+    await running.wait()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    assert world.sent == []
+
+
+async def test_an_answer_that_was_sent_is_settled_in_peace(monkeypatch):
+    # Servers tell of a disconnect after the last byte, too.
+    monkeypatch.setattr(request_watch, "BEGINS_AFTER_S", 0.0)
+    settled = []
+
+    async def answered(reply):
+        await reply.write(b"", more=False)
+        await asyncio.sleep(0.05)
+        settled.append(True)
+
+    world = World(monkeypatch, with_reply=answered)
+    await world.ask(headers=LEAVES)
+    assert settled == [True]
+
+
+async def test_a_request_that_takes_too_long_is_told_so(monkeypatch):
+    async def never():
+        await asyncio.Event().wait()
+
+    world = World(monkeypatch, never, longest_s=0.01)
+    await world.ask(headers=STAYS, last=None)
+    assert world.sent[0]["status"] == 408
+    assert orjson.loads(world.sent[1]["body"])["error"]["code"] == "request_timeout"
+    assert world.bodies.memory.used == 0
+
+
+async def test_a_stream_that_takes_too_long_is_cut_off(monkeypatch):
+    async def begun(reply):
+        reply.started = True
+        await asyncio.Event().wait()
+
+    world = World(monkeypatch, with_reply=begun, longest_s=0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await world.ask(headers=STAYS)
+    assert world.sent == []
+
+
+async def test_a_request_that_ends_soon_takes_no_task(monkeypatch):
+    begun = []
+    monkeypatch.setattr(supervision, "run_once", lambda *_: begun.append(True))
+    world = World(monkeypatch, served)
+    await world.ask(headers=LEAVES)
+    await asyncio.sleep(2 * request_watch.BEGINS_AFTER_S)
+    assert begun == []
+
+
+async def test_nothing_is_watched_where_serve_watches(monkeypatch):
+    waited = []
+
+    async def for_long():
+        await asyncio.sleep(2 * request_watch.BEGINS_AFTER_S)
+        waited.append(True)
+
+    world = World(monkeypatch, for_long)
+    await world.ask()
+    assert waited == [True]

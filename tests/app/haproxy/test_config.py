@@ -27,6 +27,7 @@ from app.haproxy import config
 from app.haproxy.config import (
     BAD_SETTING,
     CLIENT_HEADER,
+    NOT_WATCHED,
     BadSetting,
     ProxyBounds,
     UnknownConfig,
@@ -364,6 +365,23 @@ def test_an_ingress_gets_the_address_that_has_connected(tmp_path, token):
     proof = client_proof(environ)
     assert given == ([f"{CLIENT_HEADER}: {proof} 127.0.0.1"] if token else [])
     assert (tmp_path / "log").read_text().count("secret") == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_an_ingress_watches_the_clients_of_post_requests(tmp_path, method):
+    """Whatever a client says about it."""
+    name, value = NOT_WATCHED
+    with heads() as (port, seen):
+        servers = [ServerConfig("s", "127.0.0.1", port)]
+        routes = [BackendConfig(name="ingress", path_prefix="/", app_name="i", servers=servers)]
+        with proxied(tmp_path, {}, backends=routes) as connect:
+            sent = [f"{name}: ?1", f"{name.upper()}: no", "content-length: 0"]
+            head = "\r\n".join([f"{method} /v1/models HTTP/1.1", "host: x", *sent, "", ""])
+            connection = connect()
+            connection.sendall(head.encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    given = [line for one in seen for line in one.splitlines() if name in line.lower()]
+    assert given == ([f"{name}: {value}"] if method == "POST" else [])
 
 
 def test_the_proof_is_the_same_wherever_rays_token_is(tmp_path):
