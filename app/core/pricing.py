@@ -117,6 +117,7 @@ class Prices:
     long_from: int = 0
     long: Prices | None = None
     _each: tuple[Decimal, ...] = field(init=False, repr=False, compare=False)
+    _texts: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # The exponent of a cost is the same whether the factors or the sum come first.
@@ -126,6 +127,19 @@ class Prices:
         object.__setattr__(
             self, "_each", tuple(EXACT.multiply(price, self.multiplier) for price in each)
         )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prices and the factor with every digit, in the order of the arguments."""
+        if self._texts is None:
+            amounts = (
+                self.input, self.cached_input, self.output, self.multiplier, self.cache_write,
+                self.image, self.audio_second,
+            )  # fmt: skip
+            # Kept: most records have the same prices.
+            object.__setattr__(self, "_texts", tuple(format(one, "f") for one in amounts))
+        assert self._texts is not None
+        return self._texts
 
     def of(self, usage: TokenUsage) -> Prices:
         """Return the prices that apply to ``usage``: the long ones, or these without them."""

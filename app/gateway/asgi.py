@@ -51,11 +51,16 @@ class Front:
             path: Handler(route, services) for route in Route for path in paths_of(route)
         }
         self._api = _others(services, self._handlers)
+        self._services = services
         self._answer = CrossOrigin(self._dispatch, lambda: services.settings.cors_rule)
         for add_routes in more:
             add_routes(self._api, services)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (handler := self._handler(scope)) is not None and self._services.settings.cors_rule.none:
+            # Nearly every request: what follows has nothing to do for it.
+            await handler(scope, receive, send)
+            return
         if scope["type"] == "lifespan":
             await self._api(scope, receive, send)
             return
@@ -67,12 +72,17 @@ class Front:
         await self._answer(scope, receive, send)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] == "POST" and not scope.get("root_path"):
-            handler = self._handlers.get(scope["path"])
-            if handler is not None:
-                await handler(scope, receive, send)
-                return
-        await self._api(scope, receive, send)
+        handler = self._handler(scope)
+        if handler is None:
+            await self._api(scope, receive, send)
+        else:
+            await handler(scope, receive, send)
+
+    def _handler(self, scope: Scope) -> Handler | None:
+        """Return what answers an inference request; ``None`` for any other request."""
+        if scope.get("method") != "POST" or scope.get("root_path"):
+            return None
+        return self._handlers.get(scope["path"])
 
 
 def paths_of(route: Route) -> list[str]:

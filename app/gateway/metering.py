@@ -72,7 +72,8 @@ class Meter:
         self._observers = observers or Observers()
         self._context = context
         self._began = time.monotonic()
-        self._record: UsageRecord | None = None
+        # Where the request is, until its record is settled.
+        self._place: Placement | None = None
         self._ended = False
         # The tier of the record; `None` before a placement.
         self._billed: Tier | None = None
@@ -93,7 +94,7 @@ class Meter:
     @property
     def placed(self) -> bool:
         """Whether the request was sent to an engine, and its record is not settled yet."""
-        return self._record is not None
+        return self._place is not None
 
     @property
     def usage(self) -> TokenUsage | None:
@@ -110,24 +111,24 @@ class Meter:
         return self._ledger.reserved()
 
     def place(self, place: Placement) -> None:
-        """Create the record of a placement: the replica, and the decision used for all else."""
-        replica = place.replica
-        self._opening, self._billed = None, place.decision.served
-        self._record = UsageRecord.open(
-            self._origin,
-            place.decision,
-            engine=replica.dialect.engine,
-            replica=replica.replica_id,
-            queue_s=place.queue_s,
-        )
+        """Take note of a placement: its replica, and the decision used for all else, are billed."""
+        self._place, self._opening, self._billed = place, None, place.decision.served
 
     def open(self) -> None:
         """Start to write the opening record of a stream, while the engine works on the request.
 
         The disk needs the same time either way, so both run in parallel.
         """
-        assert self._record is not None, "only a placed request is answered"
-        self._opening = self._ledger.open(self._record)
+        place = self._place
+        assert place is not None, "only a placed request is answered"
+        record = UsageRecord.open(
+            self._origin,
+            place.decision,
+            engine=place.replica.dialect.engine,
+            replica=place.replica.replica_id,
+            queue_s=place.queue_s,
+        )
+        self._opening = self._ledger.open(record)
 
     async def durable(self) -> None:
         """Wait until the opening record of a stream is durable; call it before the first byte.
@@ -163,7 +164,7 @@ class Meter:
         if now < self._look_at and self._unlooked < _LOOK_EVENTS:
             return
         self._unlooked, self._look_at = 0, now + _LOOK_S
-        if self._record is not None and (counted := self.counted) is not None:
+        if self._place is not None and (counted := self.counted) is not None:
             due = self._ledger.progress(self._origin.request_id, *counted)
             if now < due < self._look_at:
                 self._look_at = due
@@ -174,19 +175,10 @@ class Meter:
         The record is written even if waiting for it is cancelled. ``status`` is the HTTP status of
         the answer.
         """
-        if self._record is None:
+        if self._place is None:
             return
-        counted = self.counted or _NOTHING
-        settled = self._record.settle(
-            state,
-            counted.usage,
-            ended=now_utc(),
-            ttft_s=self._ttft_s,
-            reason=reason,
-            estimated=counted.estimated,
-            preemptions=None if self.answer is None else self.answer.preemptions,
-        )
-        self._record = None
+        preemptions = None if self.answer is None else self.answer.preemptions
+        settled = self._settled(state, reason, self.counted or _NOTHING, self._ttft_s, preemptions)
         self._tell(settled, status)
         await self._ledger.settle(settled)
 
@@ -204,10 +196,9 @@ class Meter:
 
         The request is not billed, whatever the engine has computed. The call does not wait.
         """
-        if self._record is None:
+        if self._place is None:
             return
-        settled = self._record.settle(State.FAILED, NOTHING_USED, ended=now_utc(), reason=reason)
-        self._record = None
+        settled = self._settled(State.FAILED, reason, _NOTHING)
         self._tell(settled, status)
         self._ledger.write_off(settled)
 
@@ -224,6 +215,32 @@ class Meter:
         """
         if not self._ended:
             self._tell(self._not_served(State.ABANDONED, reason), status)
+
+    def _settled(
+        self,
+        state: State,
+        reason: str | None,
+        counted: Counted,
+        ttft_s: float | None = None,
+        preemptions: int | None = None,
+    ) -> UsageRecord:
+        """Return the record of a placed request, which is final from now on."""
+        place, self._place = self._place, None
+        assert place is not None, "only a placed request is settled"
+        return UsageRecord.settled(
+            self._origin,
+            place.decision,
+            state,
+            counted.usage,
+            engine=place.replica.dialect.engine,
+            replica=place.replica.replica_id,
+            queue_s=place.queue_s,
+            ended=now_utc(),
+            ttft_s=ttft_s,
+            reason=reason,
+            estimated=counted.estimated,
+            preemptions=preemptions,
+        )
 
     def _not_served(self, state: State, reason: str) -> UsageRecord:
         waited_s = time.monotonic() - self._began

@@ -19,6 +19,7 @@ from app.config.ingress import IngressSettings
 from app.core import errors
 from app.core.dialect import Route
 from app.gateway.body_memory import BodyMemory, HeldMemory, NoRoom
+from app.gateway.deadline import Deadline
 from app.protocol.content_coding import (
     CODINGS,
     Decoder,
@@ -226,7 +227,7 @@ class Room:
         settings = self._settings
         patience_s = settings.body_timeout_s + length / (settings.body_min_rate_kb * 1024)
         try:
-            async with asyncio.timeout_at(begun + patience_s):
+            with Deadline(begun + patience_s):
                 message = await receive()
         except TimeoutError:
             raise errors.RequestTimeout from None

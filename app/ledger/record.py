@@ -220,6 +220,33 @@ class UsageRecord:
             ended,
         )  # fmt: skip
 
+    @classmethod
+    def settled(
+        cls,
+        origin: Origin,
+        decision: TierDecision,
+        state: State,
+        usage: TokenUsage,
+        *,
+        engine: str,
+        replica: str,
+        queue_s: float,
+        ended: datetime,
+        ttft_s: float | None = None,
+        reason: str | None = None,
+        estimated: bool = False,
+        preemptions: int | None = None,
+    ) -> Self:
+        """Return the same as ``open`` and then ``settle``, in one step."""
+        if decision.requested is not origin.requested:
+            raise ValueError("the decision is about another request")
+        reason = _why_ended(State.OPEN, state, decision.why, reason)
+        return cls(
+            origin, state, decision.served, reason, engine, replica, usage,
+            decision.rate_card.at(decision.served).of(usage), decision.rate_card.version,
+            max(queue_s, 0.0), ttft_s, max(ended, origin.arrived), estimated, preemptions,
+        )  # fmt: skip
+
     def settle(
         self,
         state: State,
@@ -238,13 +265,10 @@ class UsageRecord:
         raised.
         ``estimated`` means that ``usage`` is not the engine's own final count.
         """
-        if self.state is not State.OPEN or not state.served or state is State.OPEN:
-            raise ValueError(f"a record that is {self.state} cannot become {state}")
-        if reason and state is State.INTERRUPTED and is_raised(self.reason):
-            reason = and_raised(reason)
+        reason = _why_ended(self.state, state, self.reason, reason)
         # Not `replace`, which iterates over the fields for every request.
         return type(self)(
-            self.origin, state, self.served, reason or self.reason, self.engine, self.replica,
+            self.origin, state, self.served, reason, self.engine, self.replica,
             usage, self.prices and self.prices.of(usage), self.rate_card, self.queue_s, ttft_s,
             max(ended, self.origin.arrived), estimated, preemptions,
         )  # fmt: skip
@@ -323,7 +347,19 @@ class UsageRecord:
 
     def to_json(self) -> bytes:
         """Return ``to_fields`` as JSON, with ``VERSION``; amounts are strings with every digit."""
-        return _BEGIN + orjson.dumps(self.to_fields(), default=_text_of_amount)[1:]
+        fields = self.to_fields()
+        if self.prices is not None:
+            fields.update(zip(PRICES, self.prices.of(self.usage).texts, strict=True))
+        return _BEGIN + orjson.dumps(fields, default=_text_of_amount)[1:]
+
+
+def _why_ended(before: State, state: State, why_tier: str | None, why: str | None) -> str | None:
+    """Return the reason in a settled record; see ``UsageRecord.settle``."""
+    if before is not State.OPEN or not state.served or state is State.OPEN:
+        raise ValueError(f"a record that is {before} cannot become {state}")
+    if why and state is State.INTERRUPTED and is_raised(why_tier):
+        return and_raised(why)
+    return why or why_tier
 
 
 def now_utc() -> datetime:

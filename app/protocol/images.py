@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 import orjson
@@ -61,7 +60,7 @@ def with_images(inbound: Inbound) -> Steps[Inbound]:
         else:
             found += _images(route, value)
         yield
-    return replace(inbound, images=found)
+    return inbound._replace(images=found)
 
 
 def _images(route: Route, value: object) -> int:

@@ -6,9 +6,8 @@ Everything else in requests and answers passes through unchanged, except nulls i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -52,8 +51,7 @@ _PREAMBLE: Final = frozenset({b"message_start", b"ping"})
 _STREAM_OPTION_ROUTES: Final = frozenset({Route.CHAT, Route.COMPLETIONS})
 
 
-@dataclass(frozen=True, slots=True)
-class Inbound:
+class Inbound(NamedTuple):
     """A client's request, with the fields that Frontline uses extracted.
 
     Attributes:
@@ -159,7 +157,7 @@ def read_form_request(
     fields = fields_of(form)
     seconds, tokens = estimate_recording(form.file)
     inbound = _inbound(route, fields, fields, len(body), None, tokens)
-    return replace(inbound, form=form, recording_s=seconds)
+    return inbound._replace(form=form, recording_s=seconds)
 
 
 def read_long_request(route: Route, body: bytes | memoryview) -> Steps[Inbound]:
@@ -279,7 +277,7 @@ def with_start_within(inbound: Inbound, header: bytes | None) -> Inbound:
     """
     if header is None or inbound.start_within_s is not None:
         return inbound
-    return replace(inbound, start_within_s=start_within_of_header(header))
+    return inbound._replace(start_within_s=start_within_of_header(header))
 
 
 def _stream_options(fields: Mapping[str, Any]) -> Mapping[str, Any]:

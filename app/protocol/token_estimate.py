@@ -121,6 +121,8 @@ def sequences(route: Route, fields: Mapping[str, Any]) -> int:
     if route is Route.COMPLETIONS:
         embeds = fields.get("prompt_embeds")
         prompts = _prompts(fields.get("prompt")) + (_prompts(embeds) if embeds else 0)
+    elif route.generates:
+        prompts = 1
     else:
         prompts = max(
             (_prompts(fields.get(name)) for name in _INPUTS_FIELDS.get(route, ())), default=1

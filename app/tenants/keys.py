@@ -169,6 +169,8 @@ class KeyTable:
 
     by_id: Mapping[str, ApiKey]
     unreadable: Mapping[str, str] = field(default_factory=dict)
+    # Texts that were found to be keys: at most one for each key, and gone with this table.
+    _found: dict[str, ApiKey] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, keys: Iterable[ApiKey], unreadable: Mapping[str, str] | None = None) -> KeyTable:
@@ -187,11 +189,16 @@ class KeyTable:
         The secret is compared in constant time. A client can find out that a key id exists, which
         is no secret.
         """
+        if (found := self._found.get(text)) is not None:
+            return found if found.works(now) else None
         match = _FORM.fullmatch(text)
         key = self.get(match[1], now) if match else None
         if key is None or match is None:
             return None
-        return key if hmac.compare_digest(_hash(match[2]), key.secret_hash) else None
+        if not hmac.compare_digest(_hash(match[2]), key.secret_hash):
+            return None
+        self._found[text] = key
+        return key
 
 
 def key_id_of(text: str) -> str | None:

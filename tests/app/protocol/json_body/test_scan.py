@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import orjson
 import pytest
@@ -92,7 +91,7 @@ def outcome(read):
         return error.status, error.param, error.code, error.message
     sent = [orjson.loads(sent_to(request, dialect)) for dialect in DIALECTS]
     kept = request.fields
-    return replace(request, fields={}), {name: kept[name] for name in kept}, sent
+    return request._replace(fields={}), {name: kept[name] for name in kept}, sent
 
 
 def sent_to(request, dialect):
