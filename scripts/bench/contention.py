@@ -35,7 +35,7 @@ from scripts.bench.summary import goals_of, rows_of
 from scripts.bench.targets import ENGINE_TIERS, FRONTLINE_TIERS, Contenders, Target
 from scripts.bench.trial import Plan, Trial, run_trial
 
-_CONTAINED = "FRONTLINE_BENCH_CONTAINED"
+CONTAINED = "FRONTLINE_BENCH_CONTAINED"
 _GRACE_S = 30.0
 _STARTED = {"simulated": targets.simulated, "vllm": targets.vllm}
 _CONTENDERS = {"simulated": targets.burst_simulated, "vllm": targets.burst_vllm}
@@ -250,14 +250,14 @@ def contain() -> int:
     """Run this once more below a process that ends whatever it has left behind."""
     from scripts.contain import Containment
 
-    os.environ[_CONTAINED] = "1"
+    os.environ[CONTAINED] = "1"
     return Containment([sys.executable, *sys.argv], _GRACE_S).run()
 
 
 def main() -> None:
     """Run the benchmark."""
     options = parse(sys.argv[1:])
-    if options.target and _CONTAINED not in os.environ:
+    if options.target and CONTAINED not in os.environ:
         sys.exit(contain())
     try:
         sys.exit(run(options))
