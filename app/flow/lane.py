@@ -111,15 +111,19 @@ class Lane:
     def charge(self, tenant: str, tokens: int, *, served: bool = True) -> None:
         """Add to a tenant's counter; ``served``: it has just received a slot."""
         counter = self._counters.get(tenant, 0.0)
-        if counter < self._floor and not self._waits(tenant):
-            counter = self._floor
-        least = min(counter, self._least())
-        self._counters[tenant] = counter = counter + tokens
-        if served:
-            # If no request is left waiting, all tenants restart from the one served last.
-            self._floor = max(self._floor, least if self._queues else counter)
-        for queue in self._queues.values():
-            queue.recount(tenant, counter)
+        if not self._queues:
+            self._counters[tenant] = counter = max(counter, self._floor) + tokens
+            if served:
+                # No request is left waiting: all tenants restart from the one served last.
+                self._floor = max(self._floor, counter)
+        else:
+            if counter < self._floor and not self._waits(tenant):
+                counter = self._floor
+            if served:
+                self._floor = max(self._floor, min(counter, self._least()))
+            self._counters[tenant] = counter = counter + tokens
+            for queue in self._queues.values():
+                queue.recount(tenant, counter)
         if len(self._counters) >= self._forget_at:
             self._forget()
 

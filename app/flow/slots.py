@@ -176,7 +176,7 @@ class SlotTable:
             replica = kind.by_load[rank].least(*need)
             if replica is not None and (least is None or replica.load[rank] < least.load[rank]):
                 least = replica
-        if least is None or prefix is None:
+        if least is None or prefix is None or len(self._by_id) == 1:
             return least
         top, slots, without = need
         for replica_id in self._ring.after(prefix, _AFFINITY_STEPS):
