@@ -89,7 +89,8 @@ class PriorityAware:
         before = {name: one.target for name, one in bounds.items()}
         decision = self._decision = self._scaler.decide(report, bounds, time.monotonic())
         if decision.replicas != before:
-            logger.info("%s is scaled: %s", model.app_name, decision.why)
+            start = f"; a start takes {decision.start_s:.0f} s" if decision.start_s else ""
+            logger.info("%s is scaled: %s%s", model.app_name, decision.why, start)
             self._note(model.app_name, before, decision)
         self._metrics.record(model.app_name, before, decision)
 

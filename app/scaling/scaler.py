@@ -49,11 +49,20 @@ class ReplicaBounds:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How many replicas each pool should have now, the reasons, and a summary in one line."""
+    """How many replicas each pool should have now, and why.
+
+    Attributes:
+        replicas: the number of replicas, by pool.
+        reasons: the reason for it, by pool.
+        why: a summary in one line.
+        start_s: how long a replica is expected to take from the decision until it serves, in
+            seconds, with the wait for its node; 0 while unknown.
+    """
 
     replicas: Mapping[str, int]
     reasons: Mapping[str, ScalingReason]
     why: str
+    start_s: float = 0.0
 
 
 class Scaler:
@@ -104,7 +113,7 @@ class Scaler:
             if waits and pool.replicas > kept[name]:
                 kept[name], reasons[name] = pool.replicas, ScalingReason.PRIORITY_WAITS
         stay = {name: one.target for name, one in bounds.items() if name not in kept}
-        return Decision(kept | stay, reasons, _explain(state, planned, kept))
+        return Decision(kept | stay, reasons, _explain(state, planned, kept), start_s)
 
     def _start_s(
         self, report: ScalingReport, bounds: Mapping[str, ReplicaBounds], name: str, now: float

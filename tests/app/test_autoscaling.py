@@ -35,9 +35,9 @@ def context(deployment, target=1, metrics=None):
     )
 
 
-def told(at, replica="replica", **tiers):
+def told(at, replica="replica", *, start_s=0.0, **tiers):
     tiers = {tier: tiers.get(tier.value, TierReport()) for tier in Tier}
-    report = ScalingReport(tiers, {"vllm": PoolReport(8)})
+    report = ScalingReport(tiers, {"vllm": PoolReport(8, start_s=start_s)})
     return {
         name: {replica: [TimeStampedValue(at - 1, -1.0), TimeStampedValue(at, value)]}
         for name, value in report.to_metrics().items()
@@ -60,6 +60,13 @@ def test_priority_that_waits_gets_replicas_at_once(policy, caplog):
         "app is scaled: vllm 1 -> 6: priority needs 42 slots (28.0 busy, 8 running, 20 waiting "
         "up to 0 s)"
     ]
+
+
+def test_the_log_tells_how_long_a_start_takes(policy, caplog):
+    waits = TierReport(waiting=20, running=8)
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        targets(policy, told(1.0, start_s=95.2, priority=waits))
+    assert caplog.messages[-1].endswith("waiting up to 0 s); a start takes 95 s")
 
 
 def test_nothing_changes_without_news(policy):

@@ -51,7 +51,7 @@ class Life:
             )
             bounds = ReplicaBounds(self.replicas, self.least, self.most)
             decision = self.scaler.decide(report, {"pool": bounds}, self.now)
-            self.why = decision.why
+            self.why, self.expected_s = decision.why, decision.start_s
             self.replicas = decision.replicas["pool"]
             targets.append(self.replicas)
         return targets
@@ -157,6 +157,7 @@ def test_it_looks_ahead_by_the_wait_for_a_node_too():
         # One replica more, which is ready after ten seconds, or once a node has come up.
         life.go(10 + waited_s, ready=1, waiting={"priority": 8}, default=0.1)
         life.go(900, ready=2, default=0.1)
+        assert life.expected_s == pytest.approx(10.0 + waited_s, abs=1.0)
         for step in range(100):
             targets_of = life.go(30, ready=2, default=1.0 + step / 20)
         targets.append(targets_of[-1])
