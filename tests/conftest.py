@@ -35,6 +35,7 @@ LONGEST = (
     "integration/test_monitoring.py",
     "integration/test_board.py",
     "integration/test_cluster.py",
+    "integration/test_late_nodes.py",
     "engines/test_several_nodes.py",
     "engines/test_contract.py",
     "engines/test_three_engines.py",

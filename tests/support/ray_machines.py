@@ -23,12 +23,15 @@ from typer.testing import CliRunner
 from app.cli.main import main
 from deployments.process.reaper import OWNER_MARK
 from tests.support.cluster import PLAIN, eventually, ingress_app
+from tests.support.late_nodes import HEAD_ENV, HEAD_NODE
 from tests.support.machines import HTTP_PORT, NETWORK, Machine, machines
 from tests.support.waiting import PATIENCE_S, SLOWEST, starting
 
 HEAD = f"{NETWORK}.1"
 FRONT = {"front": 0.01}
 """What ingresses and Models ask of a node; ``front: 1`` is what one for them offers."""
+OF_THE_HEAD = {"front": 1}
+"""What the head node of a cluster with Ray's autoscaler offers: nobody else is for the ingress."""
 _MEMORY = "--object-store-memory=80000000"
 _SETTINGS = {
     # These machines have addresses, and other machines to be reached from.
@@ -61,9 +64,10 @@ class RayMachines:
     front: Machine
     engines_node: Machine
 
-    def __init__(self, network: Any, folder: Path) -> None:
+    def __init__(self, network: Any, folder: Path, scaling: dict[str, Any] | None = None) -> None:
         self._network = network
         self.folder = folder
+        self._scaling = scaling
         self._env = {
             **_SETTINGS,
             "RAY_gcs_storage_path": str(folder / "gcs"),
@@ -72,6 +76,8 @@ class RayMachines:
             "FRONTLINE_HOME": str(folder / "home"),
             "FRONTLINE_TEST_LEDGER": str(folder),
         }
+        if scaling:
+            self._env |= HEAD_ENV
         self._windows: dict[str, str] = {}
         self.key = self._create_key()
         self.head = self.start_head()
@@ -80,7 +86,12 @@ class RayMachines:
         """Start the head node, or its successor, which has its address and its storage."""
         machine: Machine = self._network.add(1)
         addresses = (f"--node-ip-address={HEAD}", "--port=6379", f"--dashboard-host={HEAD}")
-        self._start(machine, "--head", *addresses, "--num-cpus=0", _MEMORY)
+        words = ["--head", *addresses, "--num-cpus=0", _MEMORY]
+        if self._scaling:
+            path = self.folder / "scaling.json"
+            path.write_text(json.dumps(self._scaling))
+            words += [f"--autoscaling-config={path}", f"--resources={json.dumps(OF_THE_HEAD)}"]
+        self._start(machine, *words)
         self.head = machine
         return machine
 
@@ -101,7 +112,8 @@ class RayMachines:
     def deploy(self, *applications: dict[str, Any]) -> None:
         """Make these the applications, with ``serve deploy`` and a config file."""
         config = {
-            "proxy_location": "EveryNode",
+            # Nodes that Ray's autoscaler adds are on the head's machine, and so is its HTTP port.
+            "proxy_location": "HeadOnly" if self._scaling else "EveryNode",
             "http_options": {"host": "0.0.0.0", "port": HTTP_PORT, "request_timeout_s": 3600},
             "applications": list(applications),
         }
@@ -126,6 +138,27 @@ class RayMachines:
         rows = "[n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeName'] == address]"
         code = f"import ray; ray.init('auto', log_to_driver=False); address = '{machine.address}'"
         return self.head.run("python", "-c", f"{code}; print(*{rows})", **self._env).split()[-1]
+
+    def added(self) -> dict[str, bool]:
+        """Whether each node that Ray's autoscaler ever added is alive, by Ray's name for it."""
+        code = "import json, ray; ray.init('auto', log_to_driver=False); "
+        code += "print('nodes:', json.dumps({n['NodeID']: n['Alive'] for n in ray.nodes()}))"
+        printed = self.head.run("python", "-c", code, **self._env)
+        nodes: dict[str, bool] = json.loads(printed.rpartition("nodes:")[2].splitlines()[0])
+        return {node: alive for node, alive in nodes.items() if node != HEAD_NODE}
+
+    def log(self, machine: Machine, files: str) -> str:
+        """What Ray has logged on a machine, in files of such names."""
+        session = self.folder / f"{machine.address}/tmp/ray"
+        return "".join(path.read_text() for path in session.glob(f"session_2*/logs/{files}"))
+
+    def frame(self, model: str) -> dict[str, Any]:
+        """What `frontline top` shows of a model."""
+        printed = self.head.run("python", "-m", "app.cli", "top", "--once", "--json", **self._env)
+        # Ray may print before it, and after it.
+        shown, _ = json.JSONDecoder().raw_decode(printed[printed.index("{\n") :])
+        [frame] = (one for one in shown["models"] if one["application"] == model)
+        return dict(frame)
 
     def client(self, machine: Machine) -> openai.AsyncOpenAI:
         """An OpenAI client that speaks to the HAProxy of this machine, and does not retry."""
@@ -208,8 +241,11 @@ def _was_slow(error: BaseException) -> bool:
 
 
 @contextmanager
-def ray_machines() -> Iterator[RayMachines]:
-    """A head node, to which others join. No process is left of it."""
+def ray_machines(scaling: dict[str, Any] | None = None) -> Iterator[RayMachines]:
+    """A head node, to which others join. No process is left of it.
+
+    With ``scaling``, a configuration of Ray's autoscaler, that adds and removes nodes by itself.
+    """
     own_folders = ("/tmp/ray", os.path.dirname(os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]))
     # A short path: Unix sockets are in it.
     with (
@@ -217,6 +253,11 @@ def ray_machines() -> Iterator[RayMachines]:
         machines(Path(folder), *own_folders) as network,
     ):
         started = time.monotonic()
-        cluster = RayMachines(network, Path(folder))
+        cluster = RayMachines(network, Path(folder), scaling)
         print(f"head node after {time.monotonic() - started:.1f} s")
-        yield cluster
+        try:
+            yield cluster
+        except BaseException:
+            if scaling:
+                print(cluster.log(cluster.head, "monitor.*"))
+            raise
