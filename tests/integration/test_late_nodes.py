@@ -72,14 +72,14 @@ async def test_nodes_come_late_and_go_with_the_replicas():
                 frames.append(cluster.frame("late"))
             return bool(frames) and len(frames[-1]["replicas"]) == replicas
 
-        await eventually_async(lambda: serving(1), 60)
+        await eventually_async(lambda: serving(1), 120)
         await asyncio.to_thread(cluster.wait_ready, cluster.head, "late")
         first, stop = len(frames), asyncio.Event()
         async with cluster.client(cluster.head) as client, asyncio.TaskGroup() as clients:
             for _ in range(3):
                 clients.create_task(keep_asking(client, stop))
             try:
-                await eventually_async(lambda: serving(NEEDED), 60)
+                await eventually_async(lambda: serving(NEEDED), 120)
                 ordered, nodes = decisions(cluster), await asyncio.to_thread(cluster.added)
             finally:
                 stop.set()
@@ -89,7 +89,7 @@ async def test_nodes_come_late_and_go_with_the_replicas():
             assert len(waiting) > 1, "it waited for a node"
         assert all(frame["failed"] == frame["missing"] == {} for frame in frames)
         # Nodes go once nobody needs them.
-        await eventually_async(lambda: sum(cluster.added().values()) == 1, 60)
+        await eventually_async(lambda: sum(cluster.added().values()) == 1, 120)
         assert await asyncio.to_thread(serving, 1)
         ordered = decisions(cluster)
         assert len(await asyncio.to_thread(cluster.added)) == max(after for _, after, _ in ordered)
