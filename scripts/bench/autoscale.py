@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from app.config.queue import QueueSettings
 from app.config.scaling import ScalingSettings
-from scripts.bench import autoscale_traces
+from scripts.bench import autoscale_hours, autoscale_traces
 from scripts.bench.fleet import Fleet, Outcome, Policy, Simulation
 from scripts.bench.policies import Fixed, Foresight, PriorityAware, ServesOwn
 from scripts.bench.progress import steps
@@ -294,7 +294,8 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with the trace's published files.")] = Path(),
     replicas: Annotated[str, typer.Option(help="Fleet sizes of real traffic.")] = "1,20,200",
     starts: Annotated[str, typer.Option(help="Start times of real traffic, in s.")] = "30,120,300",
-    hours: Annotated[str, typer.Option(help="ServeGen's hours to play by request, too.")] = "",
+    hours: Annotated[str, typer.Option(help="ServeGen: only these, by request, and fluid.")] = "",
+    cohort: Annotated[int, typer.Option(help="With --hours: so many requests as one.")] = 1,
     only_policies: Annotated[str, typer.Option(help="Policies, instead of all.")] = "",
 ) -> None:
     """Simulate, and print what each policy costs and what it leads to."""
@@ -303,8 +304,14 @@ def main(
             raise typer.BadParameter("azure, mooncake or servegen", param_hint="--trace")
         sizes, times = [int(n) for n in replicas.split(",")], [float(s) for s in starts.split(",")]
         sampled = [int(hour) for hour in hours.split(",") if hour]
-        chosen_cases = autoscale_traces.cases(trace, data, sizes, times, sampled)
         names = [name for name in only_policies.split(",") if name]
+        if sampled:
+            if trace != "servegen":
+                raise typer.BadParameter("only with --trace servegen", param_hint="--hours")
+            hourly = autoscale_hours.cases(data, sizes, times, sampled, cohort)
+            print(autoscale_hours.compare(hourly, out, jobs, names))
+            return
+        chosen_cases = autoscale_traces.cases(trace, data, sizes, times)
         print(autoscale_traces.compare(chosen_cases, out, jobs, names))
         return
     chosen = [replace(trace, seed=seed) for trace in traces() if only in trace.name]

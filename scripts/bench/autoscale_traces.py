@@ -35,7 +35,6 @@ from scripts.bench.policies import PriorityAware, ServesOwn
 from scripts.bench.progress import steps
 from scripts.bench.rivals import Forecaster, Hpa, Ideal
 from scripts.bench.trace_files import (
-    WINDOW_S,
     Client,
     Floats,
     Requests,
@@ -76,6 +75,7 @@ class Case:
         start_s: how long a replica takes to start.
         windows: first window of 600 s, and the one after the last; of ServeGen.
         seed: of everything random.
+        cohort: how many of servegen-hour's requests are followed as one.
     """
 
     trace: str
@@ -84,14 +84,7 @@ class Case:
     start_s: float
     windows: tuple[int, int] | None = None
     seed: int = 1
-
-    @property
-    def name(self) -> str:
-        """How tables call it."""
-        where = (
-            f" {self.windows[0] // 6} h" if self.trace == "servegen-hour" and self.windows else ""
-        )
-        return f"{self.trace}{where}, {self.replicas}, start {self.start_s:.0f} s"
+    cohort: int = 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +125,8 @@ def traffic_for(case: Case) -> Traffic:
     clients = _clients(case.data)
     first, last = case.windows or (0, len(clients[0].rate))
     if case.trace == "servegen-hour":
-        return draw_requests(clients, engine, case.replicas, first, last - first, case.seed)
+        return draw_requests(clients, engine, case.replicas, first, last - first, case.seed,
+                             case.cohort)  # fmt: skip
     return draw_fluid(clients, engine, case.replicas, FLUID_TICK_S, first, last, case.seed)
 
 
@@ -370,34 +364,22 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def cases(
-    trace: str,
-    data: Path,
-    replicas: Sequence[int],
-    starts: Sequence[float],
-    hours: Sequence[int] = (),
-) -> list[Case]:
+def cases(trace: str, data: Path, replicas: Sequence[int], starts: Sequence[float]) -> list[Case]:
     """Return the cases of a trace: every fleet size with every start time."""
     names = {
         "azure": ("azure-code", "azure-conv"),
         "mooncake": ("mooncake",),
         "servegen": ("servegen",),
     }
-    found = [
+    return [
         Case(name, data, n, start) for name in names[trace] for n in replicas for start in starts
     ]
-    windows = round(3600 / WINDOW_S)
-    for hour in hours:
-        for kind in ("servegen-hour", "servegen"):
-            found += [Case(kind, data, n, start, (hour * windows, (hour + 1) * windows))
-                      for n in replicas if n == 1 for start in starts]  # fmt: skip
-    return found
 
 
 def compare(chosen: Sequence[Case], out: Path, jobs: int, only: Sequence[str] = ()) -> str:
     """Play all cases, write JSON, Markdown and plots into ``out``, and return the tables."""
     names = [name for name in policies() if not only or name in only]
-    runs = [(case, [name], case.trace == "servegen" and case.windows is None)
+    runs = [(case, [name], case.trace == "servegen")
             for case in chosen for name in names]  # fmt: skip
     with ProcessPoolExecutor(jobs) as pool:
         played = pool.map(play, *zip(*runs, strict=True))

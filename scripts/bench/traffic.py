@@ -108,19 +108,31 @@ def factor_of(clients: Sequence[Client], engine: EngineModel, replicas: int) -> 
 
 
 def draw_requests(clients: Sequence[Client], engine: EngineModel, replicas: int,
-                  window: int, windows: int, seed: int = 1) -> Traffic:  # fmt: skip
-    """Return ServeGen's traffic as single requests (weight 1), for some windows of 600 s."""
+                  window: int, windows: int, seed: int = 1,
+                  cohort: int = 1) -> Traffic:  # fmt: skip
+    """Return ServeGen's traffic as single requests, or cohorts, for some windows of 600 s.
+
+    Args:
+        clients: who sends.
+        engine: what the scale is measured on.
+        replicas: how many of it the mean of all windows keeps busy when full.
+        window: the first one.
+        windows: how many.
+        seed: of the draws.
+        cohort: how many requests a row stands for. They arrive together, but less irregularly, so
+            that the number in a longer time varies as that of single ones does.
+    """
     random = np.random.default_rng((seed, window))
     factor, shares = factor_of(clients, engine, replicas), tiers_by_burstiness(clients)
     rows = []
     for number, client in enumerate(clients):
         for offset in range(windows):
-            rate = client.rate[window + offset] * factor
-            at = _renewals(random, rate, client.cv[window + offset])
+            rate = client.rate[window + offset] * factor / cohort
+            at = _renewals(random, rate, client.cv[window + offset] / np.sqrt(cohort))
             rank = random.choice(len(shares[number]), len(at), p=shares[number])
             lengths = client.lengths[random.integers(len(client.lengths), size=len(at))]
             rows.append(np.column_stack([at + offset * WINDOW_S, rank, lengths, lengths[:, 0],
-                                         np.ones(len(at))]))  # fmt: skip
+                                         np.full(len(at), float(cohort))]))  # fmt: skip
     columns = np.concatenate(rows)
     columns = columns[np.argsort(columns[:, 0], kind="stable")]
     return Traffic("ServeGen", replicas, windows * WINDOW_S, columns, work_of(engine, columns))

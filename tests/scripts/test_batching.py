@@ -1,11 +1,13 @@
 """The simulation of engines that batch continuously, and the traffic that it is given."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from app.config.queue import QueueSettings
+from scripts.bench import autoscale_hours
 from scripts.bench.autoscale_traces import IDEAL, OURS, SERVE, Case, cases, goals, play, table
 from scripts.bench.batching import Cluster, Simulation
 from scripts.bench.engine_model import PUBLISHED, EngineModel, errors, fit
@@ -129,6 +131,30 @@ def test_a_fluid_and_its_requests_bring_the_same_work(data):
     for rank in range(3):
         ours, theirs = (t.work[t.columns[:, 1] == rank].sum() for t in (single, fluid))
         assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_cohorts_bring_as_many_requests_as_single_ones_and_as_irregularly(data):
+    engine, clients = fit(PUBLISHED), read_servegen(data)[:1]
+    minutes = []
+    for cohort in (1, 10):
+        drawn = [draw_requests(clients, engine, 2, 0, 1, seed, cohort) for seed in range(20)]
+        assert all(set(traffic.columns[:, 5]) == {float(cohort)} for traffic in drawn)
+        counts = [np.bincount((t.columns[:, 0] / 60).astype(int), t.columns[:, 5]) for t in drawn]
+        minutes.append(np.concatenate(counts))
+    single, together = minutes
+    assert together.mean() == pytest.approx(single.mean(), rel=0.02)
+    assert together.std() == pytest.approx(single.std(), rel=0.25)
+
+
+def test_an_hour_by_request_and_as_a_fluid(data):
+    both = autoscale_hours.cases(data, [1], [30.0], [0], cohort=8)
+    assert [case.windows for case in both] == [(0, 6), (0, 6)]
+    ten_minutes = [replace(case, windows=(0, 1)) for case in both]
+    rows = [row for case in ten_minutes for row in play(case, [OURS, IDEAL])]
+    single, fluid = rows[1], rows[3]
+    assert fluid.replica_hours == pytest.approx(single.replica_hours, rel=0.1)
+    lines = autoscale_hours.table(rows).splitlines()
+    assert [line.split(" | ")[2] for line in lines[2:]] == [OURS, IDEAL]
 
 
 def test_a_short_run_of_every_kind_of_trace(data):
