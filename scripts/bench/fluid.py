@@ -29,15 +29,6 @@ from scripts.bench.traffic import Traffic
 _TIERS = tuple(Tier)
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """Requests of one tier that arrived in one tick: arrival, number, work."""
-
-    arrived: float
-    number: float
-    work: float
-
-
 @dataclass(frozen=True, slots=True)
 class Mean:
     """The mean request: prompt, output and context tokens."""
@@ -45,6 +36,16 @@ class Mean:
     prompt: float
     output: float
     context: float
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Requests of one tier that arrived in one tick: arrival, number, work, mean lengths."""
+
+    arrived: float
+    number: float
+    work: float
+    mean: Mean
 
 
 def batch_at(engine: EngineModel, mean: Mean, utilisation: float) -> tuple[float, float]:
@@ -85,19 +86,21 @@ class FluidSimulation:
                 self._ready += 1
             for rank in range(3):
                 if number[rank, tick] > 0:
-                    arrived = _Waiting(now - tick_s, number[rank, tick], work[rank, tick])
+                    mean = Mean(*lengths[rank, tick])
+                    arrived = _Waiting(now - tick_s, number[rank, tick], work[rank, tick], mean)
                     self._backlog[rank].append(arrived)
                     self._counts[rank][0] += arrived.number
-            self._serve(now, tick_s, Mean(*lengths[tick]))
+            self._serve(now, tick_s)
             if now >= self._next - 1e-6:
                 self._next += self._cluster.control_s
                 self._control(now)
         return self._served
 
-    def _serve(self, now: float, tick_s: float, mean: Mean) -> None:
+    def _serve(self, now: float, tick_s: float) -> None:
         engine = self._cluster.engine
         capacity = left = self._ready * tick_s
-        done = [0.0, 0.0, 0.0]
+        done, tokens = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        prompts = contexts = 0.0
         for rank, lane in enumerate(self._backlog):
             while lane and left > 0:
                 first = lane[0]
@@ -105,20 +108,29 @@ class FluidSimulation:
                 number = share * first.number
                 left -= share * first.work
                 done[rank] += number
+                tokens[rank] += number * first.mean.output
+                prompts += number * first.mean.prompt
+                contexts += number * first.mean.context
                 self._record(rank, first.arrived, max(0.0, now - first.arrived - tick_s), number,
-                             mean)  # fmt: skip
+                             first.mean)  # fmt: skip
                 if share >= 1.0:
                     lane.popleft()
                 else:
                     first.number -= number
                     first.work -= share * first.work
                     break
-        batch, service_s = batch_at(engine, mean, 1 - left / capacity if capacity else 0.0)
         total = sum(done)
-        for rank in range(3):
-            self._running[rank] = self._ready * batch * done[rank] / total if total else 0.0
-            self._counts[rank][1] += done[rank]
-            self._counts[rank][2] += done[rank] * service_s
+        if total:
+            mean = Mean(prompts / total, sum(tokens) / total, contexts / total)
+            batch, service_s = batch_at(engine, mean, 1 - left / capacity)
+            for rank in range(3):
+                # A request holds its slot for as many steps as it generates tokens.
+                share = tokens[rank] / sum(tokens)
+                self._running[rank] = self._ready * batch * share
+                self._counts[rank][1] += done[rank]
+                self._counts[rank][2] += total * service_s * share
+        else:
+            self._running = [0.0, 0.0, 0.0]
         self._shed(now)
 
     def _record(self, rank: int, arrived: float, wait: float, number: float, mean: Mean) -> None:
@@ -184,17 +196,15 @@ class FluidSimulation:
 
 
 def _by_tick(traffic: Traffic, ticks: int, tick_s: float) -> tuple[Floats, Floats, Floats]:
-    """Return numbers and work by tier and tick, and the mean lengths by tick."""
+    """Return numbers, work and mean lengths by tier and tick."""
     columns = traffic.columns
     index = np.minimum((columns[:, 0] / tick_s).astype(int), ticks - 1)
     flat = columns[:, 1].astype(int) * ticks + index
-    number = np.bincount(flat, columns[:, 5], minlength=3 * ticks).reshape(3, ticks)
-    work = np.bincount(flat, traffic.work, minlength=3 * ticks).reshape(3, ticks)
-    total = np.maximum(np.bincount(index, columns[:, 5], minlength=ticks), 1e-9)
-    sums = [np.bincount(index, columns[:, 5] * columns[:, k], minlength=ticks) for k in (2, 3, 4)]
-    lengths: Floats = np.stack([one / total for one in sums], axis=1)
-    # A tick in which nothing arrives works off what came before it.
-    last = np.maximum.accumulate(np.where(lengths[:, 0] > 0, np.arange(ticks), 0))
-    first = int(np.argmax(lengths[:, 0] > 0))
-    lengths = lengths[np.maximum(last, first)]
-    return number.astype(float), work.astype(float), lengths
+
+    def added(weights: Floats) -> Floats:
+        return np.bincount(flat, weights, minlength=3 * ticks).reshape(3, ticks).astype(float)
+
+    number = added(columns[:, 5])
+    sums = [added(columns[:, 5] * columns[:, k]) for k in (2, 3, 4)]
+    lengths: Floats = np.stack(sums, axis=2) / np.maximum(number, 1e-9)[:, :, None]
+    return number, added(traffic.work), lengths

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.config.queue import QueueSettings
+from app.core.tiers import Tier
 from scripts.bench.batching import Cluster, Simulation
 from scripts.bench.engine_model import PUBLISHED, fit
 from scripts.bench.fluid import FluidSimulation, Mean, batch_at
@@ -65,6 +66,30 @@ def test_nothing_arrives_for_a_while():
     cluster = Cluster(ENGINE, 30.0, 2, 2, 5.0)
     served = FluidSimulation(cluster, Fixed(2), QueueSettings()).run(rest, 5.0)
     assert served.tokens == pytest.approx(600 * gap.sum())
+
+
+class Watch(Fixed):
+    """Keeps the last report."""
+
+    def decide(self, view):
+        self.tiers = view.report.tiers
+        return super().decide(view)
+
+
+def test_each_tier_has_its_own_service_time_as_by_request():
+    arrivals = traffic(0.7)
+    long = arrivals.columns[:, 1] == 0
+    arrivals.columns[long, 3] = 400.0
+    arrivals = replace(arrivals, work=work_of(ENGINE, arrivals.columns))
+    cluster = Cluster(ENGINE, 30.0, 2, 2, 5.0)
+    by_fluid, by_request = Watch(2), Watch(2)
+    FluidSimulation(cluster, by_fluid, QueueSettings()).run(arrivals, 5.0)
+    single = Simulation(cluster, by_request, QueueSettings())
+    single.run(arrivals.arrivals(), arrivals.seconds)
+    for tier in (Tier.PRIORITY, Tier.DEFAULT):
+        fluid, requests = (policy.tiers[tier] for policy in (by_fluid, by_request))
+        took = requests.served_s / requests.finished
+        assert fluid.served_s / fluid.finished == pytest.approx(took, rel=0.15)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
