@@ -71,12 +71,12 @@ def table(rows: Sequence[Row]) -> str:
     """Return, by fleet and policy, what all hours came to by request and as a fluid.
 
     Replica-hours are those of all hours together. The rest is the mean of the hours, and in
-    brackets the worst of them.
+    brackets the worst of them. *Fluid off by* is by how much its replica-hours of an hour differ.
     """
     lines = [
-        "| fleet | start | policy | replica-hours | fluid against requests, by hour "
-        "| priority on time | default wait p95 | default shed |",
-        "| --: | --: | --- | --- | --- | --- | --- | --- |",
+        "| fleet | start | policy | replica-hours | fluid off by "
+        "| priority on time | default wait p95 | default shed | flex in 10 min |",
+        "| --: | --: | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for single, fluid in _pairs(rows):
         first = single[0]
@@ -86,19 +86,21 @@ def table(rows: Sequence[Row]) -> str:
         on_time = ", ".join(_share([r.on_time for r in some], min) for some in both)
         waits = ", ".join(
             f"{np.mean([r.default_p95_s for r in some]):.1f} s "
-            f"({max(r.default_p95_s for r in some):.0f} s)"
+            f"({max(r.default_p95_s for r in some):.0f})"
             for some in both
         )
         shed = ", ".join(_share([r.default_shed for r in some], max) for some in both)
+        flex = ", ".join(f"{100 * np.mean([r.flex_done for r in some]):.0f} %" for some in both)
         lines.append(
             f"| {first.replicas} | {first.start_s:.0f} s | {first.policy} | {hours} | "
-            f"{min(ratios):+.0%} to {max(ratios):+.0%} | {on_time} | {waits} | {shed} |"
+            f"{100 * min(ratios):+.0f} to {100 * max(ratios):+.0f} % | "
+            f"{on_time} | {waits} | {shed} | {flex} |"
         )
     return "\n".join(lines)
 
 
 def _share(values: Sequence[float], worst: Callable[[Sequence[float]], float]) -> str:
-    return f"{np.mean(values):.2%} ({worst(values):.2%})"
+    return f"{100 * np.mean(values):.2f} % ({100 * worst(values):.2f})"
 
 
 def _pairs(rows: Sequence[Row]) -> Iterator[tuple[list[Row], list[Row]]]:
