@@ -1,8 +1,9 @@
 """Ends a request whose client has gone, or that takes too long, where Serve leaves that to it.
 
 Serve does both itself, with three more tasks, a queue and a wait for each request, unless two
-headers tell it not to. HAProxy sets these on every POST request (``app.haproxy.config``). The watch
-here reads from the client only after a moment: a request that has ended by then takes no task.
+headers tell it not to. HAProxy sets these on most inference requests (``app.haproxy.config``). The
+watch here reads from the client only after a moment, so a request that has ended by then takes no
+task.
 """
 
 from __future__ import annotations

@@ -39,7 +39,14 @@ CLIENT_HEADER = "x-frontline-client"
 HAProxy has written it (``client_proof``), a space, the address."""
 NOT_WATCHED = ("x-request-disconnect-disabled", "?1")
 """The header, and its value, with which Serve leaves it to an ingress to notice that a client has
-gone. It is set on POST requests, together with one for the longest time of a request."""
+gone. It is set on requests to ``WATCHED_PATHS``, together with one for the longest time of a
+request."""
+WATCHED_PATHS = tuple(
+    f"{prefix}/{route}"
+    for prefix in ("/v1", "/v1/openai")
+    for route in ("chat/completions", "completions", "responses", "messages", "embeddings")
+)
+"""Where an ingress notices both itself. Elsewhere, and in other applications, Serve does."""
 BAD_SETTING = 78
 """Exit status if an environment variable has a bad value: HAProxy must not start then."""
 _PARSED_HEADERS = 4096
@@ -373,6 +380,7 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
         code="url_too_long",
         type=_INVALID,
     )
+    watched = f"if METH_POST {{ path {' '.join(WATCHED_PATHS)} }}"
     return [
         "http-request set-var(txn.frontline) str(1) if { path_beg /v1/ } or { path /v1 /health }",
         # Connections over the limit get an answer and are closed, as far as there is room for them.
@@ -386,8 +394,8 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
         _client_header(bounds.proof),
         *(f"http-request del-header {name}" for name in _OBEYED),
         # The ingress does both at less cost (app/gateway/request_watch.py).
-        f"http-request set-header {' '.join(NOT_WATCHED)} if METH_POST",
-        f"http-request set-header {_OBEYED[0]} 0 if METH_POST",
+        f"http-request set-header {' '.join(NOT_WATCHED)} {watched}",
+        f"http-request set-header {_OBEYED[0]} 0 {watched}",
         *_decoded_rules(),
         f"http-request del-header {_UNUSED} -m reg",
         # The OpenAI SDKs' eight headers about themselves: nobody reads them, but Serve looks into

