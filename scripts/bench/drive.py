@@ -194,10 +194,12 @@ def pin(processes: Iterable[psutil.Process], core: int) -> None:
 def measure(
     load: Unary | Streams, gateway: Gateway, streams: Path, *, pinned: bool = False
 ) -> Sample:
-    """Put a load on a gateway; ``pinned``: on the first core, which nothing else is given."""
+    """Put a load on a gateway; ``pinned``: on a core of its own."""
     roles = gateway.processes()
     if pinned:
         pin((process for role in gateway.spent for process in roles.get(role, ())), 0)
+        others = (those for role, those in roles.items() if role not in gateway.spent)
+        pin((process for those in others for process in those), 1)
     began = time.monotonic()
     before = {role: _cpu_s(processes) for role, processes in roles.items()}
     told = load.drive(gateway, streams)
