@@ -8,6 +8,9 @@ One step of continuous batching takes
 the cache of a token. The three are fitted by least squares to published throughputs at a known
 batch (``PUBLISHED``): LLaMA 70B, FP8, on four H100 GPUs, TensorRT-LLM 0.5.0, whose documentation is
 at release/0.5.0/docs/source/performance.md of NVIDIA/TensorRT-LLM. Errors are relative.
+
+The same model fits what ``calibrate.py`` measured on vLLM on two CPU cores (``VLLM_CPU``), with
+other factors. ``VLLM_CPU_HELD_BACK`` took no part in that fit.
 """
 
 from __future__ import annotations
@@ -47,6 +50,24 @@ PUBLISHED = (
     # First token of a single prompt; from v0.6.1's page, which calls it v0.5 data.
     Published(1, 128, 1, 0.026),
     Published(1, 2048, 1, 0.109),
+)
+
+
+VLLM_CPU = (
+    Published(1, 52, 1, 0.131),
+    Published(1, 292, 1, 0.509),
+    Published(1, 1060, 1, 1.811),
+    Published(1, 52, 128, 8.072),
+    Published(4, 52, 128, 8.204),
+    Published(8, 52, 128, 10.829),
+    Published(8, 292, 128, 14.576),
+    Published(8, 1060, 64, 21.929),
+)
+VLLM_CPU_HELD_BACK = (
+    Published(2, 100, 64, 5.194),
+    Published(4, 548, 64, 8.038),
+    Published(8, 164, 256, 24.569),
+    Published(6, 737, 32, 9.909),
 )
 
 

@@ -10,7 +10,14 @@ from app.config.queue import QueueSettings
 from scripts.bench import autoscale_hours
 from scripts.bench.autoscale_traces import IDEAL, OURS, SERVE, Case, cases, goals, play, table
 from scripts.bench.batching import Cluster, Simulation
-from scripts.bench.engine_model import PUBLISHED, EngineModel, errors, fit
+from scripts.bench.engine_model import (
+    PUBLISHED,
+    VLLM_CPU,
+    VLLM_CPU_HELD_BACK,
+    EngineModel,
+    errors,
+    fit,
+)
 from scripts.bench.policies import Fixed
 from scripts.bench.rivals import Hpa
 from scripts.bench.trace_files import read_azure, read_servegen
@@ -35,6 +42,12 @@ def test_the_engine_model_is_within_a_fifth_of_what_is_published():
     # Batches of 64 are within a seventh.
     assert max(map(abs, errors(model, PUBLISHED)[:4])) < 0.15
     assert model.base_s > 0 and model.token_s > 0 and model.kv_s > 0
+
+
+def test_the_engine_model_fits_vllm_on_a_cpu_too():
+    model = fit(VLLM_CPU, slots=8)
+    assert max(map(abs, errors(model, VLLM_CPU))) < 0.1
+    assert max(map(abs, errors(model, VLLM_CPU_HELD_BACK))) < 0.2
 
 
 def test_an_answer_takes_its_prompt_and_then_a_step_for_each_token():
