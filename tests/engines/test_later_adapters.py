@@ -6,6 +6,7 @@ Through the whole of Frontline: real vLLM, real SGLang, and the simulated engine
 import copy
 import os
 import signal
+from contextlib import suppress
 
 import httpx
 import openai
@@ -14,7 +15,7 @@ import pytest
 from app.core.paths import expand_path
 from tests.engines.lora import make_lora
 from tests.engines.pools import SGLANG, pool_of
-from tests.support.cluster import engine_processes, eventually, ingress_app
+from tests.support.cluster import command_line, engine_processes, eventually, ingress_app
 
 pytestmark = pytest.mark.timeout(560)
 
@@ -165,9 +166,11 @@ def test_adapters_come_and_go_while_the_engine_runs(cluster, pool, tmp_path):
     cluster.deploy(app(pool, (FIRST, folder)))
     eventually(lambda: status_of(cluster, FIRST) == 200, 60, "the adapter was not loaded again")
     port = now.base_url.rsplit(":", 1)[1]
-    for process in engine_processes():
-        if port in process.cmdline():
-            os.kill(process.pid, signal.SIGKILL)
+    # All of them are found before the first is killed, which may end others.
+    killed = [one.pid for one in engine_processes() if port in command_line(one)]
+    for pid in killed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def another():
         return [one for one in cluster.replicas(MODEL) if one.replica_id != replica.replica_id]
