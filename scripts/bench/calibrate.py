@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import os
 import sys
 import time
 from collections import defaultdict
@@ -30,7 +29,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bench import targets
-from scripts.bench.contention import CONTAINED, contain
+from scripts.bench.contained import contain
 from scripts.bench.engine_model import EngineModel, Published, fit
 from scripts.bench.load import Endpoint, Workload, require_loopback
 
@@ -108,8 +107,7 @@ def main() -> None:
     )
     options.add_argument("--rounds", type=int, default=3)
     rounds = options.parse_args().rounds
-    if CONTAINED not in os.environ:
-        sys.exit(contain())
+    contain()
     with targets.vllm() as target:
         alone = target.endpoints[1]
         measured = asyncio.run(measure(alone, rounds))

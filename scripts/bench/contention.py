@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,14 +28,13 @@ from rich.console import Console
 
 from scripts.bench import burst_modes, report, targets
 from scripts.bench.burst import Contender
+from scripts.bench.contained import contain
 from scripts.bench.load import Endpoint, RefusedAddress, Workload, require_loopback
 from scripts.bench.progress import steps
 from scripts.bench.summary import goals_of, rows_of
 from scripts.bench.targets import ENGINE_TIERS, FRONTLINE_TIERS, Contenders, Target
 from scripts.bench.trial import Plan, Trial, run_trial
 
-CONTAINED = "FRONTLINE_BENCH_CONTAINED"
-_GRACE_S = 30.0
 _STARTED = {"simulated": targets.simulated, "vllm": targets.vllm}
 _CONTENDERS = {"simulated": targets.burst_simulated, "vllm": targets.burst_vllm}
 
@@ -246,19 +244,11 @@ def run(options: argparse.Namespace) -> int:
     return 0 if met or not options.check else 1
 
 
-def contain() -> int:
-    """Run this once more below a process that ends whatever it has left behind."""
-    from scripts.contain import Containment
-
-    os.environ[CONTAINED] = "1"
-    return Containment([sys.executable, *sys.argv], _GRACE_S).run()
-
-
 def main() -> None:
     """Run the benchmark."""
     options = parse(sys.argv[1:])
-    if options.target and CONTAINED not in os.environ:
-        sys.exit(contain())
+    if options.target:
+        contain()
     try:
         sys.exit(run(options))
     except RefusedAddress as error:

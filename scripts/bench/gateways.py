@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import orjson
 import psutil
@@ -95,22 +96,32 @@ def running(
             process.wait()
 
 
+def ask(gateway: Gateway) -> dict[str, Any]:
+    """Send a gateway one request, and return its answer.
+
+    Raises:
+        OSError: there is none within five seconds, or it is an error.
+        ValueError: it is no JSON.
+    """
+    headers = {"content-type": "application/json", "authorization": f"Bearer {gateway.key}"}
+    headers |= dict(line.split(": ", 1) for line in gateway.headers)
+    url = f"http://127.0.0.1:{gateway.port}{gateway.path}"
+    request = urllib.request.Request(url, gateway.body(stream=False), headers)
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        answered: dict[str, Any] = orjson.loads(answer.read())
+    return answered
+
+
 def until_answers(gateway: Gateway, process: psutil.Process, log: Path) -> None:
     """Wait until a gateway answers a request.
 
     Raises:
         RuntimeError: it ended, or did not answer in time.
     """
-    headers = {"content-type": "application/json", "authorization": f"Bearer {gateway.key}"}
-    headers |= dict(line.split(": ", 1) for line in gateway.headers)
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{gateway.port}{gateway.path}", gateway.body(stream=False), headers
-    )
     deadline = time.monotonic() + _START_S
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                answered = orjson.loads(answer.read())
+            answered = ask(gateway)
             # While a model starts, priority is not delivered.
             if gateway.tier in (None, answered.get("service_tier")):
                 return

@@ -29,6 +29,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from scripts.bench import gateways, overhead_report, report
+from scripts.bench.contained import contain
 from scripts.bench.drive import (
     Gateway,
     Missing,
@@ -43,7 +44,6 @@ from scripts.bench.drive import (
 from scripts.bench.overhead_report import Checked
 from scripts.bench.progress import steps
 
-_CONTAINED = "FRONTLINE_BENCH_CONTAINED"
 _GRACE_S = 40.0
 _DRAIN_S = 60.0
 
@@ -234,11 +234,7 @@ def tell(
 def main() -> None:
     """Run the benchmark below a process that ends whatever it leaves behind."""
     options = parse(sys.argv[1:])
-    if _CONTAINED not in os.environ:
-        from scripts.contain import Containment
-
-        os.environ[_CONTAINED] = "1"
-        sys.exit(Containment([sys.executable, *sys.argv], _GRACE_S).run())
+    contain(_GRACE_S)
     try:
         sys.exit(run(options))
     except Missing as missing:

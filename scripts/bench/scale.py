@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import sys
 import time
@@ -38,10 +37,10 @@ from app.flow.credits import RENEWAL_S
 from app.flow.request import QueuedRequest
 from app.flow.scheduler import Scheduler
 from app.flow.slots import Offer
+from scripts.bench.contained import contain
 from scripts.bench.progress import steps
 from scripts.bench.stand_ins import ON_RAY, SLOTS, on_ray, status
 
-_GRACE_S = 30.0
 _PARTS = ("demand", "renew", "receive")
 _IN_PROCESS = ((1, 1), (16, 1), (64, 1), (64, 4), (256, 16), (1000, 16), (1000, 64))
 
@@ -179,11 +178,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=ON_RAY, help="replicas x ingresses, on Ray")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the results")
     options = parser.parse_args()
-    if options.ray and "FRONTLINE_BENCH_CONTAINED" not in os.environ:
-        from scripts.contain import Containment
-
-        os.environ["FRONTLINE_BENCH_CONTAINED"] = "1"
-        sys.exit(Containment([sys.executable, *sys.argv], _GRACE_S).run())
+    if options.ray:
+        contain()
     rows: list[Any] = []
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / ("scale-on-ray.json" if options.ray else "scale-decisions.json")

@@ -172,7 +172,7 @@ async def test_a_cancelled_request_holds_nothing(monkeypatch):
     assert world.bodies.memory.used == 0
 
 
-STAYS = LEAVES = ((b"authorization", b"Bearer x"), tuple(part.encode() for part in NOT_WATCHED))
+OURS_TO_WATCH = ((b"authorization", b"Bearer x"), tuple(part.encode() for part in NOT_WATCHED))
 
 
 async def test_a_client_that_leaves_while_its_request_runs_ends_it(monkeypatch):
@@ -187,7 +187,7 @@ async def test_a_client_that_leaves_while_its_request_runs_ends_it(monkeypatch):
 
     world = World(monkeypatch, never)
     with pytest.raises(asyncio.CancelledError):
-        await world.ask(headers=LEAVES)
+        await world.ask(headers=OURS_TO_WATCH)
     assert ended and world.bodies.memory.used == 0
     # What Serve writes into its metrics and its log; nobody reads it.
     assert [message["status"] for message in world.sent] == [499]
@@ -201,7 +201,7 @@ async def test_a_cancelled_request_is_not_taken_for_one_whose_client_has_gone(mo
         await asyncio.Event().wait()
 
     world = World(monkeypatch, never)
-    asking = asyncio.create_task(world.ask(headers=LEAVES))
+    asking = asyncio.create_task(world.ask(headers=OURS_TO_WATCH))
     await running.wait()
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
@@ -219,7 +219,7 @@ async def test_an_answer_that_was_sent_is_settled_in_peace(monkeypatch):
         settled.append(True)
 
     world = World(monkeypatch, with_reply=answered)
-    await world.ask(headers=LEAVES)
+    await world.ask(headers=OURS_TO_WATCH)
     assert settled == [True]
 
 
@@ -228,7 +228,7 @@ async def test_a_request_that_takes_too_long_is_told_so(monkeypatch):
         await asyncio.Event().wait()
 
     world = World(monkeypatch, never, longest_s=0.01)
-    await world.ask(headers=STAYS, last=None)
+    await world.ask(headers=OURS_TO_WATCH, last=None)
     assert world.sent[0]["status"] == 408
     assert orjson.loads(world.sent[1]["body"])["error"]["code"] == "request_timeout"
     assert world.bodies.memory.used == 0
@@ -241,7 +241,7 @@ async def test_a_stream_that_takes_too_long_is_cut_off(monkeypatch):
 
     world = World(monkeypatch, with_reply=begun, longest_s=0.01)
     with pytest.raises(asyncio.CancelledError):
-        await world.ask(headers=STAYS)
+        await world.ask(headers=OURS_TO_WATCH)
     assert world.sent == []
 
 
@@ -249,7 +249,7 @@ async def test_a_request_that_ends_soon_takes_no_task(monkeypatch):
     begun = []
     monkeypatch.setattr(supervision, "run_once", lambda *_: begun.append(True))
     world = World(monkeypatch, served)
-    await world.ask(headers=LEAVES)
+    await world.ask(headers=OURS_TO_WATCH)
     await asyncio.sleep(2 * request_watch.BEGINS_AFTER_S)
     assert begun == []
 
