@@ -9,6 +9,8 @@ import pytest
 from app.config.model import ModelSettings
 from app.core.dialect import Route
 from app.tenants.scope import KeyScope
+from deployments.simulator.settings import InjectedFailures
+from tests.support.waiting import until
 from tests.support.world import ALIAS, ENGINES, KEYS, MODEL, SLOTS, Seen, World
 
 pytestmark = pytest.mark.unit
@@ -144,15 +146,14 @@ async def test_a_removed_adapter_is_as_unknown_as_any_other_name(world, route):
 async def test_a_request_whose_adapter_is_removed_while_it_waits_is_not_served(world):
     """It would be billed by the model's prices: those of the adapter are gone."""
     await later(world, "vllm", TUNED)
-    held = [Seen(None, []) for _ in range(SLOTS)]
-    long = {"model": ALIAS, **ASK[Route.CHAT], "max_tokens": 4000, "stream": True}
-    running = [asyncio.create_task(world.ask(one, Route.CHAT, long, "plain")) for one in held]
-    while world.taken() < SLOTS:
-        await asyncio.sleep(0.001)
+    # They keep their slots, however slow the machine is.
+    held = [Seen(None, [InjectedFailures(request="hang")]) for _ in range(SLOTS)]
+    asked = {"model": ALIAS, **ASK[Route.CHAT], "stream": True}
+    running = [asyncio.create_task(world.ask(one, Route.CHAT, asked, "plain")) for one in held]
+    await until(lambda: world.taken() == SLOTS)
     waiting = asyncio.create_task(ask(world, Route.CHAT, model=TUNED, service_tier="flex"))
     admission = world.registry.find(MODEL)
-    while not sum(admission.state().waiting.values()):
-        await asyncio.sleep(0.001)
+    await until(lambda: sum(admission.state().waiting.values()))
     await later(world, "vllm")
     for one in running:
         one.cancel()
@@ -165,10 +166,9 @@ async def test_a_request_whose_adapter_is_removed_while_it_waits_is_not_served(w
 async def test_running_requests_of_a_removed_adapter_end_normally_at_its_prices(world):
     await later(world, "vllm", TUNED)
     seen = Seen(None, [])
-    fields = {"model": TUNED, **ASK[Route.CHAT], "max_tokens": 40, "stream": True}
+    fields = {"model": TUNED, **ASK[Route.CHAT], "max_tokens": 400, "stream": True}
     running = asyncio.create_task(world.ask(seen, Route.CHAT, fields, "plain"))
-    while not seen.body:
-        await asyncio.sleep(0.001)
+    await until(lambda: seen.body)
     await later(world, "vllm")
     await running
     assert (seen.status, seen.whole) == (200, True)
