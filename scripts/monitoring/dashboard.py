@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from scripts.monitoring.counted import counted
+
 UID: Final = "frontline"
 _COLUMNS: Final = 3
 _WIDTH: Final = 24 // _COLUMNS
@@ -49,6 +51,11 @@ def _quantile(share: float, metric: str, by: str, selector: str) -> str:
 
 def _rate(metric: str, by: str, selector: str = _OWN) -> str:
     return f"sum by ({by}) (rate(ray_{metric}{{{selector}}}[{_RATE}]))"
+
+
+def _per_hour(metric: str, by: str, selector: str = "") -> str:
+    counter = f"ray_{metric}{{{selector}}}" if selector else f"ray_{metric}"
+    return f"sum by ({by}) ({counted(counter, '1h')})"
 
 
 _SERVED: Final = "openai_response_service_tier"
@@ -264,18 +271,17 @@ SCALING: Final = Row(
             "Changes per hour",
             "short",
             {
-                "{{application}} {{pool}} {{direction}}: {{reason}}": "sum by (application, pool, "
-                "direction, reason) (increase(ray_frontline_scaling_changes_total[1h]))"
+                "{{application}} {{pool}} {{direction}}: {{reason}}": _per_hour(
+                    "frontline_scaling_changes_total", "application, pool, direction, reason"
+                )
             },
         ),
         Panel(
             "Replicas started and lost per hour",
             "short",
             {
-                "{{pool}} started": "sum by (pool) "
-                f"(increase(ray_frontline_replica_starts_total{{{_OWN}}}[1h]))",
-                "{{pool}} lost": "sum by (pool) "
-                f"(increase(ray_frontline_replica_losses_total{{{_OWN}}}[1h]))",
+                "{{pool}} started": _per_hour("frontline_replica_starts_total", "pool", _OWN),
+                "{{pool}} lost": _per_hour("frontline_replica_losses_total", "pool", _OWN),
             },
         ),
     ),
@@ -335,10 +341,10 @@ MONEY: Final = Row(
             "Budget alerts per hour",
             "short",
             {
-                "{{percent}} % of a {{mode}} budget": "sum by (percent, mode) "
-                "(increase(ray_frontline_budget_alerts_total[1h]))",
-                "webhook: {{outcome}}": "sum by (outcome) "
-                "(increase(ray_frontline_budget_webhook_total[1h]))",
+                "{{percent}} % of a {{mode}} budget": _per_hour(
+                    "frontline_budget_alerts_total", "percent, mode"
+                ),
+                "webhook: {{outcome}}": _per_hour("frontline_budget_webhook_total", "outcome"),
             },
         ),
     ),
@@ -355,19 +361,18 @@ FAULTS: Final = Row(
             "Failures of background work per hour",
             "short",
             {
-                "{{deployment}}: {{name}}": "sum by (deployment, name) "
-                "(increase(ray_frontline_background_failures_total[1h]))",
-                "{{deployment}}: {{name}} restarted": "sum by (deployment, name) "
-                "(increase(ray_frontline_background_restarts_total[1h]))",
+                "{{deployment}}: {{name}}": _per_hour(
+                    "frontline_background_failures_total", "deployment, name"
+                ),
+                "{{deployment}}: {{name}} restarted": _per_hour(
+                    "frontline_background_restarts_total", "deployment, name"
+                ),
             },
         ),
         Panel(
             "Alarms per hour",
             "short",
-            {
-                "{{deployment}}: {{name}}": "sum by (deployment, name) "
-                "(increase(ray_frontline_alarms_total[1h]))"
-            },
+            {"{{deployment}}: {{name}}": _per_hour("frontline_alarms_total", "deployment, name")},
         ),
         Panel(
             "Errors per second",
@@ -390,8 +395,9 @@ FAULTS: Final = Row(
             "Engines' metrics not read, per hour",
             "short",
             {
-                "{{pool}} {{replica}}": "sum by (pool, replica) "
-                f"(increase(ray_frontline_engine_scrapes_failed_total{{{_ENGINE}}}[1h]))"
+                "{{pool}} {{replica}}": _per_hour(
+                    "frontline_engine_scrapes_failed_total", "pool, replica", _ENGINE
+                )
             },
         ),
     ),

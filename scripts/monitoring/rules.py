@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from scripts.monitoring.counted import counted
+
 RUNBOOK: Final = "docs/monitoring.md"
 _MINUTE: Final = 60.0
 
@@ -65,6 +67,10 @@ class Alert:
                 "runbook": f"{RUNBOOK}#{self.name.lower()}",
             },
         }
+
+
+def _counted(counter: str, windows: Windows, minutes: float) -> str:
+    return counted(counter, windows(minutes), windows(60))
 
 
 def _missed(window: str) -> str:
@@ -131,7 +137,7 @@ def _priority_alerts(windows: Windows) -> Iterator[Alert]:
     yield Alert(
         "FrontlinePriorityShed",
         "page",
-        f"sum by (model, reason) (increase({shed}[{windows(5)}])) > 0",
+        f"sum by (model, reason) ({_counted(shed, windows, 5)}) > 0",
         "",
         "priority requests to {{ $labels.model }} were turned away: {{ $labels.reason }}",
         "`queue_full` and `waited_too_long`: more priority than the engines can serve; add "
@@ -143,7 +149,7 @@ def _priority_alerts(windows: Windows) -> Iterator[Alert]:
     yield Alert(
         "FrontlinePriorityDowngraded",
         "ticket",
-        f"sum by (model, reason) (increase({lowered}[{windows(10)}])) > 0",
+        f"sum by (model, reason) ({_counted(lowered, windows, 10)}) > 0",
         windows(5),
         "priority requests to {{ $labels.model }} are served as default: {{ $labels.reason }}",
         "No engine with room has native priority in force, so priority is neither delivered nor "
@@ -180,11 +186,11 @@ def _ledger_alerts(windows: Windows) -> Iterator[Alert]:
         "Records in them may not be on the bill yet. The ingress's log names the files; "
         "docs/billing.md (*When it is durable*) says what to do with them.",
     )
+    otherwise = 'ray_frontline_alarms_total{name="billed otherwise than echoed"}'
     yield Alert(
         "FrontlineBilledNotEchoed",
         "page",
-        'sum(increase(ray_frontline_alarms_total{name="billed otherwise than echoed"}'
-        f"[{windows(60)}])) > 0",
+        f"sum({_counted(otherwise, windows, 60)}) > 0",
         "",
         "a client was billed for another tier than it was told",
         "This is a bug. The ingress's log has the request id; please report it with that line.",
@@ -208,7 +214,7 @@ def _engine_alerts(windows: Windows) -> Iterator[Alert]:
     yield Alert(
         "FrontlineEngineRestarting",
         "page",
-        f"sum by (model, pool) (increase({losses}[{windows(15)}])) >= 2",
+        f"sum by (model, pool) ({_counted(losses, windows, 15)}) >= 2",
         "",
         "engines of {{ $labels.pool }} of {{ $labels.model }} end or hang again and again",
         "The replica's log has the engine's last lines: out of memory, a driver error, or a hang "
@@ -227,7 +233,7 @@ def _engine_alerts(windows: Windows) -> Iterator[Alert]:
 
 
 def _fault_alerts(windows: Windows) -> Iterator[Alert]:
-    failures = f"increase(ray_frontline_background_failures_total[{windows(10)}])"
+    failures = _counted("ray_frontline_background_failures_total", windows, 10)
     yield Alert(
         "FrontlineBackgroundFailure",
         "ticket",
@@ -237,7 +243,8 @@ def _fault_alerts(windows: Windows) -> Iterator[Alert]:
         "It is restarted by itself. The log has the traceback. If it goes on, that part of "
         "Frontline does not work.",
     )
-    raised = f'increase(ray_frontline_alarms_total{{name!~"refused for .*"}}[{windows(10)}])'
+    alarms = 'ray_frontline_alarms_total{name!~"refused for .*"}'
+    raised = _counted(alarms, windows, 10)
     yield Alert(
         "FrontlineAlarm",
         "ticket",

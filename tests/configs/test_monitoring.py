@@ -239,3 +239,42 @@ def test_each_alert_fires_for_its_fault_and_none_for_anything_else(home, tmp_pat
     tests = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": cases}
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests))
     promtool("test", "rules", "tests.yml", cwd=tmp_path)
+
+
+EVENTS = sorted(name for name, alert in ALERTS.items() if "increase(" in alert.expr)
+
+
+def counts(name, values):
+    """The series of an alert that counts events, with these values every 15 s."""
+    [series] = CASES[name]
+    return [{"series": series["series"], "values": values}]
+
+
+def fires(name, minutes, expected):
+    labels = f'{{alertname="{name}"}}'
+    return {
+        "expr": f'count by (alertname) (ALERTS{{alertname="{name}",alertstate="firing"}})',
+        "eval_time": f"{minutes}m",
+        "exp_samples": [{"labels": labels, "value": 1}] if expected else [],
+    }
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_what_a_process_counts_before_the_first_scrape_fires_too(home, tmp_path, name):
+    """Once, and never again, whatever scrapes are missed: Prometheus itself says so."""
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules_file(Windows())))
+    many = 1 + len(re.findall(">= 2", ALERTS[name].expr))
+    lasting = int((ALERTS[name].lasting or "0m").removesuffix("m"))
+    # The process is there after 20 minutes, and has counted already.
+    early = counts(name, f"_x80 {many}x400")
+    soon = [fires(name, 19, False), fires(name, 21 + lasting, True), fires(name, 110, False)]
+    # A scrape fails after an hour, and a whole quarter of an hour is missed later.
+    gaps = counts(name, f"{many}x240 stale {many}x100 stale _x60 {many}x400")
+    never = [fires(name, minutes, False) for minutes in range(65, 180)]
+    cases = [
+        {"interval": "15s", "input_series": series, "promql_expr_test": expected}
+        for series, expected in ((early, soon), (gaps, never))
+    ]
+    tests = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": cases}
+    (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests))
+    promtool("test", "rules", "tests.yml", cwd=tmp_path)
