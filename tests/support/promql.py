@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -62,6 +63,11 @@ class Prometheus:
         """Return the labels of the alerts that fire, by name."""
         alerts = self._client.get("/api/v1/alerts").json()["data"]["alerts"]
         return {a["labels"]["alertname"]: a["labels"] for a in alerts if a["state"] == "firing"}
+
+    def fired(self, within_s: float) -> dict[str, dict[str, str]]:
+        """Return the labels of the alerts that fired within the last seconds, by name."""
+        history = f'last_over_time(ALERTS{{alertstate="firing"}}[{math.ceil(within_s)}s])'
+        return {one["metric"]["alertname"]: one["metric"] for one in self.query(history)}
 
     def close(self) -> None:
         """Close the client."""
