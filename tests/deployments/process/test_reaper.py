@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from deployments.process import reaper
 from deployments.process.reaper import Identity
+from tests.support.waiting import SLOWEST
 
 pytestmark = pytest.mark.unit
 
@@ -60,20 +62,33 @@ class Owned:
         self.words.close()
         self.socket.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 @pytest.fixture
 def sleeper(tmp_path: Path) -> Iterator[Owned]:
-    owned = Owned(tmp_path / "log", "sleep", "60")
-    yield owned
-    owned.close()
+    with Owned(tmp_path / "log", "sleep", "60") as owned:
+        yield owned
     assert_ended(owned.engine, owned.pid)
 
 
-def assert_ended(*pids: int) -> None:
-    deadline = time.monotonic() + 5
-    while any((stat := reaper.read_stat(pid)) and stat.state not in "ZX" for pid in pids):
-        assert time.monotonic() < deadline, f"still running: {pids}"
+def eventually(condition: Callable[[], bool], why: str) -> None:
+    deadline = time.monotonic() + SLOWEST * 5
+    while not condition():
+        assert time.monotonic() < deadline, why
         time.sleep(0.01)
+
+
+def assert_ended(*pids: int) -> None:
+    def has_ended(pid: int) -> bool:
+        stat = reaper.read_stat(pid)
+        return stat is None or stat.state in "ZX"
+
+    eventually(lambda: all(map(has_ended, pids)), f"still running: {pids}")
 
 
 def test_reports_the_end_and_that_nothing_is_left(sleeper: Owned) -> None:
@@ -121,22 +136,21 @@ def test_waits_without_work(sleeper: Owned) -> None:
 
 
 def test_the_engine_does_not_inherit_a_blocked_signal(tmp_path: Path) -> None:
-    owned = Owned(tmp_path / "log", "sleep", "60", blocked=True)
-    owned.say("stop 5")
-    assert owned.hear() == ["exited", "-15"]
-    owned.close()
+    with Owned(tmp_path / "log", "sleep", "60", blocked=True) as owned:
+        owned.say("stop 5")
+        assert owned.hear() == ["exited", "-15"]
 
 
 def test_reaps_orphans_while_the_engine_runs(tmp_path: Path) -> None:
-    fork_twice = "for i in 1 2 3; do (sleep 0.05 &) ; done; exec sleep 60"
-    owned = Owned(tmp_path / "log", "sh", "-c", fork_twice)
-    deadline = time.monotonic() + 3
-    while {stat.identity.pid for stat in reaper.descendants(owned.pid)} != {owned.engine}:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert [stat.identity.pid for stat in reaper.descendants(owned.pid)] == [owned.engine]
-    owned.close()
+    started = tmp_path / "started"
+    fork_twice = f"for i in 1 2 3; do (sleep 0.05 &) ; done; : > {started}; exec sleep 60"
+    with Owned(tmp_path / "log", "sh", "-c", fork_twice) as owned:
+
+        def are_reaped() -> bool:
+            left = {stat.identity.pid for stat in reaper.descendants(owned.pid)}
+            return started.exists() and left == {owned.engine}
+
+        eventually(are_reaped, "orphans are left")
     assert_ended(owned.engine, owned.pid)
 
 
@@ -148,12 +162,11 @@ def test_a_tree_that_goes_on_forking_is_ended(tmp_path: Path) -> None:
         "    os.setsid()"
     )
     main = f"import os, time\nif os.fork(): time.sleep(60)\n{chain}"
-    owned = Owned(tmp_path / "log", sys.executable, "-I", "-S", "-c", main)
-    time.sleep(0.2)
-    owned.say("kill")
-    assert owned.hear() == ["exited", "-9"]
-    assert owned.hear() == ["gone"]
-    owned.close()
+    with Owned(tmp_path / "log", sys.executable, "-I", "-S", "-c", main) as owned:
+        time.sleep(0.2)
+        owned.say("kill")
+        assert owned.hear() == ["exited", "-9"]
+        assert owned.hear() == ["gone"]
     assert_ended(owned.pid)
 
 
