@@ -21,15 +21,22 @@ class Windows:
 
     Attributes:
         scale: what windows are multiplied by; the rules that are shipped have 1.
-        least_s: the shortest window, in seconds: a rate needs two samples.
+        least_s: the shortest window that samples are looked for in, in seconds: a rate needs two.
     """
 
     scale: float = 1.0
     least_s: float = 0.0
 
     def __call__(self, minutes: float) -> str:
-        """Return the duration."""
-        seconds = max(minutes * _MINUTE * self.scale, self.least_s)
+        """Return the duration of a window."""
+        return self._duration(max(minutes * _MINUTE * self.scale, self.least_s))
+
+    def lasting(self, minutes: float) -> str:
+        """Return for how long a condition has to hold."""
+        return self._duration(minutes * _MINUTE * self.scale)
+
+    @staticmethod
+    def _duration(seconds: float) -> str:
         if seconds % 3600 == 0:
             return f"{seconds / 3600:.0f}h"
         return f"{seconds / 60:.0f}m" if seconds % 60 == 0 else f"{max(seconds, 1):.0f}s"
@@ -113,7 +120,7 @@ def _slo_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineSloBurnsFast",
         "page",
         f"{burn(60)} > 14.4 and {burn(5)} > 14.4",
-        windows(2),
+        windows.lasting(2),
         "{{ $labels.tier }} of {{ $labels.model }} uses up its error budget "
         "{{ $value | humanize }} times too fast",
         "Two percent of a month's error budget are gone in an hour. Look at the row *What "
@@ -124,7 +131,7 @@ def _slo_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineSloBurnsSlowly",
         "ticket",
         f"{burn(360)} > 6 and {burn(30)} > 6",
-        windows(15),
+        windows.lasting(15),
         "{{ $labels.tier }} of {{ $labels.model }} uses up its error budget "
         "{{ $value | humanize }} times too fast for hours",
         "Five percent of a month's error budget are gone in six hours. Add replicas, raise "
@@ -150,7 +157,7 @@ def _priority_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlinePriorityDowngraded",
         "ticket",
         f"sum by (model, reason) ({_counted(lowered, windows, 10)}) > 0",
-        windows(5),
+        windows.lasting(5),
         "priority requests to {{ $labels.model }} are served as default: {{ $labels.reason }}",
         "No engine with room has native priority in force, so priority is neither delivered nor "
         "billed. `frontline status` shows which replicas honour it; their logs say why not.",
@@ -162,7 +169,7 @@ def _ledger_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineLedgerBehind",
         "ticket",
         f"ray_frontline_ledger_lag_seconds > 60 * {windows.scale:g}",
-        windows(2),
+        windows.lasting(2),
         "records wait in the journal of an ingress for {{ $value | humanizeDuration }}",
         "The ledger's database is away or too slow. Service goes on and nothing is lost until the "
         "journal is full. See the ingress's log for the error.",
@@ -172,7 +179,7 @@ def _ledger_alerts(windows: Windows) -> Iterator[Alert]:
         "page",
         f"deriv(ray_frontline_journal_pending_bytes[{windows(10)}]) > 0 and "
         f"ray_frontline_journal_pending_bytes > 0.25 * ray_frontline_journal_limit_bytes",
-        windows(5),
+        windows.lasting(5),
         "the journal of an ingress grows and takes a quarter of its disk space or more",
         "Once the journals of a node are full, requests are refused with 503 "
         "`ledger_unavailable`. Bring the database back, or raise `journal.max_mb`.",
@@ -181,7 +188,7 @@ def _ledger_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineJournalsStuck",
         "ticket",
         "max by (state) (ray_frontline_journals_stuck) > 0",
-        windows(5),
+        windows.lasting(5),
         "journals on a node are {{ $labels.state }}",
         "Records in them may not be on the bill yet. The ingress's log names the files; "
         "docs/billing.md (*When it is durable*) says what to do with them.",
@@ -201,7 +208,7 @@ def _ledger_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineUsageEstimated",
         "ticket",
         f"{unknown} / {ended} > 0.01",
-        windows(15),
+        windows.lasting(15),
         "{{ $value | humanizePercentage }} of the answers of {{ $labels.model }} are billed by "
         "estimated tokens",
         "Engines sent no usable count of tokens, or streams broke off. Look for alarms `odd usage` "
@@ -225,7 +232,7 @@ def _engine_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineNoEngine",
         "page",
         f"sum by (model) (ray_frontline_replicas_ready) == 0 and {waiting} > 0",
-        windows(5),
+        windows.lasting(5),
         "requests to {{ $labels.model }} wait and no engine is ready",
         "An engine takes longer to start than usual, or cannot be placed. `frontline status` says "
         "which resources are missing.",
@@ -259,7 +266,7 @@ def _fault_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineIngressDegraded",
         "ticket",
         f'max by (reason) (ray_frontline_ingress_problem{{reason!~"{ignored}"}}) == 1',
-        windows(5),
+        windows.lasting(5),
         "an ingress reports {{ $labels.reason }}",
         "docs/api.md explains each reason of `GET /health`, and what to do.",
     )
@@ -267,7 +274,7 @@ def _fault_alerts(windows: Windows) -> Iterator[Alert]:
         "FrontlineAbsent",
         "page",
         "absent(ray_frontline_ingress_problem)",
-        windows(5),
+        windows.lasting(5),
         "no ingress of Frontline exports metrics",
         "Prometheus does not reach Ray's metrics port, or no ingress runs.",
     )
