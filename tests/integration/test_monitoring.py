@@ -151,6 +151,8 @@ def test_every_selector_of_every_panel_and_alert_matches_a_series(world):
 
 NEVER = {"FrontlineBilledNotEchoed", "FrontlineJournalGrows"}
 """The first is a bug, and the second takes thousands of requests: promtool tests them."""
+BY_CHANCE = {"FrontlineAlarm", "FrontlineBackgroundFailure"}
+"""They fire if something asks an engine between its end and the moment when its replica notices."""
 
 
 def kill_engines(app):
@@ -237,7 +239,7 @@ def faults(frontline, prometheus):
 
 def test_alerts_fire_for_the_faults_they_are_for(world):
     frontline, prometheus = world
-    expected = {alert.name for alert in alerts(QUICK)} - NEVER - {"FrontlineAbsent"}
+    expected = {alert.name for alert in alerts(QUICK)} - NEVER - BY_CHANCE - {"FrontlineAbsent"}
     assert not prometheus.firing().keys() & {"FrontlinePriorityShed", "FrontlineEngineRestarting"}
     began = time.monotonic()
 
@@ -253,7 +255,7 @@ def test_alerts_fire_for_the_faults_they_are_for(world):
         eventually(all_fired, EXPORTED_S)
     fired = until_now()
     # A busy machine may leave Ray's agent no time to show any metrics for a while.
-    assert fired.keys() - {"FrontlineAbsent"} == expected
+    assert fired.keys() - BY_CHANCE - {"FrontlineAbsent"} == expected
     assert fired["FrontlinePriorityShed"]["model"] == "test/narrow"
     assert fired["FrontlineEngineRestarting"]["model"] == "test/lost"
     assert fired["FrontlinePriorityDowngraded"]["reason"] == "no_replica_honours_priority"
