@@ -206,22 +206,30 @@ QUIET = [
 """Everything is as it should be, or somebody else's fault."""
 
 
+def fires(name, minutes, expected):
+    labels = f'{{alertname="{name}"}}'
+    return {
+        "expr": f'count by (alertname) (ALERTS{{alertname="{name}",alertstate="firing"}})',
+        "eval_time": f"{minutes}m",
+        "exp_samples": [{"labels": labels, "value": 1}] if expected else [],
+    }
+
+
+def try_rules(folder, interval, cases):
+    (folder / "rules.yml").write_text(yaml.safe_dump(rules_file(Windows())))
+    tests = {"rule_files": ["rules.yml"], "evaluation_interval": interval, "tests": cases}
+    (folder / "tests.yml").write_text(yaml.safe_dump(tests))
+    promtool("test", "rules", "tests.yml", cwd=folder)
+
+
 def test_each_alert_fires_for_its_fault_and_none_for_anything_else(home, tmp_path):
     assert CASES.keys() == ALERTS.keys()
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules_file(Windows())))
     cases = [
         {
             "name": f"{name} fires",
             "interval": "1m",
             "input_series": series,
-            "promql_expr_test": [
-                {
-                    "expr": f'count by (alertname) (ALERTS{{alertname="{name}"'
-                    ',alertstate="firing"})',
-                    "eval_time": "390m",
-                    "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1}],
-                }
-            ],
+            "promql_expr_test": [fires(name, 390, True)],
         }
         for name, series in CASES.items()
     ]
@@ -236,9 +244,7 @@ def test_each_alert_fires_for_its_fault_and_none_for_anything_else(home, tmp_pat
             ],
         }
     )
-    tests = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": cases}
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests))
-    promtool("test", "rules", "tests.yml", cwd=tmp_path)
+    try_rules(tmp_path, "1m", cases)
 
 
 EVENTS = sorted(name for name, alert in ALERTS.items() if "increase(" in alert.expr)
@@ -250,19 +256,9 @@ def counts(name, values):
     return [{"series": series["series"], "values": values}]
 
 
-def fires(name, minutes, expected):
-    labels = f'{{alertname="{name}"}}'
-    return {
-        "expr": f'count by (alertname) (ALERTS{{alertname="{name}",alertstate="firing"}})',
-        "eval_time": f"{minutes}m",
-        "exp_samples": [{"labels": labels, "value": 1}] if expected else [],
-    }
-
-
 @pytest.mark.parametrize("name", EVENTS)
 def test_what_a_process_counts_before_the_first_scrape_fires_too(home, tmp_path, name):
     """Once, and never again, whatever scrapes are missed: Prometheus itself says so."""
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules_file(Windows())))
     many = 1 + len(re.findall(">= 2", ALERTS[name].expr))
     lasting = int((ALERTS[name].lasting or "0m").removesuffix("m"))
     # The process is there after 20 minutes, and has counted already.
@@ -275,6 +271,4 @@ def test_what_a_process_counts_before_the_first_scrape_fires_too(home, tmp_path,
         {"interval": "15s", "input_series": series, "promql_expr_test": expected}
         for series, expected in ((early, soon), (gaps, never))
     ]
-    tests = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "tests": cases}
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump(tests))
-    promtool("test", "rules", "tests.yml", cwd=tmp_path)
+    try_rules(tmp_path, "15s", cases)

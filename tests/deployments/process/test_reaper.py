@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from deployments.process import reaper
 from deployments.process.reaper import Identity
-from tests.support.waiting import SLOWEST
+from tests.support.cluster import eventually
 
 pytestmark = pytest.mark.unit
 
@@ -76,19 +76,12 @@ def sleeper(tmp_path: Path) -> Iterator[Owned]:
     assert_ended(owned.engine, owned.pid)
 
 
-def eventually(condition: Callable[[], bool], why: str) -> None:
-    deadline = time.monotonic() + SLOWEST * 5
-    while not condition():
-        assert time.monotonic() < deadline, why
-        time.sleep(0.01)
-
-
 def assert_ended(*pids: int) -> None:
     def has_ended(pid: int) -> bool:
         stat = reaper.read_stat(pid)
         return stat is None or stat.state in "ZX"
 
-    eventually(lambda: all(map(has_ended, pids)), f"still running: {pids}")
+    eventually(lambda: all(map(has_ended, pids)), 5, f"still running: {pids}")
 
 
 def test_reports_the_end_and_that_nothing_is_left(sleeper: Owned) -> None:
@@ -150,7 +143,7 @@ def test_reaps_orphans_while_the_engine_runs(tmp_path: Path) -> None:
             left = {stat.identity.pid for stat in reaper.descendants(owned.pid)}
             return started.exists() and left == {owned.engine}
 
-        eventually(are_reaped, "orphans are left")
+        eventually(are_reaped, 5, "orphans are left")
     assert_ended(owned.engine, owned.pid)
 
 
