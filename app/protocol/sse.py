@@ -29,7 +29,12 @@ class EventReader:
     def blocks(self, piece: bytes) -> list[bytes]:
         """Return the blocks that ``piece`` completes, without the empty lines between them."""
         # Most pieces of a paced stream are one event of one line.
-        if not self._rest and piece.find(b"\n") == len(piece) - 2 and _is_one_event(piece):
+        if (
+            piece.find(b"\n") == len(piece) - 2
+            and piece.endswith(b"\n")
+            and not self._rest
+            and b"\r" not in piece
+        ):
             return [piece[:-2]]
         text, held = self._rest + piece, b""
         if b"\r" in text:
@@ -39,10 +44,6 @@ class EventReader:
         blocks = _split(text)
         self._rest = blocks.pop() + held
         return blocks
-
-
-def _is_one_event(piece: bytes) -> bool:
-    return piece.endswith(b"\n\n") and b"\r" not in piece
 
 
 def _split(text: bytes) -> list[bytes]:

@@ -113,8 +113,16 @@ class ChunkStamper:
         return self._count.result()
 
     def feed(self, blocks: Sequence[bytes]) -> bytes:
-        wire: list[bytes] = []
         splicer, place = self._splicer, 0
+        if (
+            len(blocks) == 1
+            and splicer is not None
+            and not (self._held or self.ended or self.broken)
+        ):
+            spliced = splicer.splice_one(blocks[0])
+            if spliced is not None:
+                return spliced
+        wire: list[bytes] = []
         # An error ends the stream. Later events of the engine, such as `[DONE]`, are dropped.
         while place < len(blocks) and not (self.failed or self.broken):
             # A held chunk must be sent before the next event of any kind.

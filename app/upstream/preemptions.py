@@ -34,14 +34,13 @@ class EngineEvents(EventReader):
 
     def blocks(self, piece: bytes) -> list[bytes]:
         """See ``EventReader``."""
-        # Not `super()`, and no loop for a single event: this runs for every piece.
+        # Not `super()`: this runs for every piece.
+        whole = not self._rest
         blocks = EventReader.blocks(self, piece)
-        if len(blocks) == 1 and not blocks[0].startswith(_COMMENT):
+        # A comment that begins in one piece and ends in another is in neither.
+        if whole and _COMMENT not in piece:
             return blocks
-        for block in blocks:
-            if block.startswith(_COMMENT):
-                return [one for one in blocks if not self._took(one)]
-        return blocks
+        return [block for block in blocks if not self._took(block)]
 
     def _took(self, block: bytes) -> bool:
         """Take the count of a block; return whether the block is one."""

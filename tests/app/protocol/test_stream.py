@@ -313,7 +313,7 @@ def test_splicing_chunks_that_come_together_comes_to_the_same(sent, compact, opt
 
 @given(
     st.lists(near, min_size=1, max_size=3),
-    st.lists(st.tuples(texts, st.sampled_from("xxxxxxxy"), st.integers(0, 99)), min_size=5),
+    st.lists(st.tuples(texts, st.sampled_from("xxxxxxxy"), st.integers(0, 99)), min_size=10),
     st.booleans(),
     st.data(),
 )
