@@ -8,6 +8,7 @@ from collections.abc import Callable
 from app import alarms
 from app.core import errors
 from app.gateway.metering import Meter
+from app.gateway.relay import Relay
 from app.gateway.response import JSON, SSE, TEXT, Placement, Reply
 from app.ledger.record import State
 from app.protocol.requests import Inbound
@@ -47,6 +48,7 @@ class Forwarding:
         self._suspect = suspect
         # Whether a piece of a stream is being written to the client.
         self._writing = False
+        self._relay: Relay | None = None
 
     async def forward(self, answer: UnaryAnswer | StreamedAnswer, place: Placement) -> None:
         """Send the whole answer."""
@@ -92,7 +94,7 @@ class Forwarding:
             if not patience.expired():
                 raise
             # Generated tokens are billed whether or not the client has read them.
-            stamper.feed(answer.waiting_events())
+            stamper.feed(answer.arrived())
             await self._meter.settle(State.INTERRUPTED, "client_slow")
 
     def _engine_ended(self) -> None:
@@ -100,7 +102,7 @@ class Forwarding:
 
         A client that keeps up gets them at once. Then the slot is given back with known usage.
         """
-        if self._writing:
+        if self._writing or (self._relay is not None and self._relay.writing):
             self._free_slot()
 
     async def _stream(
@@ -110,17 +112,13 @@ class Forwarding:
         await meter.opened(stamper)
         if not reply.started:
             await reply.start(SSE, place)
+        self._relay = Relay(answer, stamper, meter, reply)
         over, last = False, b""
         try:
-            while blocks := await answer.next_events():
-                if over:
-                    # Keep reading to the end, so that the connection can be reused.
-                    continue
-                piece = stamper.feed(blocks)
-                meter.progress(len(blocks))
-                if stamper.broken:
-                    last = piece
-                    break
+            piece = await self._relay.until_last()
+            if stamper.broken:
+                last = piece
+            else:
                 if stamper.failed:
                     await meter.settle(State.INTERRUPTED, "engine_error")
                 elif stamper.ended:
@@ -132,6 +130,9 @@ class Forwarding:
                 self._writing = True
                 await reply.write(piece, more=not over)
                 self._writing = False
+                while over and await answer.next_events():
+                    # Keep reading to the end, so that the connection can be reused.
+                    pass
         except EngineBroke as lost:
             if lost.silent:
                 self._suspect()

@@ -8,9 +8,9 @@ whole one, a stream, or an error.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final, Self
 from weakref import WeakValueDictionary
 
@@ -146,41 +146,48 @@ class StreamedAnswer:
         """Set the callbacks for a slow client; see ``EngineConnection.watch``."""
         self._response.watch(slow_s, on_slow, on_complete)
 
-    def waiting_events(self) -> list[bytes]:
-        """Return the events that have arrived and were not read yet, without waiting."""
-        blocks, self._first = self._first, []
-        return blocks + self._reader.blocks(self._response.take_piece())
-
-    async def next_events(self) -> list[bytes]:
-        """Wait for events; return all that have arrived since the last call, or none at the end.
+    def arrived(self) -> list[bytes]:
+        """Return the events that have arrived since the last call, without waiting.
 
         They are unchanged (``EventReader.blocks``). Events that arrived together are returned
         together, so that they are also sent together. Comments are returned too. They are no sign
         of life: an engine's HTTP server also sends them while its GPU is stuck.
+        """
+        first, self._first = self._first, []
+        piece = self._response.take_piece()
+        if not piece:
+            return first
+        blocks = self._reader.blocks(piece)
+        if piece[0] == _COLON and not _has_event(blocks):
+            self._response.disregard()
+        else:
+            self._pulse.beat()
+        return first + blocks if first else blocks
+
+    async def next_events(self) -> list[bytes]:
+        """Wait for events, and return them as ``arrived`` does; none at the end.
 
         Raises:
             EngineBroke: the connection ended before the HTTP message did.
         """
-        blocks, self._first = self._first, []
-        response = self._response
+        while not (blocks := self.arrived()) and not self._response.complete:
+            await self._unless_lost(self._response.more)
+        return blocks
+
+    async def pass_on(self, take: Callable[[], bool]) -> None:
+        """Wait, and call ``take`` whenever something arrives; see ``EngineConnection.pass_on``.
+
+        Raises:
+            EngineBroke: the connection ended before the HTTP message did.
+        """
+        await self._unless_lost(partial(self._response.pass_on, take))
+
+    async def _unless_lost(self, wait: Callable[[], Awaitable[None]]) -> None:
         try:
-            while not blocks:
-                # Not `next_piece`: another coroutine for each event.
-                piece = response.take_piece()
-                if not piece:
-                    if response.complete:
-                        break
-                    await response.more()
-                    continue
-                blocks = self._reader.blocks(piece)
-                if piece[0] == _COLON and not _has_event(blocks):
-                    response.disregard()
-                else:
-                    self._pulse.beat()
+            await wait()
         except ConnectionLost as error:
             silent = self._pulse.missed(error, self._read_timeout_s)
             raise EngineBroke(silent=silent) from error
-        return blocks
 
 
 class EngineClient:
@@ -282,17 +289,21 @@ async def _read_first(
     response: Response, route: Route, pulse: _Pulse, silence: Silence | None
 ) -> tuple[list[bytes], EngineEvents]:
     """Return the first events of a stream. Raises the error that a stream begins with, if any."""
-    reader, begun = EngineEvents(response.preemptions), list[bytes]()
+    reader = EngineEvents(response.preemptions)
+    begun: list[bytes] = []
     while piece := await response.next_piece():
         blocks = reader.blocks(piece)
-        events = [event for block in blocks if (event := parse_block(block))]
-        if events or begun:
+        # Parsed one by one, up to the first that tells: many may have arrived together.
+        events = (event for block in blocks if (event := parse_block(block)))
+        event = next(events, None)
+        if event is not None or begun:
             pulse.beat()
             begun += blocks
-            first = next((event for event in events if not is_preamble(event, route)), None)
-            if first is None:
+            while event is not None and is_preamble(event, route):
+                event = next(events, None)
+            if event is None:
                 continue
-            if failure := stream_error(first, route):
+            if failure := stream_error(event, route):
                 raise _fault(failure)
             return begun, reader
         if blocks:

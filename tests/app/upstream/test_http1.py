@@ -88,6 +88,44 @@ async def test_what_is_read_at_once_is_one_piece():
         assert pieces == [b"ab", b"c"]
 
 
+async def test_reads_go_to_whoever_takes_them_until_something_has_to_be_waited_for(monkeypatch):
+    monkeypatch.setattr(module, "MOST_AT_ONCE", 50)
+    large = b"64\r\n" + b"x" * 100 + b"\r\n"
+    answer = [CHUNKED, b"1\r\na\r\n", b"1\r\nb\r\n", b"1\r\nc\r\n", large, b"1\r\nd\r\n0\r\n\r\n"]
+    async with engine(answer) as (running, connections):
+        connection, response = await connections.send(running.url, HEAD, b"{}", 5.0)
+        taken: list[bytes] = []
+
+        def take() -> bool:
+            taken.append(response.take_piece())
+            return taken[-1] == b"b"
+
+        await response.pass_on(take)
+        assert taken == [b"a", b"b"]
+        # Nobody takes what comes meanwhile, so it is kept.
+        await asyncio.sleep(0.015)
+        assert response.take_piece() == b"c"
+        await response.pass_on(take)
+        assert taken == [b"a", b"b"] and response.take_piece() == b"x" * 100
+        await response.pass_on(take)
+        assert taken == [b"a", b"b"] and response.complete and response.take_piece() == b"d"
+        connections.give_back(running.url, connection)
+
+
+async def test_what_fails_for_whoever_takes_is_raised_where_the_answer_is_awaited():
+    async with engine([CHUNKED, b"1\r\na\r\n", b"0\r\n\r\n"]) as (running, connections):
+        connection, response = await connections.send(running.url, HEAD, b"{}", 5.0)
+
+        def take() -> bool:
+            raise ValueError("taken")
+
+        with pytest.raises(ValueError, match="taken"):
+            await response.pass_on(take)
+        # The connection is as before.
+        assert await response.read() == b"a"
+        connections.give_back(running.url, connection)
+
+
 async def test_an_interim_answer_is_passed_over():
     interim = b"HTTP/1.1 100 Continue\r\n\r\n"
     async with engine([interim, WHOLE], [WHOLE]) as (running, connections):
