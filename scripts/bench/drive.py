@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ import psutil
 _HERE = Path(__file__).parent
 _PROMPT = "Tell me about the sea in twenty words please"
 _TIMEOUT_S = 60.0
+_EARLIER_S = 0.05
+"""Before the generator ends its streams, which gateways notice and record."""
 
 Roles = Mapping[str, list[psutil.Process]]
 
@@ -87,7 +90,7 @@ class Sample:
         told: what the generator counted.
         cpu_s: processor seconds by role, in all.
         answers: whole answers, unary ones or streams.
-        events: server-sent events.
+        events: server-sent events in the time whose processor seconds were taken.
         memory_mb: resident memory of the roles that serve requests, together.
         busy: the share of a core that these roles used.
     """
@@ -161,6 +164,11 @@ class Streams:
     pace_ms: int = 0
 
     @property
+    def warm_s(self) -> float:
+        """How long nothing is counted at first: so beginning a paced stream is not part of it."""
+        return 3.0 if self.pace_ms else 0.0
+
+    @property
     def name(self) -> str:
         if not self.pace_ms:
             return f"streams {self.connections}"
@@ -171,10 +179,10 @@ class Streams:
         """Load a gateway, and return what was counted."""
         # Paced streams outlast the measurement, which is of streams, not of beginning them.
         paced = f"paced at {self.pace_ms} ms"
-        prompt, tokens, warm_s = (paced, 900, 3.0) if self.pace_ms else (_PROMPT, 128, 0.0)
+        prompt, tokens = (paced, 900) if self.pace_ms else (_PROMPT, 128)
         command = [
             *(str(streams), "127.0.0.1", str(gateway.port), gateway.path),
-            *(str(self.connections), str(warm_s), str(self.seconds)),
+            *(str(self.connections), str(self.warm_s), str(self.seconds)),
         ]
         return _told(command, gateway, gateway.body(stream=True, tokens=tokens, prompt=prompt))
 
@@ -200,13 +208,15 @@ def measure(
         pin((process for role in gateway.spent for process in roles.get(role, ())), 0)
         others = (those for role, those in roles.items() if role not in gateway.spent)
         pin((process for those in others for process in those), 1)
-    began = time.monotonic()
-    before = {role: _cpu_s(processes) for role, processes in roles.items()}
-    told = load.drive(gateway, streams)
-    loaded_s = time.monotonic() - began
-    # What an answer leaves to be done, such as moving its record, is part of its cost.
-    time.sleep(0.5)
-    cpu_s = {role: _cpu_s(processes) - before[role] for role, processes in roles.items()}
+    if isinstance(load, Streams) and load.pace_ms:
+        told, cpu_s, loaded_s, events = _paced(load, gateway, streams, roles)
+    else:
+        began, before = time.monotonic(), _spent(roles)
+        told = load.drive(gateway, streams)
+        loaded_s, events = time.monotonic() - began, int(told.get("every_event", 0))
+        # What an answer leaves to be done, such as moving its record, is part of its cost.
+        time.sleep(0.5)
+        cpu_s = _since(before, roles)
     return Sample(
         load=load.name,
         gateway=gateway.name,
@@ -214,9 +224,34 @@ def measure(
         cpu_s=cpu_s,
         busy=sum(cpu_s.get(role, 0.0) for role in gateway.spent) / loaded_s,
         answers=int(told.get("requests", told.get("streams", 0))),
-        events=int(told.get("every_event", 0)),
+        events=events,
         memory_mb=sum(_resident_mb(roles.get(role, [])) for role in gateway.spent),
     )
+
+
+def _paced(
+    load: Streams, gateway: Gateway, streams: Path, roles: Roles
+) -> tuple[dict[str, float], dict[str, float], float, int]:
+    """Return what was counted, the CPU seconds, how long they were taken, and the events in that.
+
+    Streams begin before and end after that time, so neither is part of what an event costs.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        driven = pool.submit(load.drive, gateway, streams)
+        time.sleep(load.warm_s)
+        began, before = time.monotonic(), _spent(roles)
+        time.sleep(load.seconds - _EARLIER_S)
+        cpu_s, taken_s = _since(before, roles), time.monotonic() - began
+        told = driven.result()
+    return told, cpu_s, taken_s, round(told["events"] / told["seconds"] * taken_s)
+
+
+def _spent(roles: Roles) -> dict[str, float]:
+    return {role: _cpu_s(processes) for role, processes in roles.items()}
+
+
+def _since(before: Mapping[str, float], roles: Roles) -> dict[str, float]:
+    return {role: _cpu_s(processes) - before[role] for role, processes in roles.items()}
 
 
 def _told(command: list[str], gateway: Gateway, body: bytes) -> dict[str, float]:
