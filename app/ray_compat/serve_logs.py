@@ -6,12 +6,14 @@ import logging
 from contextvars import ContextVar
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ray import serve
 from ray.serve._private.logging_utils import get_serve_logs_dir
 
 _SERVE: Final = "ray.serve"
+_ACCESS: Final = "serve_access_log"
+"""What Serve marks the line of a request with."""
 _logged: ContextVar[bool] = ContextVar("logged", default=False)
 
 
@@ -30,17 +32,26 @@ def session_logs() -> Path:
 
 
 def leave_out_logged() -> None:
-    """Have Serve write no line of its own for requests that ``note_logged`` was called for."""
-    logging.getLogger(_SERVE).addFilter(_is_wanted)
+    """Have Serve write no line of its own for requests that ``note_logged`` was called for.
+
+    A filter would do, but a record would be made first, with a walk of the stack: the most that
+    Serve does for a request.
+    """
+    logger = logging.getLogger(_SERVE)
+    write = logger.info
+
+    def info(message: object, *arguments: object, stacklevel: int = 1, **options: Any) -> None:
+        if not (_logged.get() and _ACCESS in (options.get("extra") or ())):
+            # The line is the caller's, and not this function's.
+            write(message, *arguments, stacklevel=stacklevel + 1, **options)
+
+    # Of this one logger, and of this process alone: an ingress has no other use for it.
+    vars(logger)["info"] = info
 
 
 def note_logged() -> None:
     """Note that the current task's request is logged already."""
     _logged.set(True)
-
-
-def _is_wanted(record: logging.LogRecord) -> bool:
-    return not (getattr(record, "serve_access_log", False) and _logged.get())
 
 
 def _folder() -> Path:

@@ -16,28 +16,31 @@ OF_A_REQUEST = {"serve_access_log": True}
 def written(monkeypatch):
     """The lines of Serve's log."""
     logger = logging.getLogger("ray.serve")
-    monkeypatch.setattr(logger, "filters", [])
+    # Set and deleted, so that what the test replaces is gone afterwards.
+    monkeypatch.setattr(logger, "info", logger.info)
     monkeypatch.setattr(logger, "level", logging.INFO)
     lines = []
     handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    monkeypatch.setattr(
+        handler, "emit", lambda record: lines.append(f"{record.funcName}: {record.getMessage()}")
+    )
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
 
 
 def test_a_request_that_is_logged_already_has_no_second_line(written):
-    log = logging.getLogger("ray.serve").info
     leave_out_logged()
+    logger = logging.getLogger("ray.serve")
 
     def request(*, logged):
         if logged:
             note_logged()
-        log("a request", extra=OF_A_REQUEST)
-        log("something else")
+        logger.info("a %s", "request", extra=OF_A_REQUEST)
+        logger.info("something else")
 
     copy_context().run(request, logged=True)
-    assert written == ["something else"]
+    assert written == ["request: something else"]
     # The note is of that request alone.
     copy_context().run(request, logged=False)
-    assert written == ["something else", "a request", "something else"]
+    assert written == ["request: something else", "request: a request", "request: something else"]
