@@ -46,8 +46,7 @@ class Forwarding:
         self._slow_reader_s = slow_reader_s
         self._free_slot = free_slot
         self._suspect = suspect
-        # Whether a piece of a stream is being written to the client.
-        self._writing = False
+        # Once the stream has begun.
         self._relay: Relay | None = None
 
     async def forward(self, answer: UnaryAnswer | StreamedAnswer, place: Placement) -> None:
@@ -102,7 +101,7 @@ class Forwarding:
 
         A client that keeps up gets them at once. Then the slot is given back with known usage.
         """
-        if self._writing or (self._relay is not None and self._relay.writing):
+        if self._relay is not None and self._relay.writing:
             self._free_slot()
 
     async def _stream(
@@ -127,9 +126,7 @@ class Forwarding:
                 if answer.complete:
                     # The slot is freed now and not when the client has read the rest.
                     self._free_slot()
-                self._writing = True
-                await reply.write(piece, more=not over)
-                self._writing = False
+                await self._relay.write(piece, more=not over)
                 while over and await answer.next_events():
                     # Keep reading to the end, so that the connection can be reused.
                     pass

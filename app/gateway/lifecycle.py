@@ -252,12 +252,11 @@ class Lifecycle:
             inbound.requested_tier, reason, strict=strict, required=inbound.require_tier
         )
 
-    async def _serve(self, admitted: TierAdmission) -> None:
+    def _serve(self, admitted: TierAdmission) -> Awaitable[None]:
         """Answer the request in a slot, or without one if its route needs none."""
         if self._inbound.route.takes_slot or not self._is_served():
-            await self._queue(admitted)
-        else:
-            await self._answer_without_slot(admitted)
+            return self._queue(admitted)
+        return self._answer_without_slot(admitted)
 
     async def _queue(self, admitted: TierAdmission) -> None:
         """Queue the request until it has a slot; at the end remove it or give its slot back."""

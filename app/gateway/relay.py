@@ -7,11 +7,10 @@ connection to the engine, and the task goes on only where something has to be wa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable
 from contextvars import copy_context
-from functools import partial
-from typing import Any
 
+from app.core.unfinished import Finished, Unfinished, begin
 from app.gateway.metering import Meter
 from app.gateway.response import Reply
 from app.protocol.stream import StreamStamper
@@ -36,7 +35,7 @@ class Relay:
         # What a server or a middleware may have set for the request's task.
         self._context = copy_context()
         self._last = b""
-        self._unfinished: Unfinished | None = None
+        self._unfinished: Unfinished[None] | None = None
 
     async def until_last(self) -> bytes:
         """Send what arrives; return the client's last bytes, unsent.
@@ -52,14 +51,14 @@ class Relay:
             if answer.complete or self._is_over():
                 return piece
             if piece:
-                await self._written(self._reply.write(piece))
+                await self.write(piece)
                 continue
             await answer.pass_on(self._take)
             if self._is_over():
                 return self._last
             if self._unfinished is not None:
                 unfinished, self._unfinished = self._unfinished, None
-                await self._written(unfinished)
+                await self._wait(unfinished)
 
     def _is_over(self) -> bool:
         return self._stamper.ended or self._stamper.broken
@@ -72,7 +71,11 @@ class Relay:
         self._meter.progress(len(blocks))
         return piece
 
-    async def _written(self, write: Awaitable[None]) -> None:
+    async def write(self, piece: bytes, *, more: bool = True) -> None:
+        """Send a piece of the stream, and wait until it is written."""
+        await self._wait(self._reply.write(piece, more=more))
+
+    async def _wait(self, write: Awaitable[None]) -> None:
         self.writing = True
         await write
         self.writing = False
@@ -85,38 +88,8 @@ class Relay:
             return True
         if not piece:
             return False
-        self._unfinished = self._context.run(begin, self._reply.write(piece))
-        return self._unfinished is not None
-
-
-class Unfinished:
-    """What is left of an awaitable that has begun, to be awaited by a task."""
-
-    __slots__ = ("_steps", "_waits_for")
-
-    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any) -> None:
-        self._steps, self._waits_for = steps, waits_for
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        waits_for = self._waits_for
-        while True:
-            try:
-                came = yield waits_for
-            except BaseException as error:
-                # Such as the task's cancellation, which is for what was begun to handle.
-                step = partial(self._steps.throw, error)
-            else:
-                step = partial(self._steps.send, came)
-            try:
-                waits_for = step()
-            except StopIteration:
-                return
-
-
-def begin(awaitable: Awaitable[None]) -> Unfinished | None:
-    """Run an awaitable until it waits for something; return the rest, or ``None`` if it is done."""
-    steps = awaitable.__await__()
-    try:
-        return Unfinished(steps, next(steps))
-    except StopIteration:
-        return None
+        begun = self._context.run(begin, self._reply.write(piece))
+        if isinstance(begun, Finished):
+            return False
+        self._unfinished = begun
+        return True

@@ -47,27 +47,29 @@ class RequestWatch:
         "_receive",
         "_reply",
         "_request",
-        "_timers",
+        "_timer",
         "_watcher",
     )
 
     def __init__(self, receive: Receive, reply: Reply, longest_s: float | None) -> None:
         self._receive, self._reply, self._longest_s = receive, reply, longest_s
         self._request: asyncio.Task[None] | None = None
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timer: asyncio.TimerHandle | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._gone = self._late = False
 
     def __enter__(self) -> None:
-        loop = asyncio.get_running_loop()
         self._request = asyncio.current_task()
-        self._timers.append(loop.call_later(BEGINS_AFTER_S, self._begin))
-        if self._longest_s is not None:
-            self._timers.append(loop.call_later(self._longest_s, self._end_late))
+        # One timer for both, because nearly every request has ended before the first.
+        after_s = BEGINS_AFTER_S
+        if self._longest_s is not None and self._longest_s < after_s:
+            self._timer = asyncio.get_running_loop().call_later(self._longest_s, self._end_late)
+            return
+        self._timer = asyncio.get_running_loop().call_later(after_s, self._begin)
 
     def __exit__(self, *_: object) -> None:
-        for timer in self._timers:
-            timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
 
@@ -87,6 +89,9 @@ class RequestWatch:
 
     def _begin(self) -> None:
         self._watcher = supervision.run_once("client watch", self._watch)
+        if self._longest_s is not None:
+            left_s = self._longest_s - BEGINS_AFTER_S
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._end_late)
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
