@@ -58,8 +58,7 @@ _UNLIMITED = 1 << 30
 
 # Serve's replica decodes these as UTF-8 outside our application, and answers 500 if that fails.
 # The values are the longest that pass, in bytes: a trace's state has at most 512.
-_REQUEST_ID = "x-request-id"
-_DECODED = {_REQUEST_ID: 200, "traceparent": 200, "tracestate": 512}
+_DECODED = {"x-request-id": 200, "traceparent": 200, "tracestate": 512}
 # Serve obeys these headers: a client could get a timeout error in plain text, or keep its request
 # running after it disconnects.
 _OBEYED = ("x-request-timeout-seconds", NOT_WATCHED[0])
@@ -398,9 +397,6 @@ def _request_rules(served: int, head_bytes: int, bounds: ProxyBounds) -> list[st
         f"http-request set-header {' '.join(NOT_WATCHED)} {watched}",
         f"http-request set-header {_OBEYED[0]} 0 {watched}",
         *_decoded_rules(),
-        # Serve's replica would make one in Python.
-        f"http-request set-header {_REQUEST_ID} %[uuid] "
-        f"unless {{ req.fhdr({_REQUEST_ID}) -m found }}",
         f"http-request del-header {_UNUSED} -m reg",
         # The OpenAI SDKs' eight headers about themselves: nobody reads them, but Serve looks into
         # each.

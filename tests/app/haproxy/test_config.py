@@ -7,7 +7,6 @@ import socket
 import subprocess
 import threading
 import time
-import uuid
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -391,31 +390,6 @@ def test_an_ingress_watches_the_clients_of_inference(tmp_path, method, path):
     given = [line for one in seen for line in one.splitlines() if name in line.lower()]
     watched = method == "POST" and path in WATCHED
     assert given == ([f"{name}: {value}"] if watched else [])
-
-
-@pytest.mark.parametrize("sent", [[], ["a"], ["a b-c"], ["a", "b"], ["ü"], ["x" * 201]])
-def test_an_ingress_gets_one_request_id(tmp_path, sent):
-    """The client's if it is one that Serve can decode, otherwise one of HAProxy's."""
-    name = "x-request-id"
-    with heads() as (port, seen):
-        servers = [ServerConfig("s", "127.0.0.1", port)]
-        routes = [BackendConfig(name="ingress", path_prefix="/", app_name="i", servers=servers)]
-        with proxied(tmp_path, {}, backends=routes) as connect:
-            lines = [f"{name}: {value}" for value in sent]
-            head = "\r\n".join(["GET /v1/models HTTP/1.1", "host: x", *lines, "", ""])
-            connection = connect()
-            connection.sendall(head.encode())
-            assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    [given] = [
-        line.removeprefix(f"{name}: ")
-        for one in seen
-        for line in one.splitlines()
-        if line.startswith(name)
-    ]
-    if sent in (["a"], ["a b-c"]):
-        assert [given] == sent
-    else:
-        assert str(uuid.UUID(given)) == given
 
 
 def test_an_ingress_watches_only_what_it_answers_itself():
