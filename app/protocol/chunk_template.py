@@ -56,13 +56,13 @@ class Splicer:
 
     def splice_one(self, block: bytes) -> bytes | None:
         """Return the client's event for a chunk, or ``None`` if it must be parsed."""
-        # Most chunks arrive alone, and this takes half as long as `splice` for one.
         for head, middle, shape, wire_head, _, wire_tail, choice in self._templates:
             begin = len(head)
             end = block.find(middle, begin)
             if end < 0 or not block.startswith(head):
                 continue
             text, numbers = block[begin:end], block[end + len(middle) :]
+            # A quote ends the text, unless a backslash escapes it.
             if text.endswith(b"\\") or numbers.translate(None, _DIGITS) != shape:
                 continue
             if shape:
@@ -86,35 +86,15 @@ class Splicer:
             The index of the first chunk that must be parsed, or the number of blocks.
         """
         while place < len(blocks):
-            rest = blocks[place:] if place else blocks
-            if len(rest) >= _MANY and self._all_alike and (done := self._splice_alike(rest, wire)):
+            many = self._all_alike and len(blocks) - place >= _MANY
+            if many and (done := self._splice_alike(blocks[place:], wire)):
                 place += done
                 continue
-            for head, middle, shape, wire_head, between, wire_tail, choice in self._templates:
-                begin, skip, usage = len(head), len(middle), b""
-                texts: list[bytes] = []
-                for block in rest:
-                    end = block.rfind(middle)
-                    if end < begin or not block.startswith(head):
-                        break
-                    text, numbers = block[begin:end], block[end + skip :]
-                    # A quote ends the text, unless a backslash escapes it.
-                    if text.endswith(b"\\") or numbers.translate(None, _DIGITS) != shape:
-                        break
-                    usage = numbers
-                    texts.append(text)
-                if texts:
-                    wire += (wire_head, between.join(texts), wire_tail)
-                    if shape:
-                        self.usages[choice] = usage[:-1]
-                    else:
-                        self.size += sum(map(len, texts))
-                    break
-            else:
+            event = self.splice_one(blocks[place])
+            if event is None:
                 break
-            self.deltas += len(texts)
-            self._spliced += len(texts)
-            place += len(texts)
+            wire.append(event)
+            place += 1
         return place
 
     def _splice_alike(self, rest: Sequence[bytes], wire: list[bytes]) -> int:
@@ -123,7 +103,11 @@ class Splicer:
         All must match, but for the last few, as at the end of an answer. If others do not, this is
         not tried again: kinds of chunks that take turns would make it fail each time.
         """
-        template = next((one for one in self._templates if rest[0].startswith(one.head)), None)
+        first = rest[0]
+        fitting = (
+            one for one in self._templates if first.startswith(one.head) and one.middle in first
+        )
+        template = next(fitting, None)
         if template is None:
             return 0
         head, middle, shape, wire_head, between, tail, choice = template
@@ -138,7 +122,7 @@ class Splicer:
         # two blocks, and is followed by a head if the second begins with one.
         joined = tail.join((*begins, b""))
         alike = joined.startswith(head) and joined.count(tail + head) == end - 1
-        # As in `splice`: a backslash may escape the quote with which a tail begins.
+        # As in `splice_one`: a backslash may escape the quote with which a tail begins.
         alike = alike and b"\\" + tail not in joined
         if not alike or b"".join(numbers).translate(None, _DIGITS) != shape * end:
             self._all_alike = False
