@@ -60,12 +60,12 @@ class RequestWatch:
 
     def __enter__(self) -> None:
         self._request = asyncio.current_task()
-        # One timer for both, because nearly every request has ended before the first.
-        after_s = BEGINS_AFTER_S
-        if self._longest_s is not None and self._longest_s < after_s:
-            self._timer = asyncio.get_running_loop().call_later(self._longest_s, self._end_late)
-            return
-        self._timer = asyncio.get_running_loop().call_later(after_s, self._begin)
+        loop, longest_s = asyncio.get_running_loop(), self._longest_s
+        # One timer at a time, because nearly every request has ended before the first.
+        if longest_s is not None and longest_s < BEGINS_AFTER_S:
+            self._timer = loop.call_later(longest_s, self._end_late)
+        else:
+            self._timer = loop.call_later(BEGINS_AFTER_S, self._begin)
 
     def __exit__(self, *_: object) -> None:
         if self._timer is not None:

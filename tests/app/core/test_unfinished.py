@@ -71,7 +71,6 @@ def test_what_need_not_wait_is_done_at_once():
 
     async def write():
         done.append("{}")
-
         return 7
 
     begun = begin(write())

@@ -16,7 +16,7 @@ OF_A_REQUEST = {"serve_access_log": True}
 def written(monkeypatch):
     """The lines of Serve's log."""
     logger = logging.getLogger("ray.serve")
-    # Set and deleted, so that what the test replaces is gone afterwards.
+    # It is replaced by what is tested, and restored afterwards.
     monkeypatch.setattr(logger, "info", logger.info)
     monkeypatch.setattr(logger, "level", logging.INFO)
     lines = []
